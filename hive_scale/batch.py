@@ -1,0 +1,86 @@
+"""The nouns that travel from the data room to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its text.
+
+    `pixels` is uint8 (3, H, W), or None for text alone. `tokens` begin with the start token; token *i* is a
+    target, that is, predicted from those before it, where ``is_target[i]``. The first token never is one.
+    """
+
+    key: str
+    pixels: Tensor | None
+    tokens: Sequence[int]
+    is_target: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples padded on the right to one length T. Pixels stay uint8 until the device normalises them.
+
+    Only N of the B*T positions predict a token that counts: `target_rows` holds their indices into the
+    flattened (B*T) positions, `target_ids` the token each must predict. Text alone has blank pixels and
+    ``has_image`` False, so that every rank runs the same modules.
+    """
+
+    keys: tuple[str, ...]
+    pixels: Tensor  # uint8 (B, 3, H, W)
+    has_image: Tensor  # bool (B,)
+    tokens: Tensor  # int64 (B, T)
+    target_rows: Tensor  # int64 (N,)
+    target_ids: Tensor  # int64 (N,)
+    all_images: bool  # has_image.all(), known without asking the device
+
+    @property
+    def num_tokens(self) -> int:
+        return self.target_ids.numel()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin(self) -> Batch:
+        pinned = {name: value.pin_memory() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **pinned)
+
+
+def collate(samples: Sequence[Sample], pad_id: int, image_size: int) -> Batch:
+    """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant."""
+    length = max(len(sample.tokens) for sample in samples)
+    tokens = torch.full((len(samples), length), pad_id, dtype=torch.long)
+    pixels = torch.full((len(samples), 3, image_size, image_size), 127, dtype=torch.uint8)
+    rows, ids = [], []
+    for b, sample in enumerate(samples):
+        tokens[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
+        if sample.pixels is not None:
+            pixels[b] = sample.pixels
+        for i, is_target in enumerate(sample.is_target):
+            if is_target:  # token i is predicted at position i - 1
+                rows.append(b * length + i - 1)
+                ids.append(sample.tokens[i])
+    has_image = torch.tensor([sample.pixels is not None for sample in samples])
+    return Batch(
+        keys=tuple(sample.key for sample in samples),
+        pixels=pixels,
+        has_image=has_image,
+        tokens=tokens,
+        target_rows=torch.tensor(rows, dtype=torch.long),
+        target_ids=torch.tensor(ids, dtype=torch.long),
+        all_images=all(sample.pixels is not None for sample in samples),
+    )

@@ -1,0 +1,236 @@
+"""What a run is, as frozen data: read it top to bottom and you know every switch.
+
+A preset (see ``presets``) builds a `Config`; a YAML file and ``key=value`` words override it. The resolved
+config is written beside the run and reloads to the same run. This module imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import ceil, floor
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Fusion = Literal["cross_attention", "joint_attention", "concat"]
+Depths = Literal["uniform", "later"]
+Positions = Literal["grid", "line"]
+Precision = Literal["fp32", "bf16"]
+Checkpointing = Literal["none", "full", "selective"]
+ImageMode = Literal["resize", "crop", "pad"]
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """One half of the model: pretrained weights at `path`, or `config` built from scratch.
+
+    `path` is a local Hugging Face directory or a hub name; `config` is what its ``config.json`` would say
+    (``model_type`` included). Given both, `config` wins for the shape and the weights come from `path`.
+    """
+
+    path: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`path` is a Hugging Face directory, a hub name, or "bytes": UTF-8 bytes, no file needed."""
+
+    path: str = "bytes"
+    pad_token: str = ""  # for tokenizers that come without one (Llama, MobileLLM)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    vision: PartConfig = field(default_factory=PartConfig)
+    language: PartConfig = field(default_factory=PartConfig)
+    fusion: Fusion = "cross_attention"
+    depths: Depths = "uniform"  # which encoder depths feed the LLM
+    density: float = 0.25  # share of the encoder's depths that do (paper 3.2)
+    qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
+    positions: Positions = "grid"  # rotary positions of visual keys in joint_attention
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ValueError(f"model.density={self.density} is a share: set it above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges or globs; ``sample:train`` is the shipped set."""
+
+    train: list[str] = field(default_factory=lambda: ["sample:train"])
+    heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    max_tokens: int = 77  # captions are cut here, start and end included (paper, appendix 7)
+    image: ImageMode = "resize"
+    blank: bool = False  # feed blank pictures: the control that shows what the pictures add
+    workers: int = 0
+    max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
+    max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 3:
+            raise ValueError(f"data.max_tokens={self.max_tokens} leaves no room for a caption: use 3 or more")
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Parameters that train together. `parameters` are globs over names; `lr` is the peak."""
+
+    parameters: list[str]
+    lr: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One stage of training. Whatever no group names is frozen.
+
+    `global_batch` is science and `micro_batch` is hardware: accumulation is arithmetic.
+    """
+
+    groups: dict[str, GroupConfig]
+    global_batch: int = 256
+    micro_batch: int = 32  # per process, at most
+    epochs: float = 1.0
+    steps: int = 0  # overrides epochs when positive
+    drop_last: bool = False  # a fraction of a batch at the very end: leave out, or fill from the next epoch
+    max_grad_norm: float = 1.0
+    warmup: float = 0.03  # share of the steps
+    min_lr: float = 0.1  # where the cosine ends, as a share of the peak
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    decoupled_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.groups:
+            raise ValueError(
+                "a stage without groups trains nothing: name at least one {parameters, lr} group"
+            )
+        for name in ("global_batch", "micro_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+    def num_steps(self, num_samples: int) -> int:
+        """Optimizer steps of this stage on a set of `num_samples`; the data stream runs on over epochs."""
+        if self.steps > 0:
+            return self.steps
+        exact = self.epochs * num_samples / self.global_batch
+        steps = floor(exact) if self.drop_last else ceil(exact)
+        if steps == 0:
+            raise ValueError(
+                f"{num_samples} samples x {self.epochs:g} epochs are less than one global batch of "
+                f"{self.global_batch}: lower stages.*.global_batch, or raise epochs, or set drop_last=false"
+            )
+        return steps
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches per process and step: the fewest of at most `micro_batch` that cut a batch evenly."""
+        per_rank, rest = divmod(self.global_batch, world_size)
+        if rest:
+            raise ValueError(
+                f"global_batch={self.global_batch} does not divide among {world_size} processes: use a "
+                f"multiple of {world_size}, such as {self.global_batch - rest or world_size}"
+            )
+        if per_rank > self.micro_batch and per_rank % self.micro_batch:
+            fit = max(n for n in range(1, self.micro_batch + 1) if per_rank % n == 0)
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not divide the {per_rank} samples of one process: "
+                f"use micro_batch={fit}, or a global_batch that is a multiple of {world_size * self.micro_batch}"
+            )
+        return ceil(per_rank / self.micro_batch)
+
+
+@dataclass(frozen=True)
+class CheckpointingConfig:
+    """Activation checkpointing by component: recompute nothing, all, or all but attention and matmuls."""
+
+    vision: Checkpointing = "none"
+    language: Checkpointing = "none"
+    fusion: Checkpointing = "none"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a step is carried out; none of it changes what is learned."""
+
+    precision: Precision = "fp32"  # of compute; master weights and moments are fp32 always
+    shard: int = 0  # ranks that share one copy: 0 all (FSDP), 1 none (DDP), between: HSDP
+    reshard_after_forward: bool = True
+    offload: bool = False  # masters and moments in host memory
+    compile: bool = False
+    checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
+    ds_config: str = ""  # a DeepSpeed JSON: ZeRO instead of FSDP2
+
+
+@dataclass(frozen=True)
+class Config:
+    name: str = "run"
+    output: str = "runs/{name}"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
+    save_interval: int = 500  # steps between checkpoints
+    evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output.format(name=self.name))
+
+
+def resolve(base: Config, *layers: Any) -> Config:
+    """`base` overridden by each layer in turn: a mapping, a YAML path, or a list of ``key=value`` words.
+
+    Raises ValueError that names the nearest key for a typo, and the remedy for a bad value.
+    """
+    node = cast(DictConfig, OmegaConf.structured(base))
+    try:
+        for layer in layers:
+            _unlock(node)  # frozen dataclasses make read-only nodes
+            node = cast(DictConfig, OmegaConf.merge(node, _read(layer)))
+        return cast(Config, OmegaConf.to_object(node))
+    except OmegaConfBaseException as error:
+        # the first line is the message; the rest is omegaconf's own bookkeeping
+        message = str(error).splitlines()[0]
+        raise ValueError(f"config: {error.full_key or ''}: {message}") from None
+
+
+def save(config: Config, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(config))
+
+
+def load(path: Path) -> Config:
+    """The very config that `save` wrote."""
+    return resolve(Config(), path)
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read(layer: Any) -> DictConfig | ListConfig:
+    if isinstance(layer, Path):
+        return OmegaConf.load(layer)
+    if isinstance(layer, Sequence):
+        for word in layer:
+            if "=" not in word:
+                raise ValueError(f"config: '{word}' is not key=value")
+        return OmegaConf.from_dotlist(list(layer))
+    return OmegaConf.create(layer)
+
+
+def _unlock(node: DictConfig | ListConfig) -> None:
+    OmegaConf.set_readonly(node, False)
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            _unlock(child)

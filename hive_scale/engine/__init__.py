@@ -1,0 +1,45 @@
+"""One optimizer step on any sharding. The loop sees this protocol and never learns which engine it drives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from hive_scale.batch import Batch
+from hive_scale.distributed import Fragment
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step was, over the whole global batch and all ranks."""
+
+    loss: float  # mean over target tokens, nats
+    grad_norm: float  # L2 over all trainable parameters, before clipping
+    num_tokens: int  # target tokens
+
+
+class Engine(Protocol):
+    """A model whose parameters, gradients and moments are cut over the ranks in some way.
+
+    `step` and `evaluate` are collectives: each rank brings its own micro-batches, equally many on every rank.
+    """
+
+    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
+        """One optimizer step on the global batch that all ranks' micro-batches make up.
+
+        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks.
+        """
+        ...
+
+    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        """(sum of token losses, number of target tokens) over all ranks; nothing is trained."""
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Masters and moments that this rank owns, as views; moments exist (zero) before the first step."""
+        ...
+
+    def refresh(self, num_steps: int) -> None:
+        """After the fragments were overwritten: renew compute copies, set the optimizer's step count."""
+        ...
