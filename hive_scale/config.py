@@ -109,9 +109,7 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         if not self.groups:
-            raise ValueError(
-                "a stage without groups trains nothing: name at least one {parameters, lr} group"
-            )
+            raise ValueError("a stage without groups trains nothing: name at least one {parameters, lr} group")
         for name in ("global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -224,7 +222,7 @@ def _read(layer: Any) -> DictConfig | ListConfig:
             if "=" not in word:
                 raise ValueError(f"config: '{word}' is not key=value")
         return OmegaConf.from_dotlist(list(layer))
-    return OmegaConf.create(layer)
+    return cast(DictConfig, OmegaConf.create(layer))
 
 
 def _unlock(node: DictConfig | ListConfig) -> None:
