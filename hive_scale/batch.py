@@ -48,6 +48,16 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def inputs(self) -> dict[str, Tensor | None]:
+        """What the model's forward takes."""
+        return {
+            "pixels": self.pixels,
+            "tokens": self.tokens,
+            "target_rows": self.target_rows,
+            "target_ids": self.target_ids,
+            "has_image": None if self.all_images else self.has_image,
+        }
+
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 

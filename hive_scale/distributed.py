@@ -39,9 +39,8 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value added up over all ranks, in double precision. A collective."""
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        total = torch.tensor(values, dtype=dtype, device=self.device)
+        """Each value added up over all ranks, in double precision. A collective, on the host: no device waits."""
+        total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total)
         return [float(value) for value in total]
@@ -63,7 +62,7 @@ def session() -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if size == 1:
         # a HashStore needs neither port nor launcher
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size, device_id=_device_id(device))
     try:

@@ -1,0 +1,164 @@
+"""FSDP2 over a mesh (replicate, shard): one process, DDP, HSDP and FSDP are the same code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from hive_scale.batch import Batch
+from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.distributed import Fragment, World
+from hive_scale.engine import StepOutput
+from hive_scale.engine.activation import checkpoint_blocks
+from hive_scale.stage import ParamGroup
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class NativeEngine:
+    """Masters and moments are float32 shards; compute is in `config.precision`, gradient reduction in float32."""
+
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[ParamGroup],
+        stage: StageConfig,
+        config: EngineConfig,
+        world: World,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """Shard `model` (parameters on the meta device, ``requires_grad`` set) and fill it from `weights`."""
+        self.model, self.world = model, world
+        self.max_grad_norm = stage.max_grad_norm
+        checkpoint_blocks(model.blocks(), config.checkpointing)
+        self._shard(config)
+        self._fill(weights, "cpu" if config.offload else world.device)
+        if config.compile:
+            for block in (block for blocks in model.blocks().values() for block in blocks):
+                block.compile()
+        self.optimizer = self._optimizer(groups, stage)
+
+    def _shard(self, config: EngineConfig) -> None:
+        size = self.world.size
+        shard = config.shard or size
+        if size % shard:
+            raise ValueError(f"engine.shard={shard} does not divide the {size} processes: use a divisor of {size}")
+        mesh = init_device_mesh(self.world.device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+            "reshard_after_forward": config.reshard_after_forward,
+        }
+        for block in (block for blocks in self.model.blocks().values() for block in blocks):
+            fully_shard(block, **options)
+        fully_shard(self.model, **options)
+
+    @torch.no_grad()
+    def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Give every shard memory, and its part of the tensor of its name."""
+        model: nn.Module = self.model
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.to_empty(device=device)  # empties buffers, too, which were real
+        for name, buffer in buffers.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.to(self.world.device))
+        for name, parameter in model.named_parameters():
+            local, offset = _local_range(parameter)
+            local.copy_(weights[name].flatten()[offset : offset + local.numel()])
+
+    def _optimizer(self, groups: Sequence[ParamGroup], stage: StageConfig) -> torch.optim.AdamW:
+        parameters = dict(self.model.named_parameters())
+        return torch.optim.AdamW(
+            [
+                {
+                    "params": [parameters[name] for name in group.parameters],
+                    "lr": group.lr,
+                    "peak_lr": group.lr,
+                    "weight_decay": group.weight_decay,
+                }
+                for group in groups
+            ],
+            betas=stage.betas,
+            eps=stage.eps,
+            fused=True,
+        )
+
+    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
+        model: FSDPModule = self.model
+        (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
+        # reduction averages over ranks, so the ranks' number is multiplied back in
+        scale = self.world.size / max(1.0, num_tokens)
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            model.set_requires_gradient_sync(index == len(micro_batches) - 1)
+            loss = self._loss(batch)
+            torch.autograd.backward(loss * scale)
+            total += loss.detach()
+        norm = self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * lr_factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        (loss_sum,) = self.world.sum(total.item())
+        return StepOutput(loss_sum / max(1.0, num_tokens), norm, int(num_tokens))
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        loss = sum(self._loss(batch).item() for batch in micro_batches)
+        total, count = self.world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
+        return total, int(count)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        moved = batch.to(self.world.device)
+        loss: Tensor = self.model(**moved.inputs())
+        return loss
+
+    def _clip(self) -> float:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def fragments(self) -> Iterator[Fragment]:
+        self._create_moments()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            state = self.optimizer.state[parameter]
+            for kind, tensor in (("master", parameter), *((moment, state[moment]) for moment in MOMENTS)):
+                local, offset = _local_range(tensor.detach())
+                if local.numel():
+                    yield Fragment(name, kind, tuple(parameter.shape), offset, local)
+
+    def refresh(self, num_steps: int) -> None:
+        # compute copies are gathered from the masters anew in each forward
+        self._create_moments()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(num_steps)
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.zeros((), device=parameter.device),
+                        **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
+                    }
+
+
+def _local_range(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter as a flat view, and where it begins in the flattened whole."""
+    assert isinstance(tensor, DTensor)
+    # the protocol by which torch.distributed.checkpoint itself asks
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    local = tensor.to_local()
+    offset = chunk.offsets[0] * tensor.shape[1:].numel() if local.numel() else 0
+    return local.view(-1), offset

@@ -1,0 +1,128 @@
+"""From configuration to model: on the meta device, from scratch, or from pretrained parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionModel,
+    PretrainedConfig,
+    SiglipVisionModel,
+)
+
+from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.model.hive import Hive
+
+VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
+LANGUAGE = ("llama", "qwen2", "qwen3")
+
+
+def skeleton(config: ModelConfig) -> Hive:
+    """The model with parameters on the meta device and real buffers: names, shapes and counts for free."""
+    vision, language = _vision_config(config.vision), _language_config(config.language)
+    with init_empty_weights(include_buffers=False):
+        model = Hive(_vision_class(vision)(vision), _language_from(language), config)
+    model.language.tie_weights()  # moving to meta made two parameters of a tied one
+    return model
+
+
+def assemble(config: ModelConfig, seed: int) -> Hive:
+    """The model a first stage starts from, float32 on the CPU: pretrained parts, the rest drawn from `seed`.
+
+    Raises ValueError for a missing directory, another architecture, or weights that do not fill the model.
+    """
+    vision, language = _vision_config(config.vision), _language_config(config.language)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = _load(_vision_class(vision), config.vision, vision)
+        llm = _load(AutoModelForCausalLM, config.language, language)
+        return Hive(tower, llm, config)
+
+
+def image_size(config: ModelConfig) -> int:
+    """Side of the square pictures that the encoder takes, in pixels."""
+    size: int = _vision_config(config.vision).image_size
+    return size
+
+
+def vocabulary_size(config: ModelConfig) -> int:
+    size: int = _language_config(config.language).vocab_size
+    return size
+
+
+def _load(auto: Any, part: PartConfig, config: PretrainedConfig) -> nn.Module:
+    if not part.path:
+        return _language_from(config) if auto is AutoModelForCausalLM else cast(nn.Module, auto(config))
+    model, report = auto.from_pretrained(
+        part.path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    wrong = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
+    if wrong:
+        raise ValueError(
+            f"{part.path}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}: "
+            "give the directory that belongs to this config"
+        )
+    return cast(nn.Module, model)
+
+
+def _language_from(config: PretrainedConfig) -> nn.Module:
+    auto: Any = AutoModelForCausalLM
+    return cast(nn.Module, auto.from_config(config, attn_implementation="sdpa"))
+
+
+def _vision_class(config: PretrainedConfig) -> Any:
+    return VISION[config.model_type]
+
+
+def _vision_config(part: PartConfig) -> PretrainedConfig:
+    config = _config(part, "vision")
+    config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds its tower's
+    _known(config.model_type, tuple(VISION), part, "vision")
+    if config.image_size % config.patch_size:
+        raise ValueError(
+            f"model.vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}: "
+            f"use {config.image_size - config.image_size % config.patch_size}"
+        )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _language_config(part: PartConfig) -> PretrainedConfig:
+    config = _config(part, "language")
+    _known(config.model_type, LANGUAGE, part, "language")
+    if set(getattr(config, "layer_types", None) or {"full_attention"}) != {"full_attention"}:
+        raise ValueError(
+            f"model.language {part.path}: sliding-window layers are not supported: use a full-attention LLM"
+        )
+    return config
+
+
+def _config(part: PartConfig, role: str) -> PretrainedConfig:
+    if part.config:
+        fields = dict(part.config)
+        model_type = fields.pop("model_type", None)
+        _known(model_type, (*VISION, *LANGUAGE), part, role)
+        return AutoConfig.for_model(model_type, **fields)
+    if not part.path:
+        raise ValueError(
+            f"model.{role} has neither path nor config: give a Hugging Face directory, or a config to build"
+        )
+    if part.path.startswith((".", "/", "~")) and not (Path(part.path).expanduser() / "config.json").is_file():
+        raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
+    try:
+        return cast(PretrainedConfig, AutoConfig.from_pretrained(part.path, trust_remote_code=False))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
+
+
+def _known(model_type: str | None, known: tuple[str, ...], part: PartConfig, role: str) -> None:
+    if model_type not in known:
+        where = part.path or "its config"
+        raise ValueError(f"model.{role}: {where} is of type {model_type}: supported are {', '.join(known)}")

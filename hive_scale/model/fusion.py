@@ -1,0 +1,247 @@
+"""Where pictures enter the LLM: three ways behind one name.
+
+* `CrossAttention` (paper 3.3): at each fused depth an injected layer lets the text attend to the features of
+  its encoder depth, with a softmax of its own and behind a gate that starts shut.
+* `JointAttention` (the authors' released code): the host layer's own attention also sees visual keys and
+  values; one softmax over both, no new layer, no gate.
+* `Concat` (the self-attention baseline, LLaVA): visual tokens join the sequence after its start token.
+
+Shapes: B samples, T text tokens, V visual tokens, N tokens in the stream (T, or T + V), D LLM width,
+K key-value heads, h head width.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hive_scale.config import ModelConfig
+
+SLOT = 1  # the picture's place in the text: right after the start token
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stays the same from layer to layer."""
+
+    visual: Sequence[Tensor]  # phi(F_l), (B, V, D) for each fused depth
+    has_image: Tensor | None  # bool (B,); None when every sample has a picture
+    positions: Tensor  # of the stream's N tokens, (B or 1, N)
+    mask: Tensor | None = None  # bool (B or 1, 1, N, keys): who may attend to whom; None: causal
+
+
+class VisualMemory:
+    """Keys and values that precede the text's, handed to a host layer through its cache argument."""
+
+    def __init__(self, key_BKVh: Tensor, value_BKVh: Tensor) -> None:
+        self.key, self.value = key_BKVh, value_BKVh
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
+
+
+class Fusion(nn.Module):
+    """The common shape. `layers` has one module per fused LLM depth, in the order of `depths`."""
+
+    def __init__(self, depths: Sequence[int]) -> None:
+        super().__init__()
+        self.depths = tuple(depths)
+        self.layers = nn.ModuleList()
+
+    def enter(self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None) -> tuple[Tensor, Context]:
+        """The hidden states (B, N, D) that the first layer sees, and the context of all layers."""
+        positions = torch.arange(text_BTD.shape[1], device=text_BTD.device)[None]
+        return text_BTD, Context(visual, has_image, positions)
+
+    def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+        """Hidden states for host layer `depth`, and what else its attention is given."""
+        return hidden_BND, {"attention_mask": context.mask}
+
+    def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
+        """The text's rows, (B, T, D), of the last hidden states."""
+        return hidden_BND
+
+
+class CrossAttentionLayer(nn.Module):
+    """H' = H + tanh(g) W_O softmax(Q K^T / sqrt(h)) V, Q from the LLM, K and V from the features (paper 3.3).
+
+    Norm and projections start as copies of the host layer's; g starts at zero, so the LLM is untouched. No
+    rotary positions: the encoder has put position into its features.
+    """
+
+    def __init__(self, host: nn.Module, qk_norm: bool) -> None:
+        super().__init__()
+        attention: Any = host.self_attn
+        self.head_dim: int = attention.head_dim
+        self.norm = _copy(host, "input_layernorm")
+        self.q_proj = _copy(attention, "q_proj")
+        self.k_proj = _copy(attention, "k_proj")
+        self.v_proj = _copy(attention, "v_proj")
+        self.o_proj = _copy(attention, "o_proj")
+        self.q_norm = _head_norm(attention, "q_norm", qk_norm)
+        self.k_norm = _head_norm(attention, "k_norm", qk_norm)
+        self.gate = nn.Parameter(torch.zeros(1, device=attention.o_proj.weight.device))
+
+    def forward(self, hidden_BTD: Tensor, visual_BVD: Tensor, has_image: Tensor | None = None) -> Tensor:
+        normed = self.norm(visual_BVD)
+        query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
+        key = self.k_norm(_heads(self.k_proj(normed), self.head_dim))
+        value = _heads(self.v_proj(normed), self.head_dim)
+        mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        update = torch.tanh(self.gate) * self.o_proj(mixed.transpose(1, 2).flatten(2))
+        if has_image is not None:
+            update = update * has_image[:, None, None]
+        fused: Tensor = hidden_BTD + update
+        return fused
+
+
+class CrossAttention(Fusion):
+    def __init__(self, hosts: Sequence[nn.Module], depths: Sequence[int], config: ModelConfig) -> None:
+        super().__init__(depths)
+        self.layers.extend(CrossAttentionLayer(hosts[depth], config.qk_norm) for depth in depths)
+
+    def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+        if depth in self.depths:
+            index = self.depths.index(depth)
+            hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image)
+        return hidden_BND, {"attention_mask": None}
+
+
+class VisualKeyValue(nn.Module):
+    """Visual keys and values for one host layer: norm and projections start as copies of the host's own.
+
+    Frozen, these copies are the LLM's weights (first stage); trained, they are the images' own.
+    """
+
+    def __init__(self, host: nn.Module, inverse_frequencies: Tensor, config: ModelConfig) -> None:
+        super().__init__()
+        attention: Any = host.self_attn
+        self.head_dim: int = attention.head_dim
+        self.grid = config.positions == "grid"
+        self.norm = _copy(host, "input_layernorm")
+        self.k_proj = _copy(attention, "k_proj")
+        self.v_proj = _copy(attention, "v_proj")
+        self.k_norm = _head_norm(attention, "k_norm", config.qk_norm)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", inverse_frequencies.clone(), persistent=False)
+
+    def forward(self, visual_BVD: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value, (B, K, V, h) each; keys rotated to their place in the picture."""
+        normed = self.norm(visual_BVD)
+        key = self.k_norm(_heads(self.k_proj(normed), self.head_dim))
+        return self._rotate(key), _heads(self.v_proj(normed), self.head_dim)
+
+    def _rotate(self, key_BKVh: Tensor) -> Tensor:
+        frequencies = self.inverse_frequencies  # (h / 2,)
+        places = _visual_positions(key_BKVh.shape[2], len(frequencies), self.grid, key_BKVh.device)
+        angles = places * frequencies
+        cos, sin = (torch.cat([part, part], dim=-1).to(key_BKVh) for part in (angles.cos(), angles.sin()))
+        first, second = key_BKVh.chunk(2, dim=-1)
+        return key_BKVh * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class JointAttention(Fusion):
+    def __init__(
+        self, hosts: Sequence[nn.Module], depths: Sequence[int], config: ModelConfig, frequencies: Tensor
+    ) -> None:
+        super().__init__(depths)
+        self.grid = config.positions == "grid"
+        self.layers.extend(VisualKeyValue(hosts[depth], frequencies, config) for depth in depths)
+
+    def enter(self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None) -> tuple[Tensor, Context]:
+        num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
+        extent = _side(num_visual) if self.grid else num_visual
+        # text before the slot cannot see the picture
+        sees_picture = (torch.arange(length, device=device) >= SLOT)[None, :, None].expand(1, length, num_visual)
+        if has_image is not None:
+            sees_picture = sees_picture & has_image[:, None, None]
+        sees_text = _causal(length, device).expand(len(sees_picture), length, length)
+        mask = torch.cat([sees_picture, sees_text], dim=-1)[:, None]
+        return text_BTD, Context(visual, has_image, _text_positions(length, extent, has_image, device), mask)
+
+    def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+        if depth not in self.depths:
+            return hidden_BND, {"attention_mask": None}
+        index = self.depths.index(depth)
+        memory = VisualMemory(*self.layers[index](context.visual[index]))
+        return hidden_BND, {"attention_mask": context.mask, "past_key_values": memory}
+
+
+class Concat(Fusion):
+    """Visual tokens run through every layer, causally, like words (the paper's SA, after LLaVA)."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def enter(self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None) -> tuple[Tensor, Context]:
+        num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
+        hidden = torch.cat([text_BTD[:, :SLOT], visual[0].to(text_BTD), text_BTD[:, SLOT:]], dim=1)
+        text = _text_positions(length, num_visual, has_image, device)
+        slots = (SLOT + torch.arange(num_visual, device=device)).expand(len(text), num_visual)
+        positions = torch.cat([text[:, :SLOT], slots, text[:, SLOT:]], dim=1)
+        if has_image is None:
+            return hidden, Context(visual, None, positions)
+        seen = torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)
+        seen[:, SLOT : SLOT + num_visual] = has_image[:, None]
+        mask = _causal(hidden.shape[1], device) & seen[:, None]
+        return hidden, Context(visual, has_image, positions, mask[:, None])
+
+    def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
+        num_visual = context.visual[0].shape[1]
+        return torch.cat([hidden_BND[:, :SLOT], hidden_BND[:, SLOT + num_visual :]], dim=1)
+
+
+def _heads(flat: Tensor, head_dim: int) -> Tensor:
+    """(B, N, heads * h) -> (B, heads, N, h)."""
+    return flat.view(*flat.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
+def _copy(host: nn.Module, name: str) -> nn.Module:
+    return copy.deepcopy(host.get_submodule(name))
+
+
+def _head_norm(attention: Any, name: str, wanted: bool) -> nn.Module:
+    """The host's per-head norm where it has one (Qwen3); a new RMSNorm where wanted; else nothing."""
+    if hasattr(attention, name):
+        return _copy(attention, name)
+    weight = attention.k_proj.weight
+    return nn.RMSNorm(attention.head_dim, eps=1e-6, device=weight.device) if wanted else nn.Identity()
+
+
+def _causal(length: int, device: torch.device) -> Tensor:
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+
+
+def _side(num_visual: int) -> int:
+    """Rows, and columns, of a square picture's patches."""
+    return math.isqrt(num_visual)
+
+
+def _text_positions(length: int, extent: int, has_image: Tensor | None, device: torch.device) -> Tensor:
+    """(B or 1, T): text after the slot is moved on by the picture's extent."""
+    steps = torch.arange(length, device=device)[None]
+    shift = extent * (steps >= SLOT)
+    return steps + (shift if has_image is None else shift * has_image[:, None])
+
+
+def _visual_positions(num_visual: int, num_pairs: int, grid: bool, device: torch.device) -> Tensor:
+    """(V, rotary pairs): the position by which each pair of channels turns.
+
+    On a grid three quarters of the pairs turn alternately by row and column, the rest by a constant, half
+    the picture's side; on a line all turn by the index. Counted from the slot.
+    """
+    index = torch.arange(num_visual, device=device)
+    if not grid:
+        return SLOT + index[:, None].expand(num_visual, num_pairs)
+    side = _side(num_visual)
+    pair = torch.arange(num_pairs, device=device)
+    row_or_column = torch.where(pair % 2 == 0, (index // side)[:, None], (index % side)[:, None])
+    on_grid = pair < num_pairs - num_pairs // 4
+    return SLOT + torch.where(on_grid, row_or_column, side // 2)

@@ -1,0 +1,121 @@
+"""HIVE: the paper's figure 4 as a loop over LLM layers.
+
+Shapes: B samples, T text tokens, V visual tokens, D LLM width, N target tokens of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hive_scale.config import ModelConfig
+from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
+from hive_scale.model.projector import Projector
+from hive_scale.model.vision import PIXEL_STATISTICS, encoder_depths, feature_maps, group_ends, reached
+
+
+class Hive(nn.Module):
+    """A vision encoder and an LLM, joined at several depths.
+
+    `vision` (SiglipVisionModel or CLIPVisionModel) and `language` (a llama-shaped causal LM) are the Hugging
+    Face modules themselves, so parameters are called ``vision.<HF name>`` and ``language.<HF name>``; new are
+    ``projector.<i>.*`` and ``fusion.layers.<i>.*``, i counting the selected depths from shallow to deep.
+    """
+
+    vision: Any
+    language: Any
+    fusion: Fusion
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, vision: nn.Module, language: nn.Module, config: ModelConfig) -> None:
+        super().__init__()
+        self.vision = vision
+        self.language = language
+        num_layers, hosts = len(self.vision.encoder.layers), self.language.model.layers
+        if config.fusion == "concat":  # the baseline reads the penultimate depth, as LLaVA does
+            self.encoder_depths: Sequence[int] = (num_layers - 1,)
+        else:
+            self.encoder_depths = encoder_depths(num_layers, config.density, config.depths)
+        widths = self.vision.config.hidden_size, self.language.config.hidden_size
+        self.projector = nn.ModuleList(Projector(*widths) for _ in self.encoder_depths)
+        self.fusion = self._fusion(hosts, config)
+        mean, std = PIXEL_STATISTICS[self.vision.config.model_type]
+        self.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    def _fusion(self, hosts: Sequence[nn.Module], config: ModelConfig) -> Fusion:
+        if config.fusion == "concat":
+            return Concat()
+        if len(self.encoder_depths) > len(hosts):
+            raise ValueError(
+                f"{len(self.encoder_depths)} encoder depths cannot pair with {len(hosts)} LLM layers: "
+                f"lower model.density to at most {len(hosts) / len(self.vision.encoder.layers):.2g}"
+            )
+        depths = group_ends(len(hosts), len(self.encoder_depths))  # shallow to shallow, deep to deep
+        if config.fusion == "cross_attention":
+            return CrossAttention(hosts, depths, config)
+        return JointAttention(hosts, depths, config, self.language.model.rotary_emb.inv_freq)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        tokens: Tensor,
+        target_rows: Tensor,
+        target_ids: Tensor,
+        has_image: Tensor | None = None,
+    ) -> Tensor:
+        """Sum of the token losses (paper eq. 1), a float32 scalar, in nats.
+
+        Args: `pixels` uint8 (B, 3, H, W); `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
+        that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has a picture.
+        """
+        visual = self.see(pixels)
+        hidden = self.read(visual, tokens, has_image)
+        return self.token_loss(hidden.flatten(0, 1)[target_rows], target_ids).sum()
+
+    def see(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2)."""
+        normalised = (pixels_BCHW.float() - self.pixel_mean) / self.pixel_std
+        features = feature_maps(self.vision, normalised, self.encoder_depths)
+        return [project(feature) for project, feature in zip(self.projector, features, strict=True)]
+
+    def read(self, visual: Sequence[Tensor], tokens_BT: Tensor, has_image: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, D) of the text, before the final norm."""
+        text = self.language.model.embed_tokens(tokens_BT)
+        hidden, context = self.fusion.enter(text, visual, has_image)
+        rotary = self.language.model.rotary_emb(hidden, context.positions)
+        for depth, layer in enumerate(self.language.model.layers):
+            hidden, attention = self.fusion.fuse(depth, hidden, context)
+            hidden = layer(hidden, position_embeddings=rotary, **attention)
+        return self.fusion.leave(hidden, context)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., vocabulary): final norm and head."""
+        scores: Tensor = self.language.lm_head(self.language.model.norm(hidden))
+        return scores
+
+    def token_loss(self, rows_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+        """Cross-entropy of each target token, float32 (N,). Only rows that carry a target meet the head."""
+        return F.cross_entropy(self.logits(rows_ND).float(), target_ids_N, reduction="none")
+
+    def dormant(self) -> set[str]:
+        """Names of parameters that the forward never reads: encoder blocks above the deepest depth, its head."""
+        names = (name for name, _ in self.vision.named_parameters())
+        return {f"vision.{name}" for name in names if not reached(name, self.encoder_depths)}
+
+    def blocks(self) -> dict[str, list[nn.Module]]:
+        """The repeated modules by component: units of sharding, checkpointing and compilation.
+
+        Each is only ever called through its own forward. What lies outside them, tied embeddings and head
+        included, is small or shared, and makes one unit.
+        """
+        return {
+            "vision": list(self.vision.encoder.layers),
+            "fusion": [*self.projector, *self.fusion.layers],
+            "language": list(self.language.model.layers),
+        }

@@ -1,0 +1,23 @@
+"""phi of paper 3.2: from encoder width to LLM width, one per selected depth."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Projector(nn.Module):
+    """y = W_s LN(x) + W_2 gelu(W_1 LN(x)): 2-layer MLP with a residual, linear where the widths differ."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width_in)
+        self.up = nn.Linear(width_in, width_out)
+        self.activation = nn.GELU()
+        self.down = nn.Linear(width_out, width_out)
+        same = width_in == width_out
+        self.shortcut: nn.Module = nn.Identity() if same else nn.Linear(width_in, width_out, bias=False)
+
+    def forward(self, features_BVC: Tensor) -> Tensor:
+        normed = self.norm(features_BVC)
+        projected: Tensor = self.shortcut(normed) + self.down(self.activation(self.up(normed)))
+        return projected

@@ -1,0 +1,73 @@
+"""The trainable set as data: globs name parameters, whatever no group names is frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from hive_scale.config import GroupConfig, StageConfig
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share a learning rate and a weight decay, by name."""
+
+    name: str
+    parameters: tuple[str, ...]
+    lr: float  # peak
+    weight_decay: float  # as torch.optim.AdamW takes it: multiplied by the current learning rate
+
+
+def freeze(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:
+    """Set ``requires_grad`` on every parameter of `model`, and return the stage's parameter groups.
+
+    `dormant` parameters, which the forward never reads, stay frozen whatever names them. Of each group's
+    parameters, vectors (norms, biases, gates) are not decayed. Call it before the engine wraps the model, on
+    the meta device if you like; the groups hold names, since wrapping replaces the tensors.
+
+    Raises ValueError when a glob matches nothing, or a parameter falls into two groups.
+    """
+    parameters = dict(model.named_parameters())
+    owner: dict[str, str] = {}
+    for group_name, group in stage.groups.items():
+        for name in _matches(group_name, group, parameters):
+            if owner.setdefault(name, group_name) != group_name:
+                raise ValueError(f"groups {owner[name]} and {group_name} both name {name}: narrow one of their globs")
+    trained = {name: group for name, group in owner.items() if name not in dormant}
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in trained)
+    groups = []
+    for group_name, group in stage.groups.items():
+        names = [name for name in parameters if trained.get(name) == group_name]
+        vectors = {name for name in names if parameters[name].ndim < 2}
+        groups += [
+            ParamGroup(
+                group_name, tuple(name for name in names if name not in vectors), group.lr, _decay(stage, group)
+            ),
+            ParamGroup(f"{group_name}, vectors", tuple(name for name in names if name in vectors), group.lr, 0.0),
+        ]
+    # an empty group makes an optimizer fail
+    return [group for group in groups if group.parameters]
+
+
+def _matches(group_name: str, group: GroupConfig, names: Iterable[str]) -> list[str]:
+    found = []
+    for glob in group.parameters:
+        matched = [name for name in names if fnmatchcase(name, glob)]
+        if not matched:
+            roots = sorted({name.split(".")[0] + ".*" for name in names})
+            raise ValueError(
+                f"group {group_name}: the glob '{glob}' matches no parameter: names begin with {', '.join(roots)}"
+            )
+        found += matched
+    return found
+
+
+def _decay(stage: StageConfig, group: GroupConfig) -> float:
+    """Fully decoupled decay takes (lr_t / lr_max) lambda w off a weight w: torch's lr_t (lambda / lr_max) w."""
+    if stage.decoupled_decay and group.lr > 0:
+        return group.weight_decay / group.lr
+    return group.weight_decay
