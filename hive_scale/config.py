@@ -68,6 +68,7 @@ class DataConfig:
     max_tokens: int = 77  # captions are cut here, start and end included (paper, appendix 7)
     image: ImageMode = "resize"
     blank: bool = False  # feed blank pictures: the control that shows what the pictures add
+    window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
     workers: int = 0
     max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
@@ -75,6 +76,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
             raise ValueError(f"data.max_tokens={self.max_tokens} leaves no room for a caption: use 3 or more")
+        if self.window < 1:
+            raise ValueError(f"data.window={self.window} must be at least 1; 1 keeps the order inside shards")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,208 @@
+"""What is in a set of tars, found in one walk over their headers and kept in one file.
+
+The index holds each sample's key, the byte range of its picture, caption and record, the picture's size and the
+caption's length. So any sample is one seek away, batches can be balanced before anything is read, and samples
+that could never be used are listed as faults instead of met in the middle of a run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from rich.progress import track
+from safetensors.numpy import save_file
+
+from hive_scale.data.scan import Fault, ShardTable, scan_shard
+from hive_scale.data.shards import SAMPLE_DIR
+
+VERSION = 1
+LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A set of N samples. Arrays are read from the file as they are needed, and shared between processes."""
+
+    path: Path  # of the index file
+    shards: tuple[str, ...]
+    faults: tuple[Fault, ...]  # what is in the tars but not among the samples, and why
+    fingerprint: str  # of the samples: resuming on another set is noticed
+    arrays: dict[str, NDArray[Any]]
+
+    def __len__(self) -> int:
+        return len(self.caption_bytes)
+
+    @property
+    def shard_sizes(self) -> Ints:
+        """Samples in each shard: int64 (num_shards,)."""
+        return self.arrays["shard_sizes"]
+
+    @property
+    def caption_bytes(self) -> NDArray[np.int32]:
+        """Length of each caption in UTF-8 bytes: int32 (N,)."""
+        return self.arrays["caption_bytes"]
+
+    @property
+    def picture_sizes(self) -> NDArray[np.int32]:
+        """(width, height) of each picture in pixels: int32 (N, 2)."""
+        return self.arrays["picture_sizes"]
+
+    @property
+    def members(self) -> Ints:
+        """(start, length) in bytes of picture, caption and record in their shard: int64 (N, 3, 2)."""
+        return self.arrays["members"]
+
+    @cached_property
+    def _shard_ends(self) -> Ints:
+        return np.cumsum(self.shard_sizes)
+
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self._shard_ends, sample, side="right"))
+
+    def key(self, sample: int) -> str:
+        start = int(self.arrays["key_ends"][sample - 1]) if sample else 0
+        return self.arrays["keys"][start : int(self.arrays["key_ends"][sample])].tobytes().decode()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # workers that are not forked open the file again instead of being sent its content
+        return _load, (self.path, self.shards)
+
+
+def open_index(shards: Sequence[str]) -> Index:
+    """The index of `shards`, scanned if there is none yet or a shard's size or time has changed since.
+
+    It is kept beside the first shard, or in the user's cache directory where that cannot be written.
+    Processes that ask for the same index at once wait for the first one's scan. Raises ValueError when no
+    sample is usable.
+    """
+    path = _index_path(shards)
+    index = _load_fresh(path, shards)
+    if index is None:
+        with _locked(path.with_suffix(".lock")):
+            index = _load_fresh(path, shards)
+            if index is None:
+                _write(path, shards, _scan(shards))
+                index = _load(path, tuple(shards))
+    if not len(index):
+        reason = f": {index.faults[0].describe()}" if index.faults else ""
+        raise ValueError(f"no usable sample in {shards[0]} and {len(shards) - 1} more shards{reason}")
+    return index
+
+
+def _scan(shards: Sequence[str]) -> list[ShardTable]:
+    if sum(os.path.getsize(shard) for shard in shards) < LONG_WORK:
+        return [scan_shard(shard) for shard in shards]
+    # forked, since a script without a __main__ guard must be able to open a set
+    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+        return list(track(pool.map(scan_shard, shards), f"indexing {len(shards)} shards", total=len(shards)))
+
+
+def _index_path(shards: Sequence[str]) -> Path:
+    beside = Path(shards[0]).resolve().parent
+    # relative names, so that a set that moves keeps its index
+    names = [os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
+    name = f"{Path(shards[0]).stem}-{_short(json.dumps(names))}.index"
+    if beside != SAMPLE_DIR and os.access(beside, os.W_OK):
+        return beside / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hive_scale"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"{_short(str(beside))}-{name}"
+
+
+def _short(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _stamps(shards: Sequence[str]) -> list[list[int]]:
+    return [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, shards)]
+
+
+def _write(path: Path, shards: Sequence[str], tables: Sequence[ShardTable]) -> None:
+    """One safetensors file with the shards, their stamps, the faults and a checksum in its header."""
+    arrays = {
+        "shard_sizes": np.array([len(table) for table in tables], np.int64),
+        "members": np.concatenate([table.members for table in tables]),
+        "picture_sizes": np.concatenate([table.picture_sizes for table in tables]),
+        "caption_bytes": np.concatenate([table.caption_bytes for table in tables]),
+        "keys": np.frombuffer(b"".join(key.encode() for table in tables for key in table.keys), np.uint8),
+        "key_ends": np.cumsum([len(key.encode()) for table in tables for key in table.keys], dtype=np.int64),
+    }
+    metadata = {
+        "version": VERSION,
+        "stamps": _stamps(shards),
+        "faults": [asdict(fault) for table in tables for fault in table.faults],
+        "checksum": _checksum(arrays),
+    }
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(arrays, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+    temporary.replace(path)
+
+
+def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(arrays):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
+    return digest.hexdigest()
+
+
+def _load_fresh(path: Path, shards: Sequence[str]) -> Index | None:
+    """The index at `path` if it is there, whole, of this version and younger than its shards."""
+    try:
+        metadata = _header(path)[0]
+        if metadata.get("version") == VERSION and metadata["stamps"] == _stamps(shards):
+            return _load(path, tuple(shards))
+    except (OSError, ValueError, KeyError):
+        pass  # missing, of another making or damaged: made again
+    return None
+
+
+def _load(path: Path, shards: tuple[str, ...]) -> Index:
+    metadata, tensors, start = _header(path)
+    with path.open("rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    dtypes = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, entry in tensors.items():
+        shape = entry["shape"]
+        count = int(np.prod(shape))
+        if start + entry["data_offsets"][1] > len(buffer):
+            raise ValueError(f"index {path} is cut short: delete it")
+        flat = np.frombuffer(buffer, dtypes[entry["dtype"]], count, start + entry["data_offsets"][0])
+        arrays[name] = flat.reshape(shape)
+    if _checksum(arrays) != metadata["checksum"]:
+        raise ValueError(f"index {path} is damaged: delete it")
+    faults = tuple(Fault(**fault) for fault in metadata["faults"])
+    return Index(path, shards, faults, metadata["checksum"], arrays)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """(our metadata, safetensors' table of arrays, where their bytes start)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        table = json.loads(file.read(length))
+    metadata = {key: json.loads(value) for key, value in table.pop("__metadata__").items()}
+    return metadata, table, 8 + length

@@ -1,0 +1,141 @@
+"""From the bytes of a sample to tensors: the picture at the model's size, the caption as tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as vision
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+from hive_scale.batch import Sample
+from hive_scale.config import ImageMode, TokenizerConfig
+from hive_scale.data.scan import FORMATS
+
+GREY = 127  # of padding and of blank pictures: the middle of uint8, as in batch.collate
+MAX_ASPECT = 100
+
+
+class Tokenizer:
+    """Text to token ids and back; start is the beginning-of-text token, or the end token where there is none."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.pad_id: int = tokenizer.pad_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        bos_id = tokenizer.bos_token_id
+        self.start_id: int = self.eos_id if bos_id is None else bos_id
+        self.vocab_size: int = len(tokenizer)
+
+    def encode(self, text: str, max_tokens: int) -> list[int]:
+        """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return [self.start_id, *ids[: max_tokens - 2], self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer `config` names; code of a checkpoint is never run.
+
+    Raises ValueError if it cannot be loaded, or has no padding or end token.
+    """
+    if config.path == "bytes":
+        return Tokenizer(ByT5Tokenizer(extra_ids=0))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"data.tokenizer.path={config.path} cannot be loaded: {reason}") from None
+    if config.pad_token:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"data.tokenizer.pad_token={config.pad_token} is not in the vocabulary of {config.path}: name one of "
+                "its tokens, such as <unk>"
+            )
+        tokenizer.pad_token = config.pad_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer {config.path} has no padding token: set data.tokenizer.pad_token to one of its tokens, "
+            "such as <unk>"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {config.path} has no end token: use one whose eos_token is set")
+    return Tokenizer(tokenizer)
+
+
+def caption_sample(key: str, pixels: Tensor, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
+    """A picture with its caption: every token but the start is a target."""
+    tokens = tokenizer.encode(text, max_tokens)
+    return Sample(key, pixels, tokens, [False] + [True] * (len(tokens) - 1))
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises ValueError for a picture that would take too much memory, decoded or resized."""
+    if max(width, height) > MAX_ASPECT * min(width, height):  # its shorter side resized, the longer would explode
+        raise ValueError(f"the picture of {width} x {height} is more than {MAX_ASPECT} times as long as wide")
+    if width * height > max_pixels:
+        raise ValueError(f"the picture of {width} x {height} has more than data.max_pixels={max_pixels}")
+
+
+def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int) -> Tensor:
+    """Decode `data` to uint8 (3, image_size, image_size), resized (bicubic, antialiased) as the HF processors do.
+
+    `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds grey to the shorter side.
+    Transparency becomes white. Raises ValueError for what is not a whole JPEG, PNG or WebP of at most `max_pixels`.
+    """
+    pixels = decode(data, max_pixels)
+    if mode == "resize":
+        return _resize(pixels, [image_size, image_size])
+    if mode == "crop":
+        cropped: Tensor = vision.center_crop(_resize(pixels, [image_size]), [image_size, image_size])
+        return cropped
+    return _padded(pixels, image_size)
+
+
+def decode(data: bytes, max_pixels: int) -> Tensor:
+    """uint8 (3, H, W). Raises ValueError, before decoding if the picture is too large."""
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            check_size(*image.size, max_pixels)
+            pixels: Tensor = vision.pil_to_tensor(_on_white(image))
+            return pixels
+    except ValueError:
+        raise
+    except Exception as error:  # PIL's decoders raise what they like on broken input
+        raise ValueError(f"the picture cannot be decoded ({type(error).__name__}: {error})") from None
+
+
+def blank(image_size: int) -> Tensor:
+    """A picture that tells nothing: uint8 (3, image_size, image_size), all grey."""
+    return torch.full((3, image_size, image_size), GREY, dtype=torch.uint8)
+
+
+def _resize(pixels: Tensor, size: list[int]) -> Tensor:
+    resized: Tensor = vision.resize(pixels, size, InterpolationMode.BICUBIC, antialias=True)
+    return resized
+
+
+def _padded(pixels: Tensor, image_size: int) -> Tensor:
+    longest = max(pixels.shape[-2:])
+    height, width = (max(1, round(side * image_size / longest)) for side in pixels.shape[-2:])
+    left, top = (image_size - width) // 2, (image_size - height) // 2
+    square = blank(image_size)
+    square[:, top : top + height, left : left + width] = _resize(pixels, [height, width])
+    return square
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
