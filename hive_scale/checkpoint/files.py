@@ -1,0 +1,107 @@
+"""Bytes on disk: safetensors written as a stream, a fast checksum on the way, and syncing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+# Large pieces, since both the write and the checksum give up the GIL once per piece
+PIECE = 1 << 24
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+
+
+class Damaged(ValueError):
+    """What is on disk is not what was written; the message says what and where."""
+
+
+def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The head of a safetensors file whose data follow in the order of `tensors`, each (name, dtype, shape)."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + num_bytes(dtype, shape)
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begin aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def write_file(path: Path, header: bytes, tensors: Iterable[Tensor]) -> str:
+    """Write `header` and the tensors' bytes to a new file, down to the disk; returns the bytes' xxh3-128.
+
+    Only one tensor at a time is held. Raises OSError, leaving the cut file to the caller.
+    """
+    digest = xxhash.xxh3_128()
+    with open(path, "xb") as file:
+        for piece in _pieces(header, tensors):
+            file.write(piece)
+            digest.update(piece)
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to a new file, down to the disk."""
+    with open(path, "x") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_hash(path: Path) -> str:
+    """xxh3-128 of a file's bytes, in hex. It finds damage; it is no defence against a forger."""
+    digest = xxhash.xxh3_128()
+    for piece in read_pieces(path):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def read_pieces(path: Path, start: int = 0) -> Iterator[memoryview]:
+    """The file's bytes from `start` on; each piece is good until the next is asked for."""
+    buffer = memoryview(bytearray(min(PIECE, max(1, path.stat().st_size))))
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while size := file.readinto(buffer):
+            yield buffer[:size]
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and new files in `path` outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _pieces(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
+    yield memoryview(header)
+    for tensor in tensors:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for at in range(0, len(data), PIECE):
+            yield data[at : at + PIECE]

@@ -1,0 +1,211 @@
+"""What one stage leaves to the next: all weights under their plain names, in sealed safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directory, write_json
+from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
+from hive_scale.checkpoint.ranges import Shape, difference
+from hive_scale.checkpoint.seal import SEAL, Source, check_seal, unnamed_path, write_sealed
+from hive_scale.checkpoint.snapshot import Snapshot
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of one or several safetensors files by name, read from disk when asked for."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._files: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}  # of the (first) file
+        for path in files:
+            opened: Any = safe_open(path, framework="pt")  # memory-mapped
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+            self.metadata = self.metadata or dict(opened.metadata() or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return cast(Tensor, self._files[name].get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the first dimension; nothing else is read."""
+        return cast(Tensor, self._files[name].get_slice(name)[start:stop])
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def sources(self) -> dict[str, Source]:
+        """Every tensor unread, as `write_weights` takes them."""
+        dtypes = {name: DTYPES[file.get_slice(name).get_dtype()] for name, file in self._files.items()}
+        return {name: Source(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
+
+
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, Tensor | Source] | Iterable[tuple[str, Tensor | Source]],
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write named tensors to `path` (``*.safetensors``), or above `max_shard_bytes` to several files and an index.
+
+    Returns what was published last: `path`, or ``<path>.index.json``. Complete or absent: files get their names
+    when all their bytes are on disk, the index after all files. A tied tensor is written under its first name.
+    Sources are read one at a time. Raises OSError.
+    """
+    sources = _untied(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    shards = _shards(sources, max_shard_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index = _index_of(path)
+    if len(shards) == 1:
+        write_sealed(path, shards[0], metadata or {})
+        index.unlink(missing_ok=True)  # of another, larger model
+        sync_directory(path.parent)
+        return path
+    names = [f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    seals = {
+        name: write_sealed(path.with_name(name), shard, metadata or {})
+        for name, shard in zip(names, shards, strict=True)
+    }
+    total = sum(num_bytes(source.dtype, source.shape) for source in sources.values())
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    unnamed = unnamed_path(index)
+    write_json(unnamed, {"metadata": {"total_size": total, SEAL: seals}, "weight_map": weight_map})
+    unnamed.rename(index)
+    path.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return index
+
+
+def find_weights(path: Path) -> Path | None:
+    """`path` if it is there, else its index if it was written in shards, else None."""
+    return next((found for found in (path, _index_of(path)) if found.is_file()), None)
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
+
+    Raises FileNotFoundError, or Damaged if a seal does not hold; files without a seal are taken as they are.
+    """
+    if path.is_dir():
+        candidates = (path / "weights.safetensors", path / "model.safetensors")
+        path = next(filter(None, map(find_weights, candidates)), candidates[0])
+    found = find_weights(path)
+    if found is None:
+        raise FileNotFoundError(f"there are no weights at {path}")
+    if found.suffix != ".json":
+        check_seal(found, None)
+        return Weights([found])
+    index = json.loads(found.read_text())
+    seals = index["metadata"].get(SEAL, {})
+    names = sorted(set(index["weight_map"].values()))
+    for name in names:
+        check_seal(found.with_name(name), seals.get(name))
+    weights = Weights(found.with_name(name) for name in names)
+    if lost := sorted(index["weight_map"].keys() - weights.keys()):
+        raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
+    return weights
+
+
+def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> Path:
+    """The next stage's weights: those of the parent, and in place of the trained ones the checkpoint's masters.
+
+    One process does this; it holds one tensor at a time. Trained parameters become fp32, the others keep the
+    parent's dtype. Raises Damaged, or ValueError if the checkpoint trained what the parent does not have.
+    """
+    parent, snapshot = read_weights(parent_weights), Snapshot(checkpoint)
+    for name in snapshot.files:
+        if reason := snapshot.damage(name):
+            raise Damaged(f"{checkpoint} refused: {reason}")
+    trained = snapshot.masters()
+    if differs := difference(trained, {name: parent.shape(name) for name in parent if name in trained}):
+        raise ValueError(f"{checkpoint} was not trained from {parent_weights}: {differs}")
+    masters = {name: Source(torch.float32, shape, partial(snapshot.master, name)) for name, shape in trained.items()}
+    metadata = {"format": "pt", "step": str(snapshot.step)}
+    return write_weights(out, parent.sources() | masters, metadata, max_shard_bytes)
+
+
+def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Copy the weights at `path` into tensors of the same names, casting to their dtype and device.
+
+    A DTensor sharded on its first dimension reads the rows it owns. Raises ValueError naming what is missing,
+    unexpected or of another shape, before anything is changed; and as `read_weights` does.
+    """
+    weights = read_weights(path)
+    tensors = _first_of_tied(named_tensors)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if differs := difference({name: weights.shape(name) for name in weights}, wanted):
+        raise ValueError(f"{path} does not fit this model: {differs}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor):
+                _fill_shard(tensor, name, weights)
+            else:
+                tensor.copy_(weights[name])
+
+
+def _fill_shard(tensor: DTensor, name: str, weights: Weights) -> None:
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+    assert chunk.sizes[1:] == tensor.shape[1:], f"{name} is not sharded on its first dimension"
+    if chunk.sizes.numel():
+        start = chunk.offsets[0] if tensor.dim() else 0
+        rows = weights.rows(name, start, start + chunk.sizes[0]) if tensor.dim() else weights[name]
+        tensor.to_local().copy_(rows)
+
+
+def _untied(tensors: Iterable[tuple[str, Tensor | Source]]) -> dict[str, Source]:
+    live: list[tuple[str, Tensor]] = []
+    sources: dict[str, Source] = {}
+    for name, tensor in tensors:
+        if isinstance(tensor, Source):
+            sources[name] = tensor
+        else:
+            live.append((name, tensor))
+    for name, tensor in _first_of_tied(live).items():
+        sources[name] = Source(tensor.dtype, tuple(tensor.shape), partial(_same, tensor))
+    return sources
+
+
+def _first_of_tied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Without the second names of tensors that share their memory, as a state dict lists them."""
+    seen: dict[tuple[Any, ...], str] = {}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in named:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        place = (local.data_ptr(), tensor.shape) if local.numel() else name  # of empty ones all pointers are 0
+        if seen.setdefault(cast(Any, place), name) == name:
+            kept[name] = tensor
+    return kept
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _shards(sources: Mapping[str, Source], limit: int) -> list[dict[str, Source]]:
+    shards: list[dict[str, Source]] = [{}]
+    size = 0
+    for name, source in sources.items():
+        more = num_bytes(source.dtype, source.shape)
+        if shards[-1] and size + more > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = source
+        size += more
+    return shards
+
+
+def _index_of(path: Path) -> Path:
+    return path if path.suffix == ".json" else path.with_name(f"{path.name}.index.json")

@@ -1,0 +1,138 @@
+"""One step checkpoint on disk: what its manifest says, whether its files agree, and reading ranges of it.
+
+```
+step_00001200/rank_00000.safetensors    the ranges one rank wrote, each named <kind>/<parameter>@<offset>
+step_00001200/manifest.json             {"checksum", "content": {format, step, shapes, files, state}}, written last
+```
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hive_scale.checkpoint.files import Damaged, file_hash, write_json
+from hive_scale.checkpoint.ranges import Range, Shape, check_tiling
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def directory_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """The published checkpoints in `directory`, oldest first, sound or not."""
+    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def tensor_name(stored: Range) -> str:
+    """A rank may write several ranges of one tensor, so the offset is part of the name."""
+    return f"{stored.key}@{stored.offset}"
+
+
+def write_manifest(directory: Path, step: int, shapes: Mapping[str, Shape], files: Any, state: Any) -> None:
+    """`files` is {name: {"bytes", "xxh3_128", "ranges": [[key, offset, length], ...]}}."""
+    content = {"format": FORMAT, "step": step, "shapes": shapes, "files": files, "state": state}
+    write_json(directory / MANIFEST, {"checksum": _checksum(content), "content": content})
+
+
+class Snapshot:
+    """A published checkpoint, opened for reading; shapes are those of whole parameters."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Damaged if the manifest is missing, cut, altered, of another format or of another step."""
+        self.path = path
+        content = _read_manifest(path)
+        self.step: int = content["step"]
+        self.state: dict[str, Any] = content["state"]
+        self.shapes: dict[str, Shape] = {key: tuple(shape) for key, shape in content["shapes"].items()}
+        self.files: dict[str, dict[str, Any]] = content["files"]
+        self._stored: dict[str, list[tuple[Range, str]]] = {key: [] for key in self.shapes}
+        for name, file in self.files.items():
+            for stored in (Range(*row) for row in file["ranges"]):
+                self._stored[stored.key].append((stored, name))
+        check_tiling(self.shapes, (stored for found in self._stored.values() for stored, _ in found))
+        self._open: dict[str, Any] = {}
+
+    def damage(self, name: str) -> str:
+        """Why the file `name` cannot be trusted, or "". Reads all of it."""
+        path, file = self.path / name, self.files[name]
+        try:
+            size = path.stat().st_size
+            if size != file["bytes"]:
+                return f"{name} has {size} bytes instead of {file['bytes']}"
+            if file_hash(path) != file["xxh3_128"]:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return ""
+
+    def read(self, key: str, offset: int, out: Tensor) -> None:
+        """Fill the 1-D `out` with the elements of `key` from `offset` on. Raises Damaged if a file is not readable."""
+        for stored, name in self._stored[key]:
+            low = max(offset, stored.offset)
+            high = min(offset + out.numel(), stored.offset + stored.length)
+            if low < high:
+                found = self._slice(name, stored)[low - stored.offset : high - stored.offset]
+                with torch.no_grad():
+                    out[low - offset : high - offset].copy_(found)
+
+    def masters(self) -> dict[str, Shape]:
+        """{parameter name: shape} of the trained parameters."""
+        kind = "master/"
+        return {key.removeprefix(kind): shape for key, shape in self.shapes.items() if key.startswith(kind)}
+
+    def master(self, name: str) -> Tensor:
+        """The whole fp32 master weight of a parameter, in its shape."""
+        key = f"master/{name}"
+        out = torch.empty(prod(self.shapes[key]))
+        self.read(key, 0, out)
+        return out.view(self.shapes[key])
+
+    def _slice(self, name: str, stored: Range) -> Any:
+        try:
+            if name not in self._open:
+                self._open[name] = safe_open(self.path / name, framework="pt")  # memory-mapped
+            return self._open[name].get_slice(tensor_name(stored))
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{self.path / name}: {error}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        content = manifest["content"]
+        sound = manifest["checksum"] == _checksum(content)
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{MANIFEST} is not what was written: {error}") from error
+    if not sound:
+        raise Damaged(f"{MANIFEST} does not match its checksum")
+    if content["format"] != FORMAT:
+        raise Damaged(f"{MANIFEST} has format {content['format']}, this version reads format {FORMAT}")
+    if directory_name(content["step"]) != path.name:
+        raise Damaged(f"{MANIFEST} is that of {directory_name(content['step'])}")
+    if any(Path(name).name != name for name in content["files"]):
+        raise Damaged(f"{MANIFEST} names files outside the checkpoint")
+    return cast(dict[str, Any], content)
+
+
+def _checksum(content: Any) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))

@@ -1,0 +1,271 @@
+"""The step checkpoints of one stage: written while training goes on, published whole or not at all, verified.
+
+Every rank writes the ranges it owns to ``step_*.tmp``; the manifest with all checksums comes last, then one
+rename publishes the directory. Nothing else says which checkpoint is newest: `Store.latest` looks and verifies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hive_scale.checkpoint.files import Damaged, safetensors_header, sync_directory, write_file
+from hive_scale.checkpoint.ranges import Owned, Piece, difference, divide, key_of, owned, shapes_of
+from hive_scale.checkpoint.snapshot import (
+    Snapshot,
+    directory_name,
+    step_of,
+    steps_in,
+    tensor_name,
+    write_manifest,
+)
+from hive_scale.distributed import Fragment, World
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class WriteError(RuntimeError):
+    """A checkpoint could not be written; every rank gets the same message."""
+
+
+class Store:
+    """Every method is a collective: all ranks call it, and all return or all raise."""
+
+    def __init__(self, directory: Path, world: World, keep: int = 2, max_failures: int = 3) -> None:
+        """Of the written checkpoints the last `keep` stay; the `max_failures`-th failed write in a row is fatal."""
+        if keep < 1:
+            raise ValueError(f"keep={keep} would delete every checkpoint: keep at least 1")
+        self.directory, self.world, self.keep, self.max_failures = directory, world, keep, max_failures
+        # the writer thread talks on a group of its own: it must never meet a collective of the training
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._failures = 0
+        self._sound: set[Path] = set()  # written or verified here
+        self._refused: set[Path] = set()  # found damaged
+        self._layout: _Layout | None = None
+
+    def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], wait: bool = False) -> None:
+        """Write a checkpoint; returns when the fragments are copied, or with `wait` when they are on disk.
+
+        `state` is plain JSON and the same on all ranks (rank 0's is kept). A save that finds the last one
+        unfinished waits for it. A failed write is logged and the next save tries again; the `max_failures`-th
+        in a row raises WriteError here.
+        """
+        error = self._settle()
+        if error and self._failures >= self.max_failures:
+            raise WriteError(f"{self._failures} checkpoints in a row could not be written: {error}") from error
+        if self._path(step) in self._sound:
+            return
+        text = json.dumps(state)  # now, since the caller may change it while the writer is at work
+        self._stage(list(fragments))
+        self._pending = self._writer.submit(self._write, step, text)
+        if wait:
+            self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for the write under way; the newest sound checkpoint. Raises WriteError if that write failed."""
+        if error := self._settle():
+            raise error
+        return max(self._sound, key=step_of, default=None)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose every checksum agrees, or None where there is no checkpoint at all.
+
+        Damaged ones are refused and logged. Raises Damaged if all are: starting over must be a decision.
+        """
+        self._settle()
+        refusals = []
+        for path in reversed(self._gather(self._listing())[0]):
+            reason = self._damage(path)
+            if not reason:
+                self._sound.add(path)
+                return path
+            self._refused.add(path)
+            refusals.append(f"{path.name}: {reason}")
+            self._log(logging.WARNING, "checkpoint %s refused: %s", path, reason)
+        if refusals:
+            raise Damaged(
+                f"no checkpoint in {self.directory} is sound ({'; '.join(refusals)}): "
+                "restore one, or remove them all to start the stage over"
+            )
+        return None
+
+    def load(self, path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
+        """Fill the fragments' memory, on any number of ranks; returns the state that was saved.
+
+        Raises Damaged if a checksum disagrees, ValueError naming the parameters if it is another model's.
+        """
+        self._settle()
+        fragments = list(fragments)
+        if path not in self._sound and (reason := self._damage(path)):
+            raise Damaged(f"{path} refused: {reason}")
+        self._sound.add(path)
+        snapshot = Snapshot(path)
+        wanted = shapes_of(self._gather(owned(fragments)))
+        if differs := difference(snapshot.shapes, wanted):
+            raise ValueError(f"{path} holds another model's state: {differs}")
+        self._together(lambda: _read(snapshot, fragments))
+        return snapshot.state
+
+    # ------------------------------------------------------------------------------------------ on the caller's thread
+
+    def _stage(self, fragments: list[Fragment]) -> None:
+        """Copy this rank's share into the staging buffer; the first call agrees on who writes what."""
+        table = owned(fragments)
+        if self._layout is None:
+            self._layout = _Layout(table, self._gather(table), self.world)
+        elif self._layout.table != table:
+            raise RuntimeError("the ranges that this rank owns have changed since the stage's first checkpoint")
+        self._layout.fill(fragments)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)  # the copies are asynchronous
+
+    def _settle(self) -> WriteError | None:
+        """Wait for the write under way and count; returns why it failed."""
+        if self._pending is None:
+            return None
+        error = self._pending.exception()
+        self._pending = None
+        if error is None:
+            self._failures = 0
+            return None
+        self._failures += 1
+        return error if isinstance(error, WriteError) else WriteError(f"checkpoint not written: {error!r}")
+
+    def _damage(self, path: Path) -> str:
+        """Why `path` cannot be trusted, or ""; the ranks share the reading."""
+
+        def look() -> str:
+            try:
+                snapshot = Snapshot(path)
+            except ValueError as error:
+                return str(error)
+            names = sorted(snapshot.files)[self.world.rank :: self.world.size]
+            return next(filter(None, map(snapshot.damage, names)), "")
+
+        return next(filter(None, self._gather(look())), "")
+
+    def _listing(self) -> list[Path]:
+        for left in self.directory.glob("step_*.tmp"):
+            self._log(logging.WARNING, "checkpoint %s was never finished and is ignored", left)
+        return steps_in(self.directory)
+
+    # ------------------------------------------------------------------------------------------ on the writer's thread
+
+    def _write(self, step: int, state: str) -> None:
+        final = self._path(step)
+        partial = final.with_name(f"{final.name}.tmp")
+        try:
+            self._together(lambda: self._begin(partial))
+            files = self._together(lambda: self._write_share(partial))
+            self._together(lambda: self._publish(partial, final, step, dict(filter(None, files)), json.loads(state)))
+        except Exception as error:
+            self._log(logging.ERROR, "checkpoint of step %d not written: %s", step, error)
+            if self.world.is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+            raise
+        self._sound.add(final)
+
+    def _begin(self, partial: Path) -> None:
+        if not self.world.is_main:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.glob("step_*.tmp"):  # by a run that was killed
+            shutil.rmtree(left)
+        partial.mkdir()
+
+    def _write_share(self, partial: Path) -> tuple[str, dict[str, Any]] | None:
+        assert self._layout is not None
+        if not self._layout.pieces:
+            return None
+        name = f"rank_{self.world.rank:05d}.safetensors"
+        checksum = write_file(partial / name, self._layout.header, [self._layout.buffer])
+        return name, {
+            "bytes": (partial / name).stat().st_size,
+            "xxh3_128": checksum,
+            "ranges": [piece.range for piece in self._layout.pieces],
+        }
+
+    def _publish(self, partial: Path, final: Path, step: int, files: dict[str, Any], state: Any) -> None:
+        if not self.world.is_main:
+            return
+        assert self._layout is not None
+        write_manifest(partial, step, self._layout.shapes, files, state)
+        sync_directory(partial)
+        if final.exists():  # not sound, or `save` had returned
+            shutil.rmtree(final)
+        partial.rename(final)
+        sync_directory(self.directory)
+        self._prune(step)
+
+    def _prune(self, step: int) -> None:
+        """Keep the last `keep` up to `step`, of which the newest has just been written; damaged ones do not count."""
+        reached = [path for path in steps_in(self.directory) if step_of(path) <= step]
+        kept = [path for path in reached if path not in self._refused or step_of(path) == step][-self.keep :]
+        for path in reached:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted now is tried again next time
+
+    # ------------------------------------------------------------------------------------------ among the ranks
+
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Every rank's result, by rank. Raises WriteError on all ranks if the action failed on any."""
+        try:
+            outcome: tuple[Any, str] = (action(), "")
+        except Exception as error:
+            outcome = (None, f"rank {self.world.rank}: {error}")
+        outcomes = self._gather(outcome)
+        if failed := [message for _, message in outcomes if message]:
+            raise WriteError("; ".join(failed))
+        return [result for result, _ in outcomes]
+
+    def _gather(self, value: T) -> list[T]:
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _path(self, step: int) -> Path:
+        return self.directory / directory_name(step)
+
+    def _log(self, level: int, message: str, *values: object) -> None:
+        if self.world.is_main:
+            log.log(level, message, *values)
+
+
+def _read(snapshot: Snapshot, fragments: Iterable[Fragment]) -> None:
+    for fragment in fragments:
+        snapshot.read(key_of(fragment), fragment.offset, fragment.data)
+
+
+class _Layout:
+    """Who writes what, which stays the same for a stage, and the buffer for this rank's share of it."""
+
+    def __init__(self, table: list[Owned], tables: list[list[Owned]], world: World) -> None:
+        self.table = table
+        self.shapes = shapes_of(tables)
+        self.pieces: list[Piece] = divide(tables, world.rank)
+        self.header = safetensors_header(
+            ((tensor_name(piece.range), torch.float32, (piece.range.length,)) for piece in self.pieces), {}
+        )
+        total = sum(piece.range.length for piece in self.pieces)
+        # pinned, so that copies from a GPU overlap; kept, so that only the first save allocates
+        self.buffer = torch.empty(total, pin_memory=world.device.type == "cuda")
+
+    def fill(self, fragments: list[Fragment]) -> None:
+        parts = torch.split(self.buffer, [piece.range.length for piece in self.pieces])
+        with torch.no_grad():
+            for part, piece in zip(parts, self.pieces, strict=True):
+                source = fragments[piece.source].data
+                part.copy_(source[piece.start : piece.start + piece.range.length], non_blocking=True)
