@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from hive_scale.batch import Batch
-from hive_scale.distributed import Fragment
+from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.distributed import Fragment, World
+from hive_scale.stage import ParamGroup
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,18 @@ class Engine(Protocol):
     def refresh(self, num_steps: int) -> None:
         """After the fragments were overwritten: renew compute copies, set the optimizer's step count."""
         ...
+
+
+def open_engine(
+    model: Any,
+    groups: Sequence[ParamGroup],
+    stage: StageConfig,
+    config: EngineConfig,
+    world: World,
+    weights: Mapping[str, Tensor],
+) -> Engine:
+    """Shard `model` (parameters on the meta device, ``requires_grad`` set) as `config` asks; fill it from `weights`."""
+    # imported here: each engine brings its framework, and native itself imports this module
+    from hive_scale.engine.native import NativeEngine
+
+    return NativeEngine(model, groups, stage, config, world, weights)
