@@ -75,6 +75,9 @@ class Index:
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self._shard_ends, sample, side="right"))
 
+    def shard(self, sample: int) -> str:
+        return self.shards[self.shard_of(sample)]
+
     def key(self, sample: int) -> str:
         start = int(self.arrays["key_ends"][sample - 1]) if sample else 0
         return self.arrays["keys"][start : int(self.arrays["key_ends"][sample])].tobytes().decode()
@@ -165,7 +168,7 @@ def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(arrays):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data.cast("B"))
+        digest.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -175,7 +178,7 @@ def _load_fresh(path: Path, shards: Sequence[str]) -> Index | None:
         metadata = _header(path)[0]
         if metadata.get("version") == VERSION and metadata["stamps"] == _stamps(shards):
             return _load(path, tuple(shards))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, OverflowError):
         pass  # missing, of another making or damaged: made again
     return None
 

@@ -7,13 +7,15 @@ processes if there are any. A broken sample is skipped and named, and its slot f
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import DataConfig
@@ -110,28 +112,31 @@ class Loader:
             start += global_batch
 
     def _load(self, slots: Iterable[Slots], order: Order | None) -> Iterator[Batch]:
-        batches = DataLoader(
-            _Batches(self, order),
+        batches = _Batches(self, order)
+        loader = DataLoader(
+            batches,
             batch_size=None,
             sampler=slots,
             num_workers=self.config.workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that loading does not move the model's random numbers
         )
-        for loaded in batches:
+        for loaded in batches.watch(loader):
             self._ledger.add(loaded.bad)
+            if loaded.batch is None:
+                raise ValueError(f"no sample near {loaded.bad[0].describe()} can be used: repair the shards")
             yield loaded.batch
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a worker sends: a batch, and the samples it could not use."""
+    """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used."""
 
-    batch: Batch
+    batch: Batch | None
     bad: list[Fault]
 
     def pin_memory(self) -> _Loaded:
-        return _Loaded(self.batch.pin(), self.bad)
+        return _Loaded(self.batch and self.batch.pin(), self.bad)
 
 
 class _Batches(Dataset[_Loaded]):
@@ -140,10 +145,25 @@ class _Batches(Dataset[_Loaded]):
     def __init__(self, loader: Loader, order: Order | None) -> None:
         self.loader = loader
         self.order = order
+        # (process, sample) that each worker is at, in shared memory: what is left of one that dies
+        self.reading = torch.zeros(max(1, loader.config.workers), 2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+
+    def watch(self, loaded: Iterable[_Loaded]) -> Iterator[_Loaded]:
+        """`loaded` by workers, whose sudden death (out of memory, a crashing decoder) is told with its sample."""
+        try:
+            yield from loaded
+        except RuntimeError as error:
+            for process, sample in self.reading.tolist():
+                if process and str(process) in str(error):
+                    where = f"{self.loader.index.key(sample)} of {self.loader.index.shard(sample)}"
+                    raise RuntimeError(f"data worker {process} died while reading {where} ({error})") from None
+            raise
 
     def __getitem__(self, slots: Slots) -> _Loaded:
         bad: list[Fault] = []
         samples = [sample for slot in slots if (sample := self._fill(slot, bad)) is not None]
+        if self.order is not None and len(samples) < len(slots):
+            return _Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
         tokenizer = self.loader.tokenizer
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
@@ -151,17 +171,13 @@ class _Batches(Dataset[_Loaded]):
 
     def _fill(self, slot: tuple[int, int], bad: list[Fault]) -> Sample | None:
         position, first = slot
-        if (sample := self._try(first, bad)) is not None or self.order is None:
-            return sample
-        for other in self.order.substitutes(position):
-            if (sample := self._try(other, bad)) is not None:
-                return sample
-        raise ValueError(f"no sample near {self.loader.index.key(first)} can be read: repair the shards")
-
-    def _try(self, i: int, bad: list[Fault]) -> Sample | None:
-        try:
-            return self.loader.sample(i)
-        except (OSError, ValueError) as error:
-            index = self.loader.index
-            bad.append(Fault(index.shards[index.shard_of(i)], index.key(i), str(error)))
-            return None
+        substitutes = self.order.substitutes(position) if self.order else ()
+        worker = get_worker_info()
+        for i in chain([first], substitutes):
+            if worker is not None:
+                self.reading[worker.id] = torch.tensor([os.getpid(), i])
+            try:
+                return self.loader.sample(i)
+            except (OSError, ValueError) as error:
+                bad.append(Fault(self.loader.index.shard(i), self.loader.index.key(i), str(error)))
+        return None

@@ -52,7 +52,7 @@ class Order:
         epoch, within = divmod(position, self.num_samples)
         window, first = divmod(within, self.window)
         others = np.delete(self._shuffled(epoch, window), first)
-        yield from _random(self.seed, epoch, window, first).permutation(others).tolist()
+        yield from others[_shuffle(len(others), self.seed, epoch, window, first)].tolist()
 
     def _shuffled(self, epoch: int, window: int) -> Ints:
         if self._window[:2] != (epoch, window):
@@ -61,13 +61,13 @@ class Order:
             places = np.arange(low, min(low + self.window, self.num_samples))
             slots = np.searchsorted(ends, places, side="right")
             ids = self._starts[shards[slots]] + places - (ends[slots] - self.sizes[shards[slots]])
-            self._window = (epoch, window, _random(self.seed, epoch, window).permutation(ids))
+            self._window = (epoch, window, ids[_shuffle(len(ids), self.seed, epoch, window)])
         return self._window[2]
 
     def _shards(self, epoch: int) -> tuple[Ints, Ints]:
         """(shards in this epoch's order, where each ends in the epoch's unshuffled stream)."""
         if self._epoch[0] != epoch:
-            shards = _random(self.seed, epoch).permutation(len(self.sizes))
+            shards = _shuffle(len(self.sizes), self.seed, epoch)
             self._epoch = (epoch, shards, np.cumsum(self.sizes[shards]))
         return self._epoch[1:]
 
@@ -98,5 +98,10 @@ def cut(lengths: ArrayLike, batch_size: int) -> list[Ints]:
     return np.array_split(by_length, max(1, -(-len(by_length) // batch_size)))
 
 
-def _random(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+def _shuffle(count: int, *key: int) -> Ints:
+    """The numbers below `count` in an order that `key` decides, in this version of numpy and the next.
+
+    numpy promises the raw bits of its generators for good, but not what `Generator.permutation` makes of them.
+    """
+    bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
+    return np.argsort(bits, kind="stable")

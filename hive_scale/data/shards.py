@@ -10,7 +10,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-SAMPLE_DIR = Path(__file__).parent / "sample"  # the tars that ship with the package
+SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
 
 
 def expand(patterns: Sequence[str]) -> list[str]:

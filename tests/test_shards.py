@@ -1,0 +1,62 @@
+"""Why: a set named wrongly must fail at once with the remedy, and no name may run a command."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from hive_scale.data.shards import ShardReader, expand
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    for s in range(3):
+        (tmp_path / f"a-{s:04d}.tar").write_bytes(bytes([s]) * 10)
+    return tmp_path
+
+
+def test_paths_ranges_and_globs_name_shards_in_order(directory: Path) -> None:
+    names = [f"{directory}/a-{s:04d}.tar" for s in range(3)]
+    assert expand([f"{directory}/a-{{0000..0002}}.tar"]) == names
+    assert expand([f"{directory}/a-*.tar"]) == names
+    assert expand([names[2], names[0]]) == [names[2], names[0]]
+    assert expand([f"{directory}/a-{{0002,0001}}.tar"]) == [names[2], names[1]]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("a-{0001..0004}.tar", r"a-0003\.tar of .*a-\{0001\.\.0004\}\.tar.* is missing"),
+        ("b-*.tar", r"no shard matches .*b-\*\.tar"),
+        ("a-{0000,0000}.tar", "named twice"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_pattern(directory: Path, pattern: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        expand([f"{directory}/{pattern}"])
+
+
+@pytest.mark.parametrize("pattern", ["pipe:touch {}/ran", "pipe: touch {}/ran", "sample:none", "ftp://{}/x.tar"])
+def test_names_that_are_no_files_are_refused_unused(directory: Path, pattern: str) -> None:
+    with pytest.raises(ValueError, match=r"pipe|sample:train|not a"):
+        expand([pattern.format(directory)])
+    assert not (directory / "ran").exists()
+
+
+def test_no_shards_at_all_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"data\.train"):
+        expand([])
+
+
+def test_reads_ranges_with_few_files_open(directory: Path) -> None:
+    reader = ShardReader(expand([f"{directory}/a-*.tar"]), max_open=2)
+    for s in (0, 1, 2, 0, 2, 1, 1):
+        assert reader.read(s, 3, 4) == bytes([s]) * 4
+        assert len(reader._open) <= 2
+    with pytest.raises(OSError, match="ends at 10 of 12"):
+        reader.read(1, 8, 4)
+    assert pickle.loads(pickle.dumps(reader)).read(2, 0, 1) == b"\x02"
+    reader.close()
+    assert not reader._open

@@ -1,0 +1,152 @@
+"""Why: pixels must be those of the model's own processor, and hostile or odd bytes must not stop or swamp a run."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tars import picture_bytes
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
+
+from hive_scale.config import TokenizerConfig
+from hive_scale.data.transform import caption_sample, decode, open_tokenizer, picture
+
+MANY = 10**8
+SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97)]
+
+
+@pytest.mark.parametrize("width_height", SIZES)
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_pixels_equal_the_processors(width_height: tuple[int, int], format: str) -> None:
+    data = picture_bytes(*width_height, format=format)
+    image = Image.open(BytesIO(data))
+    raw = {"do_rescale": False, "do_normalize": False, "resample": 3}
+    siglip = SiglipImageProcessor(size={"height": 32, "width": 32}, **raw)
+    clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **raw)
+    for mode, processor in (("resize", siglip), ("crop", clip)):
+        expected = processor(image, return_tensors="pt").pixel_values[0]
+        assert torch.equal(picture(data, 32, mode, MANY), expected)
+
+
+def test_padding_is_grey_and_keeps_the_shape_inside() -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
+    pixels = picture(buffer.getvalue(), 16, "pad", MANY)
+    assert (pixels[:, :4] == 127).all()
+    assert (pixels[:, 12:] == 127).all()
+    assert (pixels[0, 4:12] == 255).all()
+    assert (pixels[1:, 4:12] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("1", "PNG"), ("I;16", "PNG")]
+)
+def test_other_colour_modes_become_three_channels(mode: str, format: str) -> None:
+    image = Image.new("I;16", (8, 8)) if mode == "I;16" else Image.new("RGB", (8, 8), "white").convert(mode)
+    buffer = BytesIO()
+    image.save(buffer, format)
+    assert decode(buffer.getvalue(), MANY).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_transparency_is_laid_on_white(format: str) -> None:
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))  # black, wholly transparent: converting alone would give black
+    buffer = BytesIO()
+    image.save(buffer, format, lossless=True, exact=True)
+    assert (decode(buffer.getvalue(), MANY) == 255).all()
+    palette = Image.new("P", (8, 8))
+    palette.info["transparency"] = 0
+    buffer = BytesIO()
+    palette.save(buffer, "PNG")
+    assert (decode(buffer.getvalue(), MANY) == 255).all()
+
+
+def _claims(width: int, height: int) -> bytes:
+    """A small PNG whose header claims any size."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    end = b"\0\0\0\0IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + end
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (_claims(9_000, 9_000), r"max_pixels=50000000"),
+        (_claims(60_000, 2), "times as long"),
+        (picture_bytes()[:-60], "cannot be decoded"),
+        (picture_bytes(format="PNG")[:-60], "cannot be decoded"),
+        (picture_bytes(format="GIF"), "cannot be decoded"),
+        (b"", "cannot be decoded"),
+        (b"\xff\xd8\xff", "cannot be decoded"),
+    ],
+)
+def test_what_cannot_be_used_is_a_value_error_of_one_line(data: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        picture(data, 16, "resize", 50_000_000)
+    assert "\n" not in str(error.value)
+
+
+def test_random_damage_never_escapes_as_another_error() -> None:
+    rng = np.random.default_rng(0)
+    for format in ("JPEG", "PNG", "WEBP"):
+        whole = bytearray(picture_bytes(format=format))
+        for _ in range(60):
+            data = bytearray(whole)
+            for at in rng.integers(0, len(data), 4):
+                data[at] = rng.integers(256)
+            with suppress(ValueError):
+                assert picture(bytes(data), 16, "pad", 10**6).shape == (3, 16, 16)
+
+
+def test_bytes_tokenizer_round_trips_and_cuts() -> None:
+    tokenizer = open_tokenizer(TokenizerConfig())
+    ids = tokenizer.encode("a café", 77)
+    assert ids[0] == tokenizer.start_id
+    assert ids[-1] == tokenizer.eos_id
+    assert tokenizer.decode(ids) == "a café"
+    assert len(ids) == 2 + len("a café".encode())
+    assert max(ids) < tokenizer.vocab_size
+    cut = tokenizer.encode("x" * 200, 77)
+    assert len(cut) == 77
+    assert cut[-1] == tokenizer.eos_id
+    sample = caption_sample("k", torch.zeros(3, 2, 2), "abc", tokenizer, 77)
+    assert sample.is_target == [False, True, True, True, True]
+
+
+def _saved(directory: Path, **special: str) -> str:
+    words = ["<unk>", "</s>", "<s>", "horse", "rider"]
+    raw = RawTokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", **special).save_pretrained(directory)
+    return str(directory)
+
+
+def test_a_saved_tokenizer_starts_with_bos_or_else_eos(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "bos", bos_token="<s>", eos_token="</s>")
+    tokenizer = open_tokenizer(TokenizerConfig(path, pad_token="<unk>"))
+    assert tokenizer.encode("horse rider", 77) == [2, 3, 4, 1]
+    assert tokenizer.encode("horse rider", 3) == [2, 3, 1]
+    assert tokenizer.decode([2, 3, 4, 1]) == "horse rider"
+    assert (tokenizer.pad_id, tokenizer.vocab_size) == (0, 5)
+    path = _saved(tmp_path / "eos", eos_token="</s>", pad_token="</s>")
+    assert open_tokenizer(TokenizerConfig(path)).encode("horse", 77) == [1, 3, 1]
+
+
+def test_a_tokenizer_that_will_not_do_names_the_remedy(tmp_path: Path) -> None:
+    path = _saved(tmp_path / "bare", bos_token="<s>", eos_token="</s>")
+    with pytest.raises(ValueError, match=r"no padding token: set data\.tokenizer\.pad_token"):
+        open_tokenizer(TokenizerConfig(path))
+    with pytest.raises(ValueError, match="<pad> is not in the vocabulary"):
+        open_tokenizer(TokenizerConfig(path, pad_token="<pad>"))
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path=.*nowhere cannot be loaded"):
+        open_tokenizer(TokenizerConfig(str(tmp_path / "nowhere")))
