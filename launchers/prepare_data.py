@@ -9,11 +9,11 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
-    from hive_scale.data.sources.pictures import Jpeg
     from hive_scale.data.sources.records import Record
 
 Subparsers = Any  # argparse gives its type no public name
@@ -63,12 +63,13 @@ def run_emoji(arguments: argparse.Namespace) -> None:
     from hive_scale.data.sources import emoji, notices
 
     styles = list(emoji.STYLES) if arguments.styles == "all" else ["noto"]
-    with _waiting("fetching and reading the emoji packages"):
+
+    def load() -> list[Record]:
         if arguments.styles == "sample":
-            records = emoji.sample(arguments.cache)
-        else:
-            records = emoji.records(styles, arguments.cache)
-    _write(records, arguments, notices.emoji(styles))
+            return emoji.sample(arguments.cache)
+        return emoji.records(styles, arguments.cache)
+
+    _make(arguments, load, notices.emoji(styles))
 
 
 def add_tuxpaint(subparsers: Subparsers) -> None:
@@ -79,9 +80,7 @@ def add_tuxpaint(subparsers: Subparsers) -> None:
 def run_tuxpaint(arguments: argparse.Namespace) -> None:
     from hive_scale.data.sources import notices, tuxpaint
 
-    with _waiting("fetching and reading the stamps (161 MB)"):
-        records = tuxpaint.records(arguments.cache)
-    _write(records, arguments, notices.TUXPAINT)
+    _make(arguments, lambda: tuxpaint.records(arguments.cache), notices.TUXPAINT)
 
 
 def add_smollm2(subparsers: Subparsers) -> None:
@@ -122,24 +121,22 @@ def _add_picture_arguments(parser: argparse.ArgumentParser, size: int) -> None:
     parser.add_argument("--shard-size", type=int, default=500, help="samples per tar (%(default)s)")
 
 
-def _write(records: list[Record], arguments: argparse.Namespace, notice: str) -> None:
+def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notice: str) -> None:
+    """Load records, write them as shards with `notice` beside them, and say what came out."""
     from rich.progress import Progress
 
     from hive_scale.data.sources.pictures import Jpeg
-    from hive_scale.data.sources.records import write
+    from hive_scale.data.sources.records import shards_in, write
 
-    recipe: Jpeg = Jpeg(arguments.size, arguments.quality)
+    recipe = Jpeg(arguments.size, arguments.quality)
+    shards_in(arguments.output, arguments.overwrite)  # refused before anything is downloaded
     start = time.monotonic()
+    with _waiting(f"fetching and reading {arguments.source}"):
+        records = load()
     with Progress() as progress:
         task = progress.add_task("writing", total=len(records))
-        summary = write(
-            records,
-            arguments.output,
-            recipe,
-            arguments.shard_size,
-            arguments.overwrite,
-            lambda: progress.advance(task),
-        )
+        step = partial(progress.advance, task)
+        summary = write(records, arguments.output, recipe, arguments.shard_size, arguments.overwrite, step)
     (arguments.output / "NOTICE").write_text(notice, encoding="utf-8")
     for split, samples in summary.samples.items():
         print(f"{split}: {samples} samples, {summary.num_bytes[split] / 1e6:.2f} MB")

@@ -118,7 +118,8 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
 
 def _download_command(package: Package) -> list[str]:
     if package.registry == "npm":
-        return ["npm", "pack", "--ignore-scripts", f"{package.name}@{package.version}"]
+        patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=2000"]  # npm's own is over a minute
+        return ["npm", "pack", "--ignore-scripts", *patience, f"{package.name}@{package.version}"]
     if package.registry == "debian":
         return ["apt-get", "download", package.name]
     wheel_only = ["--no-deps", "--only-binary", ":all:"]  # a source archive would run code

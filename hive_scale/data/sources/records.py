@@ -52,14 +52,13 @@ def write(
     Samples lie in an order that looks random but depends on their keys alone. A picture that cannot be used is
     skipped and named. `advance` is called once a record. Raises ValueError if `output` holds shards already.
     """
-    old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
-    if old and not overwrite:
-        raise ValueError(f"{output} holds shards already: choose another --output, or say --overwrite")
+    old = shards_in(output, overwrite)
     if shard_size < 1:
         raise ValueError(f"shard size {shard_size} must be at least 1")
     output.mkdir(parents=True, exist_ok=True)
     summary = Summary()
     ordered = sorted(records, key=lambda record: (fraction(record.key), record.key))
+    assert len({record.key for record in ordered}) == len(ordered), "a key twice in one set"
     new = []
     for split in SPLITS:
         samples = _samples((r for r in ordered if split_of(r.concept) == split), recipe, summary, advance)
@@ -71,6 +70,14 @@ def write(
     for path in set(old) - set(new):
         path.unlink()
     return summary
+
+
+def shards_in(output: Path, overwrite: bool) -> list[Path]:
+    """The shards that `write` would replace. Raises ValueError if there are any and `overwrite` is not set."""
+    old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
+    if old and not overwrite:
+        raise ValueError(f"{output} holds shards already: choose another --output, or say --overwrite")
+    return old
 
 
 def _samples(
