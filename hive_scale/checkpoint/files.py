@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import xxhash
@@ -51,16 +51,17 @@ def num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def write_file(path: Path, header: bytes, tensors: Iterable[Tensor]) -> str:
-    """Write `header` and the tensors' bytes to a new file, down to the disk; returns the bytes' xxh3-128.
+def write_file(path: Path, header: bytes, reads: Iterable[Callable[[], Tensor]]) -> str:
+    """Write `header` and the bytes of what `reads` return to a new file, down to the disk; returns the xxh3-128.
 
     Only one tensor at a time is held. Raises OSError, leaving the cut file to the caller.
     """
-    digest = xxhash.xxh3_128()
+    digest = xxhash.xxh3_128(header)
     with open(path, "xb") as file:
-        for piece in _pieces(header, tensors):
-            file.write(piece)
-            digest.update(piece)
+        file.write(header)
+        for read in reads:
+            _append(file, digest, read())
+        file.flush()
         os.fsync(file.fileno())
     return digest.hexdigest()
 
@@ -99,9 +100,9 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _pieces(header: bytes, tensors: Iterable[Tensor]) -> Iterator[memoryview]:
-    yield memoryview(header)
-    for tensor in tensors:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for at in range(0, len(data), PIECE):
-            yield data[at : at + PIECE]
+def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    for at in range(0, len(data), PIECE):
+        piece = data[at : at + PIECE]
+        file.write(piece)
+        digest.update(piece)

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directory, write_json
 from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
@@ -39,10 +38,6 @@ class Weights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the first dimension; nothing else is read."""
-        return cast(Tensor, self._files[name].get_slice(name)[start:stop])
 
     def shape(self, name: str) -> Shape:
         return tuple(self._files[name].get_slice(name).get_shape())
@@ -108,13 +103,16 @@ def read_weights(path: Path) -> Weights:
     if found.suffix != ".json":
         check_seal(found, None)
         return Weights([found])
-    index = json.loads(found.read_text())
-    seals = index["metadata"].get(SEAL, {})
-    names = sorted(set(index["weight_map"].values()))
+    try:
+        index = json.loads(found.read_text())
+        weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
+    except (ValueError, KeyError) as error:
+        raise Damaged(f"{found} is not what was written: {error}") from error
+    names = sorted(set(weight_map.values()))
     for name in names:
         check_seal(found.with_name(name), seals.get(name))
     weights = Weights(found.with_name(name) for name in names)
-    if lost := sorted(index["weight_map"].keys() - weights.keys()):
+    if lost := sorted(weight_map.keys() - weights.keys()):
         raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
     return weights
 
@@ -140,8 +138,8 @@ def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_b
 def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
     """Copy the weights at `path` into tensors of the same names, casting to their dtype and device.
 
-    A DTensor sharded on its first dimension reads the rows it owns. Raises ValueError naming what is missing,
-    unexpected or of another shape, before anything is changed; and as `read_weights` does.
+    Raises ValueError naming what is missing, unexpected or of another shape, before anything is changed; and
+    as `read_weights` does.
     """
     weights = read_weights(path)
     tensors = _first_of_tied(named_tensors)
@@ -150,19 +148,7 @@ def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
         raise ValueError(f"{path} does not fit this model: {differs}")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if isinstance(tensor, DTensor):
-                _fill_shard(tensor, name, weights)
-            else:
-                tensor.copy_(weights[name])
-
-
-def _fill_shard(tensor: DTensor, name: str, weights: Weights) -> None:
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    assert chunk.sizes[1:] == tensor.shape[1:], f"{name} is not sharded on its first dimension"
-    if chunk.sizes.numel():
-        start = chunk.offsets[0] if tensor.dim() else 0
-        rows = weights.rows(name, start, start + chunk.sizes[0]) if tensor.dim() else weights[name]
-        tensor.to_local().copy_(rows)
+            tensor.copy_(weights[name])
 
 
 def _untied(tensors: Iterable[tuple[str, Tensor | Source]]) -> dict[str, Source]:
@@ -183,8 +169,7 @@ def _first_of_tied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     seen: dict[tuple[Any, ...], str] = {}
     kept: dict[str, Tensor] = {}
     for name, tensor in named:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        place = (local.data_ptr(), tensor.shape) if local.numel() else name  # of empty ones all pointers are 0
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name  # of empty ones all pointers are 0
         if seen.setdefault(cast(Any, place), name) == name:
             kept[name] = tensor
     return kept

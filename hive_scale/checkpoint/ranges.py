@@ -95,13 +95,17 @@ def check_tiling(shapes: Mapping[str, Shape], ranges: Iterable[Range]) -> None:
 def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
     """How two sets of named shapes differ, in words; empty if they do not."""
     both = stored.keys() & wanted.keys()
-    others = {k: f"{k} {stored[k]} instead of {wanted[k]}" for k in both if stored[k] != wanted[k]}
-    kinds = {
-        "missing": {k: k for k in wanted.keys() - stored.keys()},
-        "unexpected": {k: k for k in stored.keys() - wanted.keys()},
-        "of another shape": others,
+    findings = {
+        "missing": wanted.keys() - stored.keys(),
+        "unexpected": stored.keys() - wanted.keys(),
+        "of another shape": {f"{k} {stored[k]} instead of {wanted[k]}" for k in both if stored[k] != wanted[k]},
     }
-    return "; ".join(f"{kind}: {_some(sorted(names.values()))}" for kind, names in kinds.items() if names)
+    return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in findings.items() if names)
+
+
+def by_parameter(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """{parameter: shape} of {kind/parameter: shape}."""
+    return {key.split("/", 1)[1]: shape for key, shape in shapes.items()}
 
 
 def _share(ranges: Sequence[Range], index: int, num: int) -> Iterable[tuple[Range, Range]]:

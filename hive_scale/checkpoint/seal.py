@@ -38,7 +38,7 @@ def write_sealed(path: Path, sources: Mapping[str, Source], metadata: Mapping[st
     specs = [(name, source.dtype, source.shape) for name, source in ordered]
     header = safetensors_header(specs, {**metadata, SEAL: _BLANK})
     unnamed = unnamed_path(path)
-    seal = write_file(unnamed, header, (source.read() for _, source in ordered))
+    seal = write_file(unnamed, header, (source.read for _, source in ordered))
     with open(unnamed, "r+b") as file:
         file.seek(header.index(_seal_field(_BLANK)))
         file.write(_seal_field(seal))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from hive_scale.checkpoint.files import Damaged, safetensors_header, sync_directory, write_file
-from hive_scale.checkpoint.ranges import Owned, Piece, difference, divide, key_of, owned, shapes_of
+from hive_scale.checkpoint.ranges import Owned, Piece, by_parameter, difference, divide, key_of, owned, shapes_of
 from hive_scale.checkpoint.snapshot import (
     Snapshot,
     directory_name,
@@ -112,7 +112,9 @@ class Store:
         self._sound.add(path)
         snapshot = Snapshot(path)
         wanted = shapes_of(self._gather(owned(fragments)))
-        if differs := difference(snapshot.shapes, wanted):
+        # first by parameter, since three kinds of each would bury the message
+        differs = difference(by_parameter(snapshot.shapes), by_parameter(wanted)) or difference(snapshot.shapes, wanted)
+        if differs:
             raise ValueError(f"{path} holds another model's state: {differs}")
         self._together(lambda: _read(snapshot, fragments))
         return snapshot.state
@@ -185,15 +187,16 @@ class Store:
         partial.mkdir()
 
     def _write_share(self, partial: Path) -> tuple[str, dict[str, Any]] | None:
-        assert self._layout is not None
-        if not self._layout.pieces:
+        layout = self._layout
+        assert layout is not None
+        if not layout.pieces:
             return None
         name = f"rank_{self.world.rank:05d}.safetensors"
-        checksum = write_file(partial / name, self._layout.header, [self._layout.buffer])
+        checksum = write_file(partial / name, layout.header, [lambda: layout.buffer])
         return name, {
             "bytes": (partial / name).stat().st_size,
             "xxh3_128": checksum,
-            "ranges": [piece.range for piece in self._layout.pieces],
+            "ranges": [piece.range for piece in layout.pieces],
         }
 
     def _publish(self, partial: Path, final: Path, step: int, files: dict[str, Any], state: Any) -> None:

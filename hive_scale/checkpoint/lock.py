@@ -1,0 +1,49 @@
+"""One run per output directory: two would publish, prune and clean up each other's checkpoints."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from hive_scale.distributed import World
+
+
+@contextmanager
+def locked(directory: Path, world: World) -> Iterator[None]:
+    """Hold `directory` for this run, on all ranks. Raises RuntimeError naming the run that holds it already.
+
+    The lock is the kernel's and dies with its process, so that a killed run leaves nothing to clean up. It is
+    a record lock: unlike flock, data workers do not inherit it, and it reaches across nodes on shared disks.
+    """
+    descriptor = -1
+    if world.is_main:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        owner = _take(descriptor) if world.is_main else ""
+        if world.sum(bool(owner))[0]:
+            raise RuntimeError(
+                f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
+                "wait for it, stop it, or choose another output"
+            )
+        yield
+    finally:
+        if world.is_main:
+            os.close(descriptor)  # and with it the lock
+
+
+def _take(descriptor: int) -> str:
+    """Who holds the lock, or "" now that it is ours."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # POSIX allows either
+        return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "a run that does not say who it is"
+    owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, owner.encode(), 0)
+    return ""

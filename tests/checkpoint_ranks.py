@@ -1,0 +1,252 @@
+"""Real processes for the checkpoint tests: a toy model under several shardings, and ranks that die on cue.
+
+What a rank owns is worked out here from FSDP2's and DDP's own API, not from an engine, so that these tests
+say something about the store alone; `whole` reads the same state through yet another API, as the judge.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from hive_scale.checkpoint.lock import locked
+from hive_scale.checkpoint.store import Store
+from hive_scale.distributed import Fragment, World
+
+# the server imports these once, and each rank is a cheap fork of it
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "pytest"])
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+class Toy(nn.Module):
+    """Tied embedding, a frozen part, shapes that divide by nothing."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.frozen = nn.Linear(13, 13)
+        self.frozen.requires_grad_(False)
+        self.embed = nn.Embedding(65, 13)
+        self.odd = nn.Linear(13, 7, bias=False)
+        self.gate = nn.Parameter(torch.randn(1))
+        self.back = nn.Linear(7, 13)
+        self.head = nn.Linear(13, 65, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.frozen(self.embed(ids))
+        return self.head(x + self.gate * self.back(self.odd(x).tanh())).square().mean()
+
+
+def toy(mode: str, seed: int) -> tuple[Toy, torch.optim.AdamW]:
+    """`mode` is replicated, fsdp or hsdp; the optimizer has the state it would have before its first step."""
+    model = Toy(seed)
+    size = dist.get_world_size()
+    if mode != "replicated":
+        shape = (2, size // 2) if mode == "hsdp" else (1, size)
+        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p] = {"step": torch.zeros(()), **{kind: torch.zeros_like(p) for kind in KINDS[1:]}}
+    return model, optimizer
+
+
+def train(model: Toy, optimizer: torch.optim.AdamW, steps: int) -> None:
+    for step in range(steps):
+        model(torch.arange(5) + step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def state(model: Toy, optimizer: torch.optim.AdamW) -> Iterator[tuple[str, str, Tensor]]:
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            yield from ((name, kind, p.detach() if kind == "master" else optimizer.state[p][kind]) for kind in KINDS)
+
+
+def fragments(model: Toy, optimizer: torch.optim.AdamW) -> Iterator[Fragment]:
+    for name, kind, tensor in state(model, optimizer):
+        offset, local = 0, tensor
+        if isinstance(tensor, DTensor):
+            local = tensor.to_local()
+            rows = -(-tensor.shape[0] // tensor.device_mesh["shard"].size())  # ceil, as torch.chunk cuts
+            offset = rows * tensor.device_mesh["shard"].get_local_rank() * tensor[0].numel()
+        yield Fragment(name, kind, tuple(tensor.shape), offset, local.view(-1))
+
+
+def whole(model: Toy, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    found = {f"{kind}/{name}": tensor for name, kind, tensor in state(model, optimizer)}
+    return {key: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for key, t in found.items()}
+
+
+# --------------------------------------------------------------------------- a state that knows itself
+
+
+def numbered(step: int, rank: int = 0, size: int = 1, numel: int = 60_000) -> list[Fragment]:
+    """Every element says which step and place it belongs to; cut evenly over `size` ranks."""
+    low, high = numel * rank // size, numel * (rank + 1) // size
+    values = [torch.arange(low, high) + 1000.0 * step + index for index in range(3)]
+    return [Fragment("w", kind, (numel,), low, value) for kind, value in zip(KINDS, values, strict=True)]
+
+
+def is_numbered(found: list[Fragment], step: int) -> bool:
+    return all(torch.equal(a.data, b.data) for a, b in zip(found, numbered(step), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def start(size: int, meeting: Path, job: Callable[..., Any], *args: Any) -> list[Any]:
+    """Start `job(world, *args)` on `size` ranks that meet over the new file `meeting`."""
+    ranks = [CONTEXT.Process(target=_rank, args=(rank, size, meeting, job, args), daemon=True) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def run(size: int, meeting: Path, job: Callable[..., Any], *args: Any, timeout: float = 60) -> list[int]:
+    """Exit codes by rank."""
+    ranks = start(size, meeting, job, *args)
+    for process in ranks:
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"rank {ranks.index(process)} of {job.__name__} hangs")
+    return [process.exitcode for process in ranks]
+
+
+def _rank(rank: int, size: int, meeting: Path, job: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.ERROR)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+    job(World(rank, size, torch.device("cpu")), *args)
+    dist.destroy_process_group()
+
+
+def save_modes(world: World, directory: Path, modes: list[str]) -> None:
+    """Train and save under each mode; the judge's view of the state goes beside it."""
+    for mode in modes:
+        model, optimizer = toy(mode, seed=1)
+        train(model, optimizer, 3)
+        target = directory / f"{mode}{world.size}"
+        store = Store(target, world)
+        store.save(3, fragments(model, optimizer), {"step": 3, "from": mode})
+        train(model, optimizer, 2)  # while the writer is at work
+        store.save(5, fragments(model, optimizer), {"step": 5, "from": mode})
+        expected = whole(model, optimizer)
+        train(model, optimizer, 1)  # must not reach the disk
+        assert store.finish() == target / "step_00000005"
+        if world.is_main:
+            torch.save(expected, directory / f"{mode}{world.size}.expected")
+
+
+def load_modes(world: World, directory: Path, modes: list[str]) -> None:
+    """Load everything there is into other weights under each mode; every bit must be the judge's."""
+    for saved in sorted(directory.glob("*.expected")):
+        expected = torch.load(saved)
+        for mode in modes:
+            model, optimizer = toy(mode, seed=2)
+            store = Store(saved.with_suffix(""), world)
+            found = store.latest()
+            assert found is not None
+            before = {n: p.clone() for n, p in model.frozen.named_parameters()}
+            loaded = store.load(found, fragments(model, optimizer))
+            assert loaded == {"step": 5, "from": saved.stem[:-1]}
+            restored = whole(model, optimizer)
+            assert restored.keys() == expected.keys()
+            for key, tensor in restored.items():
+                assert torch.equal(tensor, expected[key]), f"{saved.stem} to {mode}{world.size}: {key}"
+            for name, p in model.frozen.named_parameters():
+                same = p == before[name]
+                assert (same.full_tensor() if isinstance(same, DTensor) else same).all()
+
+
+def die_at_event(world: World, directory: Path, victim: int, event: int) -> None:
+    """Save two checkpoints; while the second is written, kill -9 comes at the victim's n-th file operation."""
+    store = Store(directory, world, keep=1)
+    store.save(1, numbered(1, world.rank, world.size), {"step": 1}, wait=True)
+    seen = 0
+
+    def count(name: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if arguments and str(directory) in str(arguments[0]):
+            seen += 1
+            if seen == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    if world.rank == victim:
+        sys.addaudithook(count)
+    store.save(2, numbered(2, world.rank, world.size), {"step": 2}, wait=True)
+    os._exit(0 if world.rank != victim else 9)  # 9: it had fewer file operations than that
+
+
+def die_at_byte(world: World, directory: Path, victim: int, limit: int) -> None:
+    """While the second checkpoint is written, the kernel kills the victim at byte `limit` of a file."""
+    store = Store(directory, world, keep=1)
+    store.save(1, numbered(1, world.rank, world.size), {"step": 1}, wait=True)
+    if world.rank == victim:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    store.save(2, numbered(2, world.rank, world.size), {"step": 2}, wait=True)
+
+
+def fail_then_recover(world: World, directory: Path) -> None:
+    """The last rank's disk is full for a while: every rank hears of it, training goes on, then it is fatal."""
+    store = Store(directory, world, keep=1, max_failures=2)
+    store.save(1, numbered(1, world.rank, world.size), {}, wait=True)
+    full = world.rank == world.size - 1
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    store.save(2, numbered(2, world.rank, world.size), {})  # fails behind the scenes
+    store._pending.exception()
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    store.save(3, numbered(3, world.rank, world.size), {}, wait=True)  # tries again
+    if full:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    store.save(4, numbered(4, world.rank, world.size), {})
+    store.save(5, numbered(5, world.rank, world.size), {})
+    message = rf"2 checkpoints in a row could not be written: rank {world.size - 1}: \[Errno 27\] File too large"
+    with pytest.raises(RuntimeError, match=message):
+        store.save(6, numbered(6, world.rank, world.size), {})
+
+
+def save_as_nobody(world: World, directory: Path) -> None:
+    """Without the right to write, the failure is a message."""
+    if os.getuid() == 0:
+        os.setuid(65534)  # root may write anywhere
+    store = Store(directory, world)
+    store.save(2, numbered(2), {})
+    with pytest.raises(RuntimeError, match="Permission denied"):
+        store.finish()
+    os._exit(0)  # the group's own file cannot be removed by nobody
+
+
+def hold_lock(world: World, directory: Path, ready: Path) -> None:
+    with locked(directory, world):
+        ready.touch()
+        signal.pause()
+
+
+def lock_refused(world: World, directory: Path, owner: int) -> None:
+    message = f"in use by process {owner} on " if world.is_main else "in use by another run"
+    with pytest.raises(RuntimeError, match=message), locked(directory, world):
+        pass
