@@ -32,7 +32,8 @@ class Engine(Protocol):
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
         """One optimizer step on the global batch that all ranks' micro-batches make up.
 
-        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks.
+        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks. One that
+        is not finite changes no weight and no moment: its norm, which is not finite either, tells.
         """
         ...
 
@@ -58,7 +59,11 @@ def open_engine(
     weights: Mapping[str, Tensor],
 ) -> Engine:
     """Shard `model` (parameters on the meta device, ``requires_grad`` set) as `config` asks; fill it from `weights`."""
-    # imported here: each engine brings its framework, and native itself imports this module
+    # imported here: each engine brings its framework, and each imports this module
+    if config.ds_config:
+        from hive_scale.engine.zero import ZeroEngine
+
+        return ZeroEngine(model, groups, stage, config, world, weights)
     from hive_scale.engine.native import NativeEngine
 
     return NativeEngine(model, groups, stage, config, world, weights)

@@ -25,6 +25,11 @@ KEPT = {
 }
 
 
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The repeated modules of every component: what is sharded, filled and compiled one by one."""
+    return [block for blocks in model.blocks().values() for block in blocks]
+
+
 def checkpoint_blocks(blocks: Mapping[str, Sequence[nn.Module]], config: CheckpointingConfig) -> None:
     """Wrap the forward of each block of a component as `config` asks. Call it before sharding.
 

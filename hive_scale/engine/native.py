@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +16,9 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import StepOutput
-from hive_scale.engine.activation import checkpoint_blocks
+from hive_scale.engine.activation import blocks_of, checkpoint_blocks
+from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.stage import ParamGroup
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NativeEngine:
@@ -40,9 +40,9 @@ class NativeEngine:
         self._shard(config)
         self._fill(weights, "cpu" if config.offload else world.device)
         if config.compile:
-            for block in (block for blocks in model.blocks().values() for block in blocks):
+            for block in blocks_of(model):
                 block.compile()
-        self.optimizer = self._optimizer(groups, stage)
+        self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
 
     def _shard(self, config: EngineConfig) -> None:
         size = self.world.size
@@ -57,7 +57,7 @@ class NativeEngine:
             "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
             "reshard_after_forward": config.reshard_after_forward,
         }
-        for block in (block for blocks in self.model.blocks().values() for block in blocks):
+        for block in blocks_of(self.model):
             fully_shard(block, **options)
         fully_shard(self.model, **options)
 
@@ -74,23 +74,6 @@ class NativeEngine:
             local, offset = _local_range(parameter)
             local.copy_(weights[name].flatten()[offset : offset + local.numel()])
 
-    def _optimizer(self, groups: Sequence[ParamGroup], stage: StageConfig) -> torch.optim.AdamW:
-        parameters = dict(self.model.named_parameters())
-        return torch.optim.AdamW(
-            [
-                {
-                    "params": [parameters[name] for name in group.parameters],
-                    "lr": group.lr,
-                    "peak_lr": group.lr,
-                    "weight_decay": group.weight_decay,
-                }
-                for group in groups
-            ],
-            betas=stage.betas,
-            eps=stage.eps,
-            fused=True,
-        )
-
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
         model: FSDPModule = self.model
         (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
@@ -103,9 +86,9 @@ class NativeEngine:
             torch.autograd.backward(loss * scale)
             total += loss.detach()
         norm = self._clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * lr_factor
-        self.optimizer.step()
+        set_learning_rate(self.optimizer, lr_factor)
+        if math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         (loss_sum,) = self.world.sum(total.item())
         return StepOutput(loss_sum / max(1.0, num_tokens), norm, int(num_tokens))
@@ -148,10 +131,7 @@ class NativeEngine:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.zeros((), device=parameter.device),
-                        **{moment: torch.zeros_like(parameter) for moment in MOMENTS},
-                    }
+                    self.optimizer.state[parameter] = zero_state(parameter)
 
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:

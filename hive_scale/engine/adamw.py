@@ -1,0 +1,44 @@
+"""The one optimizer of every engine: AdamW with fp32 moments, in groups that keep their peak learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hive_scale.config import StageConfig
+from hive_scale.stage import ParamGroup
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adamw(parameters: Mapping[str, Tensor], groups: Sequence[ParamGroup], stage: StageConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that `groups` name. Fused, which runs on GPUs and CPUs and compiles nothing."""
+    return torch.optim.AdamW(
+        [
+            {
+                "params": [parameters[name] for name in group.parameters],
+                "lr": group.lr,
+                "peak_lr": group.lr,
+                "weight_decay": group.weight_decay,
+            }
+            for group in groups
+        ],
+        betas=stage.betas,
+        eps=stage.eps,
+        fused=True,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def zero_state(tensor: Tensor) -> dict[str, Tensor]:
+    """The state that AdamW gives `tensor` in its first step, before it."""
+    return {
+        "step": torch.zeros((), device=tensor.device),
+        **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
+    }

@@ -1,0 +1,171 @@
+"""ZeRO-1, -2 and -3, with or without offload, by DeepSpeed. Which of them is the JSON's choice."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hive_scale.batch import Batch
+from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.distributed import Fragment, World
+from hive_scale.engine import StepOutput
+from hive_scale.engine.activation import blocks_of, checkpoint_blocks
+from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.engine.ds_json import load_deepspeed, resolve
+from hive_scale.stage import ParamGroup
+
+
+class Owned(NamedTuple):
+    """The range of one parameter that this rank owns: ``flat[start : start + length]``, from `offset` on."""
+
+    shape: tuple[int, ...]  # of the parameter
+    offset: int  # in the flattened parameter
+    flat: Tensor  # many parameters' ranges, fp32
+    start: int
+    length: int
+
+
+class ZeroEngine:
+    """Parameters are in `config.precision`; masters, moments, gradient sums and reductions in float32."""
+
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[ParamGroup],
+        stage: StageConfig,
+        config: EngineConfig,
+        world: World,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """Cut `model` (parameters on the meta device, ``requires_grad`` set) as the JSON says, and fill it."""
+        settings = resolve(Path(config.ds_config), stage, config, world.size)
+        self.model, self.world = model, world
+        self.partitions_parameters = settings["zero_optimization"]["stage"] == 3
+        # DeepSpeed asks the environment, also where no launcher has set it
+        os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
+        load_deepspeed().init_distributed(auto_mpi_discovery=False)  # adopts the group that exists
+        checkpoint_blocks(model.blocks(), config.checkpointing)
+        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._fill(weights, compute, settings)
+        if config.compile:
+            for block in blocks_of(model):
+                block.compile()
+        self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
+        self.engine, *_ = load_deepspeed().initialize(
+            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+        )
+        if compute != torch.float32:
+            self._restore_masters(weights)
+
+    @torch.no_grad()
+    def _fill(self, weights: Mapping[str, Tensor], compute: torch.dtype, settings: dict[str, Any]) -> None:
+        """Give every parameter memory and its tensor; ZeRO-3 cuts each block up before the next is made."""
+        deepspeed, model, device = load_deepspeed(), self.model, self.world.device
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for unit in (*blocks_of(model), model):
+            for parameter in unit.parameters():
+                if parameter.is_meta:
+                    real = weights[names[parameter]].to(device, compute, copy=True)
+                    # swapped, not set: the same object stays in every module that shares it
+                    torch.utils.swap_tensors(parameter, nn.Parameter(real, parameter.requires_grad))  # type: ignore[no-untyped-call]
+            if self.partitions_parameters:
+                deepspeed.zero.Init(module=unit, config_dict_or_path=settings, dtype=compute)
+
+    @torch.no_grad()
+    def _restore_masters(self, weights: Mapping[str, Tensor]) -> None:
+        """DeepSpeed makes its masters of the rounded copies; give back the digits that these have lost."""
+        for fragment in self.fragments():
+            if fragment.kind == "master":
+                end = fragment.offset + fragment.data.numel()
+                fragment.data.copy_(weights[fragment.name].flatten()[fragment.offset : end])
+
+    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
+        (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
+        # reduction averages over ranks, so the ranks' number is multiplied back in
+        scale = self.world.size / max(1.0, num_tokens)
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self._loss(batch)
+            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            total += loss.detach()
+        set_learning_rate(self.optimizer, lr_factor)
+        self.engine.step()
+        (loss_sum,) = self.world.sum(total.item())
+        return StepOutput(loss_sum / max(1.0, num_tokens), self._grad_norm(), int(num_tokens))
+
+    def _grad_norm(self) -> float:
+        # a step whose gradient is not finite is left out, and then the norm is an older one
+        return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+        loss = sum(self._loss(batch).item() for batch in micro_batches)
+        total, count = self.world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
+        return total, int(count)
+
+    def _loss(self, batch: Batch) -> Tensor:
+        loss: Tensor = self.engine(**batch.to(self.world.device).inputs())
+        return loss
+
+    def fragments(self) -> Iterator[Fragment]:
+        self._create_moments()
+        for name, _, owned in self._owned():
+            state = self.engine.optimizer.state[owned.flat]
+            for kind, tensor in (("master", owned.flat.detach()), *((moment, state[moment]) for moment in MOMENTS)):
+                yield Fragment(name, kind, owned.shape, owned.offset, tensor.narrow(0, owned.start, owned.length))
+
+    @torch.no_grad()
+    def refresh(self, num_steps: int) -> None:
+        self._create_moments()
+        for state in self.engine.optimizer.state.values():
+            state["step"].fill_(num_steps)
+        if not self.partitions_parameters:
+            self.engine.optimizer.update_lp_params()
+            return
+        self.engine.optimizer.checkpoint_event_prologue()  # partitions what is kept gathered
+        for _, parameter, owned in self._owned():
+            parameter.ds_tensor[: owned.length].copy_(owned.flat[owned.start : owned.start + owned.length])
+        self.engine.optimizer.checkpoint_event_epilogue()  # and gathers it again
+
+    def _owned(self) -> Iterator[tuple[str, Any, Owned]]:
+        """Every trained parameter of which this rank owns something, and what that is."""
+        of = self._owned_under_3 if self.partitions_parameters else self._owned_under_1_and_2
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and (owned := of(parameter)):
+                yield name, parameter, owned
+
+    def _owned_under_1_and_2(self, parameter: Any) -> Owned | None:
+        cut = parameter._hp_mapping  # where its low-precision copy lies in a master: None for nothing
+        if cut is None:
+            return None
+        flat = self._masters()[cut.param_group_index]
+        held, here = cut.lp_fragment_address, cut.hp_fragment_address
+        return Owned(tuple(parameter.shape), held.start, flat, here.start, here.numel)
+
+    def _owned_under_3(self, parameter: Any) -> Owned | None:
+        """Rank r holds numbers [r n, (r + 1) n) of a parameter padded to a multiple of n."""
+        optimizer = self.engine.optimizer
+        group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        offset = size * self.world.rank
+        length = min(size, parameter.ds_numel - offset)
+        return Owned(tuple(parameter.ds_shape), offset, self._masters()[group], start, length) if length > 0 else None
+
+    def _masters(self) -> Sequence[Tensor]:
+        """The flat fp32 tensors that AdamW steps."""
+        optimizer = self.engine.optimizer
+        if self.partitions_parameters:  # whose groups are empty between steps
+            return optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
+        return [group["params"][0] for group in optimizer.param_groups]
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+        for flat in self._masters():
+            if not self.engine.optimizer.state[flat]:
+                self.engine.optimizer.state[flat] = zero_state(flat)
