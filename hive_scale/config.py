@@ -6,8 +6,10 @@ config is written beside the run and reloads to the same run. This module import
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -70,6 +72,7 @@ class DataConfig:
     blank: bool = False  # feed blank pictures: the control that shows what the pictures add
     window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
     workers: int = 0
+    cache_gb: float = 100.0  # disk for shards fetched from URLs, under $XDG_CACHE_HOME or ~/.cache
     max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
 
@@ -195,6 +198,8 @@ def resolve(base: Config, *layers: Any) -> Config:
     try:
         for layer in layers:
             _unlock(node)  # frozen dataclasses make read-only nodes
+            if not isinstance(layer, Path | Mapping):
+                _check_stages(node, layer)
             node = cast(DictConfig, OmegaConf.merge(node, _read(layer)))
         return cast(Config, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
@@ -213,8 +218,36 @@ def load(path: Path) -> Config:
     return resolve(Config(), path)
 
 
+# What may change between two parts of one run: the hardware's side, and how often one looks.
+FREE = ("output", "engine.*", "eval_interval", "save_interval", "evidence", "*.micro_batch", "data.workers", "data.cache_gb")
+
+
+def differences(one: Config, other: Config) -> list[str]:
+    """Keys whose change makes it another run, at most three."""
+    flat, wanted = _flat(asdict(one)), _flat(asdict(other))
+    keys = [key for key in sorted(flat.keys() | wanted.keys()) if flat.get(key) != wanted.get(key)]
+    return [key for key in keys if not any(fnmatchcase(key, free) for free in FREE)][:3]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: list(node) if isinstance(node, tuple) else node}
+    dotted = prefix and prefix + "."
+    return {key: value for name, child in node.items() for key, value in _flat(child, f"{dotted}{name}").items()}
+
+
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
+    """A word changes stages that exist; only a file adds new ones."""
+    for word in words:
+        parts = word.split("=")[0].split(".")
+        if parts[0] == "stages" and len(parts) > 1 and parts[1] not in node.stages:
+            near = get_close_matches(parts[1], list(node.stages), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(node.stages)}"
+            raise ValueError(f"config: {'.'.join(parts)}: there is no stage '{parts[1]}': {hint}")
 
 
 def _read(layer: Any) -> DictConfig | ListConfig:

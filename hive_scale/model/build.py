@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CLIPImageProcessor,
     CLIPVisionModel,
     PretrainedConfig,
+    SiglipImageProcessor,
     SiglipVisionModel,
 )
 
 from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.model.hive import Hive
+from hive_scale.model.vision import PIXEL_STATISTICS
 
 VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
 LANGUAGE = ("llama", "qwen2", "qwen3")
@@ -45,6 +49,25 @@ def assemble(config: ModelConfig, seed: int) -> Hive:
         return Hive(tower, llm, config)
 
 
+def materialise(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
+    """The whole model on the CPU, for use without an engine, filled from `weights` by name."""
+    model = skeleton(config).eval()
+    model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, strict=False, assign=True)
+    model.language.tie_weights()
+    return model
+
+
+def export_encoder(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> None:
+    """The encoder as a stock Hugging Face directory, with its image processor, for ``from_pretrained``."""
+    vision = _vision_config(config.vision)
+    with init_empty_weights(include_buffers=False):
+        tower = _vision_class(vision)(vision)
+    tensors = {name: weights[f"vision.{name}"] for name, _ in tower.named_parameters()}
+    tower.load_state_dict(tensors, strict=False, assign=True)
+    tower.save_pretrained(path)
+    _image_processor(vision).save_pretrained(path)
+
+
 def image_size(config: ModelConfig) -> int:
     """Side of the square pictures that the encoder takes, in pixels."""
     size: int = _vision_config(config.vision).image_size
@@ -54,6 +77,15 @@ def image_size(config: ModelConfig) -> int:
 def vocabulary_size(config: ModelConfig) -> int:
     size: int = _language_config(config.language).vocab_size
     return size
+
+
+def _image_processor(config: PretrainedConfig) -> Any:
+    mean, std = PIXEL_STATISTICS[config.model_type]
+    side = config.image_size
+    if config.model_type == "clip_vision_model":
+        crop = {"height": side, "width": side}
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop, image_mean=mean, image_std=std)
+    return SiglipImageProcessor(size={"height": side, "width": side}, image_mean=mean, image_std=std)
 
 
 def _load(auto: Any, part: PartConfig, config: PretrainedConfig) -> nn.Module:

@@ -1,0 +1,282 @@
+"""Runs by name: each preset is a function that returns a Config. YAML and ``key=value`` words only override.
+
+A preset's own arguments (``fusion=concat``) may be given among those words.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from hive_scale.config import (
+    Config,
+    DataConfig,
+    Fusion,
+    GroupConfig,
+    ModelConfig,
+    PartConfig,
+    StageConfig,
+    TokenizerConfig,
+    resolve,
+)
+
+# What the fusion adds to the pretrained parts, and what stage one therefore trains.
+NEW: dict[str, tuple[str, ...]] = {
+    "cross_attention": ("projector.*", "fusion.*"),
+    "joint_attention": ("projector.*",),
+    "concat": ("projector.*",),
+}
+LLM_BODY = ("language.model.layers.*", "language.model.norm.*")  # all but embeddings and head (as the authors')
+
+
+def three_stages(
+    fusion: Fusion,
+    learning_rates: tuple[float, float, float],
+    weight_decay: float = 1e-5,
+    llm: Sequence[str] = LLM_BODY,
+) -> dict[str, dict[str, GroupConfig]]:
+    """Groups of `projector`, `language` and `joint` (paper 3.5).
+
+    New weights behind a shut gate pass no gradient if frozen, so stage one trains the injected layers with
+    the projector. Joint attention's visual copies of the LLM's weights train when the LLM does.
+    """
+    with_llm = [*llm, "fusion.*"] if fusion == "joint_attention" else list(llm)
+
+    def group(parameters: Sequence[str], lr: float) -> GroupConfig:
+        return GroupConfig(list(parameters), lr, weight_decay)
+
+    first, second, third = learning_rates
+    return {
+        "projector": {"connector": group(NEW[fusion], first)},
+        "language": {"connector": group(NEW[fusion], second), "language": group(with_llm, second)},
+        "joint": {
+            "connector": group(NEW[fusion], third),
+            "language": group(with_llm, third),
+            "vision": group(["vision.*"], third),
+        },
+    }
+
+
+def debug(fusion: Fusion = "cross_attention") -> Config:
+    """Everything small and from scratch, on the shipped pictures: minutes on a laptop, no download."""
+    vision: dict[str, Any] = {
+        "model_type": "siglip_vision_model",
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "vision_use_head": False,
+    }
+    language: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": 259,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    # nothing is pretrained, so the LLM learns with embeddings and head, and rates are those of small models
+    groups = three_stages(fusion, (3e-3, 1e-3, 1e-3), weight_decay=1e-4, llm=["language.*"])
+    common: dict[str, Any] = {"global_batch": 64, "micro_batch": 64}
+    return Config(
+        name=_name("debug", fusion),
+        model=ModelConfig(
+            vision=PartConfig(config=vision), language=PartConfig(config=language), fusion=fusion, density=0.4
+        ),
+        stages={
+            "projector": StageConfig(groups["projector"], epochs=2, seed=40, **common),
+            "language": StageConfig(groups["language"], epochs=8, seed=41, **common),
+            "joint": StageConfig(groups["joint"], epochs=8, seed=42, min_lr=0.0, **common),
+        },
+        save_interval=100,
+        evidence=True,
+    )
+
+
+def demo(fusion: Fusion = "cross_attention") -> Config:
+    """A real pretrained LLM, SmolLM2-135M, with a small encoder from scratch, on three styles of emoji.
+
+    Needs ``prepare_data.py smollm2`` and ``prepare_data.py emoji --styles all`` first.
+    """
+    base = debug(fusion)
+    groups = three_stages(fusion, (1e-3, 1e-4, 1e-4))
+    # the encoder starts from scratch and may run ahead of the pretrained LLM
+    groups["joint"]["vision"] = replace(groups["joint"]["vision"], lr=5e-4)
+    vision = {**base.model.vision.config, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 8}
+    common: dict[str, Any] = {"global_batch": 64, "micro_batch": 32}
+    return replace(
+        base,
+        name=_name("demo", fusion),
+        model=replace(
+            base.model, vision=PartConfig(config=vision), language=PartConfig(path="data/smollm2"), density=0.5
+        ),
+        data=DataConfig(
+            train=["data/emoji/train-*.tar"],
+            heldout=["data/emoji/heldout-*.tar"],
+            tokenizer=TokenizerConfig(path="data/smollm2"),
+            max_tokens=32,
+        ),
+        stages={
+            "projector": StageConfig(groups["projector"], steps=60, seed=40, **common),
+            "language": StageConfig(groups["language"], steps=120, seed=41, max_grad_norm=10.0, **common),
+            "joint": StageConfig(groups["joint"], steps=120, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
+        },
+    )
+
+
+def paper_siglip(fusion: Fusion = "cross_attention") -> Config:
+    """SigLIP-L/16-384 and MobileLLM-350M on LLaVA-CC3M-Pretrain-595K (paper, Table 3)."""
+    # the config is given in full: the hub's names sizes only
+    vision = {
+        "model_type": "siglip_vision_model",
+        "image_size": 384,
+        "patch_size": 16,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+    }
+    # the SigLIP run taps the later depths (paper 4.5)
+    return _paper("paper_siglip", fusion, "google/siglip-large-patch16-384", vision, later=True)
+
+
+def paper_clip(fusion: Fusion = "cross_attention") -> Config:
+    """CLIP-L/14-336 and MobileLLM-350M on LLaVA-CC3M-Pretrain-595K (paper, Table 3)."""
+    vision = {
+        "model_type": "clip_vision_model",
+        "image_size": 336,
+        "patch_size": 14,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "projection_dim": 768,
+    }
+    base = _paper("paper_clip", fusion, "openai/clip-vit-large-patch14-336", vision, later=False)
+    return replace(base, data=replace(base.data, image="crop"))
+
+
+# MobileLLM is llama-shaped; its checkpoints hold no head of their own, so the embeddings must be tied.
+MOBILELLM_350M: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 960,
+    "intermediate_size": 2560,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 15,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def _paper(name: str, fusion: Fusion, hub: str, vision: dict[str, Any], later: bool) -> Config:
+    groups = three_stages(fusion, (1e-3, 5e-5, 5e-6))
+    sequence = fusion == "concat"  # visual tokens run through the whole LLM: fewer samples fit
+    return Config(
+        name=_name(name, fusion),
+        model=ModelConfig(
+            vision=PartConfig(path=hub, config=vision),
+            language=PartConfig(path="facebook/MobileLLM-350M", config=MOBILELLM_350M),
+            fusion=fusion,
+            depths="later" if later else "uniform",
+        ),
+        data=DataConfig(
+            train=["data/cc3m_595k/train-*.tar"],
+            heldout=["data/cc3m_595k/heldout-*.tar"],
+            tokenizer=TokenizerConfig(path="facebook/MobileLLM-350M", pad_token="<unk>"),
+            workers=4,
+        ),
+        stages={
+            "projector": StageConfig(groups["projector"], micro_batch=16 if sequence else 64, seed=40),
+            "language": StageConfig(
+                groups["language"], micro_batch=8 if sequence else 32, epochs=2, max_grad_norm=10.0, seed=41
+            ),
+            "joint": StageConfig(
+                groups["joint"],
+                global_batch=1024,
+                micro_batch=4 if sequence else 16,
+                drop_last=True,
+                max_grad_norm=10.0,
+                min_lr=0.0,
+                seed=42,
+            ),
+        },
+        engine=replace(Config().engine, precision="bf16"),
+    )
+
+
+def _name(preset: str, fusion: Fusion) -> str:
+    return preset if fusion == "cross_attention" else f"{preset}_{fusion}"
+
+
+PRESETS: dict[str, Callable[..., Config]] = {
+    "debug": debug,
+    "demo": demo,
+    "paper_siglip": paper_siglip,
+    "paper_clip": paper_clip,
+}
+
+
+def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
+    """The run that a preset, a YAML file and ``key=value`` words describe, each overriding the one before.
+
+    A file may name the preset it extends (``preset: debug``). Raises ValueError with the remedy.
+    """
+    layer: dict[str, Any] = _read(file) if file else {}
+    named = layer.pop("preset", None)
+    if file and not preset and not named:
+        base = Config()  # the file says everything, as one saved by a run does
+        arguments: dict[str, str] = {}
+    else:
+        function = _find(preset or named or "debug")
+        takes = inspect.signature(function).parameters
+        arguments = {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if word.split("=")[0] in takes}
+        arguments |= {key: layer.pop(key) for key in takes if key in layer and key not in arguments}
+        _check_fusion(arguments)
+        base = function(**arguments)
+    return resolve(base, layer, [word for word in words if word.split("=")[0] not in arguments])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"--config {file}: no such file")
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {file}: not a mapping of keys to values")
+    return {str(key): value for key, value in content.items()}
+
+
+def _find(name: str) -> Callable[..., Config]:
+    if name not in PRESETS:
+        near = get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"there is no preset '{name}': {hint}")
+    return PRESETS[name]
+
+
+def _check_fusion(arguments: dict[str, str]) -> None:
+    fusion = arguments.get("fusion", "cross_attention")
+    if fusion not in NEW:
+        near = get_close_matches(fusion, NEW, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NEW)}"
+        raise ValueError(f"fusion={fusion}: no such fusion: {hint}")

@@ -1,0 +1,158 @@
+"""A run from start to end. Read this first: everything else serves one of these lines."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from hive_scale import config as configs
+from hive_scale.checkpoint.handoff import build_handoff, find_weights, read_weights, write_weights
+from hive_scale.checkpoint.store import Store
+from hive_scale.config import Config, StageConfig
+from hive_scale.data.loader import Loader
+from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.distributed import World
+from hive_scale.engine import Engine, open_engine
+from hive_scale.model import build
+from hive_scale.schedule import lr_factor
+from hive_scale.stage import freeze
+from hive_scale.watch.interrupt import listening
+from hive_scale.watch.log import StageLog
+
+WEIGHTS = "weights.safetensors"
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved what it needs to go on."""
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizer: Tokenizer
+    train: Loader
+    heldout: Loader
+
+
+def run_pipeline(config: Config, world: World, overwrite: bool = False) -> None:
+    """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
+
+    Raises ValueError for what the user must change, before training starts, and Stopped after a signal.
+    """
+    _claim(config, world, overwrite)
+    if all(_is_done(config.run_dir / name) for name in config.stages):
+        return
+    data = open_data(config)
+    _check(config, data, world)
+    weights = config.run_dir / "initial" / WEIGHTS
+    if world.is_main and not find_weights(weights):
+        model = build.assemble(config.model, seed=next(iter(config.stages.values())).seed)
+        write_weights(weights, dict(model.named_parameters()))
+    world.barrier()
+    for name, stage in config.stages.items():
+        stage_dir = config.run_dir / name
+        if not _is_done(stage_dir):
+            checkpoint = _run_stage(config, name, stage, data, world, weights)
+            if world.is_main:
+                build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
+                build.export_encoder(config.model, read_weights(stage_dir / WEIGHTS), stage_dir / "encoder")
+            world.barrier()
+        weights = stage_dir / WEIGHTS
+
+
+def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world: World, parent: Path) -> Path:
+    """Train one stage to its end, from its newest checkpoint if it has one; returns its last checkpoint."""
+    stage_dir = config.run_dir / name
+    model = build.skeleton(config.model)
+    groups = freeze(model, stage, model.dormant())
+    engine = open_engine(model, groups, stage, config.engine, world, read_weights(parent))
+    store = Store(stage_dir, world)
+    step, num_steps = _resume(store, engine), stage.num_steps(data.train.num_samples)
+    batches = data.train.steps(
+        global_batch=stage.global_batch,
+        accumulation=stage.accumulation(world.size),
+        seed=stage.seed,
+        start=step * stage.global_batch,
+        world=world,
+    )
+    log = StageLog(stage_dir / "metrics.jsonl", name, num_steps, step, active=world.is_main)
+    with log, listening() as interrupt:
+        while step < num_steps:
+            factor = lr_factor(step, num_steps, stage.warmup, stage.min_lr)
+            output = engine.step(next(batches), factor)
+            step += 1
+            metrics = vars(output) | {"lr": {group.name: group.lr * factor for group in groups}}
+            if step == num_steps or (config.eval_interval and step % config.eval_interval == 0):
+                metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)
+            log.step(step, step * stage.global_batch, metrics)
+            stop = any(world.sum(interrupt.requested))  # a signal to any rank stops them all, at the same step
+            if stop or step == num_steps or step % config.save_interval == 0:
+                store.save(step, engine.fragments(), {"step": step}, wait=stop)
+            if stop and step < num_steps:
+                raise Stopped(f"{name} stopped after step {step} of {num_steps}, and saved it")
+    checkpoint = store.finish()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def _resume(store: Store, engine: Engine) -> int:
+    """Optimizer steps done already."""
+    newest = store.latest()
+    if newest is None:
+        return 0
+    step = int(store.load(newest, engine.fragments())["step"])
+    engine.refresh(step)
+    return step
+
+
+def _heldout_loss(engine: Engine, stage: StageConfig, data: Data, world: World) -> float:
+    """Mean loss per target token over all held-out pairs, in nats."""
+    parts = [engine.evaluate([batch]) for batch in data.heldout.once(batch_size=stage.micro_batch, world=world)]
+    return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
+
+
+def open_data(config: Config) -> Data:
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    size, bad = build.image_size(config.model), config.run_dir / "bad_samples.jsonl"
+    return Data(
+        tokenizer,
+        Loader(config.data, config.data.train, tokenizer, image_size=size, bad_samples=bad),
+        Loader(config.data, config.data.heldout, tokenizer, image_size=size, bad_samples=bad),
+    )
+
+
+def _is_done(stage_dir: Path) -> bool:
+    return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / "encoder").is_dir()
+
+
+def _check(config: Config, data: Data, world: World) -> None:
+    """Meet every error of any stage now, not in the night."""
+    model = build.skeleton(config.model)
+    for name, stage in config.stages.items():
+        try:
+            freeze(model, stage, model.dormant())
+            stage.accumulation(world.size)
+            stage.num_steps(data.train.num_samples)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+    known = build.vocabulary_size(config.model)
+    if data.tokenizer.vocab_size > known:
+        raise ValueError(
+            f"the tokenizer has {data.tokenizer.vocab_size} tokens, the LLM {known}: "
+            "set data.tokenizer.path to the LLM's own directory"
+        )
+
+
+def _claim(config: Config, world: World, overwrite: bool) -> None:
+    """Write the config into the run directory, or see that the one there is of the same run."""
+    saved = config.run_dir / "config.yaml"
+    if world.is_main and overwrite and saved.exists():
+        shutil.rmtree(config.run_dir)
+    world.barrier()
+    if saved.exists():
+        if changed := configs.differences(config, configs.load(saved)):
+            raise ValueError(
+                f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
+            )
+    elif world.is_main:
+        configs.save(config, saved)

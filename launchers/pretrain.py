@@ -1,0 +1,81 @@
+#!/usr/bin/env python
+"""Pre-train HIVE: every stage of a preset, from wherever the run stands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from hive_scale.config import Config
+
+EXAMPLES = """\
+examples:
+  python launchers/pretrain.py --preset debug                       one process, CPU or one GPU
+  python launchers/pretrain.py --preset debug fusion=concat         the self-attention baseline
+  deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json ZeRO on this node
+  torchrun --nproc_per_node 2 launchers/pretrain.py                 FSDP2 on two processes
+  python launchers/pretrain.py --preset paper_siglip --print_config stages.joint.epochs=2
+  python launchers/pretrain.py --config runs/debug/config.yaml      a run again, or on
+
+Run the same command again to resume; a finished run returns at once. Exit codes: 0 done, 2 something to
+change in command, config or data, 75 stopped by a signal and saved.
+"""
+
+
+def main() -> int:
+    arguments = _parse()
+    from hive_scale import config, presets
+
+    try:
+        words = [*arguments.overrides, *([f"engine.ds_config={arguments.ds_config}"] if arguments.ds_config else [])]
+        resolved = presets.load(arguments.preset, arguments.config, words)
+        if arguments.print_config:
+            print(config.to_yaml(resolved), end="")
+            return 0
+        return _train(resolved, arguments.overwrite)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _train(config: Config, overwrite: bool) -> int:
+    from hive_scale.distributed import session
+    from hive_scale.outcome import blank_twin, show
+    from hive_scale.train import Stopped, run_pipeline
+    from hive_scale.watch.log import console
+
+    with session() as world:
+        try:
+            run_pipeline(config, world, overwrite)
+            if config.evidence:
+                run_pipeline(blank_twin(config), world)
+            if world.is_main:
+                show(config)
+        except Stopped as stopped:
+            if world.is_main:
+                console.print(f"{stopped}. The same command goes on from there.")
+            return 75
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", help="debug (default), demo, paper_siglip, paper_clip")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
+    parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("--overwrite", action="store_true", help="delete what the run directory holds and start over")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, such as output=DIR")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
