@@ -6,6 +6,7 @@ One subcommand per source. Each is a function that adds its arguments and one th
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ EXAMPLES = """examples:
   python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 pictures, 3 styles
   python launchers/prepare_data.py tuxpaint --output data/tuxpaint --size 128      785 stamps with sentences
   python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
+  python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, pictures, faults
 """
 
 
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for add in (add_emoji, add_tuxpaint, add_smollm2):
+    for add in (add_emoji, add_tuxpaint, add_smollm2, add_index):
         add(subparsers)
     arguments = parser.parse_args(argv)
     try:
@@ -96,6 +98,30 @@ def run_smollm2(arguments: argparse.Namespace) -> None:
     (arguments.output / "NOTICE").write_text(notices.SMOLLM2, encoding="utf-8")
     size = sum(path.stat().st_size for path in arguments.output.iterdir())
     print(f"{arguments.output}: {size / 1e6:.0f} MB in {time.monotonic() - start:.0f} s")
+
+
+def add_index(subparsers: Subparsers) -> None:
+    summary = "what is in a set of tars; kept beside them, so that training starts at once"
+    parser = subparsers.add_parser("index", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="paths, '{0000..0099}' ranges, globs, URLs or sample:train"
+    )
+    parser.add_argument("--faults", type=Path, metavar="FILE", help="write all that is not usable here, as JSON lines")
+    parser.set_defaults(run=run_index)
+
+
+def run_index(arguments: argparse.Namespace) -> None:
+    from hive_scale.config import DataConfig
+    from hive_scale.data.cache import ShardCache
+    from hive_scale.data.index import open_index
+    from hive_scale.data.shards import expand
+    from hive_scale.data.summary import describe
+
+    index = open_index(expand(arguments.shards), ShardCache(round(DataConfig().cache_gb * 1e9)))
+    if arguments.faults:
+        lines = [json.dumps(vars(fault)) + "\n" for fault in index.faults]
+        arguments.faults.write_text("".join(lines), encoding="utf-8")
+    print(describe(index))
 
 
 def _add(

@@ -157,7 +157,7 @@ def test_an_oversize_picture_is_refused_by_its_header(tmp_path: Path, tokenizer:
     loader = _loader(
         [write_tar(tmp_path / "a.tar", [("large", large), ("small", pair(2))])], tokenizer, max_pixels=10_000
     )
-    loader._reader.paths[0] = "/nowhere"  # the index knows without reading
+    loader._reader.shards = ["/nowhere"]  # the index knows without reading
     with pytest.raises(ValueError, match="200 x 100"):
         loader.sample(0)
 

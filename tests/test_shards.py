@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from hive_scale.data.cache import ShardCache
 from hive_scale.data.shards import ShardReader, expand
+
+CACHE = ShardCache(10**9)
 
 
 @pytest.fixture
@@ -38,9 +41,9 @@ def test_what_is_missing_is_named_with_its_pattern(directory: Path, pattern: str
         expand([f"{directory}/{pattern}"])
 
 
-@pytest.mark.parametrize("pattern", ["pipe:touch {}/ran", "pipe: touch {}/ran", "sample:none", "ftp://{}/x.tar"])
+@pytest.mark.parametrize("pattern", ["pipe:touch {}/ran", "pipe: touch {}/ran", "sample:none"])
 def test_names_that_are_no_files_are_refused_unused(directory: Path, pattern: str) -> None:
-    with pytest.raises(ValueError, match=r"pipe|sample:train|not a"):
+    with pytest.raises(ValueError, match=r"run a command|sample:train"):
         expand([pattern.format(directory)])
     assert not (directory / "ran").exists()
 
@@ -51,11 +54,11 @@ def test_no_shards_at_all_is_an_error() -> None:
 
 
 def test_reads_ranges_with_few_files_open(directory: Path) -> None:
-    reader = ShardReader(expand([f"{directory}/a-*.tar"]), max_open=2)
+    reader = ShardReader(expand([f"{directory}/a-*.tar"]), CACHE, max_open=2)
     for s in (0, 1, 2, 0, 2, 1, 1):
         assert reader.read(s, 3, 4) == bytes([s]) * 4
         assert len(reader._open) <= 2
-    with pytest.raises(OSError, match="ends at 10 of 12"):
+    with pytest.raises(ValueError, match="ends at byte 10"):
         reader.read(1, 8, 4)
     assert pickle.loads(pickle.dumps(reader)).read(2, 0, 1) == b"\x02"
     reader.close()

@@ -7,15 +7,13 @@ that could never be used are listed as faults instead of met in the middle of a 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,8 +24,10 @@ from numpy.typing import NDArray
 from rich.progress import track
 from safetensors.numpy import save_file
 
+from hive_scale.data.cache import ShardCache, is_remote, locked
 from hive_scale.data.scan import Fault, ShardTable, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
+from hive_scale.data.sources.packages import cache_dir
 
 VERSION = 1
 LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
@@ -87,7 +87,7 @@ class Index:
         return _load, (self.path, self.shards)
 
 
-def open_index(shards: Sequence[str]) -> Index:
+def open_index(shards: Sequence[str], cache: ShardCache) -> Index:
     """The index of `shards`, scanned if there is none yet or a shard's size or time has changed since.
 
     It is kept beside the first shard, or in the user's cache directory where that cannot be written.
@@ -97,10 +97,10 @@ def open_index(shards: Sequence[str]) -> Index:
     path = _index_path(shards)
     index = _load_fresh(path, shards)
     if index is None:
-        with _locked(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             index = _load_fresh(path, shards)
             if index is None:
-                _write(path, shards, _scan(shards))
+                _write(path, shards, _scan(shards, cache))
                 index = _load(path, tuple(shards))
     if not len(index):
         reason = f": {index.faults[0].describe()}" if index.faults else ""
@@ -108,39 +108,39 @@ def open_index(shards: Sequence[str]) -> Index:
     return index
 
 
-def _scan(shards: Sequence[str]) -> list[ShardTable]:
-    if sum(os.path.getsize(shard) for shard in shards) < LONG_WORK:
-        return [scan_shard(shard) for shard in shards]
+def _scan(shards: Sequence[str], cache: ShardCache) -> list[ShardTable]:
+    scan = partial(scan_shard, cache=cache)
+    if not any(map(is_remote, shards)) and sum(map(os.path.getsize, shards)) < LONG_WORK:
+        return [scan(shard) for shard in shards]
     # forked, since a script without a __main__ guard must be able to open a set
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-        return list(track(pool.map(scan_shard, shards), f"indexing {len(shards)} shards", total=len(shards)))
+        return list(track(pool.map(scan, shards), f"indexing {len(shards)} shards", total=len(shards)))
 
 
 def _index_path(shards: Sequence[str]) -> Path:
-    beside = Path(shards[0]).resolve().parent
-    # relative names, so that a set that moves keeps its index
-    names = [os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
+    if is_remote(shards[0]):
+        names, beside, place = list(shards), None, ""
+    else:
+        beside = Path(shards[0]).resolve().parent
+        # relative names, so that a set that moves keeps its index
+        names = [shard if is_remote(shard) else os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
+        place = str(beside)
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names))}.index"
-    if beside != SAMPLE_DIR and os.access(beside, os.W_OK):
+    if beside is not None and beside != SAMPLE_DIR and os.access(beside, os.W_OK):
         return beside / name
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hive_scale"
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache / f"{_short(str(beside))}-{name}"
+    folder = cache_dir() / "indices"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{_short(place)}-{name}"
 
 
 def _short(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
 def _stamps(shards: Sequence[str]) -> list[list[int]]:
-    return [[stat.st_size, stat.st_mtime_ns] for stat in map(os.stat, shards)]
+    """[size, time of change] of each shard; a remote one is taken to stay as it is."""
+    stats = [None if is_remote(shard) else os.stat(shard) for shard in shards]
+    return [[stat.st_size, stat.st_mtime_ns] if stat else [0, 0] for stat in stats]
 
 
 def _write(path: Path, shards: Sequence[str], tables: Sequence[ShardTable]) -> None:

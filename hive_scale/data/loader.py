@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import DataConfig
+from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
 from hive_scale.data.ledger import Ledger
 from hive_scale.data.order import Order, cut, deal
@@ -47,12 +48,13 @@ class Loader:
         bad_samples: Path | None = None,
     ) -> None:
         self.config = config
-        self.index = open_index(expand(shards))
+        cache = ShardCache(round(config.cache_gb * 1e9))
+        self.index = open_index(expand(shards), cache)
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.num_samples = len(self.index)
         self.fingerprint = self.index.fingerprint
-        self._reader = ShardReader(self.index.shards)
+        self._reader = ShardReader(self.index.shards, cache)
         self._ledger = Ledger(bad_samples, config.max_bad_samples)
         self._ledger.add(self.index.faults)
 
@@ -82,7 +84,7 @@ class Loader:
         return self._load(slots[world.rank :: world.size], None)
 
     def sample(self, i: int) -> Sample:
-        """Sample number i, ready for the model. Raises ValueError or OSError if it is broken."""
+        """Sample number i, ready for the model. Raises ValueError if it is broken."""
         width, height = self.index.picture_sizes[i].tolist()
         check_size(width, height, self.config.max_pixels)
         text = self.caption(i)
@@ -178,6 +180,6 @@ class _Batches(Dataset[_Loaded]):
                 self.reading[worker.id] = torch.tensor([os.getpid(), i])
             try:
                 return self.loader.sample(i)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 bad.append(Fault(self.loader.index.shard(i), self.loader.index.key(i), str(error)))
         return None

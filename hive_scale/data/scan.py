@@ -7,10 +7,13 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from hive_scale.data.cache import ShardCache
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
@@ -46,8 +49,8 @@ class ShardTable:
         return len(self.keys)
 
 
-def scan_shard(path: str) -> ShardTable:
-    """Every sample of the tar at `path`; a tar that is cut short gives those before the cut.
+def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
+    """Every sample of the tar `shard`; a tar that is cut short gives those before the cut.
 
     A sample is a run of members with one key (the path up to the first dot of the file name): a picture
     (jpg, png, webp), a caption (txt) and perhaps a record (json), in any order.
@@ -55,18 +58,15 @@ def scan_shard(path: str) -> ShardTable:
     faults: list[Fault] = []
     rows: list[tuple[str, list[Range], Range, int]] = []
     seen: set[str] = set()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for key, members in _groups(path, faults):
+    with os.fdopen(cache.open(shard), "rb") as file:
+        for key, members in _groups(file, shard, faults):
             try:
                 if key in seen:
                     raise ValueError("duplicate key: the first one is used")
                 seen.add(key)
-                rows.append((key, *_examine(descriptor, members)))
-            except (OSError, ValueError) as error:
-                faults.append(Fault(path, key, str(error)))
-    finally:
-        os.close(descriptor)
+                rows.append((key, *_examine(file.fileno(), members)))
+            except ValueError as error:
+                faults.append(Fault(shard, key, str(error)))
     return ShardTable(
         keys=[row[0] for row in rows],
         members=np.array([row[1] for row in rows], np.int64).reshape(-1, 3, 2),
@@ -76,10 +76,10 @@ def scan_shard(path: str) -> ShardTable:
     )
 
 
-def _groups(path: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Range]]]:
+def _groups(file: IO[bytes], shard: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Range]]]:
     """Runs of members that share a key, as {extension: byte range}."""
     current, members = "", dict[str, Range]()
-    for name, where in _files(path, faults):
+    for name, where in _files(file, shard, faults):
         directory, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
@@ -94,10 +94,10 @@ def _groups(path: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Ran
         yield current, members
 
 
-def _files(path: str, faults: list[Fault]) -> Iterator[tuple[str, Range]]:
-    total = os.path.getsize(path)
+def _files(file: IO[bytes], shard: str, faults: list[Fault]) -> Iterator[tuple[str, Range]]:
+    total = os.fstat(file.fileno()).st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 vars(tar)["members"] = []  # tarfile keeps every header it has met, for searches that never come
                 if member.offset_data + member.size > total:
@@ -105,11 +105,11 @@ def _files(path: str, faults: list[Fault]) -> Iterator[tuple[str, Range]]:
                 if member.isreg() and not member.issparse():
                     yield member.name, (member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
-        faults.append(Fault(path, "", f"the tar is cut short or damaged ({error}): the samples before are used"))
+        faults.append(Fault(shard, "", f"the tar is cut short or damaged ({error}): the samples before are used"))
 
 
 def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], Range, int]:
-    """(byte ranges of picture, caption and record; picture size; caption length). Raises ValueError, OSError."""
+    """(byte ranges of picture, caption and record; picture size; caption length). Raises ValueError."""
     picture = next((members[extension] for extension in PICTURES if extension in members), None)
     found = "only " + " and ".join(f".{extension}" for extension in members)
     if picture is None:

@@ -7,14 +7,17 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from braceexpand import braceexpand
+
+from hive_scale.data.cache import ShardCache, is_remote
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """Paths of the shards that `patterns` name, in order: paths, ``{0000..0099}`` ranges, globs, ``sample:train``.
+    """The shards that `patterns` name, in order: paths, ``{0000..0099}`` ranges, globs, URLs, ``sample:train``.
 
     Raises ValueError that names a missing shard and its pattern, and for ``pipe:`` URLs, which run commands.
     """
@@ -34,8 +37,10 @@ def _expand_one(pattern: str) -> list[str]:
         if not found:
             raise ValueError(f"no packaged set '{pattern}': use sample:train or sample:heldout")
         return found
-    if "://" in pattern or pattern.startswith("pipe:"):
-        raise ValueError(f"shard '{pattern}' is not a local path: copy the tars to a local directory and name that")
+    if pattern.startswith("pipe:"):
+        raise ValueError(f"shard '{pattern}' would run a command: name a path or a URL")
+    if is_remote(pattern):
+        return list(braceexpand(pattern))
     paths: list[str] = []
     for path in braceexpand(pattern):
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
@@ -49,28 +54,33 @@ def _expand_one(pattern: str) -> list[str]:
 
 
 class ShardReader:
-    """Reads byte ranges of local tars, keeping at most `max_open` of them open.
+    """Reads byte ranges of tars, keeping at most `max_open` of them open.
 
     Ranges are read in place (pread), so that copies of a reader in forked workers do not disturb each other.
     """
 
-    def __init__(self, paths: Sequence[str], max_open: int = 64) -> None:
-        self.paths = list(paths)
+    def __init__(self, shards: Sequence[str], cache: ShardCache, max_open: int = 64) -> None:
+        self.shards = shards
+        self.cache = cache
         self.max_open = max_open
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
 
     def read(self, shard: int, start: int, length: int) -> bytes:
-        """`length` bytes from `start` of shard number `shard`. Raises OSError if the file ends before."""
+        """`length` bytes from `start` of shard number `shard`.
+
+        Raises ValueError if the file ends before, OSError if it cannot be opened at all: the first is a broken
+        sample, the second a broken machine.
+        """
         data = os.pread(self._descriptor(shard), length, start)
         if len(data) < length:
-            raise OSError(f"{self.paths[shard]} ends at {start + len(data)} of {start + length} bytes")
+            raise ValueError(f"the shard ends at byte {start + len(data)}, before the sample does")
         return data
 
     def _descriptor(self, shard: int) -> int:
         if shard not in self._open:
             if len(self._open) >= self.max_open:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = os.open(self.paths[shard], os.O_RDONLY)
+            self._open[shard] = self.cache.open(self.shards[shard])
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -78,6 +88,5 @@ class ShardReader:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def __getstate__(self) -> dict[str, object]:
-        # descriptors mean nothing in a spawned process
-        return {"paths": self.paths, "max_open": self.max_open, "_open": OrderedDict()}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.shards, self.cache, self.max_open)  # descriptors mean nothing in another process
