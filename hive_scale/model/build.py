@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -140,6 +141,7 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         fields = dict(part.config)
         model_type = fields.pop("model_type", None)
         _known(model_type, (*VISION, *LANGUAGE), part, role)
+        _check_fields(model_type, fields, role)
         return AutoConfig.for_model(model_type, **fields)
     if not part.path:
         raise ValueError(
@@ -152,6 +154,17 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
+
+
+def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None:
+    """Hugging Face configs take any field and ignore it; a typo must not pass."""
+    # the last three are understood though not listed
+    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim"}
+    for field in fields:
+        if field not in known:
+            near = get_close_matches(field, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"see the {model_type} configuration of transformers"
+            raise ValueError(f"model.{role}.config.{field}: there is no such field: {hint}")
 
 
 def _known(model_type: str | None, known: tuple[str, ...], part: PartConfig, role: str) -> None:

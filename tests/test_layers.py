@@ -1,0 +1,99 @@
+"""The laws of the house hold: arrows point down, each framework has one door, and the front door is quick."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hive_scale"
+
+LEAVES = {"config", "batch", "distributed", "stage", "schedule"}
+# a room and what it may read besides the leaves
+ROOMS: dict[str, set[str]] = {
+    "presets": set(),
+    "model": set(),
+    "data": set(),
+    "engine": set(),
+    "watch": set(),
+    "checkpoint": {"engine"},
+    "evaluate": {"model", "data"},
+    "train": {"model", "data", "engine", "watch", "checkpoint"},
+    "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "train"},
+}
+DOORS: dict[str, set[str]] = {
+    "deepspeed": {"hive_scale/engine/zero.py", "hive_scale/engine/ds_json.py"},
+    "webdataset": {"hive_scale/data/"},
+    "wandb": {"hive_scale/watch/log.py"},
+    "omegaconf": {"hive_scale/config.py", "hive_scale/presets.py"},
+    "submitit": {"slurm/"},
+    "transformers": {"hive_scale/model/", "hive_scale/data/transform.py", "hive_scale/data/sources/smollm2.py"},
+    "accelerate": {"hive_scale/model/build.py", "launchers/benchmark.py"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files() -> list[Path]:
+    return sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_point_down(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    read = {name.split(".")[1] for name in imports(path) if name.startswith("hive_scale.") and name.count(".")}
+    if here in LEAVES:
+        assert read <= LEAVES
+    else:
+        assert read - {here} <= LEAVES | ROOMS[here], f"room {here} may read the leaves and {ROOMS[here] or 'nothing'}"
+
+
+@pytest.mark.parametrize("framework", DOORS)
+def test_each_framework_enters_through_its_door(framework: str) -> None:
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for path in files()
+        if any(name.split(".")[0] == framework for name in imports(path))
+    ]
+    for user in users:
+        assert any(user.startswith(door) for door in DOORS[framework]), f"{user} imports {framework}"
+
+
+def test_the_config_imports_no_torch() -> None:
+    code = "import sys, hive_scale.config, hive_scale.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("launcher", sorted((ROOT / "launchers").glob("*.py")), ids=lambda path: path.stem)
+def test_help_needs_no_torch_and_shows_examples(launcher: Path) -> None:
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    start = time.monotonic()
+    shown = subprocess.run([sys.executable, "-c", code, str(launcher)], capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, "torch was imported"
+    assert "example" in shown.stdout.lower()
+    assert time.monotonic() - start < 20  # a second in truth; a shared machine may be slow

@@ -1,0 +1,253 @@
+"""The model is the paper's: pairing of depths, an untouched LLM behind shut gates, causality, gradients
+where they belong, and the sizes of the published parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
+
+from hive_scale.batch import collate
+from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.model.build import assemble, export_encoder, materialise, skeleton
+from hive_scale.model.fusion import _visual_positions
+from hive_scale.model.vision import encoder_depths, feature_maps, group_ends
+from hive_scale.presets import load
+
+FUSIONS = ("cross_attention", "joint_attention", "concat")
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+
+def open_gates(model: torch.nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate"):
+            torch.nn.init.constant_(parameter, 0.5)
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_depths_and_pairing_are_those_of_the_published_lists() -> None:
+    assert group_ends(32, 6) == (5, 11, 16, 21, 26, 31)
+    assert group_ends(40, 8) == (4, 9, 14, 19, 24, 29, 34, 39)
+    assert encoder_depths(24, 0.25, "uniform") == (3, 7, 11, 15, 19, 23)
+    assert encoder_depths(24, 0.25, "later") == (18, 19, 20, 21, 22, 23)
+
+
+@pytest.mark.parametrize("llm", FAMILIES)
+@torch.no_grad()
+def test_shut_gates_leave_the_llm_as_it_was(llm: str) -> None:
+    model = assemble(tiny.model_config(llm=llm), seed=0).eval()
+    batch = tiny.batch()
+    ours = model.logits(model.read(model.see(batch.pixels), batch.tokens))
+    assert torch.equal(ours, model.language(batch.tokens).logits)
+    open_gates(model)
+    assert not torch.equal(model.logits(model.read(model.see(batch.pixels), batch.tokens)), ours)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("llm", FAMILIES)
+@torch.no_grad()
+def test_a_sample_without_picture_is_plain_text(fusion: str, llm: str) -> None:
+    model = assemble(tiny.model_config(fusion, llm), seed=0).eval()
+    open_gates(model)
+    batch = tiny.batch(3)
+    has_image = torch.tensor([True, False, True])
+    mixed = model.logits(model.read(model.see(batch.pixels), batch.tokens, has_image))
+    alone = model.logits(model.read(model.see(batch.pixels), batch.tokens))
+    torch.testing.assert_close(mixed[1], model.language(batch.tokens).logits[1], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(alone[1], mixed[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@torch.no_grad()
+def test_a_position_sees_no_later_token(fusion: str) -> None:
+    model = assemble(tiny.model_config(fusion), seed=0).eval()
+    open_gates(model)
+    batch = tiny.batch(3)
+    changed = batch.tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % tiny.VOCABULARY
+    before, after = (model.read(model.see(batch.pixels), tokens) for tokens in (batch.tokens, changed))
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5], after[:, 5])
+
+
+@torch.no_grad()
+def test_the_baseline_is_the_llm_run_over_one_long_sequence() -> None:
+    model = assemble(tiny.model_config("concat"), seed=0).eval()
+    batch = tiny.batch(2)
+    (visual,) = model.see(batch.pixels)
+    text = model.language.model.embed_tokens(batch.tokens)
+    sequence = torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
+    expected = model.language(inputs_embeds=sequence).logits
+    rows = [0, *range(1 + visual.shape[1], sequence.shape[1])]
+    torch.testing.assert_close(model.logits(model.read([visual], batch.tokens)), expected[:, rows], atol=1e-6, rtol=1e-5)
+
+
+def test_grid_positions_turn_by_row_column_and_a_constant() -> None:
+    places = _visual_positions(num_visual=576, num_pairs=32, grid=True, device=torch.device("cpu"))
+    token = 5 * 24 + 7  # row 5, column 7, counted from slot 1
+    assert places[token].tolist() == [6, 8] * 12 + [13] * 8
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_every_selected_depth_receives_gradient(fusion: str) -> None:
+    config = tiny.model_config(fusion)
+    model = assemble(config, seed=0)
+    open_gates(model)
+    taps: list[torch.Tensor] = []
+    batch = tiny.batch(2)
+
+    def keep(features: list[torch.Tensor]) -> list[torch.Tensor]:
+        for feature in features:
+            feature.retain_grad()
+        taps.extend(features)
+        return features
+
+    pixels = (batch.pixels.float() - model.pixel_mean) / model.pixel_std
+    features = keep(feature_maps(model.vision, pixels, model.encoder_depths))
+    visual = [project(feature) for project, feature in zip(model.projector, features, strict=True)]
+    hidden = model.read(visual, batch.tokens)
+    model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids).sum().backward()
+    assert len(taps) == len(model.encoder_depths)
+    for depth, tap in zip(model.encoder_depths, taps, strict=True):
+        assert tap.grad is not None, depth
+        assert tap.grad.norm() > 0, depth
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_parameters_without_gradient_are_those_called_dormant(fusion: str) -> None:
+    model = assemble(tiny.model_config(fusion), seed=0)
+    open_gates(model)
+    model(**tiny.batch(2).inputs()).backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == model.dormant()
+
+
+@torch.no_grad()
+def test_the_loss_is_the_sum_over_targets_and_ignores_padding() -> None:
+    model = assemble(tiny.model_config(), seed=0).eval()
+    open_gates(model)
+    samples = tiny.samples(4)
+    whole = model(**collate(samples, 0, tiny.IMAGE).inputs())
+    parts = sum(model(**collate([sample], 0, tiny.IMAGE).inputs()) for sample in samples)
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-5)
+    batch = collate(samples, 0, tiny.IMAGE)
+    logits = model.logits(model.read(model.see(batch.pixels), batch.tokens))
+    labels = torch.full_like(batch.tokens, -100).flatten()
+    labels[batch.target_rows] = batch.target_ids
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
+    torch.testing.assert_close(whole, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", ["paper_siglip", "paper_clip"])
+def test_full_size_parts_have_their_published_sizes(preset: str) -> None:
+    config = load(preset, None, []).model
+    model = skeleton(config)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert count(model.language) == 345_355_200
+    assert len(model.fusion.depths) == len(model.encoder_depths) == 6
+    assert model.fusion.depths == (5, 11, 16, 21, 26, 31)
+    stock = SiglipVisionModel if preset == "paper_siglip" else CLIPVisionModel
+    with torch.device("meta"):
+        assert count(model.vision) == count(stock(model.vision.config))
+    # six times: two layers of 960, their norm, and the shortcut from 1024
+    assert count(model.projector) == 6 * (1024 * 960 + 960 + 960 * 960 + 960 + 2 * 1024 + 1024 * 960)
+
+
+def test_llama_1b_has_its_published_size() -> None:
+    scaling = {"rope_type": "llama3", "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0}
+    llama = {
+        "model_type": "llama",
+        "vocab_size": 128_256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131_072,
+        "rope_theta": 500_000.0,
+        "rope_scaling": scaling | {"original_max_position_embeddings": 8192},
+        "tie_word_embeddings": True,
+    }
+    vision = load("paper_clip", None, []).model.vision
+    model = skeleton(ModelConfig(vision, PartConfig(config=llama)))
+    assert count(model.language) == 1_235_814_400
+    assert model.language.config.rope_parameters["rope_type"] == "llama3"
+
+
+@pytest.mark.parametrize(("vision", "model"), [(tiny.SIGLIP, SiglipVisionModel), (tiny.CLIP, CLIPVisionModel)])
+@pytest.mark.parametrize("llm", FAMILIES)
+def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[str, Any], model: Any, llm: str) -> None:
+    fields = dict(vision)
+    tower = model(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    fields = tiny.language(llm)
+    llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    tower.save_pretrained(tmp_path / "vision")
+    llama.save_pretrained(tmp_path / "language", max_shard_size="50kB")  # several files, as big checkpoints are
+    assert len(list((tmp_path / "language").glob("*.safetensors"))) > 1
+    config = ModelConfig(PartConfig(str(tmp_path / "vision")), PartConfig(str(tmp_path / "language")), density=0.5)
+    built = assemble(config, seed=0)
+    for ours, theirs in ((built.vision, tower), (built.language, llama)):
+        for name, parameter in theirs.named_parameters():
+            assert torch.equal(ours.get_parameter(name), parameter), name
+    # the injected layers start as copies of their hosts
+    host = built.language.model.layers[built.fusion.depths[0]]
+    assert torch.equal(built.fusion.layers[0].get_parameter("q_proj.weight"), host.self_attn.q_proj.weight)
+
+
+def test_the_encoder_leaves_as_a_stock_directory(tmp_path: Path) -> None:
+    config = tiny.model_config()
+    model = assemble(config, seed=3)
+    export_encoder(config, dict(model.named_parameters()), tmp_path / "encoder")
+    loaded, report = SiglipVisionModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
+    assert not report["missing_keys"]
+    pixels = torch.randn(2, 3, tiny.IMAGE, tiny.IMAGE)
+    with torch.no_grad():
+        hidden = loaded(pixels, output_hidden_states=True).hidden_states
+        for depth, ours in zip((1, 3), feature_maps(model.vision, pixels, (1, 3)), strict=True):
+            torch.testing.assert_close(ours, hidden[depth])
+    assert load_file(tmp_path / "encoder" / "model.safetensors")
+
+
+@torch.no_grad()
+def test_materialise_gives_the_assembled_model_back() -> None:
+    config = tiny.model_config("joint_attention")
+    model = assemble(config, seed=0).eval()
+    again = materialise(config, {name: value.clone() for name, value in model.named_parameters()})
+    batch = tiny.batch(2)
+    assert torch.equal(model(**batch.inputs()), again(**batch.inputs()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vision": PartConfig(config=tiny.SIGLIP | {"patch_size": 7})}, "patch_size 7: use 28"),
+        ({"vision": PartConfig(config=tiny.SIGLIP | {"hiden_size": 7})}, "did you mean hidden_size"),
+        ({"vision": PartConfig(config=tiny.language())}, "supported are siglip_vision_model, clip_vision_model"),
+        ({"language": PartConfig(config={"model_type": "gpt2"})}, "of type gpt2: supported are .*llama"),
+        ({"language": PartConfig(path="./nowhere")}, "no config.json"),
+        ({"language": PartConfig()}, "neither path nor config"),
+        ({"density": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))}, "lower model.density"),
+    ],
+)
+def test_a_bad_model_config_says_what_to_change(change: dict[str, Any], message: str) -> None:
+    parts: dict[str, Any] = {"vision": PartConfig(config=tiny.SIGLIP), "language": PartConfig(config=tiny.language())}
+    with pytest.raises(ValueError, match=message):
+        skeleton(ModelConfig(**(parts | change)))
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    fields = tiny.language()
+    llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    llama.save_pretrained(tmp_path)
+    deeper = PartConfig(str(tmp_path), tiny.language(num_hidden_layers=6))
+    with pytest.raises(ValueError, match="weights are missing"):
+        assemble(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
