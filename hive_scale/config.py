@@ -62,7 +62,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges or globs; ``sample:train`` is the shipped set."""
+    """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges, globs or URLs; ``sample:train`` is the shipped set.
+
+    ``3 x small/*.tar`` reads a set three times in each epoch of the whole, ``0.5 x large/*.tar`` half of it.
+    """
 
     train: list[str] = field(default_factory=lambda: ["sample:train"])
     heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
@@ -219,7 +222,10 @@ def load(path: Path) -> Config:
 
 
 # What may change between two parts of one run: the hardware's side, and how often one looks.
-FREE = ("output", "engine.*", "eval_interval", "save_interval", "evidence", "*.micro_batch", "data.workers", "data.cache_gb")
+FREE = (
+    *("output", "engine.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
+    *("data.workers", "data.cache_gb", "data.max_bad_samples"),
+)
 
 
 def differences(one: Config, other: Config) -> list[str]:

@@ -114,10 +114,10 @@ def run_index(arguments: argparse.Namespace) -> None:
     from hive_scale.config import DataConfig
     from hive_scale.data.cache import ShardCache
     from hive_scale.data.index import open_index
-    from hive_scale.data.shards import expand
+    from hive_scale.data.shards import all_shards, expand
     from hive_scale.data.summary import describe
 
-    index = open_index(expand(arguments.shards), ShardCache(round(DataConfig().cache_gb * 1e9)))
+    index = open_index(all_shards(expand(arguments.shards)), ShardCache(round(DataConfig().cache_gb * 1e9)))
     if arguments.faults:
         lines = [json.dumps(vars(fault)) + "\n" for fault in index.faults]
         arguments.faults.write_text("".join(lines), encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -242,3 +243,12 @@ def test_the_default_window_mixes_shards(shards: list[str], tokenizer: Tokenizer
     steps = loader.steps(global_batch=12, accumulation=1, seed=0, start=0, world=World(0, 1, CPU))
     shards_seen = [{key.split("-")[0] for key in step[0].keys} for step in islice(steps, 4)]
     assert np.mean([len(seen) for seen in shards_seen]) > 2
+
+
+def test_sets_are_mixed_as_often_as_asked(shards: list[str], tokenizer: Tokenizer) -> None:
+    loader = _loader([f"2 x {shards[0]}", *shards[1:]], tokenizer)
+    assert loader.num_samples == 2 * 7 + 11 + 5
+    keys = [key for step in _keys(_steps(loader, 2, 3, 0, 5)) for key in step]  # two epochs
+    assert sorted(Counter(keys).items()) == sorted((loader.index.key(i), 4 if i < 7 else 2) for i in range(23))
+    with pytest.raises(ValueError, match="0 times"):
+        _loader([f"0 x {shards[0]}"], tokenizer)

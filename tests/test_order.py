@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hive_scale.data.order import Order, cut, deal
+from hive_scale.data.order import Mixture, Order, cut, deal
 
 sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(sum)
 seeds = st.integers(0, 5)
@@ -71,8 +71,42 @@ def test_substitutes_are_fixed_and_never_the_sample_itself(
     assert {*substitutes, int(first.ids(position, 1)[0])} == set(first.ids(low, high - low).tolist())
 
 
-def test_seeks_at_once_in_a_hundred_million_samples() -> None:
-    order = Order(np.full(20_000, 5_000), 0, 16_384)
+sets = st.lists(st.tuples(sizes, st.sampled_from([0.3, 0.5, 1, 2, 2.6])), min_size=1, max_size=4)
+
+
+@given(sets, seeds, windows)
+def test_a_mixture_counts_exactly_and_spreads_evenly(
+    sets: list[tuple[list[int], float]], seed: int, window: int
+) -> None:
+    mixture = Mixture([sizes for sizes, _ in sets], [repeat for _, repeat in sets], seed, window)
+    ends = np.cumsum([sum(sizes) for sizes, _ in sets])
+    ids = mixture.ids(0, 3 * mixture.num_samples)
+    of = np.searchsorted(ends, ids, side="right")
+    for i, (sizes, repeat) in enumerate(sets):
+        count = max(1, round(repeat * sum(sizes)))
+        epochs = (of == i).reshape(3, -1)
+        assert epochs.sum(1).tolist() == [count] * 3
+        for done in range(window, mixture.num_samples, window):  # after each window, as near its share as can be
+            assert abs(epochs[0, :done].sum() - done * count / mixture.num_samples) <= len(sets)
+        seen = np.bincount(ids[of == i] - (ends[i] - sum(sizes)), minlength=sum(sizes))
+        assert seen.max() - seen.min() <= 1  # no sample is ahead of another of its set
+
+
+@given(sets, seeds, windows, st.integers(0, 100), st.lists(st.integers(1, 20), min_size=1, max_size=4))
+def test_any_seek_in_a_mixture_gives_the_uninterrupted_stream(
+    sets: list[tuple[list[int], float]], seed: int, window: int, start: int, counts: list[int]
+) -> None:
+    arguments = [sizes for sizes, _ in sets], [repeat for _, repeat in sets], seed, window
+    whole = Mixture(*arguments).ids(0, start + sum(counts)).tolist()
+    for count in counts:
+        assert Mixture(*arguments).ids(start, count).tolist() == whole[start : start + count]
+        start += count
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_seeks_at_once_in_a_hundred_million_samples(mixed: bool) -> None:
+    shards = np.full(20_000, 5_000)
+    order = Mixture([shards, shards[:7]], [1, 2.5], 0, 16_384) if mixed else Order(shards, 0, 16_384)
     tracemalloc.start()
     begin = time.perf_counter()
     order.ids(99_999_000, 2_048)  # across the end of an epoch

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hive_scale.data.cache import ShardCache
-from hive_scale.data.shards import ShardReader, expand
+from hive_scale.data.shards import ShardReader, all_shards, expand
 
 CACHE = ShardCache(10**9)
 
@@ -22,10 +22,12 @@ def directory(tmp_path: Path) -> Path:
 
 def test_paths_ranges_and_globs_name_shards_in_order(directory: Path) -> None:
     names = [f"{directory}/a-{s:04d}.tar" for s in range(3)]
-    assert expand([f"{directory}/a-{{0000..0002}}.tar"]) == names
-    assert expand([f"{directory}/a-*.tar"]) == names
-    assert expand([names[2], names[0]]) == [names[2], names[0]]
-    assert expand([f"{directory}/a-{{0002,0001}}.tar"]) == [names[2], names[1]]
+    assert all_shards(expand([f"{directory}/a-{{0000..0002}}.tar"])) == names
+    assert all_shards(expand([f"{directory}/a-*.tar"])) == names
+    assert all_shards(expand([names[2], names[0]])) == [names[2], names[0]]
+    sets = expand([f"2 x {names[0]}", f"0.25 x {directory}/a-000[12].tar"])
+    assert [(one.repeats, one.shards) for one in sets] == [(2, names[:1]), (0.25, names[1:])]
+    assert all_shards(expand([f"{directory}/a-{{0002,0001}}.tar"])) == [names[2], names[1]]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_no_shards_at_all_is_an_error() -> None:
 
 
 def test_reads_ranges_with_few_files_open(directory: Path) -> None:
-    reader = ShardReader(expand([f"{directory}/a-*.tar"]), CACHE, max_open=2)
+    reader = ShardReader(all_shards(expand([f"{directory}/a-*.tar"])), CACHE, max_open=2)
     for s in (0, 1, 2, 0, 2, 1, 1):
         assert reader.read(s, 3, 4) == bytes([s]) * 4
         assert len(reader._open) <= 2

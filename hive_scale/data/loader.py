@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -22,9 +23,9 @@ from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
 from hive_scale.data.ledger import Ledger
-from hive_scale.data.order import Order, cut, deal
+from hive_scale.data.order import Mixture, Order, Stream, cut, deal
 from hive_scale.data.scan import Fault
-from hive_scale.data.shards import ShardReader, expand
+from hive_scale.data.shards import ShardReader, all_shards, expand
 from hive_scale.data.transform import Tokenizer, blank, caption_sample, check_size, picture
 from hive_scale.distributed import World
 
@@ -49,10 +50,11 @@ class Loader:
     ) -> None:
         self.config = config
         cache = ShardCache(round(config.cache_gb * 1e9))
-        self.index = open_index(expand(shards), cache)
+        self.sets = expand(shards)
+        self.index = open_index(all_shards(self.sets), cache)
         self.tokenizer = tokenizer
         self.image_size = image_size
-        self.num_samples = len(self.index)
+        self.num_samples = self._stream(0).num_samples  # in an epoch
         self.fingerprint = self.index.fingerprint
         self._reader = ShardReader(self.index.shards, cache)
         self._ledger = Ledger(bad_samples, config.max_bad_samples)
@@ -66,7 +68,7 @@ class Loader:
         All ranks and micro-batches have equally many samples. Step s holds the stream's positions
         [start + s * global_batch, ...) whatever the world; see `order.deal` for who gets which.
         """
-        order = Order(self.index.shard_sizes, seed, self.config.window)
+        order = self._stream(seed)
         micro_batches = self._load(self._dealt(order, global_batch, accumulation, start, world), order)
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
@@ -102,18 +104,28 @@ class Loader:
         record: dict[str, Any] = json.loads(self._read(i, 2) or b"{}")
         return record
 
+    def _stream(self, seed: int) -> Stream:
+        sizes = np.split(self.index.shard_sizes, np.cumsum([len(one.shards) for one in self.sets])[:-1])
+        for one, size in zip(self.sets, sizes, strict=True):
+            if not size.sum():
+                raise ValueError(f"no usable sample in '{one.pattern}': leave it out, or repair it")
+        repeats = [one.repeats for one in self.sets]
+        if all(repeat == 1 for repeat in repeats):
+            return Order(self.index.shard_sizes, seed, self.config.window)
+        return Mixture(sizes, repeats, seed, self.config.window)
+
     def _read(self, i: int, member: int) -> bytes:
         start, length = self.index.members[i, member].tolist()
         return self._reader.read(self.index.shard_of(i), start, length)
 
-    def _dealt(self, order: Order, global_batch: int, accumulation: int, start: int, world: World) -> Iterator[Slots]:
+    def _dealt(self, order: Stream, global_batch: int, accumulation: int, start: int, world: World) -> Iterator[Slots]:
         while True:
             ids = order.ids(start, global_batch)
             for places in deal(self.index.caption_bytes[ids], world.size, accumulation)[world.rank]:
                 yield [(start + int(place), int(ids[place])) for place in places]
             start += global_batch
 
-    def _load(self, slots: Iterable[Slots], order: Order | None) -> Iterator[Batch]:
+    def _load(self, slots: Iterable[Slots], order: Stream | None) -> Iterator[Batch]:
         batches = _Batches(self, order)
         loader = DataLoader(
             batches,
@@ -144,7 +156,7 @@ class _Loaded:
 class _Batches(Dataset[_Loaded]):
     """Micro-batches by their slots. With an order, broken samples are substituted; without, left out."""
 
-    def __init__(self, loader: Loader, order: Order | None) -> None:
+    def __init__(self, loader: Loader, order: Stream | None) -> None:
         self.loader = loader
         self.order = order
         # (process, sample) that each worker is at, in shared memory: what is left of one that dies

@@ -8,29 +8,26 @@ The state of a stream is one integer, the number of samples consumed; global bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Ints = NDArray[np.int64]
 
+CLOCK = 2**40  # ticks of an epoch, by which mixtures are timed: integers, since floats would round
 
-class Order:
-    """The endless stream of sample numbers, epoch after epoch, each sample once in each.
 
-    `shard_sizes` are the samples per shard; `window` is how many samples are mixed at once. The object holds
-    nothing but memory of what it computed last.
-    """
+class Stream(ABC):
+    """Sample numbers, endlessly, epoch after epoch; holds nothing but memory of what it computed last."""
 
-    def __init__(self, shard_sizes: ArrayLike, seed: int, window: int) -> None:
-        self.sizes = np.asarray(shard_sizes, np.int64)
-        self.num_samples = int(self.sizes.sum())
+    def __init__(self, num_samples: int, seed: int, window: int) -> None:
+        self.num_samples = num_samples  # in an epoch
         self.seed = seed
         self.window = window
-        self._starts = np.cumsum(self.sizes) - self.sizes
-        self._epoch: tuple[int, Ints, Ints] = (-1, self.sizes, self.sizes)
-        self._window: tuple[int, int, Ints] = (-1, -1, self.sizes)
+        self._last: tuple[int, int, Ints] = (-1, -1, np.empty(0, np.int64))
 
     def ids(self, start: int, count: int) -> Ints:
         """Sample numbers at the stream positions [start, start + count): int64 (count,)."""
@@ -55,14 +52,32 @@ class Order:
         yield from others[_shuffle(len(others), self.seed, epoch, window, first)].tolist()
 
     def _shuffled(self, epoch: int, window: int) -> Ints:
-        if self._window[:2] != (epoch, window):
-            shards, ends = self._shards(epoch)
+        if self._last[:2] != (epoch, window):
             low = window * self.window
-            places = np.arange(low, min(low + self.window, self.num_samples))
-            slots = np.searchsorted(ends, places, side="right")
-            ids = self._starts[shards[slots]] + places - (ends[slots] - self.sizes[shards[slots]])
-            self._window = (epoch, window, ids[_shuffle(len(ids), self.seed, epoch, window)])
-        return self._window[2]
+            ids = self._between(epoch, low, min(low + self.window, self.num_samples))
+            self._last = (epoch, window, ids[_shuffle(len(ids), self.seed, epoch, window)])
+        return self._last[2]
+
+    @abstractmethod
+    def _between(self, epoch: int, low: int, high: int) -> Ints:
+        """What lies at the places [low, high) of an epoch before its windows are shuffled."""
+
+
+class Order(Stream):
+    """One set: each sample once in each epoch. `shard_sizes` are the samples per shard."""
+
+    def __init__(self, shard_sizes: ArrayLike, seed: int, window: int) -> None:
+        self.sizes = np.asarray(shard_sizes, np.int64)
+        super().__init__(int(self.sizes.sum()), seed, window)
+        self._starts = np.cumsum(self.sizes) - self.sizes
+        self._epoch: tuple[int, Ints, Ints] = (-1, self.sizes, self.sizes)
+
+    def _between(self, epoch: int, low: int, high: int) -> Ints:
+        shards, ends = self._shards(epoch)
+        places = np.arange(low, high)
+        slots = np.searchsorted(ends, places, side="right")
+        ids: Ints = self._starts[shards[slots]] + places - (ends[slots] - self.sizes[shards[slots]])
+        return ids
 
     def _shards(self, epoch: int) -> tuple[Ints, Ints]:
         """(shards in this epoch's order, where each ends in the epoch's unshuffled stream)."""
@@ -70,6 +85,44 @@ class Order:
             shards = _shuffle(len(self.sizes), self.seed, epoch)
             self._epoch = (epoch, shards, np.cumsum(self.sizes[shards]))
         return self._epoch[1:]
+
+
+class Mixture(Stream):
+    """Several sets: an epoch has exactly `repeats` epochs of each, evenly spread.
+
+    `sets` are their shard sizes; sample numbers run on from set to set. Each set keeps an order of its own, so
+    half an epoch of a set is followed by the other half.
+    """
+
+    def __init__(self, sets: Sequence[ArrayLike], repeats: Sequence[float], seed: int, window: int) -> None:
+        self.orders = [Order(sizes, seed, window) for sizes in sets]
+        sizes = [order.num_samples for order in self.orders]
+        self.counts = [max(1, round(repeat * size)) for repeat, size in zip(repeats, sizes, strict=True)]
+        super().__init__(sum(self.counts), seed, window)
+        self._starts = np.cumsum(sizes) - sizes
+
+    def _between(self, epoch: int, low: int, high: int) -> Ints:
+        pieces = []
+        for i, (first, last) in enumerate(zip(self._before(low), self._before(high), strict=True)):
+            done = epoch * self.counts[i]
+            pieces.append(self._starts[i] + self.orders[i].ids(done + first, last - first))
+        return np.concatenate(pieces)
+
+    def _before(self, place: int) -> list[int]:
+        """How many samples of each set come before `place` of an epoch.
+
+        Sample j of the c that a set has in an epoch is due at time (j + 1/2) / c; the samples of all sets come as
+        they are due. The time at `place` is found by bisection; those due at once come in the order of the sets.
+        """
+        low = bisect_right(range(CLOCK), place, key=lambda time: sum(self._due(time))) - 1
+        due, later = self._due(low), self._due(low + 1)
+        for i in range(len(due)):
+            more = min(later[i] - due[i], place - sum(due))
+            due[i] += more
+        return due
+
+    def _due(self, time: int) -> list[int]:
+        return [(2 * time * count + CLOCK) // (2 * CLOCK) for count in self.counts]
 
 
 def deal(lengths: ArrayLike, world_size: int, micro_batches: int) -> Ints:

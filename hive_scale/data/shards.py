@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-from collections import OrderedDict
+import re
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,43 @@ from hive_scale.data.cache import ShardCache, is_remote
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
-    """The shards that `patterns` name, in order: paths, ``{0000..0099}`` ranges, globs, URLs, ``sample:train``.
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one pattern, and how many epochs of them one epoch of the whole has."""
 
-    Raises ValueError that names a missing shard and its pattern, and for ``pipe:`` URLs, which run commands.
+    pattern: str
+    shards: list[str]
+    repeats: float = 1.0
+
+
+def expand(patterns: Sequence[str]) -> list[ShardSet]:
+    """What `patterns` name, in order: paths, ``{0000..0099}`` ranges, globs, URLs, ``sample:train``.
+
+    Each may say how often an epoch reads it: ``3 x small/*.tar``, ``0.5 x large/*.tar``. Raises ValueError that
+    names a missing shard and its pattern, and for ``pipe:`` URLs, which run commands.
     """
-    paths = [path for pattern in patterns for path in _expand_one(pattern)]
-    if not paths:
+    sets = [_expand_one(pattern) for pattern in patterns]
+    if not sets:
         raise ValueError("no shards given: name tars in data.train and data.heldout, such as 'set/{0000..0099}.tar'")
-    twice = {path for path in paths if paths.count(path) > 1} if len(set(paths)) < len(paths) else set()
+    twice = [shard for shard, count in Counter(all_shards(sets)).items() if count > 1]
     if twice:
-        raise ValueError(f"shard {min(twice)} is named twice: each shard belongs in the list once")
-    return paths
+        raise ValueError(f"shard {twice[0]} is named twice: to read a set twice as often, write '2 x PATTERN'")
+    return sets
 
 
-def _expand_one(pattern: str) -> list[str]:
+def all_shards(sets: Sequence[ShardSet]) -> list[str]:
+    return [shard for one in sets for shard in one.shards]
+
+
+def _expand_one(pattern: str) -> ShardSet:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) x (.+)", pattern)
+    repeats, pattern = (float(match[1]), match[2]) if match else (1.0, pattern)
+    if repeats == 0:
+        raise ValueError(f"'{pattern}' is to be read 0 times: leave it out, or give it a share above 0")
+    return ShardSet(pattern, _find(pattern), repeats)
+
+
+def _find(pattern: str) -> list[str]:
     if pattern.startswith("sample:"):
         name = pattern.removeprefix("sample:")
         found = sorted(str(path) for path in SAMPLE_DIR.glob(f"{name}-*.tar"))
