@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+JOINING = timedelta(minutes=5)  # a process that has not come by then will not
+POLL, GRACE = 1.0, 5.0  # seconds between looks for a failed rank, and to leave by oneself after one
+FAILURE = "hive_scale/failure"  # key of the store: which rank failed first, and how
+ORPHANED = "rank 0, which holds the job together, has gone"
 
 
 class Fragment(NamedTuple):
@@ -55,25 +66,87 @@ def session() -> Iterator[World]:
     """Join the group that the launcher's environment describes, or found a world of one.
 
     torchrun, accelerate and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT; Slurm and submitit set SLURM_PROCID and friends. gloo serves CPUs, NCCL GPUs.
+    MASTER_PORT; srun and submitit say the same in words of their own. gloo serves CPUs, NCCL GPUs. The first
+    rank that raises ends all others within seconds, and only its traceback is shown.
     """
-    rank, size, local_rank = _identity()
-    device = _device(local_rank)
+    place = _place(os.environ)
+    device = _device(place.local_rank, os.environ)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if size == 1:
+    if place.size == 1:
         # a HashStore needs neither port nor launcher
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, rank=rank, world_size=size, device_id=_device_id(device))
+        try:
+            yield World(0, 1, device)
+        finally:
+            dist.destroy_process_group()
+        return
+    os.environ.update(place.master)
+    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=JOINING))
+    guard = _Guard(store.clone(), place.rank)
     try:
-        yield World(rank, size, device)
-    finally:
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, device_id=device_id)
+        yield World(place.rank, place.size, device)
+        dist.barrier()  # else the store may go before all have stopped looking at it
+    except BaseException as error:
+        if not guard.is_first(error):
+            os._exit(1)
+        if device.type == "cuda":
+            raise  # what is left of NCCL may wait for the others: it goes with the process
         dist.destroy_process_group()
+        raise
+    finally:
+        guard.stop()
+    dist.destroy_process_group()
 
 
-def _identity() -> tuple[int, int, int]:
-    """(rank, world size, local rank). Raises ValueError when a launcher's environment is half set."""
-    env = os.environ
+class _Guard:
+    """Ends this process when another rank has failed, for its collectives would wait for minutes."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self.store, self.rank = store, rank
+        self.stopped = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def is_first(self, error: BaseException) -> bool:
+        """Tell all ranks of `error`, unless another came first, which this rank's error then follows from."""
+        mine = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        first: str
+        try:
+            first = self.store.compare_set(FAILURE, "", mine).decode()
+        except RuntimeError:
+            first = ORPHANED
+        if first != mine:
+            print(f"rank {self.rank} stops: {first}", file=sys.stderr, flush=True)
+        time.sleep(2 * POLL)  # the others look before this process, and perhaps the store, goes
+        return first == mine
+
+    def stop(self) -> None:
+        self.stopped.set()
+
+    def _watch(self) -> None:
+        store = self.store.clone()  # a connection of its own: a wait in the other's would block it
+        while not self.stopped.wait(POLL):
+            try:
+                if not store.check([FAILURE]):
+                    continue
+                failure = store.get(FAILURE).decode()
+            except RuntimeError:
+                failure = ORPHANED
+            if not self.stopped.wait(GRACE):
+                print(f"rank {self.rank} stops: {failure}", file=sys.stderr, flush=True)
+                os._exit(1)  # the main thread waits in a collective, out of the reach of exceptions
+
+
+class _Place(NamedTuple):
+    rank: int
+    size: int
+    local_rank: int
+    master: Mapping[str, str]  # environment variables that torch's rendezvous needs beyond the present ones
+
+
+def _place(env: Mapping[str, str]) -> _Place:
+    """Where the launcher has put this process. Raises ValueError when its environment is half set."""
     if "WORLD_SIZE" in env:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing and env["WORLD_SIZE"] != "1":
@@ -81,17 +154,38 @@ def _identity() -> tuple[int, int, int]:
                 f"WORLD_SIZE={env['WORLD_SIZE']} is set but not {', '.join(missing)}: unset WORLD_SIZE, or start "
                 "with torchrun, accelerate launch, deepspeed or srun"
             )
-        return int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    return 0, 1, 0
+        return _Place(int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), {})
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun: a batch script has no step
+        size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+        host = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
+        # jobs and steps that share a node need ports of their own
+        port = 15000 + (37 * int(env.get("SLURM_JOB_ID", 0)) + int(env["SLURM_STEP_ID"])) % 15000
+        return _Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), _master(env, host, port))
+    if "SUBMITIT_LOCAL_GLOBALID" in env:
+        size, port = int(env["SUBMITIT_LOCAL_NTASKS"]), 15000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 15000
+        rank, local_rank = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_LOCALID"])
+        return _Place(rank, size, local_rank, _master(env, "127.0.0.1", port))
+    return _Place(0, 1, 0, {})
 
 
-def _device(local_rank: int) -> torch.device:
+def _master(env: Mapping[str, str], host: str, port: int) -> dict[str, str]:
+    return {"MASTER_ADDR": env.get("MASTER_ADDR", host), "MASTER_PORT": env.get("MASTER_PORT", str(port))}
+
+
+def first_host(nodelist: str) -> str:
+    """First host of Slurm's shorthand: ``gpu[007-010,12],cpu1`` begins with ``gpu007``."""
+    match = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\])?([^\[,]*)", nodelist)
+    return "".join(part or "" for part in match.groups()) if match else nodelist
+
+
+def _device(local_rank: int, env: Mapping[str, str]) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count == 1 and "SLURM_STEP_ID" in env:
+        local_rank = 0  # Slurm shows each task only its own
+    if local_rank >= count:
+        raise ValueError(f"this node has {count} GPUs and at least {local_rank + 1} processes: start one per GPU")
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
-
-
-def _device_id(device: torch.device) -> torch.device | None:
-    return device if device.type == "cuda" else None
