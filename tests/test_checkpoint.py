@@ -36,11 +36,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import hive_scale.checkpoint.store as store_module
+import hive_scale.checkpoint.staging as staging_module
 from hive_scale.checkpoint.files import Damaged
 from hive_scale.checkpoint.handoff import Source, build_handoff, fill, find_weights, read_weights, write_weights
 from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.ranges import Owned, Range, difference, divide
+from hive_scale.checkpoint.snapshot import write_manifest
 from hive_scale.checkpoint.store import Store, WriteError
 from hive_scale.distributed import Fragment, World
 
@@ -137,8 +138,8 @@ def test_ranges_that_do_not_make_up_a_tensor_are_refused(ranges: list[tuple[str,
 
 def test_training_goes_on_and_does_not_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write = threading.Event()
-    write = store_module.write_file
-    monkeypatch.setattr(store_module, "write_file", lambda *a: may_write.wait(10) and write(*a))
+    write = staging_module.write_file
+    monkeypatch.setattr(staging_module, "write_file", lambda *a: may_write.wait(10) and write(*a))
     store = Store(tmp_path, ALONE)
     live, state = numbered(1), {"step": 1, "rng": [1, 2]}
     store.save(1, live, state)  # returns although nothing can be written yet
@@ -157,8 +158,8 @@ def test_the_staging_buffer_is_reused(tmp_path: Path) -> None:
     places = set()
     for step in range(3):
         store.save(step, numbered(step), {})
-        assert store._layout is not None
-        places.add(store._layout.buffer.data_ptr())
+        assert store._staging is not None
+        places.add(store._staging.buffer.data_ptr())
     store.finish()
     assert len(places) == 1
 
@@ -286,7 +287,7 @@ def test_a_manifest_cannot_point_elsewhere(stage: Path) -> None:
     content = json.loads((path / MANIFEST).read_text())["content"]
     content["files"]["../step_00000002/rank_00000.safetensors"] = content["files"].pop(DATA)
     (path / MANIFEST).unlink()
-    store_module.write_manifest(path, 3, content["shapes"], content["files"], {})
+    write_manifest(path, 3, content["shapes"], content["files"], {})
     with pytest.raises(Damaged, match="outside the checkpoint"):
         Store(stage, ALONE).load(path, numbered(0))
 
@@ -434,6 +435,7 @@ def test_handoff_is_the_parent_with_the_masters_in_place(tmp_path: Path, limit: 
     files = [file for file in path.parent.iterdir() if file.suffix == ".safetensors"]
     assert (len(files) == 1) == (limit > 500)
     stock = {name: tensor for file in files for name, tensor in load_file(file).items()}  # any reader opens them
+    assert read_weights(path).metadata["parent"] == read_weights(tmp_path / "parent.safetensors").identity
     for found in (dict(read_weights(path)), stock):
         assert found.keys() == parent.keys()
         for name, tensor in found.items():
@@ -498,6 +500,8 @@ def test_damaged_weights_are_refused(tmp_path: Path, limit: int) -> None:
         tensors = {f"t{i}": torch.full((200,), value + i) for i in range(3)}
         write_weights(directory / "weights.safetensors", tensors, {"from": "here"}, limit)
     assert read_weights(good).metadata["from"] == "here"  # a directory is fine, too
+    assert read_weights(good).identity != read_weights(bad).identity
+    assert read_weights(good).identity == read_weights(good / "weights.safetensors").identity
     (name, *_) = sorted(path.name for path in bad.glob("*.safetensors"))
     whole = (bad / name).read_bytes()
     for at in (3, 30, len(whole) // 2, len(whole) - 1):

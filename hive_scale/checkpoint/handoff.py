@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
@@ -16,13 +17,17 @@ from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directo
 from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
 from hive_scale.checkpoint.ranges import Shape, difference
 from hive_scale.checkpoint.seal import SEAL, Source, check_seal, unnamed_path, write_sealed
-from hive_scale.checkpoint.snapshot import Snapshot
+from hive_scale.checkpoint.snapshot import Snapshot, audit
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of one or several safetensors files by name, read from disk when asked for."""
+    """The tensors of one or several safetensors files by name, read from disk when asked for.
 
-    def __init__(self, files: Iterable[Path]) -> None:
+    `identity` is the hash that tells these weights from all others; a checkpoint names its parent by it.
+    """
+
+    def __init__(self, files: Iterable[Path], identity: str) -> None:
+        self.identity = identity
         self._files: dict[str, Any] = {}
         self.metadata: dict[str, str] = {}  # of the (first) file
         for path in files:
@@ -101,17 +106,15 @@ def read_weights(path: Path) -> Weights:
     if found is None:
         raise FileNotFoundError(f"there are no weights at {path}")
     if found.suffix != ".json":
-        check_seal(found, None)
-        return Weights([found])
+        return Weights([found], check_seal(found, None))
     try:
         index = json.loads(found.read_text())
         weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
     except (ValueError, KeyError) as error:
         raise Damaged(f"{found} is not what was written: {error}") from error
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        check_seal(found.with_name(name), seals.get(name))
-    weights = Weights(found.with_name(name) for name in names)
+    paths = [found.with_name(name) for name in sorted(set(weight_map.values()))]
+    checked = [check_seal(path, seals.get(path.name)) for path in paths]
+    weights = Weights(paths, xxhash.xxh3_128_hexdigest("".join(checked).encode()))
     if lost := sorted(weight_map.keys() - weights.keys()):
         raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
     return weights
@@ -123,15 +126,14 @@ def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_b
     One process does this; it holds one tensor at a time. Trained parameters become fp32, the others keep the
     parent's dtype. Raises Damaged, or ValueError if the checkpoint trained what the parent does not have.
     """
+    if reason := audit(checkpoint):
+        raise Damaged(f"{checkpoint} refused: {reason}")
     parent, snapshot = read_weights(parent_weights), Snapshot(checkpoint)
-    for name in snapshot.files:
-        if reason := snapshot.damage(name):
-            raise Damaged(f"{checkpoint} refused: {reason}")
     trained = snapshot.masters()
     if differs := difference(trained, {name: parent.shape(name) for name in parent if name in trained}):
         raise ValueError(f"{checkpoint} was not trained from {parent_weights}: {differs}")
     masters = {name: Source(torch.float32, shape, partial(snapshot.master, name)) for name, shape in trained.items()}
-    metadata = {"format": "pt", "step": str(snapshot.step)}
+    metadata = {"format": "pt", "step": str(snapshot.step), "parent": parent.identity}
     return write_weights(out, parent.sources() | masters, metadata, max_shard_bytes)
 
 

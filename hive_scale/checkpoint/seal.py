@@ -16,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hive_scale.checkpoint.files import Damaged, read_pieces, safetensors_header, write_file
+from hive_scale.checkpoint.files import Damaged, file_hash, read_pieces, safetensors_header, write_file
 from hive_scale.checkpoint.ranges import Shape
 
 SEAL = "xxh3_128"
@@ -48,8 +48,11 @@ def write_sealed(path: Path, sources: Mapping[str, Source], metadata: Mapping[st
     return seal
 
 
-def check_seal(path: Path, expected: str | None) -> None:
-    """Raises Damaged if the file does not match its own seal, or has another than `expected`."""
+def check_seal(path: Path, expected: str | None) -> str:
+    """The seal that the file bears, or if it bears none, its hash.
+
+    Raises Damaged if the file does not match its own seal, or has another than `expected`.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             seal = (file.metadata() or {}).get(SEAL)
@@ -58,7 +61,7 @@ def check_seal(path: Path, expected: str | None) -> None:
     if expected not in (None, seal):
         raise Damaged(f"{path} is not the file that its index names")
     if seal is None:
-        return
+        return file_hash(path)
     with open(path, "rb") as file:
         length = file.read(8)
         header = length + file.read(int.from_bytes(length, "little"))
@@ -67,6 +70,7 @@ def check_seal(path: Path, expected: str | None) -> None:
         digest.update(piece)
     if digest.hexdigest() != seal:
         raise Damaged(f"{path} does not match its checksum")
+    return str(seal)
 
 
 def _seal_field(seal: str) -> bytes:

@@ -52,6 +52,15 @@ def write_manifest(directory: Path, step: int, shapes: Mapping[str, Shape], file
     write_json(directory / MANIFEST, {"checksum": _checksum(content), "content": content})
 
 
+def audit(path: Path, share: int = 0, num_shares: int = 1) -> str:
+    """Why the checkpoint at `path` cannot be trusted, or "". Reads every `num_shares`-th of its files."""
+    try:
+        snapshot = Snapshot(path)
+    except ValueError as error:
+        return str(error)
+    return next(filter(None, map(snapshot.damage, sorted(snapshot.files)[share::num_shares])), "")
+
+
 class Snapshot:
     """A published checkpoint, opened for reading; shapes are those of whole parameters."""
 

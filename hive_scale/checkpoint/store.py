@@ -14,19 +14,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
-from hive_scale.checkpoint.files import Damaged, safetensors_header, sync_directory, write_file
-from hive_scale.checkpoint.ranges import Owned, Piece, by_parameter, difference, divide, key_of, owned, shapes_of
-from hive_scale.checkpoint.snapshot import (
-    Snapshot,
-    directory_name,
-    step_of,
-    steps_in,
-    tensor_name,
-    write_manifest,
-)
+from hive_scale.checkpoint.files import Damaged, sync_directory
+from hive_scale.checkpoint.ranges import Shape, by_parameter, difference, key_of, owned, shapes_of
+from hive_scale.checkpoint.snapshot import Snapshot, audit, directory_name, step_of, steps_in, write_manifest
+from hive_scale.checkpoint.staging import Staging
 from hive_scale.distributed import Fragment, World
 
 log = logging.getLogger(__name__)
@@ -50,16 +43,17 @@ class Store:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failures = 0
+        self._newest: Path | None = None
         self._sound: set[Path] = set()  # written or verified here
         self._refused: set[Path] = set()  # found damaged
-        self._layout: _Layout | None = None
+        self._staging: Staging | None = None
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], wait: bool = False) -> None:
         """Write a checkpoint; returns when the fragments are copied, or with `wait` when they are on disk.
 
         `state` is plain JSON and the same on all ranks (rank 0's is kept). A save that finds the last one
         unfinished waits for it. A failed write is logged and the next save tries again; the `max_failures`-th
-        in a row raises WriteError here.
+        in a row raises WriteError here, as does any failure with `wait`.
         """
         error = self._settle()
         if error and self._failures >= self.max_failures:
@@ -67,16 +61,15 @@ class Store:
         if self._path(step) in self._sound:
             return
         text = json.dumps(state)  # now, since the caller may change it while the writer is at work
-        self._stage(list(fragments))
-        self._pending = self._writer.submit(self._write, step, text)
+        self._pending = self._writer.submit(self._write, step, self._stage(list(fragments)), text)
         if wait:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the write under way; the newest sound checkpoint. Raises WriteError if that write failed."""
+        """Wait for the write under way; the newest sound checkpoint here. Raises WriteError if that write failed."""
         if error := self._settle():
             raise error
-        return max(self._sound, key=step_of, default=None)
+        return self._newest
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose every checksum agrees, or None where there is no checkpoint at all.
@@ -89,6 +82,7 @@ class Store:
             reason = self._damage(path)
             if not reason:
                 self._sound.add(path)
+                self._newest = path
                 return path
             self._refused.add(path)
             refusals.append(f"{path.name}: {reason}")
@@ -116,21 +110,16 @@ class Store:
         differs = difference(by_parameter(snapshot.shapes), by_parameter(wanted)) or difference(snapshot.shapes, wanted)
         if differs:
             raise ValueError(f"{path} holds another model's state: {differs}")
-        self._together(lambda: _read(snapshot, fragments))
+        self._together(lambda: _read(snapshot, fragments), Damaged)
         return snapshot.state
 
-    # ------------------------------------------------------------------------------------------ on the caller's thread
+    # --------------------------------------------------------------- on the caller's thread
 
-    def _stage(self, fragments: list[Fragment]) -> None:
-        """Copy this rank's share into the staging buffer; the first call agrees on who writes what."""
-        table = owned(fragments)
-        if self._layout is None:
-            self._layout = _Layout(table, self._gather(table), self.world)
-        elif self._layout.table != table:
-            raise RuntimeError("the ranges that this rank owns have changed since the stage's first checkpoint")
-        self._layout.fill(fragments)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)  # the copies are asynchronous
+    def _stage(self, fragments: list[Fragment]) -> Staging:
+        if self._staging is None:
+            self._staging = Staging(self._gather(owned(fragments)), self.world)
+        self._staging.fill(fragments)
+        return self._staging
 
     def _settle(self) -> WriteError | None:
         """Wait for the write under way and count; returns why it failed."""
@@ -146,37 +135,29 @@ class Store:
 
     def _damage(self, path: Path) -> str:
         """Why `path` cannot be trusted, or ""; the ranks share the reading."""
-
-        def look() -> str:
-            try:
-                snapshot = Snapshot(path)
-            except ValueError as error:
-                return str(error)
-            names = sorted(snapshot.files)[self.world.rank :: self.world.size]
-            return next(filter(None, map(snapshot.damage, names)), "")
-
-        return next(filter(None, self._gather(look())), "")
+        return next(filter(None, self._gather(audit(path, self.world.rank, self.world.size))), "")
 
     def _listing(self) -> list[Path]:
         for left in self.directory.glob("step_*.tmp"):
             self._log(logging.WARNING, "checkpoint %s was never finished and is ignored", left)
         return steps_in(self.directory)
 
-    # ------------------------------------------------------------------------------------------ on the writer's thread
+    # --------------------------------------------------------------- on the writer's thread
 
-    def _write(self, step: int, state: str) -> None:
+    def _write(self, step: int, staging: Staging, state: str) -> None:
         final = self._path(step)
         partial = final.with_name(f"{final.name}.tmp")
         try:
             self._together(lambda: self._begin(partial))
-            files = self._together(lambda: self._write_share(partial))
-            self._together(lambda: self._publish(partial, final, step, dict(filter(None, files)), json.loads(state)))
+            files = dict(filter(None, self._together(lambda: staging.write(partial))))
+            self._together(lambda: self._publish(partial, final, staging.shapes, files, json.loads(state)))
         except Exception as error:
             self._log(logging.ERROR, "checkpoint of step %d not written: %s", step, error)
             if self.world.is_main:
                 shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
             raise
         self._sound.add(final)
+        self._newest = final
 
     def _begin(self, partial: Path) -> None:
         if not self.world.is_main:
@@ -186,30 +167,18 @@ class Store:
             shutil.rmtree(left)
         partial.mkdir()
 
-    def _write_share(self, partial: Path) -> tuple[str, dict[str, Any]] | None:
-        layout = self._layout
-        assert layout is not None
-        if not layout.pieces:
-            return None
-        name = f"rank_{self.world.rank:05d}.safetensors"
-        checksum = write_file(partial / name, layout.header, [lambda: layout.buffer])
-        return name, {
-            "bytes": (partial / name).stat().st_size,
-            "xxh3_128": checksum,
-            "ranges": [piece.range for piece in layout.pieces],
-        }
-
-    def _publish(self, partial: Path, final: Path, step: int, files: dict[str, Any], state: Any) -> None:
+    def _publish(
+        self, partial: Path, final: Path, shapes: dict[str, Shape], files: dict[str, Any], state: dict[str, Any]
+    ) -> None:
         if not self.world.is_main:
             return
-        assert self._layout is not None
-        write_manifest(partial, step, self._layout.shapes, files, state)
+        write_manifest(partial, step_of(final), shapes, files, state)
         sync_directory(partial)
         if final.exists():  # not sound, or `save` had returned
             shutil.rmtree(final)
         partial.rename(final)
         sync_directory(self.directory)
-        self._prune(step)
+        self._prune(step_of(final))
 
     def _prune(self, step: int) -> None:
         """Keep the last `keep` up to `step`, of which the newest has just been written; damaged ones do not count."""
@@ -219,17 +188,17 @@ class Store:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted now is tried again next time
 
-    # ------------------------------------------------------------------------------------------ among the ranks
+    # --------------------------------------------------------------- among the ranks
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """Every rank's result, by rank. Raises WriteError on all ranks if the action failed on any."""
+    def _together(self, action: Callable[[], T], failure: type[Exception] = WriteError) -> list[T]:
+        """Every rank's result, by rank. Raises `failure` on all ranks if the action failed on any."""
         try:
             outcome: tuple[Any, str] = (action(), "")
         except Exception as error:
             outcome = (None, f"rank {self.world.rank}: {error}")
         outcomes = self._gather(outcome)
         if failed := [message for _, message in outcomes if message]:
-            raise WriteError("; ".join(failed))
+            raise failure("; ".join(failed))
         return [result for result, _ in outcomes]
 
     def _gather(self, value: T) -> list[T]:
@@ -250,25 +219,3 @@ class Store:
 def _read(snapshot: Snapshot, fragments: Iterable[Fragment]) -> None:
     for fragment in fragments:
         snapshot.read(key_of(fragment), fragment.offset, fragment.data)
-
-
-class _Layout:
-    """Who writes what, which stays the same for a stage, and the buffer for this rank's share of it."""
-
-    def __init__(self, table: list[Owned], tables: list[list[Owned]], world: World) -> None:
-        self.table = table
-        self.shapes = shapes_of(tables)
-        self.pieces: list[Piece] = divide(tables, world.rank)
-        self.header = safetensors_header(
-            ((tensor_name(piece.range), torch.float32, (piece.range.length,)) for piece in self.pieces), {}
-        )
-        total = sum(piece.range.length for piece in self.pieces)
-        # pinned, so that copies from a GPU overlap; kept, so that only the first save allocates
-        self.buffer = torch.empty(total, pin_memory=world.device.type == "cuda")
-
-    def fill(self, fragments: list[Fragment]) -> None:
-        parts = torch.split(self.buffer, [piece.range.length for piece in self.pieces])
-        with torch.no_grad():
-            for part, piece in zip(parts, self.pieces, strict=True):
-                source = fragments[piece.source].data
-                part.copy_(source[piece.start : piece.start + piece.range.length], non_blocking=True)
