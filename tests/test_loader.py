@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -252,3 +254,19 @@ def test_sets_are_mixed_as_often_as_asked(shards: list[str], tokenizer: Tokenize
     assert sorted(Counter(keys).items()) == sorted((loader.index.key(i), 4 if i < 7 else 2) for i in range(23))
     with pytest.raises(ValueError, match="0 times"):
         _loader([f"0 x {shards[0]}"], tokenizer)
+
+
+def test_signals_to_all_processes_leave_the_workers_alive(shards: list[str], tokenizer: Tokenizer) -> None:
+    loader = _loader(shards, tokenizer, workers=2)
+    steps = loader.steps(global_batch=4, accumulation=1, seed=0, start=0, world=World(0, 1, CPU))
+    next(steps)
+    workers = multiprocessing.active_children()
+    for worker in workers:  # as Slurm sends them, not from the main process
+        for name in ("INT", "USR1", "TERM"):
+            subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    for _ in range(20):  # more than was fetched ahead
+        next(steps)
+    steps.close()
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0

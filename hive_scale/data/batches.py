@@ -1,0 +1,96 @@
+"""Micro-batches by the numbers of their samples: what a worker process does.
+
+A broken sample is named and its slot filled by a fixed rule (see `order.Stream.substitutes`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from threading import Thread
+
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from hive_scale.batch import Batch, Sample, collate
+from hive_scale.data.order import Stream
+from hive_scale.data.samples import Samples
+from hive_scale.data.scan import Fault
+
+Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used."""
+
+    batch: Batch | None
+    bad: list[Fault]
+
+    def pin_memory(self) -> Loaded:
+        return Loaded(self.batch and self.batch.pin(), self.bad)
+
+
+class Batches(Dataset[Loaded]):
+    """Micro-batches by their slots. With an order, broken samples are substituted; without, left out."""
+
+    def __init__(self, samples: Samples, order: Stream | None, num_workers: int) -> None:
+        self.samples = samples
+        self.order = order
+        # (process, sample) that each worker is at, in shared memory: what is left of one that dies
+        self.reading = torch.zeros(max(1, num_workers), 2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+
+    def watch(self, loaded: Iterable[Loaded]) -> Iterator[Loaded]:
+        """`loaded` by workers, whose sudden death (out of memory, a crashing decoder) is told with its sample."""
+        try:
+            yield from loaded
+        except RuntimeError as error:
+            for process, sample in self.reading.tolist():
+                if process and str(process) in str(error):
+                    where = f"{self.samples.index.key(sample)} of {self.samples.index.shard(sample)}"
+                    raise RuntimeError(f"data worker {process} died while reading {where} ({error})") from None
+            raise
+
+    def __getitem__(self, slots: Slots) -> Loaded:
+        bad: list[Fault] = []
+        samples = [sample for slot in slots if (sample := self._fill(slot, bad)) is not None]
+        if self.order is not None and len(samples) < len(slots):
+            return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
+        tokenizer = self.samples.tokenizer
+        if not samples:
+            samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
+        return Loaded(collate(samples, tokenizer.pad_id, self.samples.image_size), bad)
+
+    def _fill(self, slot: tuple[int, int], bad: list[Fault]) -> Sample | None:
+        position, first = slot
+        substitutes = self.order.substitutes(position) if self.order else ()
+        worker = get_worker_info()
+        for i in chain([first], substitutes):
+            if worker is not None:
+                self.reading[worker.id] = torch.tensor([os.getpid(), i])
+            try:
+                return self.samples.sample(i)
+            except ValueError as error:
+                bad.append(Fault(self.samples.index.shard(i), self.samples.index.key(i), str(error)))
+        return None
+
+
+def ignore_signals(_: int) -> None:
+    """In a worker: leave signals to the main process, which saves its state and then ends the workers.
+
+    Ctrl-C and Slurm's warnings reach every process of a job; a worker that died of one would take the step, and
+    the checkpoint, with it. A SIGTERM is obeyed if it comes from the main process.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    Thread(target=_await_end, daemon=True).start()
+
+
+def _await_end() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
