@@ -1,0 +1,199 @@
+"""A DeepSpeed JSON brings ZeRO and nothing else: forms are filled in, contradictions refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hive_scale.config import EngineConfig, GroupConfig, StageConfig
+from hive_scale.engine.ds_json import resolve
+
+SHIPPED = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
+STAGE = StageConfig({"all": GroupConfig(["*"], 1e-3, 0.01)}, global_batch=64, micro_batch=8, max_grad_norm=0.5)
+
+# What users bring: the three JSONs of LLaVA's repository, key for key.
+FP16 = {
+    "enabled": "auto",
+    "loss_scale": 0,
+    "loss_scale_window": 1000,
+    "initial_scale_power": 16,
+    "hysteresis": 2,
+    "min_loss_scale": 1,
+}
+LLAVA_COMMON: dict[str, Any] = {
+    "fp16": FP16,
+    "bf16": {"enabled": "auto"},
+    "train_micro_batch_size_per_gpu": "auto",
+    "train_batch_size": "auto",
+    "gradient_accumulation_steps": "auto",
+}
+ZERO2 = {
+    "stage": 2,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": "auto",
+}
+ZERO3 = ZERO2 | {
+    "stage": 3,
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+    "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+}
+CPU = {"device": "cpu", "pin_memory": True}
+LLAVA: dict[str, dict[str, Any]] = {
+    "zero2": LLAVA_COMMON | {"zero_optimization": ZERO2},
+    "zero3": LLAVA_COMMON | {"zero_optimization": ZERO3},
+    "zero3_offload": LLAVA_COMMON
+    | {
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+        },
+        "zero_optimization": ZERO3 | {"offload_optimizer": CPU, "offload_param": CPU},
+        "gradient_clipping": "auto",
+        "steps_per_print": 1e5,
+        "wall_clock_breakdown": False,
+    },
+}
+
+
+def resolved(tmp_path: Path, settings: Any, stage: StageConfig = STAGE, **engine: Any) -> dict[str, Any]:
+    path = tmp_path / "mine.json"
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return resolve(path, stage, EngineConfig(**engine), world_size=4)
+
+
+def refusal(tmp_path: Path, settings: Any, **engine: Any) -> str:
+    with pytest.raises(ValueError, match=r"mine\.json: ") as caught:
+        resolved(tmp_path, settings, **engine)
+    return str(caught.value).split("mine.json: ")[1]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_jsons_hold_zero_alone(path: Path) -> None:
+    assert json.loads(path.read_text()).keys() == {"zero_optimization"}
+    settings = resolve(path, STAGE, EngineConfig("bf16"), world_size=4)
+    assert settings["train_batch_size"] == 64
+    assert settings["train_micro_batch_size_per_gpu"] == 8
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["bf16"]["enabled"]
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["communication_data_type"] == "fp32"
+    assert settings["zero_optimization"]["reduce_bucket_size"] <= 50_000_000
+
+
+@pytest.mark.parametrize("name", LLAVA)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_forms_of_others_are_filled_in(tmp_path: Path, name: str, precision: Any) -> None:
+    settings = resolved(tmp_path, LLAVA[name], precision=precision)
+    assert "auto" not in json.dumps(settings)
+    assert not {"fp16", "optimizer", "scheduler"} & settings.keys()
+    assert ("bf16" in settings) == (precision == "bf16")
+    zero = settings["zero_optimization"]
+    assert zero["stage"] == LLAVA[name]["zero_optimization"]["stage"]
+    assert zero["reduce_bucket_size"] == 50_000_000
+    assert zero["sub_group_size"] == 1_000_000_000
+    assert ("stage3_max_live_parameters" in zero) == (zero["stage"] == 3)
+
+
+def test_what_agrees_is_accepted(tmp_path: Path) -> None:
+    agreeing = {
+        "train_batch_size": 64,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale": 128},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.01}},
+        "activation_checkpointing": {"partition_activations": False},
+        "comms_logger": {"enabled": True},
+        "zero_optimization": {"stage": 1},
+    }
+    assert resolved(tmp_path, agreeing, precision="bf16")["comms_logger"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train_batch_size": 128}, ("train_batch_size=128", "64", "global_batch")),
+        ({"train_micro_batch_size_per_gpu": 4}, ("train_micro_batch_size_per_gpu=4", "8", "micro_batch")),
+        ({"gradient_accumulation_steps": 1}, ("gradient_accumulation_steps=1", "2", "4 processes")),
+        ({"gradient_clipping": 1.0}, ("gradient_clipping=1.0", "0.5", "max_grad_norm")),
+        ({"bf16": {"enabled": True}}, ("bf16.enabled=true", "false", "engine.precision=fp32")),
+        ({"fp16": {"enabled": True}}, ("fp16.enabled=true", "false", "engine.precision=fp32")),
+        ({"optimizer": {"type": "Lamb"}}, ("optimizer.type=", "Lamb", "AdamW")),
+        ({"optimizer": {"params": {"lr": 0.1}}}, ("optimizer.params.lr=0.1", "0.001", "groups")),
+        ({"optimizer": {"params": {"lrr": 0.1}}}, ("optimizer.params.lrr", "did you mean 'lr'")),
+        ({"scheduler": {"params": {"warmup_num_steps": 9}}}, ("scheduler.params.warmup_num_steps=9", "warmup")),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, ("data_types.grad_accum_dtype", "bf16", "fp32")),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, ("cpu_checkpointing", "engine.checkpointing")),
+        ({"gradient_clippin": 1}, ("'gradient_clippin'", "did you mean 'gradient_clipping'?")),
+        ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "known here are")),
+    ],
+)
+def test_contradictions_name_key_values_and_remedy(tmp_path: Path, changes: Any, words: tuple[str, ...]) -> None:
+    message = refusal(tmp_path, {"zero_optimization": {"stage": 2}} | changes)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"stage": 0}, ("stage=0", "1, 2 or 3", "engine.ds_config empty")),
+        ({"stage": "auto"}, ("stage=auto",)),
+        ({"reduce_bucket": 1}, ("zero_optimization.reduce_bucket'", "did you mean 'reduce_bucket_size'?")),
+        ({"reduce_bucket_size": "big"}, ("zero_optimization.reduce_bucket_size='big'", "integer")),
+        ({"round_robin_gradients": True}, ("round_robin_gradients=true", "owns", "remove it")),
+        ({"zero_quantized_gradients": True}, ("zero_quantized_gradients=true", "remove it")),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, ("offload_optimizer.ratio=0.5", "remove it")),
+        ({"offload_optimizer": {"devise": "cpu"}}, ("offload_optimizer.devise'", "did you mean 'device'?")),
+        ({"offload_param": {"device": "cpu"}}, ("offload_param needs stage 3, not 2",)),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, ("offload_optimizer.device", 'set device "cpu"')),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, ("nvme_path=None", "writable directory")),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, ("needs stage 3",)),
+    ],
+)
+def test_zero_section_is_checked_to_the_last_key(tmp_path: Path, changes: Any, words: tuple[str, ...]) -> None:
+    message = refusal(tmp_path, {"zero_optimization": {"stage": 2} | changes})
+    assert all(word in message for word in words), message
+
+
+def test_nvme_needs_its_compiled_op_and_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    nvme = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}}}
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: False)
+    assert "libaio-dev" in refusal(tmp_path, nvme)
+    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose: True)
+    assert resolved(tmp_path, nvme)["zero_optimization"]["offload_param"]["nvme_path"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("engine", [{"shard": 2}, {"offload": True}])
+def test_two_owners_of_sharding_are_one_too_many(tmp_path: Path, engine: dict[str, Any]) -> None:
+    message = refusal(tmp_path, {"zero_optimization": {"stage": 2}}, **engine)
+    assert "belongs to the native engine" in message
+
+
+def test_unreadable_jsons(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"absent\.json is no file"):
+        resolve(tmp_path / "absent.json", STAGE, EngineConfig(), 1)
+    assert "correct the JSON" in refusal(tmp_path, "{")
+    assert "given twice" in refusal(tmp_path, '{"fp16": {}, "fp16": {}}')
+    assert "one object" in refusal(tmp_path, "[]")
+
+
+def test_a_world_that_does_not_divide_the_batch(tmp_path: Path) -> None:
+    path = SHIPPED[0]
+    with pytest.raises(ValueError, match="does not divide among 3 processes"):
+        resolve(path, STAGE, EngineConfig(), 3)
