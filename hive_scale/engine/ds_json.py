@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -332,7 +333,12 @@ def _check_nvme(where: str, section: Mapping[str, Any], stage: int) -> None:
 
 
 def load_deepspeed() -> Any:
-    """The package; on a machine without GPUs it is told so, or it guesses aloud."""
+    """The package, told what it would otherwise find out aloud or at a cost."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    return importlib.import_module("deepspeed")
+    deepspeed = importlib.import_module("deepspeed")
+    # a collective of CPU inference, compiled at every machine's first start and never called here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # it calls collectives by names that torch has since replaced
+    warnings.filterwarnings("ignore", message=r".*_tensor. is deprecated", category=FutureWarning)
+    return deepspeed

@@ -39,6 +39,7 @@ class NativeEngine:
         checkpoint_blocks(model.blocks(), config.checkpointing)
         self._shard(config)
         self._fill(weights, "cpu" if config.offload else world.device)
+        self._wake_dormant_blocks()
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
@@ -73,6 +74,19 @@ class NativeEngine:
         for name, parameter in model.named_parameters():
             local, offset = _local_range(parameter)
             local.copy_(weights[name].flatten()[offset : offset + local.numel()])
+
+    def _wake_dormant_blocks(self) -> None:
+        """Gather once what no forward will ever gather: FSDP2 takes accumulated gradients of every unit to exist.
+
+        (torch 2.14, bf16 compute: ``'FSDPParam' object has no attribute '_unsharded_param'``.)
+        """
+        dormant = self.model.dormant()
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for block in blocks_of(self.model):
+            if all(names[parameter] in dormant for parameter in block.parameters()):
+                assert isinstance(block, FSDPModule)
+                block.unshard()
+                block.reshard()
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
         model: FSDPModule = self.model
