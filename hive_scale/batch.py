@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BLANK = 127  # the grey of a picture that tells nothing
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -73,12 +75,13 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int) -> Batch:
     """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant."""
     length = max(len(sample.tokens) for sample in samples)
     tokens = torch.full((len(samples), length), pad_id, dtype=torch.long)
-    pixels = torch.full((len(samples), 3, image_size, image_size), 127, dtype=torch.uint8)
+    shape = len(samples), 3, image_size, image_size
+    # decoded pictures are channels-last: the same layout makes the copy below a plain one
+    pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     rows, ids = [], []
     for b, sample in enumerate(samples):
         tokens[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        if sample.pixels is not None:
-            pixels[b] = sample.pixels
+        pixels[b] = BLANK if sample.pixels is None else sample.pixels
         for i, is_target in enumerate(sample.is_target):
             if is_target:  # token i is predicted at position i - 1
                 rows.append(b * length + i - 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 
 from hive_scale import config as configs
 from hive_scale.checkpoint.handoff import build_handoff, find_weights, read_weights, write_weights
+from hive_scale.checkpoint.lock import LOCK, locked
 from hive_scale.checkpoint.store import Store
 from hive_scale.config import Config, StageConfig
 from hive_scale.data.loader import Loader
@@ -37,11 +40,16 @@ class Data:
 def run_pipeline(config: Config, world: World, overwrite: bool = False) -> None:
     """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
 
-    Raises ValueError for what the user must change, before training starts, and Stopped after a signal.
+    Raises ValueError for what the user must change, before training starts, RuntimeError if another run is at
+    work in the same directory, and Stopped after a signal.
     """
-    _claim(config, world, overwrite)
-    if all(_is_done(config.run_dir / name) for name in config.stages):
-        return
+    with locked(config.run_dir, world):
+        _claim(config, world, overwrite)
+        if not all(_is_done(config.run_dir / name) for name in config.stages):
+            _run_stages(config, world)
+
+
+def _run_stages(config: Config, world: World) -> None:
     data = open_data(config)
     _check(config, data, world)
     weights = config.run_dir / "initial" / WEIGHTS
@@ -67,7 +75,8 @@ def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world:
     groups = freeze(model, stage, model.dormant())
     engine = open_engine(model, groups, stage, config.engine, world, read_weights(parent))
     store = Store(stage_dir, world)
-    step, num_steps = _resume(store, engine), stage.num_steps(data.train.num_samples)
+    origin = {"parent": read_weights(parent).identity, "data": data.train.fingerprint}
+    step, num_steps = _resume(store, engine, origin), stage.num_steps(data.train.num_samples)
     batches = data.train.steps(
         global_batch=stage.global_batch,
         accumulation=stage.accumulation(world.size),
@@ -79,15 +88,19 @@ def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world:
     with log, listening() as interrupt:
         while step < num_steps:
             factor = lr_factor(step, num_steps, stage.warmup, stage.min_lr)
-            output = engine.step(next(batches), factor)
+            began = perf_counter()
+            micro_batches = next(batches)
+            waited = perf_counter() - began
+            output = engine.step(micro_batches, factor)
             step += 1
-            metrics = vars(output) | {"lr": {group.name: group.lr * factor for group in groups}}
+            rates = {name: group.lr * factor for name, group in stage.groups.items()}
+            metrics = vars(output) | {"lr": rates, "data_seconds": waited}
             if step == num_steps or (config.eval_interval and step % config.eval_interval == 0):
                 metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)
             log.step(step, step * stage.global_batch, metrics)
             stop = any(world.sum(interrupt.requested))  # a signal to any rank stops them all, at the same step
             if stop or step == num_steps or step % config.save_interval == 0:
-                store.save(step, engine.fragments(), {"step": step}, wait=stop)
+                store.save(step, engine.fragments(), {"step": step, **origin}, wait=stop)
             if stop and step < num_steps:
                 raise Stopped(f"{name} stopped after step {step} of {num_steps}, and saved it")
     checkpoint = store.finish()
@@ -95,12 +108,16 @@ def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world:
     return checkpoint
 
 
-def _resume(store: Store, engine: Engine) -> int:
-    """Optimizer steps done already."""
+def _resume(store: Store, engine: Engine, origin: Mapping[str, str]) -> int:
+    """Optimizer steps done already. Raises ValueError if they were done on other data or from other weights."""
     newest = store.latest()
     if newest is None:
         return 0
-    step = int(store.load(newest, engine.fragments())["step"])
+    state = store.load(newest, engine.fragments())
+    for what, identity in origin.items():
+        if state[what] != identity:
+            raise ValueError(f"{newest} belongs to other {what}: restore what it began with, or use --overwrite")
+    step = int(state["step"])
     engine.refresh(step)
     return step
 
@@ -147,7 +164,9 @@ def _claim(config: Config, world: World, overwrite: bool) -> None:
     """Write the config into the run directory, or see that the one there is of the same run."""
     saved = config.run_dir / "config.yaml"
     if world.is_main and overwrite and saved.exists():
-        shutil.rmtree(config.run_dir)
+        for entry in config.run_dir.iterdir():
+            if entry.name != LOCK:  # which is ours
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     world.barrier()
     if saved.exists():
         if changed := configs.differences(config, configs.load(saved)):

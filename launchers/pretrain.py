@@ -58,7 +58,7 @@ def _train(config: Config, overwrite: bool) -> int:
                 show(config)
         except Stopped as stopped:
             if world.is_main:
-                console.print(f"{stopped}. The same command goes on from there.")
+                console.print(f"{stopped}. The same command goes on from there.", soft_wrap=True)
             return 75
     return 0
 

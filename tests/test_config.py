@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,16 +75,16 @@ def test_another_run_is_told_from_the_same_run_on_other_hardware() -> None:
     assert config.differences(run, other) == ["stages.joint.global_batch"]
 
 
-@pytest.mark.parametrize(("name", "steps", "warm"), [("projector", 2326, 70), ("language", 4652, 140), ("joint", 581, 18)])
+@pytest.mark.parametrize(
+    ("name", "steps", "warm"), [("projector", 2326, 70), ("language", 4652, 140), ("joint", 581, 18)]
+)
 def test_the_papers_iterations_and_warmups(name: str, steps: int, warm: int) -> None:
     paper = presets.load("paper_siglip", None, []).stages[name]
     assert paper.num_steps(PAIRS) == steps
     assert warmup_steps(steps, paper.warmup) == warm
 
 
-@pytest.mark.parametrize(
-    ("samples", "batch", "steps", "warm"), [(558_128, 256, 2180, 66), (738_601, 64, 11540, 347)]
-)
+@pytest.mark.parametrize(("samples", "batch", "steps", "warm"), [(558_128, 256, 2180, 66), (738_601, 64, 11540, 347)])
 def test_the_papers_fine_tuning_iterations(samples: int, batch: int, steps: int, warm: int) -> None:
     assert stage(global_batch=batch, drop_last=True).num_steps(samples) == steps
     assert warmup_steps(steps, 0.03) == warm
@@ -105,6 +106,6 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_its_minimum() -> None:
     assert factors[0] == pytest.approx(0.1)
     assert factors[9] == 1
     assert factors[-1] == pytest.approx(0.2)
-    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[9:]))
     assert factors[54] == pytest.approx(0.6)  # half way down the cosine
     assert lr_factor(0, 1, 0.0, 0.1) == pytest.approx(0.1)

@@ -88,7 +88,8 @@ def test_the_baseline_is_the_llm_run_over_one_long_sequence() -> None:
     sequence = torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
     expected = model.language(inputs_embeds=sequence).logits
     rows = [0, *range(1 + visual.shape[1], sequence.shape[1])]
-    torch.testing.assert_close(model.logits(model.read([visual], batch.tokens)), expected[:, rows], atol=1e-6, rtol=1e-5)
+    ours = model.logits(model.read([visual], batch.tokens))
+    torch.testing.assert_close(ours, expected[:, rows], atol=1e-6, rtol=1e-5)
 
 
 def test_grid_positions_turn_by_row_column_and_a_constant() -> None:

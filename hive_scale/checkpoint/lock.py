@@ -12,6 +12,8 @@ from pathlib import Path
 
 from hive_scale.distributed import World
 
+LOCK = ".lock"
+
 
 @contextmanager
 def locked(directory: Path, world: World) -> Iterator[None]:
@@ -23,7 +25,7 @@ def locked(directory: Path, world: World) -> Iterator[None]:
     descriptor = -1
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         owner = _take(descriptor) if world.is_main else ""
         if world.sum(bool(owner))[0]:

@@ -14,11 +14,10 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 from transformers import AutoTokenizer, ByT5Tokenizer
 
-from hive_scale.batch import Sample
+from hive_scale.batch import BLANK, Sample
 from hive_scale.config import ImageMode, TokenizerConfig
 from hive_scale.data.scan import FORMATS
 
-GREY = 127  # of padding and of blank pictures: the middle of uint8, as in batch.collate
 MAX_ASPECT = 100
 
 
@@ -123,7 +122,7 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 def blank(image_size: int) -> Tensor:
     """A picture that tells nothing: uint8 (3, image_size, image_size), all grey."""
-    return torch.full((3, image_size, image_size), GREY, dtype=torch.uint8)
+    return torch.full((3, image_size, image_size), BLANK, dtype=torch.uint8)
 
 
 def _resize(pixels: Tensor, size: list[int]) -> Tensor:

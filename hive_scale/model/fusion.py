@@ -136,7 +136,8 @@ class VisualKeyValue(nn.Module):
         """Key and value, (B, K, V, h) each; keys rotated to their place in the picture."""
         normed = self.norm(visual_BVD)
         key = self.k_norm(_heads(self.k_proj(normed), self.head_dim))
-        return self._rotate(key), _heads(self.v_proj(normed), self.head_dim)
+        # not views, which FSDP2 warns of: hooks hang on what a unit returns
+        return self._rotate(key), _heads(self.v_proj(normed), self.head_dim).contiguous()
 
     def _rotate(self, key_BKVh: Tensor) -> Tensor:
         frequencies = self.inverse_frequencies  # (h / 2,)

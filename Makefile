@@ -1,0 +1,39 @@
+# Two commands on a fresh machine: `make debug` sees HIVE learn, `make test` proves that it works.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: install debug demo test lint clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+# three stages on the shipped pictures, on CPU or one GPU
+debug: install
+	$(RUN) launchers/pretrain.py --preset debug
+
+# the same with a real pretrained LLM: under an hour on two cores
+demo: install data/smollm2 data/emoji
+	$(RUN) launchers/pretrain.py --preset demo
+
+data/smollm2: | install
+	$(RUN) launchers/prepare_data.py smollm2 --output $@
+
+data/emoji: | install
+	$(RUN) launchers/prepare_data.py emoji --styles all --output $@
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(RUN) -m pytest
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,232 @@
+"""A run does what it says: it trains what each stage names and nothing else, goes on where it stopped,
+does nothing when done, and refuses bad input before any training."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import SiglipVisionModel
+
+from hive_scale import presets
+from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.config import Config, GroupConfig, PartConfig
+from hive_scale.distributed import World, session
+from hive_scale.outcome import blank_twin, heldout_losses, show
+from hive_scale.train import WEIGHTS, Stopped, open_data, run_pipeline
+from hive_scale.watch.log import console, read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+LLM = tiny.language(vocab_size=259, hidden_size=32)
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with session() as world:
+        yield world
+
+
+def small(output: Path, fusion: str = "cross_attention", steps: int = 4, **changes: Any) -> Config:
+    """The debug preset with a tiny model and `steps` steps a stage, on the shipped pictures."""
+    run = presets.load("debug", None, [f"fusion={fusion}", f"output={output}"])
+    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), density=0.5)
+    stages = {name: replace(stage, steps=steps, global_batch=8, micro_batch=4) for name, stage in run.stages.items()}
+    return replace(run, model=model, stages=stages, evidence=False, data=replace(run.data, heldout=[SOME]), **changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def some_pairs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A dozen held-out pairs, so that looking at them costs little."""
+    global SOME
+    import webdataset
+
+    folder = tmp_path_factory.mktemp("some")
+    SOME = str(folder / "some.tar")
+    data = open_data(replace(presets.debug(), output=str(folder)))
+    with webdataset.TarWriter(SOME) as writer:
+        for i in range(12):
+            pixels = data.heldout.sample(i).pixels
+            assert pixels is not None
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            writer.write({"__key__": f"{i:03d}", "jpg": image, "txt": data.heldout.caption(i), "json": {}})
+
+
+def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
+    return dict(read_weights(config.run_dir / stage / WEIGHTS).items())
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+def test_each_stage_changes_what_it_names_and_no_bit_of_the_rest(tmp_path: Path, world: World, fusion: str) -> None:
+    config = small(tmp_path / "run", fusion)
+    run_pipeline(config, world)
+    before = weights(config, "initial")
+    for name, stage in config.stages.items():
+        after = weights(config, name)
+        globs = [glob for group in stage.groups.values() for glob in group.parameters]
+        named = {n for n in after if any(Path(n).match(glob) for glob in globs)}
+        changed = {n for n in after if not torch.equal(before[n], after[n])}
+        assert changed <= named, name
+        # whole rows of the vocabulary, and what the encoder never reads, may see no gradient
+        still = {n.split(".layers.3")[0] for n in named - changed}
+        assert still <= {"vision.encoder", "vision.head", "vision.post_layernorm"} | {
+            n for n in still if n.startswith(("vision.head.", "vision.post_layernorm."))
+        }, name
+        before = after
+
+
+def test_a_run_leaves_what_it_promises(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", eval_interval=2)
+    run_pipeline(config, world)
+    for name, stage in config.stages.items():
+        lines = read_metrics(config.run_dir / name / "metrics.jsonl")
+        assert [line["step"] for line in lines] == [1, 2, 3, 4]
+        assert [line["samples"] for line in lines] == [8, 16, 24, 32]
+        assert {"tokens", "loss", "lr", "grad_norm", "seconds"} <= lines[0].keys()
+        assert set(lines[0]["lr"]) == set(stage.groups)
+        assert ["eval_loss" in line for line in lines] == [False, True, False, True]
+        SiglipVisionModel.from_pretrained(config.run_dir / name / "encoder")
+    last = heldout_losses(config)
+    assert last["joint"][-1] < last["projector"][0]
+
+
+def test_a_finished_run_returns_at_once_and_can_be_started_over(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", steps=1)
+    run_pipeline(config, world)
+    made = (config.run_dir / "joint" / WEIGHTS).stat().st_mtime_ns
+    started = time.monotonic()
+    run_pipeline(config, world)
+    assert time.monotonic() - started < 2
+    assert (config.run_dir / "joint" / WEIGHTS).stat().st_mtime_ns == made
+    run_pipeline(config, world, overwrite=True)
+    assert (config.run_dir / "joint" / WEIGHTS).stat().st_mtime_ns > made
+
+
+def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: World) -> None:
+    run_pipeline(small(tmp_path / "run", steps=1), world)
+    with pytest.raises(ValueError, match=r"another run \(other stages.joint.steps.*--overwrite"):
+        run_pipeline(small(tmp_path / "run", steps=2), world)
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = small(tmp_path / "whole")
+    run_pipeline(whole, world)
+    cut = small(tmp_path / "cut")
+    original = World.sum
+    seen = 0
+
+    def stop_in_the_second_stage(self: World, *values: float) -> list[float]:
+        nonlocal seen
+        seen += len(read_metrics(cut.run_dir / "language" / "metrics.jsonl")) == 2 and values == (False,)
+        if seen == 1:
+            signal.raise_signal(signal.SIGTERM)
+            return original(self, True)
+        return original(self, *values)
+
+    monkeypatch.setattr(World, "sum", stop_in_the_second_stage)
+    with pytest.raises(Stopped, match="language stopped after step 2 of 4"):
+        run_pipeline(cut, world)
+    monkeypatch.undo()
+    run_pipeline(cut, world)
+    ours, theirs = weights(cut, "joint"), weights(whole, "joint")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for name in whole.stages:
+        losses = [[line["loss"] for line in read_metrics(c.run_dir / name / "metrics.jsonl")] for c in (cut, whole)]
+        assert losses[0] == losses[1]
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    words = ["data.heldout=[" + SOME + "]", f"output={tmp_path / 'run'}", "evidence=false"]
+    words += [f"stages.{name}.steps=400" for name in ("projector", "language", "joint")]
+    command = [sys.executable, "launchers/pretrain.py", "--preset", "debug", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "projector" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, shown
+    assert "The same command goes on from there" in shown
+    steps = len(read_metrics(metrics))
+    assert (tmp_path / "run" / "projector" / f"step_{steps:08d}" / "manifest.json").exists()
+
+
+def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", steps=2)
+    config = replace(config, evidence=True)
+    run_pipeline(config, world)
+    run_pipeline(blank_twin(config), world)
+    with console.capture() as shown:
+        show(config)
+    text = shown.get()
+    for word in (*config.stages, "truth:", "model:", "own picture", "blank pictures", "encoder", "next"):
+        assert word in text, word
+
+
+def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
+    data = open_data(blank_twin(small(tmp_path / "run")))
+    pixels = data.train.sample(0).pixels
+    assert pixels is not None
+    assert pixels.unique().numel() == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: _stage(c, global_batch=6), r"stages.projector: micro_batch=4 does not divide .* use micro_batch=3"),
+        (lambda c: _stage(c, groups={"x": GroupConfig(["projektor.*"], 1e-3)}), "'projektor.*' matches no parameter"),
+        (lambda c: replace(c, data=replace(c.data, train=["nowhere/*.tar"])), "nowhere"),
+        (lambda c: _llm(c, vocab_size=100), "259 tokens, the LLM 100"),
+    ],
+)
+def test_bad_input_is_refused_before_training(
+    tmp_path: Path, world: World, change: Callable[[Config], Config], message: str
+) -> None:
+    config = change(small(tmp_path / "run"))
+    with pytest.raises(ValueError, match=message):
+        run_pipeline(config, world)
+    assert not (tmp_path / "run" / "initial").exists()
+
+
+def _stage(config: Config, **changes: Any) -> Config:
+    return replace(config, stages=config.stages | {"projector": replace(config.stages["projector"], **changes)})
+
+
+def _llm(config: Config, **changes: Any) -> Config:
+    return replace(config, model=replace(config.model, language=PartConfig(config=LLM | changes)))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--preset", "debgu"], "did you mean debug"),
+        (["stages.joint.epoch=1"], "Did you mean: 'epochs'"),
+        (["data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    command = [sys.executable, "launchers/pretrain.py", *words, f"output={tmp_path / 'run'}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_a_cut_line_of_metrics_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
