@@ -21,7 +21,7 @@ from hive_scale.distributed import session
 
 # the server imports these once, and each rank is a cheap fork of it
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["hive_scale.model.build", "hive_scale.engine.native", "ranks_preload"])
+CONTEXT.set_forkserver_preload(["hive_scale.model.build", "hive_scale.engine.native", "deepspeed"])
 
 
 class RankFailed(Exception):

@@ -24,6 +24,7 @@ from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import CheckpointingConfig, EngineConfig, GroupConfig, ModelConfig, PartConfig, StageConfig
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, open_engine
+from hive_scale.engine.memory import found, planned, report
 from hive_scale.model.build import assemble, skeleton
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
@@ -151,7 +152,7 @@ def small_jsons(folder: Path) -> None:
         zero = settings["zero_optimization"]
         for key in zero:
             if key.endswith(("bucket_size", "live_parameters", "reuse_distance")):
-                zero[key] = 4000
+                zero[key] = 20_000
         if zero["stage"] == 3:
             zero["stage3_param_persistence_threshold"] = 1000  # vectors stay whole
         (folder / path.name).write_text(json.dumps(settings))
@@ -191,6 +192,24 @@ def probe(model: nn.Module, outcome: Outcome) -> list[Any]:
     ]
 
 
+def check_held(engine: Any, model: nn.Module) -> None:
+    """Frozen parameters have neither gradient nor moments; what is held is what was planned, but for padding."""
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {fragment.name for fragment in engine.fragments()} <= trained
+    plan, real = planned(engine), found(engine)
+    for component, want in plan.items():
+        have = real[component]
+        assert have.gradients == 0
+        if engine.layout.parameter_ranks == 1:
+            assert have.parameters == want.parameters
+        if not want.optimizer:
+            assert have.optimizer == 0
+    share = sum(part.optimizer for part in real.values()) / sum(part.optimizer for part in plan.values())
+    assert 0.9 < share < 1.1
+    assert all(component in report(engine) for component in plan)
+
+
 def train(world: World, cells: list[Cell], folder: str) -> list[Outcome]:
     return [train_one(world, cell, folder) for cell in cells]
 
@@ -210,7 +229,7 @@ def train_one(world: World, cell: Cell, folder: str) -> Outcome:
         outcome.norms.append(output.grad_norm)
         if step == 2:  # looking changes nothing
             engine.evaluate(batches)
-    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+    check_held(engine, model)
     mine = [(f.name, f.shape, f.offset, f.data.clone()) for f in engine.fragments() if f.kind == "master"]
     everyone: list[Any] = [None] * world.size
     dist.all_gather_object(everyone, mine)

@@ -18,6 +18,7 @@ from hive_scale.distributed import Fragment, World
 from hive_scale.engine import StepOutput
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.engine.memory import Layout
 from hive_scale.stage import ParamGroup
 
 
@@ -43,6 +44,10 @@ class NativeEngine:
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
+        shard = config.shard or world.size
+        # gradients that wait for more micro-batches wait uncut
+        gradient_ranks = shard if stage.accumulation(world.size) == 1 else 1
+        self.layout = Layout(4, shard, 4, gradient_ranks, 8, shard)
         self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
 
     def _shard(self, config: EngineConfig) -> None:

@@ -18,6 +18,7 @@ from hive_scale.engine import StepOutput
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
+from hive_scale.engine.memory import Layout
 from hive_scale.stage import ParamGroup
 
 
@@ -46,12 +47,17 @@ class ZeroEngine:
         """Cut `model` (parameters on the meta device, ``requires_grad`` set) as the JSON says, and fill it."""
         settings = resolve(Path(config.ds_config), stage, config, world.size)
         self.model, self.world = model, world
-        self.partitions_parameters = settings["zero_optimization"]["stage"] == 3
+        zero_stage = settings["zero_optimization"]["stage"]
+        self.partitions_parameters = zero_stage == 3
         # DeepSpeed asks the environment, also where no launcher has set it
         os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
+        if world.device.type == "cpu":
+            os.environ.setdefault("LOCAL_SIZE", str(world.size))  # or it starts numactl to count, in every step
         load_deepspeed().init_distributed(auto_mpi_discovery=False)  # adopts the group that exists
-        checkpoint_blocks(model.blocks(), config.checkpointing)
         compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
+        self.layout = Layout(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
+        checkpoint_blocks(model.blocks(), config.checkpointing)
         self._fill(weights, compute, settings)
         if config.compile:
             for block in blocks_of(model):

@@ -1,0 +1,106 @@
+"""What the model's state costs each process, in bytes: by arithmetic, and as found in the engine.
+
+Activations and communication buffers are not in it: they depend on batch and schedule, not on what is held.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from hive_scale.engine import Engine
+
+
+class Layout(NamedTuple):
+    """Bytes that an engine holds per number of a parameter, and over how many ranks it cuts them."""
+
+    parameter_bytes: int
+    parameter_ranks: int
+    gradient_bytes: int
+    gradient_ranks: int
+    optimizer_bytes: int
+    optimizer_ranks: int
+
+
+class Laid(Engine, Protocol):
+    """An engine that tells how it lays its model out."""
+
+    model: Any
+    layout: Layout
+
+
+@dataclass
+class Bytes:
+    """Of one component, on this process. Gradients and optimizer count trained parameters only."""
+
+    parameters: float = 0
+    gradients: float = 0
+    optimizer: float = 0
+
+
+def planned(engine: Laid) -> dict[str, Bytes]:
+    """By component: the arithmetic of the engine's layout, without padding."""
+    layout, result = engine.layout, defaultdict[str, Bytes](Bytes)
+    for name, parameter in engine.model.named_parameters():
+        part, numel = result[_component(name)], getattr(parameter, "ds_numel", parameter.numel())
+        part.parameters += numel * layout.parameter_bytes / layout.parameter_ranks
+        if parameter.requires_grad:
+            part.gradients += numel * layout.gradient_bytes / layout.gradient_ranks
+            part.optimizer += numel * layout.optimizer_bytes / layout.optimizer_ranks
+    return dict(result)
+
+
+def found(engine: Laid) -> dict[str, Bytes]:
+    """By component: what this process holds now. Gradients live from a backward to its step: zero in between."""
+    result = defaultdict[str, Bytes](Bytes)
+    for name, parameter in engine.model.named_parameters():
+        part = result[_component(name)]
+        part.parameters += sum(_nbytes(tensor) for tensor in _held(parameter))
+        part.gradients += 0 if parameter.grad is None else _nbytes(parameter.grad)
+    masters_are_parameters = engine.layout.optimizer_bytes == 8
+    for fragment in engine.fragments():
+        if not (fragment.kind == "master" and masters_are_parameters):
+            result[_component(fragment.name)].optimizer += fragment.data.nbytes
+    return dict(result)
+
+
+def report(engine: Laid) -> str:
+    """A table in MB: parameters, gradients and optimizer by component, as planned and, in brackets, as found."""
+    plan, real = planned(engine), found(engine)
+    lines = [f"{'MB per process':<16}{'parameters':>20}{'gradients':>12}{'optimizer':>20}"]
+    for component, want in (plan | {"all": _sum(plan)}).items():
+        have = _sum(real) if component == "all" else real[component]
+        lines.append(
+            f"{component:<16}{_pair(want.parameters, have.parameters)}"
+            f"{want.gradients / 1e6:>12.1f}{_pair(want.optimizer, have.optimizer)}"
+        )
+    return "\n".join(lines)
+
+
+def _component(name: str) -> str:
+    return name.split(".")[0]
+
+
+def _held(parameter: Any) -> Iterator[Tensor]:
+    """What of `parameter` this process has in memory: all of it, a shard, or (ZeRO-3) a shard and perhaps all."""
+    if hasattr(parameter, "ds_tensor"):
+        yield parameter.ds_tensor
+    yield parameter.detach()
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+
+def _sum(parts: Mapping[str, Bytes]) -> Bytes:
+    columns = zip(*((part.parameters, part.gradients, part.optimizer) for part in parts.values()), strict=True)
+    return Bytes(*(sum(column) for column in columns))
+
+
+def _pair(planned_bytes: float, found_bytes: float) -> str:
+    return f"{planned_bytes / 1e6:>10.1f} ({found_bytes / 1e6:>6.1f})"
