@@ -192,10 +192,11 @@ def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[s
     fields = tiny.language(llm)
     llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     tower.save_pretrained(tmp_path / "vision")
-    llama.save_pretrained(tmp_path / "language", max_shard_size="50kB")  # several files, as big checkpoints are
+    llama.half().save_pretrained(tmp_path / "language", max_shard_size="50kB")  # several files, as big checkpoints are
     assert len(list((tmp_path / "language").glob("*.safetensors"))) > 1
     config = ModelConfig(PartConfig(str(tmp_path / "vision")), PartConfig(str(tmp_path / "language")), density=0.5)
     built = assemble(config, seed=0)
+    assert {p.dtype for model in (built, skeleton(config)) for p in model.parameters()} == {torch.float32}
     for ours, theirs in ((built.vision, tower), (built.language, llama)):
         for name, parameter in theirs.named_parameters():
             assert torch.equal(ours.get_parameter(name), parameter), name

@@ -142,7 +142,7 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         model_type = fields.pop("model_type", None)
         _known(model_type, (*VISION, *LANGUAGE), part, role)
         _check_fields(model_type, fields, role)
-        return AutoConfig.for_model(model_type, **fields)
+        return _float32(AutoConfig.for_model(model_type, **fields))
     if not part.path:
         raise ValueError(
             f"model.{role} has neither path nor config: give a Hugging Face directory, or a config to build"
@@ -150,10 +150,17 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
     if part.path.startswith((".", "/", "~")) and not (Path(part.path).expanduser() / "config.json").is_file():
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     try:
-        return cast(PretrainedConfig, AutoConfig.from_pretrained(part.path, trust_remote_code=False))
+        return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
+
+
+def _float32(config: Any) -> PretrainedConfig:
+    """Masters are float32 whatever precision the published weights have."""
+    for part in (config, getattr(config, "vision_config", config)):
+        part.dtype = torch.float32
+    return cast(PretrainedConfig, config)
 
 
 def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None:
