@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hive_scale.config import CheckpointingConfig
@@ -30,11 +33,15 @@ def blocks_of(model: Any) -> list[nn.Module]:
     return [block for blocks in model.blocks().values() for block in blocks]
 
 
-def checkpoint_blocks(blocks: Mapping[str, Sequence[nn.Module]], config: CheckpointingConfig) -> None:
+def checkpoint_blocks(
+    blocks: Mapping[str, Sequence[nn.Module]], config: CheckpointingConfig, gathers_within: bool = False
+) -> None:
     """Wrap the forward of each block of a component as `config` asks. Call it before sharding.
 
     Only ``forward`` is wrapped, so an engine's gathering hooks, which sit around it, fire for the
-    recomputation as well, and parameter names stay as they are.
+    recomputation as well, and parameter names stay as they are. `gathers_within` tells that there are hooks
+    inside the blocks, too (ZeRO-3): what they do differs between forward and recomputation, which torch's own
+    selective contexts refuse.
     """
     for component, modules in blocks.items():
         mode = getattr(config, component)
@@ -42,10 +49,35 @@ def checkpoint_blocks(blocks: Mapping[str, Sequence[nn.Module]], config: Checkpo
             continue
         extra: dict[str, Any] = {}
         if mode == "selective":
-            extra["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+            torchs = partial(create_selective_checkpoint_contexts, _policy)
+            extra["context_fn"] = _keep_and_reuse if gathers_within else torchs
         for module in modules:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, **extra)
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keep_and_reuse() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """Contexts of forward and recomputation that look at nothing but the operators in KEPT."""
+    kept: deque[Any] = deque()
+    return _Keep(kept), _Reuse(kept)
+
+
+class _Keep(TorchDispatchMode):
+    def __init__(self, kept: deque[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kept = kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in KEPT:
+            # a copy, since ZeRO-3's linear adds its bias to the result in place
+            self.kept.append(tree_map_only(Tensor, Tensor.clone, result))
+        return result
+
+
+class _Reuse(_Keep):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.kept.popleft() if func in KEPT else func(*args, **(kwargs or {}))

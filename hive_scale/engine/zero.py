@@ -57,7 +57,7 @@ class ZeroEngine:
         compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
         self.layout = Layout(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
-        checkpoint_blocks(model.blocks(), config.checkpointing)
+        checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
         if config.compile:
             for block in blocks_of(model):
