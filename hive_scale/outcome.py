@@ -20,7 +20,6 @@ from hive_scale.watch.log import console, read_metrics
 
 PAIRS = 512  # held-out pairs that are looked at, at most
 BATCH = 32
-ALONE = World(0, 1, torch.device("cpu"))
 
 
 def blank_twin(config: Config) -> Config:
@@ -29,17 +28,26 @@ def blank_twin(config: Config) -> Config:
     return replace(config, output=str(config.run_dir / "blank"), data=data, evidence=False)
 
 
-def show(config: Config) -> None:
-    """Print the outcome of a finished run. Works on this process alone."""
+def show(config: Config, device: torch.device) -> None:
+    """Print the outcome of a finished run, and keep it in `<output>/outcome.txt`. Works on this process alone."""
+    kept = config.run_dir / "outcome.txt"
+    if not kept.exists():
+        with console.capture() as text:
+            _tell(config, device)
+        kept.write_text(text.get())
+    console.out(kept.read_text(), end="")
+
+
+def _tell(config: Config, device: torch.device) -> None:
     losses = heldout_losses(config)
     console.print(_losses_table(config, losses))
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config)
-    model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS))
-    batches = islice(data.heldout.once(batch_size=BATCH, world=ALONE), PAIRS // BATCH)
-    share = matched_share(model, batches)
-    console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
+    model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
     if config.evidence:
+        batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
+        share = matched_share(model, (batch.to(device) for batch in batches))
+        console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
         console.print(_gain(config, losses))
     for truth, written in captions(model, data, 3):
         console.print(f"  truth: {truth}\n  model: {written}", markup=False)
@@ -65,14 +73,16 @@ def captions(model: Hive, data: Data, count: int) -> Iterator[tuple[str, str]]:
     for index in range(stride // 2, data.heldout.num_samples, stride):
         pixels = data.heldout.sample(index).pixels
         if pixels is not None:
-            (ids,) = generate(model, pixels[None], data.tokenizer.start_id, data.tokenizer.eos_id)
+            (ids,) = generate(
+                model, pixels[None].to(model.pixel_mean.device), data.tokenizer.start_id, data.tokenizer.eos_id
+            )
             yield data.heldout.caption(index), data.tokenizer.decode(ids)
 
 
 def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:
-    table = Table("stage", "held-out loss (nats per token)", title=f"{config.name}: {config.run_dir}")
+    table = Table("stage", "held-out loss", "at its end", title=f"{config.name} (nats per token)")
     for name, values in losses.items():
-        table.add_row(name, f"{values[-1]:.4f}")
+        table.add_row(name, f"{values[0]:.4f}" if len(values) > 1 else "", f"{values[-1]:.4f}")
     return table
 
 

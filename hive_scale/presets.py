@@ -101,7 +101,7 @@ def debug(fusion: Fusion = "cross_attention") -> Config:
     groups = three_stages(fusion, (3e-3, 1e-3, 1e-3), weight_decay=1e-4, llm=["language.*"])
     open_gates(groups["projector"], fusion)
     # the LLM has seen each caption many times before the encoder's turn comes: from then on it moves little
-    groups["joint"]["language"] = replace(groups["joint"]["language"], lr=1e-4, weight_decay=2e-3)
+    groups["joint"]["language"] = replace(groups["joint"]["language"], lr=2e-4, weight_decay=2e-3)
     groups["joint"]["vision"] = replace(groups["joint"]["vision"], lr=2e-3)
     common: dict[str, Any] = {"global_batch": 64, "micro_batch": 64}
     return Config(
@@ -111,8 +111,8 @@ def debug(fusion: Fusion = "cross_attention") -> Config:
         ),
         stages={
             "projector": StageConfig(groups["projector"], steps=30, seed=40, **common),
-            "language": StageConfig(groups["language"], steps=90, seed=41, **common),
-            "joint": StageConfig(groups["joint"], steps=130, seed=42, min_lr=0.0, **common),
+            "language": StageConfig(groups["language"], steps=60, seed=41, **common),
+            "joint": StageConfig(groups["joint"], steps=120, seed=42, min_lr=0.0, **common),
         },
         eval_interval=10,
         save_interval=100,
@@ -145,10 +145,11 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
             tokenizer=TokenizerConfig(path="data/smollm2"),
             max_tokens=32,
         ),
+        eval_interval=20,
         stages={
-            "projector": StageConfig(groups["projector"], steps=40, seed=40, **common),
-            "language": StageConfig(groups["language"], steps=60, seed=41, max_grad_norm=10.0, **common),
-            "joint": StageConfig(groups["joint"], steps=80, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
+            "projector": StageConfig(groups["projector"], steps=20, seed=40, **common),
+            "language": StageConfig(groups["language"], steps=40, seed=41, max_grad_norm=10.0, **common),
+            "joint": StageConfig(groups["joint"], steps=60, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
         },
     )
 

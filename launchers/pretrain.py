@@ -55,7 +55,7 @@ def _train(config: Config, overwrite: bool) -> int:
             if config.evidence:
                 run_pipeline(blank_twin(config), world)
             if world.is_main:
-                show(config)
+                show(config, world.device)
         except Stopped as stopped:
             if world.is_main:
                 console.print(f"{stopped}. The same command goes on from there.", soft_wrap=True)

@@ -169,8 +169,9 @@ def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: Wo
     run_pipeline(config, world)
     run_pipeline(blank_twin(config), world)
     with console.capture() as shown:
-        show(config)
+        show(config, world.device)
     text = shown.get()
+    assert (config.run_dir / "outcome.txt").read_text() == text
     for word in (*config.stages, "truth:", "model:", "own picture", "blank pictures", "encoder", "next"):
         assert word in text, word
 

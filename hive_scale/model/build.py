@@ -19,6 +19,7 @@ from transformers import (
     SiglipImageProcessor,
     SiglipVisionModel,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.model.hive import Hive
@@ -65,6 +66,7 @@ def export_encoder(config: ModelConfig, weights: Mapping[str, Tensor], path: Pat
         tower = _vision_class(vision)(vision)
     tensors = {name: weights[f"vision.{name}"] for name, _ in tower.named_parameters()}
     tower.load_state_dict(tensors, strict=False, assign=True)
+    _quiet()
     tower.save_pretrained(path)
     _image_processor(vision).save_pretrained(path)
 
@@ -89,9 +91,15 @@ def _image_processor(config: PretrainedConfig) -> Any:
     return SiglipImageProcessor(size={"height": side, "width": side}, image_mean=mean, image_std=std)
 
 
+def _quiet() -> None:
+    """One run has one progress bar."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _load(auto: Any, part: PartConfig, config: PretrainedConfig) -> nn.Module:
     if not part.path:
         return _language_from(config) if auto is AutoModelForCausalLM else cast(nn.Module, auto(config))
+    _quiet()
     model, report = auto.from_pretrained(
         part.path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
