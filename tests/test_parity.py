@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tiny import IMAGE, SIGLIP, language, samples
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import CheckpointingConfig, EngineConfig, GroupConfig, ModelConfig, PartConfig, StageConfig
@@ -312,6 +313,32 @@ def test_zero_1_and_2(folder: str) -> None:
 
 def test_zero_3(folder: str) -> None:
     check(matrix("zero3", "zero3_offload") + odd("zero3"), 2, folder)
+
+
+class MatmulCount(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **(kwargs or {}))
+
+
+def matmuls(world: World, engine: str, folder: str) -> list[int]:
+    """How many a step takes without checkpointing, with selective, and with full."""
+    counts = []
+    for checkpointing in ("none", "selective", "full"):
+        cell = Cell(engine, checkpointing=checkpointing)
+        opened_engine, _ = opened(cell, world, folder)
+        with MatmulCount() as mode:
+            opened_engine.step(my_batches(cell, 0, world), 1.0)
+        counts.append(mode.count)
+    return counts
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_selective_checkpointing_recomputes_no_matmul(engine: str, folder: str) -> None:
+    none, selective, full = ranks.run(matmuls, 2, engine, folder)[0]
+    assert none == selective < full
 
 
 BF16 = (2e-4, 1e-2, 5e-3)  # bf16 compute against the fp32 oracle

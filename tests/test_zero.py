@@ -131,6 +131,8 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
         ({"gradient_accumulation_steps": 1}, ("gradient_accumulation_steps=1", "2", "4 processes")),
         ({"gradient_clipping": 1.0}, ("gradient_clipping=1.0", "0.5", "max_grad_norm")),
         ({"bf16": {"enabled": True}}, ("bf16.enabled=true", "false", "engine.precision=fp32")),
+        ({"bf16": {"enable": True}}, ("'bf16.enable'", "did you mean 'enabled'?")),
+        ({"fp16": False}, ("fp16=false must be an object",)),
         ({"fp16": {"enabled": True}}, ("fp16.enabled=true", "false", "engine.precision=fp32")),
         ({"optimizer": {"type": "Lamb"}}, ("optimizer.type=", "Lamb", "AdamW")),
         ({"optimizer": {"params": {"lr": 0.1}}}, ("optimizer.params.lr=0.1", "0.001", "groups")),

@@ -10,16 +10,22 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hive_scale.config import EngineConfig, StageConfig
-
-AUTO = "auto"
+from hive_scale.engine.ds_owned import (
+    AUTO,
+    check_keys,
+    check_optimizer,
+    check_owned,
+    check_schedule,
+    check_unused,
+    filled,
+    owned,
+)
 
 # What "auto" means under zero_optimization, for models of some hundred million parameters; DeepSpeed's own
 # defaults (buckets of 5e8, 1e9 live parameters) would keep all of such a model gathered.
@@ -46,6 +52,24 @@ HARMLESS = (
     "zero_allow_untested_optimizer",
 )
 
+# Keys of the sections whose keys are not DeepSpeed's to check.
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "fp16": (
+        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
+        *("consecutive_hysteresis", "min_loss_scale", "fp16_master_weights_and_grads"),
+    ),
+    "bf16": (
+        *("enabled", "immediate_grad_update", "check_grad_overflow"),
+        *("bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    ),
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+    "data_types": ("grad_accum_dtype",),
+    "optimizer": ("type", "params"),
+    "scheduler": ("type", "params"),
+    "activation_checkpointing": (),
+    "zero_optimization": (),
+}
+
 # ZeRO features that this toolkit does not carry, and why.
 _LAYOUT = "a checkpoint could not tell which rank owns what"
 _NUMBERS = "steps would differ from those of every other engine"
@@ -64,15 +88,6 @@ REFUSED_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-@dataclass(frozen=True)
-class Owned:
-    """A key of the JSON that Config decides."""
-
-    value: Any
-    source: str  # where Config decides it
-    also: tuple[Any, ...] = ()  # other spellings of the same
-
-
 def resolve(path: Path, stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, Any]:
     """The settings that DeepSpeed is given: the JSON at `path`, with what `stage` and `config` own filled in.
 
@@ -81,21 +96,22 @@ def resolve(path: Path, stage: StageConfig, config: EngineConfig, world_size: in
     settings = _read(path)
     try:
         _check_engine(config)
-        owned = _owned(stage, config, world_size)
-        _check_keys("", settings, _top_keys(owned))
+        ours = owned(stage, config, world_size)
+        check_keys("", settings, _top_keys(ours))
+        _check_sections(settings)
         for name in ("fp16", "bf16", "torch_autocast"):
             if not _enabled(settings.get(name, {})):
                 settings.pop(name, None)  # what a switched-off section says does not matter
-        _check_owned(settings, owned)
-        _check_optimizer(settings.get("optimizer", {}), stage)
-        _check_schedule(settings.get("scheduler", {}))
-        _check_unused("activation_checkpointing", settings, "engine.checkpointing.*")
+        check_owned(settings, ours)
+        check_optimizer(settings.get("optimizer", {}), stage)
+        check_schedule(settings.get("scheduler", {}))
+        check_unused("activation_checkpointing", settings, "engine.checkpointing.*")
         zero = _zero(settings.get("zero_optimization"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     kept = {key: value for key, value in settings.items() if key in HARMLESS and value != AUTO}
     kept.setdefault("steps_per_print", 1 << 60)  # the metrics are ours to print
-    return {**kept, **_filled(owned, config), "zero_optimization": zero}
+    return {**kept, **filled(ours, config), "zero_optimization": zero}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -132,103 +148,17 @@ def _check_engine(config: EngineConfig) -> None:
             )
 
 
-def _owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, Owned]:
-    accumulation = stage.accumulation(world_size)
-    micro_batch = stage.global_batch // world_size // accumulation
-    precision = f"engine.precision={config.precision}"
-    return {
-        "train_batch_size": Owned(stage.global_batch, "the stage's global_batch"),
-        "train_micro_batch_size_per_gpu": Owned(micro_batch, "the stage's micro_batch", (stage.micro_batch,)),
-        "gradient_accumulation_steps": Owned(accumulation, f"global_batch / {world_size} processes / micro_batch"),
-        "gradient_clipping": Owned(stage.max_grad_norm, "the stage's max_grad_norm"),
-        "fp16.enabled": Owned(False, precision),
-        "torch_autocast.enabled": Owned(False, precision),
-        "bf16.enabled": Owned(config.precision == "bf16", precision),
-        "bf16.bf16_master_weights_and_grads": Owned(False, "fp32 masters, always"),
-        "bf16.bf16_optimizer_states": Owned(False, "fp32 moments, always"),
-        "data_types.grad_accum_dtype": Owned("fp32", "fp32 gradient accumulation, always"),
-        "communication_data_type": Owned("fp32", "fp32 gradient reduction, always"),
-        "gradient_allreduce_op": Owned("mean", "the loss's scale"),
-        "gradient_predivide_factor": Owned(1.0, "the loss's scale"),
-        "prescale_gradients": Owned(False, "the loss's scale"),
-        "zero_force_ds_cpu_optimizer": Owned(False, "torch's AdamW, which needs no compiled op"),
-    }
+def _top_keys(names: Iterable[str]) -> list[str]:
+    return [*{path.split(".")[0] for path in names}, *SECTIONS, *HARMLESS]
 
 
-def _filled(owned: Mapping[str, Owned], config: EngineConfig) -> dict[str, Any]:
-    """The owned keys as DeepSpeed is given them."""
-    off = "fp16", "torch_autocast", *(["bf16", "data_types"] if config.precision == "fp32" else [])
-    result: dict[str, Any] = {}
-    for path, key in owned.items():
-        section, _, name = path.rpartition(".")
-        if section in off:
-            continue
-        if section:
-            result.setdefault(section, {})[name] = key.value
-        else:
-            result[name] = key.value
-    return result
-
-
-def _top_keys(owned: Iterable[str]) -> list[str]:
-    sections = ("zero_optimization", "optimizer", "scheduler", "activation_checkpointing")
-    return [*{path.split(".")[0] for path in owned}, *sections, *HARMLESS]
-
-
-def _check_keys(prefix: str, given: Iterable[str], known: Sequence[str]) -> None:
-    for key in given:
-        if key not in known:
-            nearest = get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean '{nearest[0]}'?" if nearest else f"known here are {', '.join(sorted(known))}"
-            raise ValueError(f"'{prefix}{key}' is not a key that can be set in this JSON: {hint}")
-
-
-def _check_owned(settings: Mapping[str, Any], owned: Mapping[str, Owned]) -> None:
-    for path, key in owned.items():
-        section, _, name = path.rpartition(".")
-        value = settings.get(section, {}).get(name, AUTO) if section else settings.get(name, AUTO)
-        if value not in (AUTO, key.value, *key.also):
-            _contradiction(path, value, key.value, key.source)
-
-
-def _contradiction(path: str, given: Any, ours: Any, source: str) -> None:
-    raise ValueError(
-        f"{path}={json.dumps(given)} contradicts {json.dumps(ours)}, from {source}: "
-        f'remove {path} or write "auto", or change the config'
-    )
-
-
-def _check_optimizer(section: Mapping[str, Any], stage: StageConfig) -> None:
-    """Ours is AdamW with the stage's groups; a JSON may repeat what holds for every group."""
-    if section.get("type", AUTO) not in (AUTO, "AdamW"):
-        _contradiction("optimizer.type", section["type"], "AdamW", "every stage's optimizer")
-    ours: dict[str, set[Any]] = {
-        "lr": {group.lr for group in stage.groups.values()},
-        "weight_decay": {group.weight_decay for group in stage.groups.values()},
-        "betas": {tuple(stage.betas)},
-        "eps": {stage.eps},
-        "torch_adam": {True},
-        "adam_w_mode": {True},
-    }
-    params = section.get("params", {})
-    _check_keys("optimizer.params.", params, list(ours))
-    for name, value in params.items():
-        plain = tuple(value) if isinstance(value, list) else value
-        if plain != AUTO and ours[name] != {plain}:
-            _contradiction(f"optimizer.params.{name}", value, sorted(ours[name]), "the stage's groups")
-
-
-def _check_schedule(section: Mapping[str, Any]) -> None:
-    """A scheduler whose parameters are all "auto" is a form to be filled in: ours fills it, whatever its type."""
-    for name, value in section.get("params", {}).items():
-        if value != AUTO:
-            _contradiction(f"scheduler.params.{name}", value, AUTO, "the stage's warmup and min_lr")
-
-
-def _check_unused(name: str, settings: Mapping[str, Any], source: str) -> None:
-    for key, value in settings.get(name, {}).items():
-        if value not in (AUTO, False, None):
-            _contradiction(f"{name}.{key}", value, False, source)
+def _check_sections(settings: Mapping[str, Any]) -> None:
+    for name, known in SECTIONS.items():
+        section = settings.get(name, {})
+        if not isinstance(section, dict):
+            raise ValueError(f"{name}={json.dumps(section)} must be an object, such as {{}}: correct or remove it")
+        if known:
+            check_keys(f"{name}.", section, known)
 
 
 def _enabled(section: Any) -> bool:
@@ -250,13 +180,13 @@ def _zero(section: Any) -> dict[str, Any]:
     )
 
     known = _names(DeepSpeedZeroConfig)
-    _check_keys("zero_optimization.", section, known)
+    check_keys("zero_optimization.", section, known)
     offload = {
         "offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
         "offload_param": DeepSpeedZeroOffloadParamConfig,
     }
     for name, model in offload.items():
-        _check_keys(f"zero_optimization.{name}.", section.get(name) or {}, _names(model))
+        check_keys(f"zero_optimization.{name}.", section.get(name) or {}, _names(model))
     for path, (allowed, reason) in REFUSED_ZERO.items():
         parent, _, name = path.rpartition(".")
         value = ((section.get(parent) or {}) if parent else section).get(name, AUTO)
