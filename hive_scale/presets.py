@@ -100,8 +100,10 @@ def debug(fusion: Fusion = "cross_attention") -> Config:
     # nothing is pretrained, so the LLM learns with embeddings and head, and rates are those of small models
     groups = three_stages(fusion, (3e-3, 1e-3, 1e-3), weight_decay=1e-4, llm=["language.*"])
     open_gates(groups["projector"], fusion)
+    groups["language"]["connector"] = replace(groups["language"]["connector"], lr=3e-3)
     # the LLM has seen each caption many times before the encoder's turn comes: from then on it moves little
-    groups["joint"]["language"] = replace(groups["joint"]["language"], lr=2e-4, weight_decay=2e-3)
+    groups["joint"]["language"] = replace(groups["joint"]["language"], lr=1e-4, weight_decay=2e-3)
+    groups["joint"]["connector"] = replace(groups["joint"]["connector"], weight_decay=2e-3)
     groups["joint"]["vision"] = replace(groups["joint"]["vision"], lr=2e-3)
     common: dict[str, Any] = {"global_batch": 64, "micro_batch": 64}
     return Config(

@@ -1,0 +1,42 @@
+"""The README's tree is the first thing a newcomer trusts: it names every file, and no file that is not there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = ("hive_scale", "launchers", "ds_configs", "slurm", "tests")
+
+
+def tracked() -> set[str]:
+    """Files a reader meets; test modules go by one line, and empty packages by none."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *SHOWN]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    files = {name for name in listed if name.endswith((".py", ".json", ".yaml")) and (ROOT / name).exists()}
+    tests = {name for name in files if name.startswith("tests/test_")}
+    empty = {name for name in files if name.endswith("/__init__.py") and name != "hive_scale/__init__.py"}
+    return (files - tests - empty) | {"tests/test_*.py"}
+
+
+def drawn() -> set[str]:
+    """Paths in the README's tree, which indents by two spaces and sets a file's purpose after its name."""
+    (tree,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    folders: list[str] = []
+    paths = set()
+    for line in tree.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            paths.add("".join(folders) + name)
+    return paths
+
+
+def test_the_tree_names_every_file() -> None:
+    shown = {path for path in drawn() if path.startswith(tuple(f"{folder}/" for folder in SHOWN))}
+    assert tracked() - shown == set(), "missing from the README's tree"
+    assert shown - tracked() == set(), "in the README's tree but not in the repository"
