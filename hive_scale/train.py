@@ -16,7 +16,7 @@ from hive_scale.config import Config, StageConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.transform import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
-from hive_scale.engine import Engine, open_engine
+from hive_scale.engine import Engine, memory, open_engine
 from hive_scale.model import build
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
@@ -86,6 +86,7 @@ def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world:
     )
     log = StageLog(stage_dir / "metrics.jsonl", name, num_steps, step, active=world.is_main)
     with log, listening() as interrupt:
+        log.say(memory.report(engine))
         while step < num_steps:
             factor = lr_factor(step, num_steps, stage.warmup, stage.min_lr)
             began = perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -23,11 +23,25 @@ class StepOutput:
     num_tokens: int  # target tokens
 
 
+class Layout(NamedTuple):
+    """Bytes that an engine holds per number of a parameter, and over how many ranks it cuts them."""
+
+    parameter_bytes: int
+    parameter_ranks: int
+    gradient_bytes: int
+    gradient_ranks: int
+    optimizer_bytes: int
+    optimizer_ranks: int
+
+
 class Engine(Protocol):
     """A model whose parameters, gradients and moments are cut over the ranks in some way.
 
     `step` and `evaluate` are collectives: each rank brings its own micro-batches, equally many on every rank.
     """
+
+    model: Any
+    layout: Layout
 
     def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
         """One optimizer step on the global batch that all ranks' micro-batches make up.

@@ -8,30 +8,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hive_scale.engine import Engine
-
-
-class Layout(NamedTuple):
-    """Bytes that an engine holds per number of a parameter, and over how many ranks it cuts them."""
-
-    parameter_bytes: int
-    parameter_ranks: int
-    gradient_bytes: int
-    gradient_ranks: int
-    optimizer_bytes: int
-    optimizer_ranks: int
-
-
-class Laid(Engine, Protocol):
-    """An engine that tells how it lays its model out."""
-
-    model: Any
-    layout: Layout
 
 
 @dataclass
@@ -43,7 +25,7 @@ class Bytes:
     optimizer: float = 0
 
 
-def planned(engine: Laid) -> dict[str, Bytes]:
+def planned(engine: Engine) -> dict[str, Bytes]:
     """By component: the arithmetic of the engine's layout, without padding."""
     layout, result = engine.layout, defaultdict[str, Bytes](Bytes)
     for name, parameter in engine.model.named_parameters():
@@ -55,7 +37,7 @@ def planned(engine: Laid) -> dict[str, Bytes]:
     return dict(result)
 
 
-def found(engine: Laid) -> dict[str, Bytes]:
+def found(engine: Engine) -> dict[str, Bytes]:
     """By component: what this process holds now. Gradients live from a backward to its step: zero in between."""
     result = defaultdict[str, Bytes](Bytes)
     for name, parameter in engine.model.named_parameters():
@@ -69,7 +51,7 @@ def found(engine: Laid) -> dict[str, Bytes]:
     return dict(result)
 
 
-def report(engine: Laid) -> str:
+def report(engine: Engine) -> str:
     """A table in MB: parameters, gradients and optimizer by component, as planned and, in brackets, as found."""
     plan, real = planned(engine), found(engine)
     lines = [f"{'MB per process':<16}{'parameters':>20}{'gradients':>12}{'optimizer':>20}"]

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
-from hive_scale.engine import StepOutput
+from hive_scale.engine import Layout, StepOutput
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
-from hive_scale.engine.memory import Layout
 from hive_scale.stage import ParamGroup
 
 

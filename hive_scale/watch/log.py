@@ -58,6 +58,10 @@ class StageLog(AbstractContextManager["StageLog"]):
             self._bar.stop()
             self._file.close()
 
+    def say(self, text: str) -> None:
+        if self.active:
+            console.print(text, soft_wrap=True, markup=False)
+
     def step(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Record optimizer step `step` (1-based), after which the stage has consumed `samples` in all."""
         if not self.active:
