@@ -187,6 +187,10 @@ def test_two_owners_of_sharding_are_one_too_many(tmp_path: Path, engine: dict[st
     assert "belongs to the native engine" in message
 
 
+def test_zero_3_is_not_compiled(tmp_path: Path) -> None:
+    assert "engine.compile=false" in refusal(tmp_path, {"zero_optimization": {"stage": 3}}, compile=True)
+
+
 def test_unreadable_jsons(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent\.json is no file"):
         resolve(tmp_path / "absent.json", STAGE, EngineConfig(), 1)

@@ -107,6 +107,11 @@ def resolve(path: Path, stage: StageConfig, config: EngineConfig, world_size: in
         check_schedule(settings.get("scheduler", {}))
         check_unused("activation_checkpointing", settings, "engine.checkpointing.*")
         zero = _zero(settings.get("zero_optimization"))
+        if config.compile and zero["stage"] == 3:
+            raise ValueError(
+                "engine.compile=true, but ZeRO-3 gathers inside the blocks and would cut each into many graphs: set "
+                "engine.compile=false, or zero_optimization.stage=2, or leave engine.ds_config empty for FSDP"
+            )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     kept = {key: value for key, value in settings.items() if key in HARMLESS and value != AUTO}
