@@ -360,5 +360,10 @@ def test_compiled_blocks(folder: str) -> None:
     check([Cell("one", checkpointing="full", compile=True)], 1, folder)
 
 
+@pytest.mark.slow  # compiling for the first time takes minutes on two cores
+def test_compiled_blocks_on_two_ranks(folder: str) -> None:
+    check([Cell(engine, checkpointing="full", compile=True) for engine in ("fsdp", "zero2")], 2, folder)
+
+
 def test_three_ranks(folder: str) -> None:
     check([Cell("fsdp"), Cell("ddp"), Cell("zero2")], 3, folder)
