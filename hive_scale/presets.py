@@ -134,7 +134,7 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
     for stage, new in (("language", "connector"), ("joint", "connector"), ("joint", "vision")):
         groups[stage][new] = replace(groups[stage][new], lr=1e-3)
     vision = {**base.model.vision.config, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 8}
-    common: dict[str, Any] = {"global_batch": 64, "micro_batch": 32}
+    common: dict[str, Any] = {"global_batch": 32, "micro_batch": 32}
     return replace(
         base,
         name=_name("demo", fusion),
@@ -147,11 +147,11 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
             tokenizer=TokenizerConfig(path="data/smollm2"),
             max_tokens=32,
         ),
-        eval_interval=20,
+        eval_interval=25,
         stages={
             "projector": StageConfig(groups["projector"], steps=20, seed=40, **common),
-            "language": StageConfig(groups["language"], steps=40, seed=41, max_grad_norm=10.0, **common),
-            "joint": StageConfig(groups["joint"], steps=60, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
+            "language": StageConfig(groups["language"], steps=30, seed=41, max_grad_norm=10.0, **common),
+            "joint": StageConfig(groups["joint"], steps=50, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
         },
     )
 
