@@ -59,7 +59,7 @@ class NativeEngine:
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-            "offload_policy": CPUOffloadPolicy() if config.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(self.world.device.type == "cuda") if config.offload else OffloadPolicy(),
             "reshard_after_forward": config.reshard_after_forward,
         }
         for block in blocks_of(self.model):
