@@ -67,7 +67,7 @@ def test_decay_is_independent_of_the_peak_learning_rate(decoupled: bool, kept: f
 def test_a_glob_that_matches_nothing_is_an_error() -> None:
     model = skeleton(tiny.model_config("concat"))
     stage = presets.load("debug", None, []).stages["projector"]  # written for cross_attention
-    with pytest.raises(ValueError, match=r"'fusion.\*' matches no parameter: names begin with language.\*"):
+    with pytest.raises(ValueError, match=r"'fusion.\*.weight' matches no parameter: names begin with language.\*"):
         freeze(model, stage)
 
 
