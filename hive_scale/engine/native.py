@@ -64,7 +64,8 @@ class NativeEngine:
         }
         for block in blocks_of(self.model):
             fully_shard(block, **options)
-        fully_shard(self.model, **options)
+        # the head, which ends the forward, begins the backward: the unit around the blocks stays gathered between
+        fully_shard(self.model, **options | {"reshard_after_forward": False})
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
@@ -114,6 +115,9 @@ class NativeEngine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
         loss = sum(self._loss(batch).item() for batch in micro_batches)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what stays gathered after a forward waits for a backward
         total, count = self.world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
         return total, int(count)
 
