@@ -1,0 +1,34 @@
+"""The benchmark is run by hand, on machines of its own: that it still runs, and that contenders agree, is seen here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LAUNCHER = Path(__file__).parents[1] / "launchers" / "benchmark.py"
+
+
+def printed(*words: str) -> str:
+    command = [sys.executable, str(LAUNCHER), *words, "--quick", "--rounds", "1", "--markdown"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("case", ["one", "fsdp"])
+def test_every_contender_takes_the_same_step(case: str) -> None:
+    lines = printed("engines", "--cases", case, "--steps", "1").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
+    assert [peer for _, _, peer, *_ in rows] == ["bare loop", "Accelerate", "Trainer"]
+    assert all(float(ratio) > 0 for *_, ratio, _ in rows)
+
+
+def test_every_way_to_the_loss_agrees() -> None:
+    rows = printed("loss").splitlines()
+    assert sum("target rows" in row for row in rows) == 3  # header, fp32, bf16
+    assert sum("linear_cross_entropy" in row for row in rows) == 4
