@@ -93,7 +93,8 @@ def run_engines(arguments: argparse.Namespace) -> None:
         title = CASES[case][0] + (f", {ranks} ranks" if ranks > 1 else "")
         result = launch(case, ranks, arguments)
         machine = result.get("machine", machine)
-        rows += compare(title, result["seconds"], result["reasons"])
+        rows += (found := compare(title, result["seconds"], result["reasons"]))
+        print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later case fail
     columns = ("sharding", "ours, s", "peer", "peer, s", "ours / peer", "quartiles")
     show(columns, rows, f"{machine}; {arguments.rounds} rounds of {arguments.steps} steps", arguments.markdown)
 
