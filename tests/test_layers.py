@@ -37,9 +37,9 @@ DOORS: dict[str, set[str]] = {
         "hive_scale/model/",
         "hive_scale/data/transform.py",
         "hive_scale/data/sources/smollm2.py",
-        "launchers/benchmark.py",  # as the peer that is measured
+        "launchers/benchmarks/",  # as the peer that is measured
     },
-    "accelerate": {"hive_scale/model/build.py", "launchers/benchmark.py"},
+    "accelerate": {"hive_scale/model/build.py", "launchers/benchmarks/"},
 }
 
 
@@ -54,7 +54,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def files() -> list[Path]:
-    return sorted([*PACKAGE.rglob("*.py"), *(ROOT / "launchers").glob("*.py"), *(ROOT / "slurm").glob("*.py")])
+    return sorted(path for root in (PACKAGE, ROOT / "launchers", ROOT / "slurm") for path in root.rglob("*.py"))
 
 
 def room(path: Path) -> str:

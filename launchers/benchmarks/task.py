@@ -1,0 +1,99 @@
+"""One case of the engines' comparison: the model, its data, and the step that every contender is to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
+    from hive_scale.batch import Batch
+    from hive_scale.config import EngineConfig, ModelConfig, StageConfig
+    from hive_scale.distributed import World
+    from hive_scale.stage import ParamGroup
+
+JSONS = Path(__file__).resolve().parents[2] / "ds_configs"
+# by case: the row's title, engine.shard, the DeepSpeed JSON. ZeRO-3 replaces F.linear for good: each case has
+# processes of its own
+CASES = {
+    "one": ("one process", 0, ""),
+    "fsdp": ("FSDP2", 0, ""),
+    "ddp": ("DDP", 1, ""),
+    "zero2": ("ZeRO-2", 0, str(JSONS / "zero2.json")),
+    "zero3": ("ZeRO-3", 0, str(JSONS / "zero3.json")),
+}
+ACCUMULATION, CLIP = 2, 0.05
+Step = Callable[[Sequence["Batch"]], float]  # one optimizer step; the mean loss over all ranks' target tokens
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every contender is to do."""
+
+    config: ModelConfig
+    stage: StageConfig
+    engine: EngineConfig
+    world: World
+    model: Any  # with its first weights, for copies
+
+    def build(self) -> tuple[Any, list[ParamGroup]]:
+        """A copy of the model, frozen and grouped as the stage says."""
+        from hive_scale.stage import freeze
+
+        model = deepcopy(self.model)  # not made anew: Transformers would cut it up once it has heard of ZeRO-3
+        return model, freeze(model, self.stage, model.dormant())
+
+
+def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
+    """Stage `joint` of a HIVE whose step takes a core about a second.
+
+    What sharding costs goes with parameters, what it is paid from goes with tokens: so the model is small, and
+    a micro-batch has 2,048 visual tokens, which is still less than a GPU would be given.
+    """
+    import torch
+
+    from hive_scale.config import EngineConfig, ModelConfig, PartConfig, StageConfig
+    from hive_scale.model.build import assemble
+    from hive_scale.presets import three_stages
+
+    width, layers, micro_batch = (32, 2, 2) if quick else (192, 4, 8)
+    sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers}
+    vision = {"image_size": 32 if quick else 128, "patch_size": 8, "num_attention_heads": 4, "vision_use_head": False}
+    language = {"vocab_size": 4096, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    model = ModelConfig(
+        PartConfig(config={"model_type": "siglip_vision_model", **sizes, **vision}),
+        PartConfig(config={"model_type": "llama", **sizes, **language}),
+        density=0.5,
+    )
+    groups = three_stages("cross_attention", (1e-2, 1e-2, 1e-2), llm=["language.*"])["joint"]
+    global_batch = ACCUMULATION * micro_batch * world.size
+    # with so large an eps a gradient of another size or clipped otherwise shows in the next loss
+    stage = StageConfig(groups, global_batch, micro_batch, max_grad_norm=CLIP, eps=1e-4)
+    first = assemble(model, seed=0).to(world.device)
+    with torch.no_grad():
+        for fusion in cast(Any, first.fusion.layers):
+            fusion.gate.fill_(0.5)  # so that pictures count from the first step
+    return Task(model, stage, EngineConfig(shard=case[1], ds_config=case[2]), world, first)
+
+
+def make_data(task: Task) -> list[list[Batch]]:
+    """This rank's micro-batches of four steps: random pictures and ragged captions."""
+    import torch
+
+    from hive_scale.batch import Sample, collate
+
+    random = torch.Generator().manual_seed(task.world.rank)
+    image, vocabulary = task.config.vision.config["image_size"], task.config.language.config["vocab_size"]
+
+    def sample() -> Sample:
+        length = int(torch.randint(16, 49, (1,), generator=random))
+        pixels = torch.randint(0, 256, (3, image, image), dtype=torch.uint8, generator=random)
+        tokens = torch.randint(3, vocabulary, (length,), generator=random).tolist()
+        return Sample("", pixels, tokens, [False] + [True] * (length - 1))
+
+    def batch() -> Batch:
+        return collate([sample() for _ in range(task.stage.micro_batch)], pad_id=0, image_size=image)
+
+    return [[batch() for _ in range(ACCUMULATION)] for _ in range(4)]
