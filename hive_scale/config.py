@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -192,7 +192,10 @@ class Config:
         return Path(self.output.format(name=self.name))
 
 
-def resolve(base: Config, *layers: Any) -> Config:
+T = TypeVar("T")  # Config, or another dataclass of settings
+
+
+def resolve(base: T, *layers: Any) -> T:
     """`base` overridden by each layer in turn: a mapping, a YAML path, or a list of ``key=value`` words.
 
     Raises ValueError that names the nearest key for a typo, and the remedy for a bad value.
@@ -204,7 +207,7 @@ def resolve(base: Config, *layers: Any) -> Config:
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
             node = cast(DictConfig, OmegaConf.merge(node, _read(layer)))
-        return cast(Config, OmegaConf.to_object(node))
+        return cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
         message = str(error).splitlines()[0]

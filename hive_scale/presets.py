@@ -260,7 +260,7 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
 
     A file may name the preset it extends (``preset: debug``). Raises ValueError with the remedy.
     """
-    layer: dict[str, Any] = _read(file) if file else {}
+    layer: dict[str, Any] = read_file(file) if file else {}
     named = layer.pop("preset", None)
     if file and not preset and not named:
         base = Config()  # the file says everything, as one saved by a run does
@@ -275,12 +275,13 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     return resolve(base, layer, [word for word in words if word.split("=")[0] not in arguments])
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_file(file: Path) -> dict[str, Any]:
+    """A YAML file's keys and values. Raises ValueError if it is none."""
     if not file.is_file():
-        raise ValueError(f"--config {file}: no such file")
+        raise ValueError(f"{file}: no such file")
     content = OmegaConf.to_container(OmegaConf.load(file))
     if not isinstance(content, dict):
-        raise ValueError(f"--config {file}: not a mapping of keys to values")
+        raise ValueError(f"{file}: not a mapping of keys to values")
     return {str(key): value for key, value in content.items()}
 
 

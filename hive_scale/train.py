@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -37,29 +37,34 @@ class Data:
     heldout: Loader
 
 
-def run_pipeline(config: Config, world: World, overwrite: bool = False) -> None:
+def run_pipeline(
+    config: Config, world: World, overwrite: bool = False, until: str | None = None, patience: float = 0.0
+) -> None:
     """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
 
-    Raises ValueError for what the user must change, before training starts, RuntimeError if another run is at
-    work in the same directory, and Stopped after a signal.
+    `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
+    training starts, RuntimeError if another run is at work in the same directory and does not leave it within
+    `patience` seconds, and Stopped after a signal.
     """
-    with locked(config.run_dir, world):
+    with locked(config.run_dir, world, patience):
         _claim(config, world, overwrite)
-        if not all(_is_done(config.run_dir / name) for name in config.stages):
-            _run_stages(config, world)
+        names = list(config.stages)
+        wanted = names[: names.index(until) + 1] if until else names
+        if not all(is_done(config.run_dir / name) for name in wanted):
+            _run_stages(config, wanted, world)
 
 
-def _run_stages(config: Config, world: World) -> None:
+def _run_stages(config: Config, wanted: Sequence[str], world: World) -> None:
     data = open_data(config)
-    _check(config, data, world)
+    check(config, data, world.size)
     weights = config.run_dir / "initial" / WEIGHTS
     if world.is_main and not find_weights(weights):
         model = build.assemble(config.model, seed=next(iter(config.stages.values())).seed)
         write_weights(weights, dict(model.named_parameters()))
     world.barrier()
-    for name, stage in config.stages.items():
-        stage_dir = config.run_dir / name
-        if not _is_done(stage_dir):
+    for name in wanted:
+        stage, stage_dir = config.stages[name], config.run_dir / name
+        if not is_done(stage_dir):
             checkpoint = _run_stage(config, name, stage, data, world, weights)
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
@@ -139,17 +144,18 @@ def open_data(config: Config) -> Data:
     )
 
 
-def _is_done(stage_dir: Path) -> bool:
+def is_done(stage_dir: Path) -> bool:
+    """Whether the stage has ended, and left all that the next one and the user need."""
     return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / "encoder").is_dir()
 
 
-def _check(config: Config, data: Data, world: World) -> None:
-    """Meet every error of any stage now, not in the night."""
+def check(config: Config, data: Data, world_size: int) -> None:
+    """Meet every error of any stage now, not in the night. Raises ValueError."""
     model = build.skeleton(config.model)
     for name, stage in config.stages.items():
         try:
             freeze(model, stage, model.dormant())
-            stage.accumulation(world.size)
+            stage.accumulation(world_size)
             stage.num_steps(data.train.num_samples)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None

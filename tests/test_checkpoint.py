@@ -394,10 +394,10 @@ def test_two_runs_on_one_directory(tmp_path: Path) -> None:
     while not ready.exists():
         time.sleep(0.01)
     assert run(2, tmp_path / "meet2", lock_refused, directory, owner.pid) == [0, 0]
-    owner.kill()
-    owner.join()
-    with locked(directory, ALONE):  # the lock died with its owner
+    threading.Timer(1.0, owner.kill).start()
+    with locked(directory, ALONE, patience=30.0):  # the lock dies with its owner
         pass
+    owner.join()
 
 
 # ----------------------------------------------------------------------- from stage to stage

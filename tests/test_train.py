@@ -25,7 +25,7 @@ from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.config import Config, GroupConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.outcome import blank_twin, heldout_losses, show
-from hive_scale.train import WEIGHTS, Stopped, open_data, run_pipeline
+from hive_scale.train import WEIGHTS, Stopped, is_done, open_data, run_pipeline
 from hive_scale.watch.log import console, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,6 +111,14 @@ def test_a_finished_run_returns_at_once_and_can_be_started_over(tmp_path: Path, 
     assert (config.run_dir / "joint" / WEIGHTS).stat().st_mtime_ns == made
     run_pipeline(config, world, overwrite=True)
     assert (config.run_dir / "joint" / WEIGHTS).stat().st_mtime_ns > made
+
+
+def test_a_run_may_end_after_a_stage(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", steps=1)
+    run_pipeline(config, world, until="language")
+    assert [is_done(config.run_dir / name) for name in config.stages] == [True, True, False]
+    run_pipeline(config, world, until="projector")
+    assert not (config.run_dir / "joint").exists()
 
 
 def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -16,8 +17,10 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(directory: Path, world: World) -> Iterator[None]:
+def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[None]:
     """Hold `directory` for this run, on all ranks. Raises RuntimeError naming the run that holds it already.
+
+    `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
 
     The lock is the kernel's and dies with its process, so that a killed run leaves nothing to clean up. It is
     a record lock: unlike flock, data workers do not inherit it, and it reaches across nodes on shared disks.
@@ -27,7 +30,7 @@ def locked(directory: Path, world: World) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        owner = _take(descriptor) if world.is_main else ""
+        owner = _take(descriptor, time.monotonic() + patience) if world.is_main else ""
         if world.sum(bool(owner))[0]:
             raise RuntimeError(
                 f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
@@ -39,12 +42,17 @@ def locked(directory: Path, world: World) -> Iterator[None]:
             os.close(descriptor)  # and with it the lock
 
 
-def _take(descriptor: int) -> str:
+def _take(descriptor: int, deadline: float) -> str:
     """Who holds the lock, or "" now that it is ours."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # POSIX allows either
-        return os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "a run that does not say who it is"
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):  # POSIX allows either
+            if time.monotonic() >= deadline:
+                owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+                return owner or "a run that does not say who it is"
+            time.sleep(0.5)
     owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, owner.encode(), 0)
