@@ -20,7 +20,7 @@ from hive_scale.engine import Engine, memory, open_engine
 from hive_scale.model import build
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
-from hive_scale.watch.interrupt import listening
+from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
 
 WEIGHTS = "weights.safetensors"
@@ -44,17 +44,17 @@ def run_pipeline(
 
     `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
     training starts, RuntimeError if another run is at work in the same directory and does not leave it within
-    `patience` seconds, and Stopped after a signal.
+    `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
     """
-    with locked(config.run_dir, world, patience):
+    with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
         _claim(config, world, overwrite)
         names = list(config.stages)
         wanted = names[: names.index(until) + 1] if until else names
         if not all(is_done(config.run_dir / name) for name in wanted):
-            _run_stages(config, wanted, world)
+            _run_stages(config, wanted, world, interrupt)
 
 
-def _run_stages(config: Config, wanted: Sequence[str], world: World) -> None:
+def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt) -> None:
     data = open_data(config)
     check(config, data, world.size)
     weights = config.run_dir / "initial" / WEIGHTS
@@ -65,7 +65,7 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World) -> None:
     for name in wanted:
         stage, stage_dir = config.stages[name], config.run_dir / name
         if not is_done(stage_dir):
-            checkpoint = _run_stage(config, name, stage, data, world, weights)
+            checkpoint = _run_stage(config, name, stage, data, world, weights, interrupt)
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
                 build.export_encoder(config.model, read_weights(stage_dir / WEIGHTS), stage_dir / "encoder")
@@ -73,8 +73,12 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World) -> None:
         weights = stage_dir / WEIGHTS
 
 
-def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world: World, parent: Path) -> Path:
+def _run_stage(
+    config: Config, name: str, stage: StageConfig, data: Data, world: World, parent: Path, interrupt: Interrupt
+) -> Path:
     """Train one stage to its end, from its newest checkpoint if it has one; returns its last checkpoint."""
+    if any(world.sum(interrupt.requested())):
+        raise Stopped(f"stopped before {name}")
     stage_dir = config.run_dir / name
     model = build.skeleton(config.model)
     groups = freeze(model, stage, model.dormant())
@@ -90,23 +94,30 @@ def _run_stage(config: Config, name: str, stage: StageConfig, data: Data, world:
         world=world,
     )
     log = StageLog(stage_dir / "metrics.jsonl", name, num_steps, step, active=world.is_main)
-    with log, listening() as interrupt:
+    with log:
         log.say(memory.report(engine))
         while step < num_steps:
             factor = lr_factor(step, num_steps, stage.warmup, stage.min_lr)
             began = perf_counter()
             micro_batches = next(batches)
             waited = perf_counter() - began
-            output = engine.step(micro_batches, factor)
+            # a request to any rank stops them all, at the same step
+            output = engine.step(micro_batches, factor, votes=lambda: [interrupt.requested()])
+            (stop,) = output.votes
             step += 1
             rates = {name: group.lr * factor for name, group in stage.groups.items()}
-            metrics = vars(output) | {"lr": rates, "data_seconds": waited}
+            metrics = {
+                "loss": output.loss,
+                "grad_norm": output.grad_norm,
+                "num_tokens": output.num_tokens,
+                "lr": rates,
+                "data_seconds": waited,
+            }
             if step == num_steps or (config.eval_interval and step % config.eval_interval == 0):
                 metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)
             log.step(step, step * stage.global_batch, metrics)
-            stop = any(world.sum(interrupt.requested))  # a signal to any rank stops them all, at the same step
             if stop or step == num_steps or step % config.save_interval == 0:
-                store.save(step, engine.fragments(), {"step": step, **origin}, wait=stop)
+                store.save(step, engine.fragments(), {"step": step, **origin}, wait=bool(stop))
             if stop and step < num_steps:
                 raise Stopped(f"{name} stopped after step {step} of {num_steps}, and saved it")
     checkpoint = store.finish()

@@ -26,7 +26,7 @@ from hive_scale.config import Config, GroupConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.train import WEIGHTS, Stopped, is_done, open_data, run_pipeline
-from hive_scale.watch.log import console, read_metrics
+from hive_scale.watch.log import StageLog, console, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM = tiny.language(vocab_size=259, hidden_size=32)
@@ -131,18 +131,14 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, world: World, mon
     whole = small(tmp_path / "whole")
     run_pipeline(whole, world)
     cut = small(tmp_path / "cut")
-    original = World.sum
-    seen = 0
+    log_step = StageLog.step
 
-    def stop_in_the_second_stage(self: World, *values: float) -> list[float]:
-        nonlocal seen
-        seen += len(read_metrics(cut.run_dir / "language" / "metrics.jsonl")) == 2 and values == (False,)
-        if seen == 1:
+    def stop_in_the_second_stage(self: StageLog, step: int, *arguments: Any) -> None:
+        log_step(self, step, *arguments)
+        if (cut.run_dir / "language").exists() and step == 1:
             signal.raise_signal(signal.SIGTERM)
-            return original(self, True)
-        return original(self, *values)
 
-    monkeypatch.setattr(World, "sum", stop_in_the_second_stage)
+    monkeypatch.setattr(StageLog, "step", stop_in_the_second_stage)
     with pytest.raises(Stopped, match="language stopped after step 2 of 4"):
         run_pipeline(cut, world)
     monkeypatch.undo()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -19,8 +20,10 @@ class StepOutput:
     """What one step was, over the whole global batch and all ranks."""
 
     loss: float  # mean over target tokens, nats
-    grad_norm: float  # L2 over all trainable parameters, before clipping
+    grad_norm: float  # L2 over all trainable parameters, before clipping; NaN if it was not finite
     num_tokens: int  # target tokens
+    taken: bool = True  # or left out, with no weight and no moment changed
+    votes: tuple[float, ...] = ()  # what the ranks asked for, added up
 
 
 class Layout(NamedTuple):
@@ -43,11 +46,18 @@ class Engine(Protocol):
     model: Any
     layout: Layout
 
-    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        lr_factor: float,
+        max_loss: float = inf,
+        votes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepOutput:
         """One optimizer step on the global batch that all ranks' micro-batches make up.
 
-        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks. One that
-        is not finite changes no weight and no moment: its norm, which is not finite either, tells.
+        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks. The step is
+        left out by all ranks alike if loss or gradient is not finite, or the loss is above `max_loss`. `votes` is
+        called when forward and backward are done; its values are added up over the ranks along with the loss.
         """
         ...
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,18 @@ def adamw(parameters: Mapping[str, Tensor], groups: Sequence[ParamGroup], stage:
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+@contextmanager
+def sitting_out(optimizer: torch.optim.AdamW) -> Iterator[None]:
+    """Steps within change no weight, no moment and no step count, whatever the gradients are."""
+    # by the mark that torch's fused kernels know from mixed precision's loss scaling
+    mark: Any = optimizer
+    mark.found_inf = torch.ones(())
+    try:
+        yield
+    finally:
+        del mark.found_inf
 
 
 def zero_state(tensor: Tensor) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str
         "bf16.enabled": Owned(config.precision == "bf16", precision),
         "bf16.bf16_master_weights_and_grads": Owned(False, "fp32 masters, always"),
         "bf16.bf16_optimizer_states": Owned(False, "fp32 moments, always"),
+        "bf16.check_grad_overflow": Owned(True, "every engine: a gradient that is not finite is not stepped"),
         "data_types.grad_accum_dtype": Owned("fp32", "fp32 gradient accumulation, always"),
         "communication_data_type": Owned("fp32", "fp32 gradient reduction, always"),
         "gradient_allreduce_op": Owned("mean", "the loss's scale"),

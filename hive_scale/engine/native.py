@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -93,7 +93,13 @@ class NativeEngine:
                 block.unshard()
                 block.reshard()
 
-    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        lr_factor: float,
+        max_loss: float = math.inf,
+        votes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepOutput:
         model: FSDPModule = self.model
         (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
         # reduction averages over ranks, so the ranks' number is multiplied back in
@@ -105,12 +111,14 @@ class NativeEngine:
             torch.autograd.backward(loss * scale)
             total += loss.detach()
         norm = self._clip()
+        loss_sum, *voted = self.world.sum(total.item(), *votes())
+        mean = loss_sum / max(1.0, num_tokens)
+        taken = math.isfinite(norm) and math.isfinite(mean) and mean <= max_loss
         set_learning_rate(self.optimizer, lr_factor)
-        if math.isfinite(norm):
+        if taken:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        (loss_sum,) = self.world.sum(total.item())
-        return StepOutput(loss_sum / max(1.0, num_tokens), norm, int(num_tokens))
+        return StepOutput(mean, norm if math.isfinite(norm) else math.nan, int(num_tokens), taken, tuple(voted))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
-from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, sitting_out, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
 from hive_scale.stage import ParamGroup
 
@@ -90,7 +91,13 @@ class ZeroEngine:
                 end = fragment.offset + fragment.data.numel()
                 fragment.data.copy_(weights[fragment.name].flatten()[fragment.offset : end])
 
-    def step(self, micro_batches: Sequence[Batch], lr_factor: float) -> StepOutput:
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        lr_factor: float,
+        max_loss: float = math.inf,
+        votes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepOutput:
         (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
         # reduction averages over ranks, so the ranks' number is multiplied back in
         scale = self.world.size / max(1.0, num_tokens)
@@ -100,10 +107,14 @@ class ZeroEngine:
             loss = self._loss(batch)
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
+        loss_sum, *voted = self.world.sum(total.item(), *votes())
+        mean = loss_sum / max(1.0, num_tokens)
+        taken = math.isfinite(mean) and mean <= max_loss
         set_learning_rate(self.optimizer, lr_factor)
-        self.engine.step()
-        (loss_sum,) = self.world.sum(total.item())
-        return StepOutput(loss_sum / max(1.0, num_tokens), self._grad_norm(), int(num_tokens))
+        with sitting_out(self.optimizer) if not taken else nullcontext():
+            self.engine.step()  # which tidies up after backward, too
+        norm = self._grad_norm()
+        return StepOutput(mean, norm, int(num_tokens), taken and math.isfinite(norm), tuple(voted))
 
     def _grad_norm(self) -> float:
         # a step whose gradient is not finite is left out, and then the norm is an older one

@@ -1,33 +1,72 @@
-"""A first signal asks the run to stop at the next step edge; a second one stops it at once."""
+"""What asks a run to stop: a signal to any of its processes, or a file STOP in its directory.
+
+The first request is noted, and obeyed by all ranks together at the end of a step. A second signal ends its process
+at once.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+
+from hive_scale.distributed import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP = "STOP"
+ECHO = 3.0  # seconds in which a signal is the first one again: launchers pass on what the terminal sent already
+LOOK = 1.0  # seconds between looks for the file
 
 
 class Interrupt:
-    """Whether a signal has come to this process."""
+    """Whether this process has been asked to stop. `stop_file` is None on all ranks but one."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, stop_file: Path | None) -> None:
+        self._stop_file = stop_file
+        self._signalled: float | None = None
+        self._looked = -LOOK
+        self._found = False
 
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.requested:
+    def requested(self) -> bool:
+        now = time.monotonic()
+        if self._stop_file is not None and now - self._looked >= LOOK:
+            self._looked = now
+            self._found = self._found or self._stop_file.exists()
+        return self._found or self._signalled is not None
+
+    def note(self, number: int, _: FrameType | None = None) -> None:
+        """Take a signal. Python calls it between two instructions of the main thread."""
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+            _tell(f"{signal.Signals(number).name}: saving after this step; once more ends it at once")
+        elif now - self._signalled > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.requested = True
 
 
 @contextmanager
-def listening() -> Iterator[Interrupt]:
-    """Turn SIGINT and SIGTERM into a flag while the context lasts."""
-    interrupt = Interrupt()
-    before = {number: signal.signal(number, interrupt._note) for number in (signal.SIGINT, signal.SIGTERM)}
+def listening(run_dir: Path, world: World) -> Iterator[Interrupt]:
+    """Turn signals, and a file STOP in `run_dir`, into a flag while the context lasts.
+
+    A file that is there already was meant for another run: it is removed.
+    """
+    stop_file = run_dir / STOP
+    if world.is_main and stop_file.exists():
+        stop_file.unlink()
+        _tell(f"{stop_file} was left by an earlier run: removed")
+    interrupt = Interrupt(stop_file if world.is_main else None)
+    before = {number: signal.signal(number, interrupt.note) for number in SIGNALS}
     try:
         yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell(text: str) -> None:
+    os.write(2, f"{text}\n".encode())  # unlike print, it may interrupt another write
