@@ -25,7 +25,8 @@ BATCH = 32
 def blank_twin(config: Config) -> Config:
     """The same run on blank pictures: what can be learned of the captions without seeing."""
     data = replace(config.data, blank=True)
-    return replace(config, output=str(config.run_dir / "blank"), data=data, evidence=False)
+    # only its last loss is asked for
+    return replace(config, output=str(config.run_dir / "blank"), data=data, evidence=False, eval_interval=0)
 
 
 def show(config: Config, device: torch.device) -> None:

@@ -147,11 +147,11 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
             tokenizer=TokenizerConfig(path="data/smollm2"),
             max_tokens=32,
         ),
-        eval_interval=25,
+        eval_interval=20,
         stages={
-            "projector": StageConfig(groups["projector"], steps=20, seed=40, **common),
+            "projector": StageConfig(groups["projector"], steps=30, seed=40, **common),
             "language": StageConfig(groups["language"], steps=30, seed=41, max_grad_norm=10.0, **common),
-            "joint": StageConfig(groups["joint"], steps=50, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
+            "joint": StageConfig(groups["joint"], steps=140, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
         },
     )
 

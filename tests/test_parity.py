@@ -144,7 +144,8 @@ def engine_config(cell: Cell, folder: str) -> EngineConfig:
     if cell.engine.startswith("zero"):
         return replace(config, ds_config=str(Path(folder, f"{cell.engine}.json")))
     shard = {"ddp": 1, "hsdp": 2}.get(cell.engine, 0)
-    return replace(config, shard=shard, reshard_after_forward=cell.engine != "fsdp, kept gathered")
+    kept = cell.engine == "fsdp, kept gathered"
+    return replace(config, shard=shard, reshard_after_forward=not kept, offload=cell.engine == "fsdp, offload")
 
 
 def small_jsons(folder: Path) -> None:
@@ -302,7 +303,8 @@ def test_one_process(folder: str) -> None:
 
 
 def test_ddp_and_fsdp(folder: str) -> None:
-    check([*matrix("ddp", "fsdp"), *odd("fsdp"), Cell("fsdp, kept gathered")], 2, folder)
+    variants = [Cell("fsdp, kept gathered"), Cell("fsdp, offload"), Cell("fsdp, offload", 1, checkpointing="full")]
+    check([*matrix("ddp", "fsdp"), *odd("ddp", "fsdp"), *variants], 2, folder)
 
 
 def test_hsdp(folder: str) -> None:

@@ -1,9 +1,14 @@
-"""FSDP2 over a mesh (replicate, shard): one process, DDP, HSDP and FSDP are the same code."""
+"""PyTorch's own sharding over a mesh (replicate, shard): one process, DDP, HSDP and FSDP are the same code.
+
+A copy that is not cut, in fp32, is the masters themselves: there FSDP2 would only gather every weight from one rank,
+at an eighth of a step's time, so the module stays as it is, under DDP where there are more ranks.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
@@ -37,24 +43,29 @@ class NativeEngine:
         self.model, self.world = model, world
         self.max_grad_norm = stage.max_grad_norm
         checkpoint_blocks(model.blocks(), config.checkpointing)
-        self._shard(config)
+        shard = config.shard or world.size
+        if world.size % shard:
+            raise ValueError(f"engine.shard={shard} does not divide the {world.size} processes: use a divisor of it")
+        plain = shard == 1 and config.precision == "fp32" and not config.offload
+        if not plain:
+            self._shard(config, shard)
         self._fill(weights, "cpu" if config.offload else world.device)
-        self._wake_dormant_blocks()
+        if not plain:
+            self._wake_dormant_blocks()
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
-        shard = config.shard or world.size
+        self._forward: Callable[..., Tensor] = model
+        if plain and world.size > 1:
+            self._forward = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
         # gradients that wait for more micro-batches wait uncut
         gradient_ranks = shard if stage.accumulation(world.size) == 1 else 1
         self.layout = Layout(4, shard, 4, gradient_ranks, 8, shard)
         self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
 
-    def _shard(self, config: EngineConfig) -> None:
-        size = self.world.size
-        shard = config.shard or size
-        if size % shard:
-            raise ValueError(f"engine.shard={shard} does not divide the {size} processes: use a divisor of {size}")
-        mesh = init_device_mesh(self.world.device.type, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
+    def _shard(self, config: EngineConfig, shard: int) -> None:
+        shape = self.world.size // shard, shard
+        mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
         compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
         options: dict[str, Any] = {
             "mesh": mesh,
@@ -73,6 +84,7 @@ class NativeEngine:
         model: nn.Module = self.model
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to_empty(device=device)  # empties buffers, too, which were real
+        self.model.language.tie_weights()  # and makes two parameters of a tied one that is not sharded
         for name, buffer in buffers.items():
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, buffer.to(self.world.device))
@@ -100,15 +112,14 @@ class NativeEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        model: FSDPModule = self.model
         (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
         # reduction averages over ranks, so the ranks' number is multiplied back in
         scale = self.world.size / max(1.0, num_tokens)
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
-            model.set_requires_gradient_sync(index == len(micro_batches) - 1)
-            loss = self._loss(batch)
-            torch.autograd.backward(loss * scale)
+            with self._reducing(index == len(micro_batches) - 1):
+                loss = self._loss(batch, self._forward)
+                torch.autograd.backward(loss * scale)
             total += loss.detach()
         norm = self._clip()
         loss_sum, *voted = self.world.sum(total.item(), *votes())
@@ -122,17 +133,24 @@ class NativeEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        loss = sum(self._loss(batch).item() for batch in micro_batches)
+        loss = sum(self._loss(batch, self.model).item() for batch in micro_batches)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what stays gathered after a forward waits for a backward
         total, count = self.world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
         return total, int(count)
 
-    def _loss(self, batch: Batch) -> Tensor:
-        moved = batch.to(self.world.device)
-        loss: Tensor = self.model(**moved.inputs())
-        return loss
+    def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
+        """Whether the gradients of a backward are reduced over ranks, or wait for those of the next."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(wanted)
+        elif isinstance(self._forward, DistributedDataParallel) and not wanted:
+            waiting: AbstractContextManager[None] = self._forward.no_sync()
+            return waiting
+        return nullcontext()
+
+    def _loss(self, batch: Batch, forward: Callable[..., Tensor]) -> Tensor:
+        return forward(**batch.to(self.world.device).inputs())
 
     def _clip(self) -> float:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -166,7 +184,8 @@ class NativeEngine:
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:
     """This rank's part of a parameter as a flat view, and where it begins in the flattened whole."""
-    assert isinstance(tensor, DTensor)
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().view(-1), 0
     # the protocol by which torch.distributed.checkpoint itself asks
     (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
     local = tensor.to_local()
