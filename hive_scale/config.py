@@ -23,6 +23,7 @@ Positions = Literal["grid", "line"]
 Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
+TextMode = Literal["caption", "conversation"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class DataConfig:
     train: list[str] = field(default_factory=lambda: ["sample:train"])
     heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    max_tokens: int = 77  # captions are cut here, start and end included (paper, appendix 7)
+    text: TextMode = "caption"  # or the record's conversation in the LLM's chat template, its answers as targets
+    max_tokens: int = 77  # texts are cut here, start and end included (paper, appendix 7)
     image: ImageMode = "resize"
     blank: bool = False  # feed blank pictures: the control that shows what the pictures add
     window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once

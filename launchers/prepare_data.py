@@ -1,4 +1,4 @@
-"""Real data, made ready: turn public packages into WebDataset tars, and a packaged model into a directory.
+"""Real data, made ready: public packages and the layouts of public sets into WebDataset tars; what is in such tars.
 
 One subcommand per source. Each is a function that adds its arguments and one that does the work.
 """
@@ -14,6 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hive_scale.data.convert.commands import CONVERTERS  # which imports as late as this file
+
 if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
     from hive_scale.data.sources.records import Record
 
@@ -24,19 +28,24 @@ EXAMPLES = """examples:
   python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 pictures, 3 styles
   python launchers/prepare_data.py tuxpaint --output data/tuxpaint --size 128      785 stamps with sentences
   python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
+  python launchers/prepare_data.py llava chat.json images.zip --output data/cc3m_595k     CC3M-595K, LCS-558K
+  python launchers/prepare_data.py parquet 'LLaVA-NeXT-Data/data/*.parquet' --output data/llava_next
+  python launchers/prepare_data.py table captions.csv pictures/ --output data/mine        columns image, caption
+  python launchers/prepare_data.py classes imagenet/train --output data/imagenet          a folder per class
   python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, pictures, faults
+img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or look them over with index.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for what the user can mend, said in one line."""
     parser = argparse.ArgumentParser(
-        description="Turn public packages into WebDataset tars of picture, caption and labels.",
+        description="Turn public packages and sets into WebDataset tars of picture, caption and record.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for add in (add_emoji, add_tuxpaint, add_smollm2, add_index):
+    for add in (add_emoji, add_tuxpaint, add_smollm2, *CONVERTERS, add_index):
         add(subparsers)
     arguments = parser.parse_args(argv)
     try:
@@ -45,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"prepare_data.py {arguments.source}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; finished shards stay, run again with --overwrite", file=sys.stderr)
+        print(f"stopped; finished shards stay, {arguments.again}", file=sys.stderr)
         return 130
     return 0
 
@@ -107,7 +116,7 @@ def add_index(subparsers: Subparsers) -> None:
         "shards", nargs="+", metavar="SHARDS", help="paths, '{0000..0099}' ranges, globs, URLs or sample:train"
     )
     parser.add_argument("--faults", type=Path, metavar="FILE", help="write all that is not usable here, as JSON lines")
-    parser.set_defaults(run=run_index)
+    parser.set_defaults(run=run_index, again="run again")
 
 
 def run_index(arguments: argparse.Namespace) -> None:
@@ -137,7 +146,7 @@ def _add(
         "--cache", type=Path, default=cache_dir(), metavar="DIR", help="downloads are kept here (%(default)s)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds already")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, again="run again with --overwrite")
     return parser
 
 

@@ -165,6 +165,28 @@ def test_an_oversize_picture_is_refused_by_its_header(tmp_path: Path, tokenizer:
         loader.sample(0)
 
 
+def test_the_conversation_view_reads_the_records_of_the_same_tars(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    def talk(*said: str) -> bytes:
+        turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+        return json.dumps({"image": "a.jpg", "conversations": turns}).encode()
+
+    talks = [talk(f"<image>\nWhat is picture {i}?", "x" * (i + 1), "Sure?", "yes") for i in range(6)]
+    samples = [(str(i), {**pair(i), "json": one}) for i, one in enumerate(talks)]
+    samples += [("mute", {k: v for k, v in pair(6).items() if k != "json"}), ("two", {**pair(7), "json": talk("q")})]
+    path = tmp_path / "bad_samples.jsonl"
+    shards = [write_tar(tmp_path / "a.tar", samples)]
+    loader = _loader(shards, tokenizer, path, text="conversation", max_tokens=400, image="pad")
+    [batch] = list(loader.once(batch_size=8, world=World(0, 1, CPU)))
+    assert list(batch.keys) == sorted("012345", reverse=True), "longest record first"
+    answers = tokenizer.decode(batch.target_ids.tolist()).split()
+    assert answers == [answer for i in range(5, -1, -1) for answer in ("x" * (i + 1), "yes")]
+    reasons = {line["key"]: line["reason"] for line in map(json.loads, path.read_text().splitlines())}
+    assert reasons.keys() == {"mute", "two"}
+    assert "no conversation in its .json" in reasons["mute"]
+    assert "does not alternate" in reasons["two"]
+    assert len(next(_loader(shards, tokenizer).once(batch_size=8, world=World(0, 1, CPU)))) == 8, "captions need none"
+
+
 def test_a_set_without_one_readable_sample_stops_in_a_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
     samples = [(str(i), {**pair(i), "jpg": pair(i)["jpg"][:-80]}) for i in range(4)]
     shard = write_tar(tmp_path / "a.tar", samples)

@@ -16,10 +16,11 @@ from tars import picture_bytes
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from hive_scale.config import TokenizerConfig
-from hive_scale.data.transform import caption_sample, decode, open_tokenizer, picture
+from hive_scale.data.transform import _random_part, augmented, caption_sample, decode, open_tokenizer, picture
 
 MANY = 10**8
 SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97)]
@@ -106,6 +107,51 @@ def test_random_damage_never_escapes_as_another_error() -> None:
                 data[at] = rng.integers(256)
             with suppress(ValueError):
                 assert picture(bytes(data), 16, "pad", 10**6).shape == (3, 16, 16)
+
+
+def test_augmentation_is_a_pure_function_of_its_key() -> None:
+    pixels = decode(picture_bytes(60, 40), MANY)
+    global_state = torch.get_rng_state()
+    first = augmented(pixels, 32, 7, 0, 5)
+    assert (first.shape, first.dtype) == ((3, 32, 32), torch.uint8)
+    assert torch.equal(first, augmented(pixels, 32, 7, 0, 5))
+    assert torch.equal(global_state, torch.get_rng_state())
+    others = [augmented(pixels, 32, *key) for key in ((8, 0, 5), (7, 1, 5), (7, 0, 6))]
+    assert not any(torch.equal(first, other) for other in others)
+    assert int(first.long().sum()) == 284427, "other draws or other arithmetic: what was published is not repeated"
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (10, 90)])
+def test_the_parts_are_distributed_as_torchvisions(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    ours = torch.tensor([_random_part(*shape, iter(rng.random(40).tolist())) for _ in range(2000)]).float()
+    image = torch.empty(3, *shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        crop = v2.RandomResizedCrop(8, scale=(0.4, 1.0))
+        drawn = [crop.make_params([image]) for _ in range(2000)]
+    theirs = torch.tensor([[one[name] for name in ("top", "left", "height", "width")] for one in drawn]).float()
+    for quantile in (0.0, 0.25, 0.5, 0.75, 1.0):
+        assert torch.allclose(ours.quantile(quantile, 0), theirs.quantile(quantile, 0), atol=2.5)
+    assert (ours[:, 0] + ours[:, 2] <= shape[0]).all()
+    assert (ours[:, 1] + ours[:, 3] <= shape[1]).all()
+
+
+def test_half_are_mirrored_and_colours_change_by_up_to_a_fifth() -> None:
+    dark_left = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    dark_left[:, :, 8:] = 200
+    results = [augmented(dark_left, 16, seed).float().mean(0) for seed in range(300)]
+    mirrored = [bool(result[:, 0].mean() > result[:, -1].mean()) for result in results]
+    assert 110 < sum(mirrored) < 190
+    grey = torch.full((3, 16, 16), 100, dtype=torch.uint8)
+    levels = [int(augmented(grey, 16, seed)[0, 8, 8]) for seed in range(300)]
+    assert 79 <= min(levels) < 83
+    assert 117 < max(levels) <= 121
+    red = torch.tensor([150, 50, 50], dtype=torch.uint8).view(3, 1, 1).expand(3, 16, 16)
+    spans = [augmented(red, 16, seed)[:2, 8, 8].int() for seed in range(300)]
+    ratios = [int(high - low) / int(high + low) for high, low in spans]  # brightness alone would leave it as it is
+    assert min(ratios) < 0.45
+    assert max(ratios) > 0.55
 
 
 def test_bytes_tokenizer_round_trips_and_cuts() -> None:

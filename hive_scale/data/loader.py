@@ -69,9 +69,7 @@ class Loader(Samples):
         All ranks see equally many batches, so that collectives match: one that has run out, or whose whole batch
         is bad, gets a batch without pictures and targets, which adds nothing to any sum.
         """
-        slots: list[Slots] = [
-            [(-1, int(sample)) for sample in batch] for batch in cut(self.index.caption_bytes, batch_size)
-        ]
+        slots: list[Slots] = [[(-1, int(sample)) for sample in batch] for batch in cut(self.text_bytes, batch_size)]
         slots += [[] for _ in range(-len(slots) % world.size)]
         return self._load(slots[world.rank :: world.size], None)
 
@@ -88,7 +86,7 @@ class Loader(Samples):
     def _dealt(self, order: Stream, global_batch: int, accumulation: int, start: int, world: World) -> Iterator[Slots]:
         while True:
             ids = order.ids(start, global_batch)
-            for places in deal(self.index.caption_bytes[ids], world.size, accumulation)[world.rank]:
+            for places in deal(self.text_bytes[ids], world.size, accumulation)[world.rank]:
                 yield [(start + int(place), int(ids[place])) for place in places]
             start += global_batch
 

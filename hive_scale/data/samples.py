@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hive_scale.batch import Sample
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
+from hive_scale.data.chat import chat_sample
 from hive_scale.data.index import Index
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.transform import Tokenizer, blank, caption_sample, check_size, picture
+from hive_scale.data.turns import turns_of
 
 
 class Samples:
@@ -29,12 +35,23 @@ class Samples:
         """Sample number i, ready for the model. Raises ValueError if it is broken."""
         width, height = self.index.picture_sizes[i].tolist()
         check_size(width, height, self.config.max_pixels)
-        text = self.caption(i)
+        key, max_tokens = self.index.key(i), self.config.max_tokens
+        if self.config.text == "conversation":
+            sample = chat_sample(key, None, turns_of(self.record(i)), self.tokenizer, max_tokens)
+        else:
+            sample = caption_sample(key, None, self.caption(i), self.tokenizer, max_tokens)
         if self.config.blank:
             pixels = blank(self.image_size)
         else:
             pixels = picture(self._read(i, 0), self.image_size, self.config.image, self.config.max_pixels)
-        return caption_sample(self.index.key(i), pixels, text, self.tokenizer, self.config.max_tokens)
+        return replace(sample, pixels=pixels)
+
+    @property
+    def text_bytes(self) -> NDArray[np.integer]:
+        """Length of what each sample trains on, (N,): of its caption, or of the record with its conversation."""
+        if self.config.text == "conversation":
+            return self.index.members[:, 2, 1]
+        return self.index.caption_bytes
 
     def caption(self, i: int) -> str:
         return self._read(i, 1).decode().strip()

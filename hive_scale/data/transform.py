@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from io import BytesIO
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torchvision.io import decode_jpeg
@@ -19,6 +23,14 @@ from hive_scale.config import ImageMode, TokenizerConfig
 from hive_scale.data.scan import FORMATS
 
 MAX_ASPECT = 100
+# for tokenizers that come without a chat template: base models, bytes
+CHAT_TEMPLATE = (
+    "{{ bos_token | default(eos_token) }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
+    "{% else %}{{ 'USER: ' if message.role == 'user' }}{{ message.content }}\n{% endif %}{% endfor %}"
+)
+# what templates ask for besides the turns: no hidden thoughts, and no date of today, which would change the prompt
+TEMPLATE_WORDS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
 class Tokenizer:
@@ -31,6 +43,9 @@ class Tokenizer:
         bos_id = tokenizer.bos_token_id
         self.start_id: int = self.eos_id if bos_id is None else bos_id
         self.vocab_size: int = len(tokenizer)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)))
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
@@ -41,6 +56,45 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+    def render(self, turns: Sequence[dict[str, str]]) -> str | None:
+        """`turns` ({role, content}) in the tokenizer's chat template; None if the template refuses them."""
+        template = self._tokenizer.chat_template or CHAT_TEMPLATE
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(turns), chat_template=template, tokenize=False, **TEMPLATE_WORDS
+            )
+        except TemplateError:
+            return None
+        return text
+
+    def special_in(self, text: str) -> str:
+        """The first special token that `text` spells, or nothing."""
+        found = self._special.search(text)
+        return found[0] if found else ""
+
+    def end_of_turn(self, text: str) -> int:
+        """Where the special token ends that `text`, what a chat template puts after an answer, begins with.
+
+        Raises ValueError if there is none: who has learned from such turns never stops.
+        """
+        blank = len(text) - len(text.lstrip())
+        found = self._special.match(text, blank)
+        if not found:
+            raise ValueError("the tokenizer's chat template ends answers without a special token: use another")
+        return found.end()
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+        """(token ids, flags) of the parts' joined text: a token has the flag of the part that it ends in."""
+        texts = [text for text, _ in parts]
+        if not self._tokenizer.is_fast:  # which cannot say where a token lies
+            pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            flags = [flag for piece, (_, flag) in zip(pieces, parts, strict=True) for _ in piece]
+            return [token for piece in pieces for token in piece], flags
+        found = self._tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+        ends = list(accumulate(map(len, texts)))
+        places = np.searchsorted(ends, [end for _, end in found["offset_mapping"]])
+        return found["input_ids"], [parts[place][1] for place in places]
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -72,7 +126,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     return Tokenizer(tokenizer)
 
 
-def caption_sample(key: str, pixels: Tensor, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
+def caption_sample(key: str, pixels: Tensor | None, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
     """A picture with its caption: every token but the start is a target."""
     tokens = tokenizer.encode(text, max_tokens)
     return Sample(key, pixels, tokens, [False] + [True] * (len(tokens) - 1))
@@ -100,6 +154,37 @@ def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int) -> T
         top, left = ((side - image_size) // 2 for side in pixels.shape[-2:])  # HF rounds down, torchvision to even
         return pixels[:, top : top + image_size, left : left + image_size]
     return _padded(pixels, image_size)
+
+
+def augmented(pixels: Tensor, image_size: int, *key: int) -> Tensor:
+    """The training augmentation of the probes (paper, Table 4): uint8 (3, H, W) to (3, image_size, image_size).
+
+    A random part of 0.4 to 1 of the area, 3:4 to 4:3 in shape, resized (bicubic); mirrored half the time;
+    brightness, contrast and saturation changed by up to 0.2, in any order. A pure function of `key`, such as
+    (seed, epoch, sample), in any process or thread and in every version of the libraries that draw.
+    """
+    draws = iter((np.random.Philox(np.random.SeedSequence(key)).random_raw(32) / 2.0**64).tolist())
+    pixels = vision.crop(pixels, *_random_part(*pixels.shape[-2:], draws))
+    pixels = _resize(pixels, [image_size, image_size])
+    if next(draws) < 0.5:
+        pixels = vision.horizontal_flip(pixels)
+    changes = [vision.adjust_brightness, vision.adjust_contrast, vision.adjust_saturation]
+    turns = [(next(draws), change, 0.8 + 0.4 * next(draws)) for change in changes]
+    for _, change, factor in sorted(turns, key=lambda turn: turn[0]):
+        pixels = change(pixels, factor)
+    return pixels
+
+
+def _random_part(height: int, width: int, draws: Iterator[float]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a part: the first of ten tries that fits, else the largest middle one."""
+    for _ in range(10):
+        area = height * width * (0.4 + 0.6 * next(draws))
+        shape = (4 / 3) ** (2 * next(draws) - 1)
+        high, wide = round((area / shape) ** 0.5), round((area * shape) ** 0.5)
+        if 0 < high <= height and 0 < wide <= width:
+            return int(next(draws) * (height - high + 1)), int(next(draws) * (width - wide + 1)), high, wide
+    high, wide = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+    return (height - high) // 2, (width - wide) // 2, high, wide
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:

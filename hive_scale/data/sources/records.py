@@ -65,7 +65,7 @@ def write(
         while shard := list(islice(samples, shard_size)):
             path = output / f"{split}-{summary.samples[split] // shard_size:05d}.tar"
             summary.samples[split] += len(shard)
-            summary.num_bytes[split] += _write_shard(shard, path)
+            summary.num_bytes[split] += write_shard(shard, path)
             new.append(path)
     for path in set(old) - set(new):
         path.unlink()
@@ -99,7 +99,8 @@ def _samples(
         }
 
 
-def _write_shard(samples: list[dict[str, str | bytes]], path: Path) -> int:
+def write_shard(samples: Iterable[dict[str, str | bytes]], path: Path) -> int:
+    """Write `samples` as a tar at `path`; its bytes depend on them alone. Returns its size."""
     part = path.with_suffix(".part")  # a shard is there whole or not at all
     with part.open("wb") as stream:
         # owner and time are fixed, the format is ustar: nothing of this machine or day gets in

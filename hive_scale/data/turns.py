@@ -1,0 +1,49 @@
+"""Conversations as public sets record them, as turns of user and assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle, takewhile
+from typing import Any
+
+IMAGE = "<image>"  # where LLaVA's records put the picture; visual tokens never enter the text here
+Turns = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
+
+ROLES = {
+    **{"human": "user", "user": "user", "system": "system"},
+    **{"gpt": "assistant", "assistant": "assistant", "model": "assistant"},
+}
+
+
+def turns_of(record: Mapping[str, Any]) -> Turns:
+    """The conversation in `record`, cut after its last answer, the picture's place in it left out.
+
+    Reads LLaVA's ``conversations`` ({from, value}) and the hub's ``messages`` ({role, content}). Raises ValueError
+    for more than one picture, and for turns that are no question and answer in turns.
+    """
+    said = record.get("conversations") or record.get("messages")
+    if not isinstance(said, list):
+        raise ValueError("no conversation in its .json: data.text=conversation needs 'conversations' or 'messages'")
+    turns = [_turn(one) for one in said]
+    pictures = record.get("image", record.get("images"))
+    count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(pictures) if isinstance(pictures, list) else 1)
+    if count > 1:
+        raise ValueError(f"the conversation is about {count} pictures: only one is supported")
+    turns = [turn | {"content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    system = list(takewhile(lambda turn: turn["role"] == "system", turns))
+    rest = turns[len(system) :]
+    rest = rest[: len(rest) // 2 * 2]  # a last question without an answer teaches nothing
+    if not rest or any(turn["role"] != role for turn, role in zip(rest, cycle(("user", "assistant")), strict=False)):
+        raise ValueError("the conversation does not alternate between user and assistant, beginning with the user")
+    if not all(turn["content"] for turn in rest[1::2]):
+        raise ValueError("an answer of the conversation is empty")
+    return [*system, *rest]
+
+
+def _turn(said: Any) -> dict[str, str]:
+    if isinstance(said, dict):
+        role = ROLES.get(str(said.get("from", said.get("role"))))
+        content = said.get("value", said.get("content"))
+        if role and isinstance(content, str):
+            return {"role": role, "content": content}
+    raise ValueError("a turn of the conversation is not {from: human or gpt, value: text}")
