@@ -45,7 +45,7 @@ class Loader(Samples):
         self.sets = expand(shards)
         cache = ShardCache(round(config.cache_gb * 1e9))
         super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size)
-        self.num_samples = self._stream(0).num_samples  # in an epoch
+        self.num_samples = self.stream(0).num_samples  # in an epoch
         self.fingerprint = self.index.fingerprint
         self._ledger = Ledger(bad_samples, config.max_bad_samples)
         self._ledger.add(self.index.faults)
@@ -58,7 +58,7 @@ class Loader(Samples):
         All ranks and micro-batches have equally many samples. Step s holds the stream's positions
         [start + s * global_batch, ...) whatever the world; see `order.deal` for who gets which.
         """
-        order = self._stream(seed)
+        order = self.stream(seed)
         micro_batches = self._load(self._dealt(order, global_batch, accumulation, start, world), order)
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
@@ -73,7 +73,8 @@ class Loader(Samples):
         slots += [[] for _ in range(-len(slots) % world.size)]
         return self._load(slots[world.rank :: world.size], None)
 
-    def _stream(self, seed: int) -> Stream:
+    def stream(self, seed: int) -> Stream:
+        """The order of the samples, endlessly. Raises ValueError if one of the sets has no usable sample."""
         sizes = np.split(self.index.shard_sizes, np.cumsum([len(one.shards) for one in self.sets])[:-1])
         for one, size in zip(self.sets, sizes, strict=True):
             if not size.sum():

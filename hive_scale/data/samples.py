@@ -43,7 +43,7 @@ class Samples:
         if self.config.blank:
             pixels = blank(self.image_size)
         else:
-            pixels = picture(self._read(i, 0), self.image_size, self.config.image, self.config.max_pixels)
+            pixels = picture(self.encoded(i), self.image_size, self.config.image, self.config.max_pixels)
         return replace(sample, pixels=pixels)
 
     @property
@@ -52,6 +52,10 @@ class Samples:
         if self.config.text == "conversation":
             return self.index.members[:, 2, 1]
         return self.index.caption_bytes
+
+    def encoded(self, i: int) -> bytes:
+        """The picture as it lies in its shard."""
+        return self._read(i, 0)
 
     def caption(self, i: int) -> str:
         return self._read(i, 1).decode().strip()

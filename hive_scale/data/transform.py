@@ -163,8 +163,9 @@ def augmented(pixels: Tensor, image_size: int, *key: int) -> Tensor:
     brightness, contrast and saturation changed by up to 0.2, in any order. A pure function of `key`, such as
     (seed, epoch, sample), in any process or thread and in every version of the libraries that draw.
     """
-    draws = iter((np.random.Philox(np.random.SeedSequence(key)).random_raw(32) / 2.0**64).tolist())
-    pixels = vision.crop(pixels, *_random_part(*pixels.shape[-2:], draws))
+    draws = _draws(*key)
+    height, width = pixels.shape[-2:]
+    pixels = vision.crop(pixels, *_random_part(height, width, draws))
     pixels = _resize(pixels, [image_size, image_size])
     if next(draws) < 0.5:
         pixels = vision.horizontal_flip(pixels)
@@ -173,6 +174,12 @@ def augmented(pixels: Tensor, image_size: int, *key: int) -> Tensor:
     for _, change, factor in sorted(turns, key=lambda turn: turn[0]):
         pixels = change(pixels, factor)
     return pixels
+
+
+def _draws(*key: int) -> Iterator[float]:
+    """Numbers in [0, 1), from the raw bits of a generator, which numpy promises to keep."""
+    bits: list[int] = np.random.Philox(np.random.SeedSequence(key)).random_raw(32).tolist()
+    return (number / 2**64 for number in bits)
 
 
 def _random_part(height: int, width: int, draws: Iterator[float]) -> tuple[int, int, int, int]:

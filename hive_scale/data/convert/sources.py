@@ -126,7 +126,8 @@ def json_records(file: BinaryIO, path: Path) -> Iterator[dict[str, Any]]:
             if not more:
                 if at < len(buffer):
                     raise ValueError(f"{path} is not JSON at character {passed + error.pos}: {error.msg}") from None
-                return text.detach() and None
+                text.detach()
+                return
             passed, buffer, at = passed + at, buffer[at:] + more, 0
             size *= 2  # a record longer than what is read must not be scanned too often
             continue
