@@ -30,8 +30,9 @@ TextMode = Literal["caption", "conversation"]
 class PartConfig:
     """One half of the model: pretrained weights at `path`, or `config` built from scratch.
 
-    `path` is a local Hugging Face directory or a hub name; `config` is what its ``config.json`` would say
-    (``model_type`` included). Given both, `config` wins for the shape and the weights come from `path`.
+    `path` is a local Hugging Face directory, a hub name, another run's directory (its last stage that is done) or
+    one stage of it, or a safetensors file or index; `config` is what ``config.json`` would say (``model_type``
+    included), which weights alone do not. Given both, `config` wins for the shape and the weights come from `path`.
     """
 
     path: str = ""
@@ -50,6 +51,7 @@ class TokenizerConfig:
 class ModelConfig:
     vision: PartConfig = field(default_factory=PartConfig)
     language: PartConfig = field(default_factory=PartConfig)
+    connector: str = ""  # projectors and fusion layers from this run, stage or safetensors; else drawn anew
     fusion: Fusion = "cross_attention"
     depths: Depths = "uniform"  # which encoder depths feed the LLM
     density: float = 0.25  # share of the encoder's depths that do (paper 3.2)
@@ -115,6 +117,7 @@ class StageConfig:
     min_lr: float = 0.1  # where the cosine ends, as a share of the peak
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    keep_moments: bool = False  # of AdamW, for parameters that the stage before trained too; else all start fresh
     decoupled_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
     seed: int = 0
 
@@ -178,6 +181,21 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class KeepConfig:
+    """Which step checkpoints of a stage stay. Damaged ones do not count, and the newest sound one always stays."""
+
+    last: int = 2
+    every: int = 0  # and those whose step is a multiple of this
+    best: bool = False  # and, of those saved at a step that looked at held-out data, the one with the lowest loss
+
+    def __post_init__(self) -> None:
+        if self.last < 1 or self.every < 0:
+            raise ValueError(
+                f"keep.last={self.last}, keep.every={self.every}: set last to 1 or more, every to 0 or more"
+            )
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     output: str = "runs/{name}"
@@ -187,6 +205,8 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
     save_interval: int = 500  # steps between checkpoints
+    keep: KeepConfig = field(default_factory=KeepConfig)
+    max_failed_saves: int = 3  # that many checkpoints in a row that cannot be written stop the run
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
     @property
@@ -226,10 +246,24 @@ def load(path: Path) -> Config:
     return resolve(Config(), path)
 
 
+def run_of(path: str) -> Config | None:
+    """The config of the run whose directory, or stage's directory, `path` is; None if it is neither."""
+    place = Path(path).expanduser()
+    if (place / "config.json").is_file():  # a Hugging Face directory, wherever it is
+        return None
+    saved = [found for found in (place / "config.yaml", place.parent / "config.yaml") if found.is_file()]
+    return load(saved[0]) if place.is_dir() and saved else None
+
+
+def holds_weights_alone(path: str) -> bool:
+    """Whether `path` names a safetensors file, or the index of several."""
+    return path.endswith((".safetensors", ".safetensors.index.json"))
+
+
 # What may change between two parts of one run: the hardware's side, and how often one looks.
 FREE = (
     *("output", "engine.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
-    *("data.workers", "data.cache_gb", "data.max_bad_samples"),
+    *("keep.*", "max_failed_saves", "data.workers", "data.cache_gb", "data.max_bad_samples"),
 )
 
 

@@ -19,6 +19,7 @@ class ParamGroup:
     parameters: tuple[str, ...]
     lr: float  # peak
     weight_decay: float  # as torch.optim.AdamW takes it: multiplied by the current learning rate
+    steps_behind: int = 0  # optimizer steps of earlier stages that its moments hold
 
 
 def freeze(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
 from hive_scale import config as configs
+from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import build_handoff, find_weights, read_weights, write_weights
 from hive_scale.checkpoint.lock import LOCK, locked
+from hive_scale.checkpoint.moments import Moments
+from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.store import Store
 from hive_scale.config import Config, StageConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.transform import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, memory, open_engine
+from hive_scale.initial import assemble
 from hive_scale.model import build
+from hive_scale.model.export import export_encoder
+from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
 from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
 
 WEIGHTS = "weights.safetensors"
+logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -59,7 +67,7 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
     check(config, data, world.size)
     weights = config.run_dir / "initial" / WEIGHTS
     if world.is_main and not find_weights(weights):
-        model = build.assemble(config.model, seed=next(iter(config.stages.values())).seed)
+        model = assemble(config.model, seed=next(iter(config.stages.values())).seed)
         write_weights(weights, dict(model.named_parameters()))
     world.barrier()
     for name in wanted:
@@ -68,7 +76,8 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
             checkpoint = _run_stage(config, name, stage, data, world, weights, interrupt)
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
-                build.export_encoder(config.model, read_weights(stage_dir / WEIGHTS), stage_dir / "encoder")
+                with published(stage_dir / "encoder") as folder:
+                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data.image)
             world.barrier()
         weights = stage_dir / WEIGHTS
 
@@ -81,11 +90,16 @@ def _run_stage(
         raise Stopped(f"stopped before {name}")
     stage_dir = config.run_dir / name
     model = build.skeleton(config.model)
-    groups = freeze(model, stage, model.dormant())
+    moments = Moments(_stage_before(config, name) if stage.keep_moments else None)
+    groups = moments.divide(freeze(model, stage, model.dormant()))
     engine = open_engine(model, groups, stage, config.engine, world, read_weights(parent))
-    store = Store(stage_dir, world)
+    store = Store(stage_dir, world, config.keep, config.max_failed_saves)
     origin = {"parent": read_weights(parent).identity, "data": data.train.fingerprint}
-    step, num_steps = _resume(store, engine, origin), stage.num_steps(data.train.num_samples)
+    # what a checkpoint says beside masters and moments; random numbers and schedule are functions of the step
+    known = {**origin, "config": asdict(config), "code": code_version(), **moments.state(groups)}
+    (step, tokens), num_steps = _resume(store, engine, origin), stage.num_steps(data.train.num_samples)
+    if step == 0:
+        moments.fill(engine.fragments())
     batches = data.train.steps(
         global_batch=stage.global_batch,
         accumulation=stage.accumulation(world.size),
@@ -93,7 +107,7 @@ def _run_stage(
         start=step * stage.global_batch,
         world=world,
     )
-    log = StageLog(stage_dir / "metrics.jsonl", name, num_steps, step, active=world.is_main)
+    log = StageLog(stage_dir / "metrics.jsonl", name, num_steps, step, world.is_main, tokens)
     with log:
         log.say(memory.report(engine))
         while step < num_steps:
@@ -101,6 +115,7 @@ def _run_stage(
             began = perf_counter()
             micro_batches = next(batches)
             waited = perf_counter() - began
+            seed_step(stage.seed, step, world.rank)
             # a request to any rank stops them all, at the same step
             output = engine.step(micro_batches, factor, votes=lambda: [interrupt.requested()])
             (stop,) = output.votes
@@ -117,7 +132,9 @@ def _run_stage(
                 metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)
             log.step(step, step * stage.global_batch, metrics)
             if stop or step == num_steps or step % config.save_interval == 0:
-                store.save(step, engine.fragments(), {"step": step, **origin}, wait=bool(stop))
+                state = {"step": step, "samples": step * stage.global_batch, "tokens": log.tokens, **known}
+                state["eval_loss"] = metrics.get("eval_loss")
+                store.save(step, engine.fragments(), state, wait=bool(stop))
             if stop and step < num_steps:
                 raise Stopped(f"{name} stopped after step {step} of {num_steps}, and saved it")
     checkpoint = store.finish()
@@ -125,18 +142,29 @@ def _run_stage(
     return checkpoint
 
 
-def _resume(store: Store, engine: Engine, origin: Mapping[str, str]) -> int:
-    """Optimizer steps done already. Raises ValueError if they were done on other data or from other weights."""
+def _stage_before(config: Config, name: str) -> Path:
+    names = list(config.stages)
+    if name == names[0]:
+        raise ValueError(f"stages.{name}.keep_moments: no stage comes before this one: set it to false")
+    return config.run_dir / names[names.index(name) - 1]
+
+
+def _resume(store: Store, engine: Engine, origin: Mapping[str, str]) -> tuple[int, int]:
+    """Optimizer steps done already, and their target tokens.
+
+    Raises ValueError if they were done on other data or from other weights.
+    """
     newest = store.latest()
     if newest is None:
-        return 0
+        return 0, 0
     state = store.load(newest, engine.fragments())
     for what, identity in origin.items():
         if state[what] != identity:
             raise ValueError(f"{newest} belongs to other {what}: restore what it began with, or use --overwrite")
-    step = int(state["step"])
-    engine.refresh(step)
-    return step
+    if state["code"] != code_version() and store.world.is_main:
+        logger.warning("%s was saved by %s, and goes on with %s", newest, state["code"], code_version())
+    engine.refresh(state["step"])
+    return int(state["step"]), int(state["tokens"])
 
 
 def _heldout_loss(engine: Engine, stage: StageConfig, data: Data, world: World) -> float:

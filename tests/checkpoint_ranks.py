@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.store import Store
+from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 
 # the server imports these once, and each rank is a cheap fork of it
@@ -179,7 +180,7 @@ def load_modes(world: World, directory: Path, modes: list[str]) -> None:
 
 def die_at_event(world: World, directory: Path, victim: int, event: int) -> None:
     """Save two checkpoints; while the second is written, kill -9 comes at the victim's n-th file operation."""
-    store = Store(directory, world, keep=1)
+    store = Store(directory, world, KeepConfig(1))
     store.save(1, numbered(1, world.rank, world.size), {"step": 1}, wait=True)
     seen = 0
 
@@ -198,7 +199,7 @@ def die_at_event(world: World, directory: Path, victim: int, event: int) -> None
 
 def die_at_byte(world: World, directory: Path, victim: int, limit: int) -> None:
     """While the second checkpoint is written, the kernel kills the victim at byte `limit` of a file."""
-    store = Store(directory, world, keep=1)
+    store = Store(directory, world, KeepConfig(1))
     store.save(1, numbered(1, world.rank, world.size), {"step": 1}, wait=True)
     if world.rank == victim:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -209,7 +210,7 @@ def die_at_byte(world: World, directory: Path, victim: int, limit: int) -> None:
 
 def fail_then_recover(world: World, directory: Path) -> None:
     """The last rank's disk is full for a while: every rank hears of it, training goes on, then it is fatal."""
-    store = Store(directory, world, keep=1, max_failures=2)
+    store = Store(directory, world, KeepConfig(1), max_failures=2)
     store.save(1, numbered(1, world.rank, world.size), {}, wait=True)
     full = world.rank == world.size - 1
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -43,6 +43,7 @@ from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.ranges import Owned, Range, difference, divide
 from hive_scale.checkpoint.snapshot import write_manifest
 from hive_scale.checkpoint.store import Store, WriteError
+from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -59,7 +60,7 @@ def _quiet_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def stage(tmp_path: Path) -> Path:
     """A stage with good checkpoints of steps 1, 2 and 3."""
     directory = tmp_path / "stage"
-    store = Store(directory, ALONE, keep=3)
+    store = Store(directory, ALONE, KeepConfig(3))
     for step in (1, 2, 3):
         store.save(step, numbered(step), {"step": step})
     store.finish()
@@ -165,19 +166,37 @@ def test_the_staging_buffer_is_reused(tmp_path: Path) -> None:
 
 
 def test_the_last_k_stay(tmp_path: Path) -> None:
-    store = Store(tmp_path, ALONE, keep=2)
+    store = Store(tmp_path, ALONE, KeepConfig(2))
     for step in (10, 20, 30, 100_000_000):
         store.save(step, numbered(step), {})
     store.finish()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000030", "step_100000000"]
-    with pytest.raises(ValueError, match="keep at least 1"):
-        Store(tmp_path, ALONE, keep=0)
+    with pytest.raises(ValueError, match="set last to 1 or more"):
+        KeepConfig(0)
+
+
+def test_every_nth_and_the_best_stay_also_after_a_restart(tmp_path: Path) -> None:
+    losses = {1: 5.0, 2: 3.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5, 7: None, 8: 2.25, 9: 4.0}
+    for steps in ((1, 2, 3, 4, 5), (6, 7, 8, 9)):
+        store = Store(tmp_path, ALONE, KeepConfig(1, every=3, best=True))
+        for step in steps:
+            store.save(step, numbered(step), {"step": step, "eval_loss": losses[step]})
+        store.finish()
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [3, 4, 6, 9]
+    damage_flip(tmp_path / "step_00000004")  # the best no more, once that is known
+    damage_flip(tmp_path / "step_00000009")
+    store = Store(tmp_path, ALONE, KeepConfig(1, best=True))
+    assert store.latest() == tmp_path / "step_00000006"
+    with pytest.raises(Damaged):
+        store.load(tmp_path / "step_00000004", numbered(0))
+    store.save(10, numbered(10), {"step": 10}, wait=True)
+    assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [6, 10]
 
 
 def test_damaged_checkpoints_do_not_displace_good_ones(stage: Path) -> None:
     for step in (2, 3):
         damage_flip(stage / f"step_0000000{step}")
-    store = Store(stage, ALONE, keep=2)
+    store = Store(stage, ALONE, KeepConfig(2))
     assert store.latest() == stage / "step_00000001"
     store.save(3, numbered(3), {"step": 3}, wait=True)  # over the damaged one
     assert sorted(path.name for path in stage.iterdir()) == ["step_00000001", "step_00000003"]
@@ -353,7 +372,7 @@ def test_kill_9_of_all_at_any_moment(tmp_path: Path) -> None:
 
 
 def save_for_ever(world: World, directory: Path) -> None:
-    store = Store(directory, world, keep=1)
+    store = Store(directory, world, KeepConfig(1))
     for step in range(1, 10_000):
         store.save(step, numbered(step, world.rank, world.size), {"step": step})
 
@@ -370,7 +389,7 @@ def test_no_space_left(tmp_path: Path) -> None:
     if os.system(f"mount -t tmpfs -o size=1m tmpfs {disk} 2>/dev/null"):
         pytest.skip("needs the right to mount a tmpfs; the file size limit above stands in for it")
     try:
-        store = Store(disk, ALONE, keep=1)
+        store = Store(disk, ALONE, KeepConfig(1))
         store.save(1, numbered(1), {"step": 1}, wait=True)  # 0.7 of 1 MB
         with pytest.raises(WriteError, match="No space left"):
             store.save(2, numbered(2), {"step": 2}, wait=True)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
-LEAVES = {"config", "batch", "distributed", "stage", "schedule"}
+LEAVES = {"config", "batch", "distributed", "stage", "schedule", "randomness"}
 # a room and what it may read besides the leaves
 ROOMS: dict[str, set[str]] = {
     "presets": set(),
@@ -24,7 +24,10 @@ ROOMS: dict[str, set[str]] = {
     "watch": set(),
     "checkpoint": {"engine"},
     "evaluate": {"model", "data"},
-    "train": {"model", "data", "engine", "watch", "checkpoint"},
+    "initial": {"model", "checkpoint"},
+    "train": {"model", "data", "engine", "watch", "checkpoint", "initial"},
+    "card": {"watch", "checkpoint"},
+    "export": {"model", "data", "checkpoint", "card"},
     "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "train"},
 }
 DOORS: dict[str, set[str]] = {

@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, Sigl
 
 from hive_scale.batch import collate
 from hive_scale.config import ModelConfig, PartConfig
-from hive_scale.model.build import assemble, export_encoder, materialise, skeleton
+from hive_scale.model.build import assemble, materialise, skeleton
+from hive_scale.model.export import export_encoder
 from hive_scale.model.fusion import _visual_positions
 from hive_scale.model.vision import encoder_depths, feature_maps, group_ends
 from hive_scale.presets import load
@@ -208,7 +209,7 @@ def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[s
 def test_the_encoder_leaves_as_a_stock_directory(tmp_path: Path) -> None:
     config = tiny.model_config()
     model = assemble(config, seed=3)
-    export_encoder(config, dict(model.named_parameters()), tmp_path / "encoder")
+    export_encoder(config, dict(model.named_parameters()), tmp_path / "encoder", "resize")
     loaded, report = SiglipVisionModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
     assert not report["missing_keys"]
     pixels = torch.randn(2, 3, tiny.IMAGE, tiny.IMAGE)
@@ -251,5 +252,5 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     llama.save_pretrained(tmp_path)
     deeper = PartConfig(str(tmp_path), tiny.language(num_hidden_layers=6))
-    with pytest.raises(ValueError, match="weights are missing"):
+    with pytest.raises(ValueError, match="does not fit this model: missing: "):
         assemble(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)

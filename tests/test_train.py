@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import tiny
 import torch
@@ -22,9 +24,11 @@ from transformers import SiglipVisionModel
 
 from hive_scale import presets
 from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.snapshot import Snapshot
 from hive_scale.config import Config, GroupConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.outcome import blank_twin, heldout_losses, show
+from hive_scale.randomness import seed_step
 from hive_scale.train import WEIGHTS, Stopped, is_done, open_data, run_pipeline
 from hive_scale.watch.log import StageLog, console, read_metrics
 
@@ -128,9 +132,10 @@ def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: Wor
 
 
 def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = small(tmp_path / "whole")
+    """With dropout, so that random numbers count, and though only one of the two runs looks at held-out data."""
+    whole = _llm(small(tmp_path / "whole", eval_interval=1), attention_dropout=0.3)
     run_pipeline(whole, world)
-    cut = small(tmp_path / "cut")
+    cut = _llm(small(tmp_path / "cut"), attention_dropout=0.3)
     log_step = StageLog.step
 
     def stop_in_the_second_stage(self: StageLog, step: int, *arguments: Any) -> None:
@@ -142,12 +147,18 @@ def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, world: World, mon
     with pytest.raises(Stopped, match="language stopped after step 2 of 4"):
         run_pipeline(cut, world)
     monkeypatch.undo()
+    lines = read_metrics(cut.run_dir / "language" / "metrics.jsonl")
+    state = Snapshot(cut.run_dir / "language" / "step_00000002").state
+    assert (state["step"], state["samples"], state["tokens"]) == (2, 16, lines[-1]["tokens"])
+    assert state["config"]["stages"].keys() == cut.stages.keys()
+    assert state["code"].keys() == {"hive_scale", "torch", "transformers", "deepspeed"}
     run_pipeline(cut, world)
     ours, theirs = weights(cut, "joint"), weights(whole, "joint")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for name in whole.stages:
-        losses = [[line["loss"] for line in read_metrics(c.run_dir / name / "metrics.jsonl")] for c in (cut, whole)]
-        assert losses[0] == losses[1]
+        metrics = [read_metrics(c.run_dir / name / "metrics.jsonl") for c in (cut, whole)]
+        cut_steps, whole_steps = ([(line["loss"], line["tokens"]) for line in lines] for lines in metrics)
+        assert cut_steps == whole_steps
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
@@ -229,6 +240,17 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[st
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert message in done.stderr
+
+
+def test_random_numbers_depend_on_seed_step_and_rank_alone() -> None:
+    def draws(seed: int, step: int, rank: int) -> tuple[float, float, float]:
+        seed_step(seed, step, rank)
+        return random.random(), float(numpy.random.random()), float(torch.rand(()))
+
+    cases = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    first = [draws(*case) for case in cases]
+    assert [draws(*case) for case in reversed(cases)] == first[::-1]
+    assert all(len(set(column)) == len(cases) for column in zip(*first, strict=True))
 
 
 def test_a_cut_line_of_metrics_is_left_out(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,11 +95,30 @@ def read_pieces(path: Path, start: int = 0) -> Iterator[memoryview]:
 
 def sync_directory(path: Path) -> None:
     """Make renames and new files in `path` outlive a power cut."""
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def published(directory: Path) -> Iterator[Path]:
+    """A new directory to fill, which becomes `directory` at the end: complete or absent. Replaces what is there."""
+    partial = directory.with_name(f"{directory.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
+        _sync(path)
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)
+    sync_directory(directory.parent)
 
 
 def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,10 @@ from hive_scale.checkpoint.files import Damaged, sync_directory
 from hive_scale.checkpoint.ranges import Shape, by_parameter, difference, key_of, owned, shapes_of
 from hive_scale.checkpoint.snapshot import Snapshot, audit, directory_name, step_of, steps_in, write_manifest
 from hive_scale.checkpoint.staging import Staging
+from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 
+LAST_TWO = KeepConfig()
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
@@ -33,10 +36,8 @@ class WriteError(RuntimeError):
 class Store:
     """Every method is a collective: all ranks call it, and all return or all raise."""
 
-    def __init__(self, directory: Path, world: World, keep: int = 2, max_failures: int = 3) -> None:
-        """Of the written checkpoints the last `keep` stay; the `max_failures`-th failed write in a row is fatal."""
-        if keep < 1:
-            raise ValueError(f"keep={keep} would delete every checkpoint: keep at least 1")
+    def __init__(self, directory: Path, world: World, keep: KeepConfig = LAST_TWO, max_failures: int = 3) -> None:
+        """Of written checkpoints those stay that `keep` says; the `max_failures`-th failed write in a row is fatal."""
         self.directory, self.world, self.keep, self.max_failures = directory, world, keep, max_failures
         # the writer thread talks on a group of its own: it must never meet a collective of the training
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -46,14 +47,15 @@ class Store:
         self._newest: Path | None = None
         self._sound: set[Path] = set()  # written or verified here
         self._refused: set[Path] = set()  # found damaged
+        self._losses: dict[Path, float] = {}  # held-out ones
         self._staging: Staging | None = None
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], wait: bool = False) -> None:
         """Write a checkpoint; returns when the fragments are copied, or with `wait` when they are on disk.
 
-        `state` is plain JSON and the same on all ranks (rank 0's is kept). A save that finds the last one
-        unfinished waits for it. A failed write is logged and the next save tries again; the `max_failures`-th
-        in a row raises WriteError here, as does any failure with `wait`.
+        `state` is plain JSON and the same on all ranks (rank 0's is kept); its "eval_loss" says which is best. A
+        save that finds the last one unfinished waits for it. A failed write is logged and the next save tries
+        again; the `max_failures`-th in a row raises WriteError here, as does any failure with `wait`.
         """
         error = self._settle()
         if error and self._failures >= self.max_failures:
@@ -84,7 +86,6 @@ class Store:
                 self._sound.add(path)
                 self._newest = path
                 return path
-            self._refused.add(path)
             refusals.append(f"{path.name}: {reason}")
             self._log(logging.WARNING, "checkpoint %s refused: %s", path, reason)
         if refusals:
@@ -135,7 +136,10 @@ class Store:
 
     def _damage(self, path: Path) -> str:
         """Why `path` cannot be trusted, or ""; the ranks share the reading."""
-        return next(filter(None, self._gather(audit(path, self.world.rank, self.world.size))), "")
+        reason = next(filter(None, self._gather(audit(path, self.world.rank, self.world.size))), "")
+        if reason:
+            self._refused.add(path)
+        return reason
 
     def _listing(self) -> list[Path]:
         for left in self.directory.glob("step_*.tmp"):
@@ -178,15 +182,29 @@ class Store:
             shutil.rmtree(final)
         partial.rename(final)
         sync_directory(self.directory)
+        self._refused.discard(final)
+        self._losses[final] = _loss_of(state)
         self._prune(step_of(final))
 
     def _prune(self, step: int) -> None:
-        """Keep the last `keep` up to `step`, of which the newest has just been written; damaged ones do not count."""
+        """Delete what `keep` does not name up to `step`, which has just been written; damaged ones do not count."""
         reached = [path for path in steps_in(self.directory) if step_of(path) <= step]
-        kept = [path for path in reached if path not in self._refused or step_of(path) == step][-self.keep :]
+        sound = [path for path in reached if path not in self._refused]
+        kept = sound[-self.keep.last :] + [p for p in sound if self.keep.every and step_of(p) % self.keep.every == 0]
+        if self.keep.best and (rated := [path for path in sound if isfinite(self._loss(path))]):
+            kept.append(min(rated, key=self._loss))
         for path in reached:
             if path not in kept:
                 shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted now is tried again next time
+
+    def _loss(self, path: Path) -> float:
+        """The held-out loss that a checkpoint was saved with, or infinity."""
+        if path not in self._losses:
+            try:
+                self._losses[path] = _loss_of(Snapshot(path).state)
+            except Damaged:
+                return inf
+        return self._losses[path]
 
     # --------------------------------------------------------------- among the ranks
 
@@ -214,6 +232,11 @@ class Store:
     def _log(self, level: int, message: str, *values: object) -> None:
         if self.world.is_main:
             log.log(level, message, *values)
+
+
+def _loss_of(state: dict[str, Any]) -> float:
+    loss = state.get("eval_loss")
+    return inf if loss is None else float(loss)
 
 
 def _read(snapshot: Snapshot, fragments: Iterable[Fragment]) -> None:

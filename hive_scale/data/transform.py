@@ -16,10 +16,11 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hive_scale.batch import BLANK, Sample
 from hive_scale.config import ImageMode, TokenizerConfig
+from hive_scale.data.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from hive_scale.data.scan import FORMATS
 
 MAX_ASPECT = 100
@@ -46,6 +47,11 @@ class Tokenizer:
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)))
+
+    @property
+    def stock(self) -> Any:
+        """The Hugging Face tokenizer itself, to be saved beside an exported model."""
+        return self._tokenizer
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
@@ -103,7 +109,8 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     Raises ValueError if it cannot be loaded, or has no padding or end token.
     """
     if config.path == "bytes":
-        return Tokenizer(ByT5Tokenizer(extra_ids=0))
+        special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
+        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), **special))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read

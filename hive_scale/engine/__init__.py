@@ -70,7 +70,7 @@ class Engine(Protocol):
         ...
 
     def refresh(self, num_steps: int) -> None:
-        """After the fragments were overwritten: renew compute copies, set the optimizer's step count."""
+        """After the fragments were overwritten: renew compute copies, set the stage's count of optimizer steps."""
         ...
 
 

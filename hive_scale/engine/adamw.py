@@ -23,6 +23,7 @@ def adamw(parameters: Mapping[str, Tensor], groups: Sequence[ParamGroup], stage:
                 "params": [parameters[name] for name in group.parameters],
                 "lr": group.lr,
                 "peak_lr": group.lr,
+                "steps_behind": group.steps_behind,
                 "weight_decay": group.weight_decay,
             }
             for group in groups
@@ -50,9 +51,9 @@ def sitting_out(optimizer: torch.optim.AdamW) -> Iterator[None]:
         del mark.found_inf
 
 
-def zero_state(tensor: Tensor) -> dict[str, Tensor]:
-    """The state that AdamW gives `tensor` in its first step, before it."""
+def zero_state(tensor: Tensor, steps: int) -> dict[str, Tensor]:
+    """The state that AdamW gives `tensor` in its first step, before it, with another number of `steps` done."""
     return {
-        "step": torch.zeros((), device=tensor.device),
+        "step": torch.full((), float(steps), device=tensor.device),
         **{moment: torch.zeros_like(tensor, requires_grad=False) for moment in MOMENTS},
     }

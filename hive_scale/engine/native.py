@@ -171,15 +171,16 @@ class NativeEngine:
     def refresh(self, num_steps: int) -> None:
         # compute copies are gathered from the masters anew in each forward
         self._create_moments()
-        for state in self.optimizer.state.values():
-            state["step"].fill_(num_steps)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter]["step"].fill_(group["steps_behind"] + num_steps)
 
     def _create_moments(self) -> None:
         """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = zero_state(parameter)
+                    self.optimizer.state[parameter] = zero_state(parameter, group["steps_behind"])
 
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:

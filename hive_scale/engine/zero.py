@@ -140,8 +140,8 @@ class ZeroEngine:
     @torch.no_grad()
     def refresh(self, num_steps: int) -> None:
         self._create_moments()
-        for state in self.engine.optimizer.state.values():
-            state["step"].fill_(num_steps)
+        for flat, steps_behind in zip(self._masters(), self._steps_behind(), strict=True):
+            self.engine.optimizer.state[flat]["step"].fill_(steps_behind + num_steps)
         if not self.partitions_parameters:
             self.engine.optimizer.update_lp_params()
             return
@@ -180,8 +180,16 @@ class ZeroEngine:
             return optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
         return [group["params"][0] for group in optimizer.param_groups]
 
+    def _steps_behind(self) -> Sequence[int]:
+        """Of each of `_masters`: steps of earlier stages that its moments hold."""
+        optimizer, groups = self.engine.optimizer, self.optimizer.param_groups
+        if self.partitions_parameters:  # which cuts large groups into several
+            numbers = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp32_partitioned_groups_flat))]
+            return [groups[number]["steps_behind"] for number in numbers]
+        return [group["steps_behind"] for group in groups]
+
     def _create_moments(self) -> None:
         """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
-        for flat in self._masters():
+        for flat, steps_behind in zip(self._masters(), self._steps_behind(), strict=True):
             if not self.engine.optimizer.state[flat]:
-                self.engine.optimizer.state[flat] = zero_state(flat)
+                self.engine.optimizer.state[flat] = zero_state(flat, steps_behind)

@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    CLIPImageProcessor,
     CLIPVisionModel,
     PretrainedConfig,
-    SiglipImageProcessor,
     SiglipVisionModel,
 )
-from transformers.utils.logging import disable_progress_bar
 
-from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.config import ModelConfig, PartConfig, holds_weights_alone, run_of
+from hive_scale.model import pretrained
 from hive_scale.model.hive import Hive
-from hive_scale.model.vision import PIXEL_STATISTICS
 
 VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
 LANGUAGE = ("llama", "qwen2", "qwen3")
+T = TypeVar("T")
+NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 def skeleton(config: ModelConfig) -> Hive:
     """The model with parameters on the meta device and real buffers: names, shapes and counts for free."""
-    vision, language = _vision_config(config.vision), _language_config(config.language)
-    with init_empty_weights(include_buffers=False):
-        model = Hive(_vision_class(vision)(vision), _language_from(language), config)
+    vision, language = vision_config(config.vision), language_config(config.language)
+    model = on_meta(lambda: Hive(_vision_class(vision)(vision), _language_from(language), config))
     model.language.tie_weights()  # moving to meta made two parameters of a tied one
     return model
 
 
-def assemble(config: ModelConfig, seed: int) -> Hive:
+def on_meta(make: Callable[[], T]) -> T:
+    """What `make` makes, with parameters on the meta device and real buffers."""
+    with init_empty_weights(include_buffers=False):
+        return make()
+
+
+def assemble(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Tensor]] = NOTHING) -> Hive:
     """The model a first stage starts from, float32 on the CPU: pretrained parts, the rest drawn from `seed`.
 
-    Raises ValueError for a missing directory, another architecture, or weights that do not fill the model.
+    `given` holds tensors by name of "vision", "language" or "connector" where their path is no Hugging Face
+    directory. Raises ValueError for a missing directory, another architecture, or weights that do not fill a part.
     """
-    vision, language = _vision_config(config.vision), _language_config(config.language)
+    vision, language = vision_config(config.vision), language_config(config.language)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = _load(_vision_class(vision), config.vision, vision)
-        llm = _load(AutoModelForCausalLM, config.language, language)
-        return Hive(tower, llm, config)
+        tower = pretrained.part(_vision_class(vision), config.vision.path, vision, given.get("vision"))
+        llm = pretrained.part(_language_class(language), config.language.path, language, given.get("language"))
+        model = Hive(tower or _vision_class(vision)(vision), llm or _language_from(language), config)
+    if "connector" in given:
+        pretrained.connect(model, given["connector"], config.connector)
+    return model
 
 
 def materialise(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
@@ -59,57 +70,21 @@ def materialise(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
     return model
 
 
-def export_encoder(config: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> None:
-    """The encoder as a stock Hugging Face directory, with its image processor, for ``from_pretrained``."""
-    vision = _vision_config(config.vision)
-    with init_empty_weights(include_buffers=False):
-        tower = _vision_class(vision)(vision)
-    tensors = {name: weights[f"vision.{name}"] for name, _ in tower.named_parameters()}
-    tower.load_state_dict(tensors, strict=False, assign=True)
-    _quiet()
-    tower.save_pretrained(path)
-    _image_processor(vision).save_pretrained(path)
+def spelled_out(config: ModelConfig) -> ModelConfig:
+    """The same model with its parts' configs in full: it needs no directory of theirs any more."""
+    vision = PartConfig(config=_fields(vision_config(config.vision)))
+    return replace(config, vision=vision, language=PartConfig(config=_fields(language_config(config.language))))
 
 
 def image_size(config: ModelConfig) -> int:
     """Side of the square pictures that the encoder takes, in pixels."""
-    size: int = _vision_config(config.vision).image_size
+    size: int = vision_config(config.vision).image_size
     return size
 
 
 def vocabulary_size(config: ModelConfig) -> int:
-    size: int = _language_config(config.language).vocab_size
+    size: int = language_config(config.language).vocab_size
     return size
-
-
-def _image_processor(config: PretrainedConfig) -> Any:
-    mean, std = PIXEL_STATISTICS[config.model_type]
-    side = config.image_size
-    if config.model_type == "clip_vision_model":
-        crop = {"height": side, "width": side}
-        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=crop, image_mean=mean, image_std=std)
-    return SiglipImageProcessor(size={"height": side, "width": side}, image_mean=mean, image_std=std)
-
-
-def _quiet() -> None:
-    """One run has one progress bar."""
-    disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _load(auto: Any, part: PartConfig, config: PretrainedConfig) -> nn.Module:
-    if not part.path:
-        return _language_from(config) if auto is AutoModelForCausalLM else cast(nn.Module, auto(config))
-    _quiet()
-    model, report = auto.from_pretrained(
-        part.path, config=config, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
-    )
-    wrong = sorted(report["missing_keys"]) + [str(key) for key in report["mismatched_keys"]]
-    if wrong:
-        raise ValueError(
-            f"{part.path}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}: "
-            "give the directory that belongs to this config"
-        )
-    return cast(nn.Module, model)
 
 
 def _language_from(config: PretrainedConfig) -> nn.Module:
@@ -117,11 +92,16 @@ def _language_from(config: PretrainedConfig) -> nn.Module:
     return cast(nn.Module, auto.from_config(config, attn_implementation="sdpa"))
 
 
+def _language_class(config: PretrainedConfig) -> Any:
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
 def _vision_class(config: PretrainedConfig) -> Any:
     return VISION[config.model_type]
 
 
-def _vision_config(part: PartConfig) -> PretrainedConfig:
+def vision_config(part: PartConfig) -> PretrainedConfig:
+    """The encoder's Hugging Face config. Raises ValueError for an unknown one."""
     config = _config(part, "vision")
     config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds its tower's
     _known(config.model_type, tuple(VISION), part, "vision")
@@ -134,7 +114,8 @@ def _vision_config(part: PartConfig) -> PretrainedConfig:
     return config
 
 
-def _language_config(part: PartConfig) -> PretrainedConfig:
+def language_config(part: PartConfig) -> PretrainedConfig:
+    """The LLM's Hugging Face config. Raises ValueError for an unknown one."""
     config = _config(part, "language")
     _known(config.model_type, LANGUAGE, part, "language")
     if set(getattr(config, "layer_types", None) or {"full_attention"}) != {"full_attention"}:
@@ -155,6 +136,10 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         raise ValueError(
             f"model.{role} has neither path nor config: give a Hugging Face directory, or a config to build"
         )
+    if holds_weights_alone(part.path):
+        raise ValueError(f"model.{role}.path={part.path} holds weights alone: give model.{role}.config, too")
+    if run := run_of(part.path):
+        return _config(getattr(run.model, role), role)
     if part.path.startswith((".", "/", "~")) and not (Path(part.path).expanduser() / "config.json").is_file():
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     try:
@@ -180,6 +165,12 @@ def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None
             near = get_close_matches(field, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"see the {model_type} configuration of transformers"
             raise ValueError(f"model.{role}.config.{field}: there is no such field: {hint}")
+
+
+def _fields(config: PretrainedConfig) -> dict[str, Any]:
+    """What `_config` makes the same config of."""
+    known = {*AutoConfig.for_model(config.model_type).to_dict()} - {"transformers_version", "_name_or_path", "dtype"}
+    return {name: value for name, value in config.to_dict().items() if name in known}
 
 
 def _known(model_type: str | None, known: tuple[str, ...], part: PartConfig, role: str) -> None:

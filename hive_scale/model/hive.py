@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
 from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
-from hive_scale.model.projector import Projector
+from hive_scale.model.projector import MLP, Projector
 from hive_scale.model.vision import PIXEL_STATISTICS, encoder_depths, feature_maps, group_ends, reached
 
 
@@ -37,12 +37,12 @@ class Hive(nn.Module):
         self.vision = vision
         self.language = language
         num_layers, hosts = len(self.vision.encoder.layers), self.language.model.layers
-        if config.fusion == "concat":  # the baseline reads the penultimate depth, as LLaVA does
-            self.encoder_depths: Sequence[int] = (num_layers - 1,)
-        else:
-            self.encoder_depths = encoder_depths(num_layers, config.density, config.depths)
+        connector: type[nn.Module] = Projector
+        self.encoder_depths = encoder_depths(num_layers, config.density, config.depths)
+        if config.fusion == "concat":  # the baseline is LLaVA: the penultimate depth, and its connector
+            connector, self.encoder_depths = MLP, (num_layers - 1,)
         widths = self.vision.config.hidden_size, self.language.config.hidden_size
-        self.projector = nn.ModuleList(Projector(*widths) for _ in self.encoder_depths)
+        self.projector = nn.ModuleList(connector(*widths) for _ in self.encoder_depths)
         self.fusion = self._fusion(hosts, config)
         mean, std = PIXEL_STATISTICS[self.vision.config.model_type]
         self.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)

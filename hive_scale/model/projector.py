@@ -5,15 +5,26 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-class Projector(nn.Module):
-    """y = W_s LN(x) + W_2 gelu(W_1 LN(x)): 2-layer MLP with a residual, linear where the widths differ."""
+class MLP(nn.Module):
+    """y = W_2 gelu(W_1 x): LLaVA's connector, for the baseline that stands for it."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width_in)
         self.up = nn.Linear(width_in, width_out)
         self.activation = nn.GELU()
         self.down = nn.Linear(width_out, width_out)
+
+    def forward(self, features_BVC: Tensor) -> Tensor:
+        projected: Tensor = self.down(self.activation(self.up(features_BVC)))
+        return projected.clone()  # not the view that a linear layer makes of its rows, which FSDP2 warns of
+
+
+class Projector(MLP):
+    """y = W_s LN(x) + W_2 gelu(W_1 LN(x)): 2-layer MLP with a residual, linear where the widths differ."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out)
+        self.norm = nn.LayerNorm(width_in)
         same = width_in == width_out
         self.shortcut: nn.Module = nn.Identity() if same else nn.Linear(width_in, width_out, bias=False)
 

@@ -22,18 +22,20 @@ console = Console(stderr=False, highlight=False)
 class StageLog(AbstractContextManager["StageLog"]):
     """`<stage>/metrics.jsonl` and the bar of one stage. Only the main process has one that does anything.
 
-    A resumed stage goes on after the step it resumed from: later lines, and one cut in its middle, are dropped.
+    A resumed stage goes on after the step and the number of target tokens it resumed from: later lines, and one
+    cut in its middle, are dropped.
     """
 
-    def __init__(self, path: Path, title: str, num_steps: int, done_steps: int, active: bool) -> None:
-        self.active = active
+    def __init__(
+        self, path: Path, title: str, num_steps: int, done_steps: int, active: bool, done_tokens: int = 0
+    ) -> None:
+        self.active, self.tokens = active, done_tokens
         if not active:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in read_metrics(path) if line["step"] <= done_steps]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
-        self._tokens = int(kept[-1]["tokens"]) if kept else 0
         self._now = time.perf_counter()
         self._title, self._num_steps = title, num_steps
         self._spoken = self._now
@@ -69,9 +71,9 @@ class StageLog(AbstractContextManager["StageLog"]):
         now = time.perf_counter()
         seconds, self._now = now - self._now, now
         tokens = metrics["num_tokens"]
-        self._tokens += tokens
+        self.tokens += tokens
         rest = {key: value for key, value in metrics.items() if key != "num_tokens"}
-        line = {"step": step, "samples": samples, "tokens": self._tokens, **rest, "seconds": round(seconds, 4)}
+        line = {"step": step, "samples": samples, "tokens": self.tokens, **rest, "seconds": round(seconds, 4)}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._show(line, samples / step / seconds, tokens / seconds)

@@ -1,0 +1,83 @@
+"""A run's directory, read: its config, the weights of its stages, and whether all that is there is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from hive_scale import config as configs
+from hive_scale.checkpoint.handoff import find_weights, read_weights
+from hive_scale.checkpoint.snapshot import Snapshot, audit, steps_in
+
+CONFIG, WEIGHTS = "config.yaml", "weights.safetensors"
+
+
+class Run:
+    """`config` is the one that the run was started with; `directory` may have been moved since."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError if `directory` holds no run."""
+        if not (directory / CONFIG).is_file():
+            raise ValueError(f"{directory} is not a run: it has no {CONFIG}")
+        self.directory, self.config = directory, configs.load(directory / CONFIG)
+
+    def stage(self, name: str = "") -> str:
+        """`name`, or the last stage that is done. Raises ValueError if it is not."""
+        stages = ("initial", *self.config.stages)
+        done = [stage for stage in stages if find_weights(self.directory / stage / WEIGHTS)]
+        wanted = name or next((stage for stage in reversed(done) if stage != "initial"), "")
+        if wanted not in done:
+            which = f"stage {name} of {self.directory}" if name else f"every stage of {self.directory}"
+            raise ValueError(f"{which} is still to be done: there are weights of {', '.join(done) or 'none'}")
+        return wanted
+
+    def weights(self, stage: str) -> Path:
+        return self.directory / stage / WEIGHTS
+
+
+class Finding(NamedTuple):
+    path: Path
+    damage: str  # or "", if it is sound
+
+
+def verify(run: Run) -> Iterator[Finding]:
+    """Read everything that a run goes on from or leaves: weights, checkpoints and encoders, stage by stage.
+
+    Weights and checkpoints must match their checksums and come from the weights of the stage before.
+    """
+    parent = ""
+    for stage in ("initial", *run.config.stages):
+        directory = run.directory / stage
+        for checkpoint in steps_in(directory):
+            yield Finding(checkpoint, audit(checkpoint) or _stranger(Snapshot(checkpoint).state.get("parent"), parent))
+        if found := find_weights(directory / WEIGHTS):
+            identity, damage = "", ""
+            try:
+                weights = read_weights(found)
+                identity = weights.identity
+                damage = _stranger(weights.metadata.get("parent", ""), parent)
+            except ValueError as error:
+                damage = str(error)
+            yield Finding(found, damage)
+            parent = identity
+        if (directory / "encoder").is_dir():
+            yield Finding(directory / "encoder", _unreadable(directory / "encoder"))
+
+
+def _stranger(named: str | None, parent: str) -> str:
+    return "" if named == parent else "it does not come from the weights of the stage before"
+
+
+def _unreadable(directory: Path) -> str:
+    """Why a Hugging Face directory cannot be loaded, or ""; its files have no checksums."""
+    try:
+        for path in directory.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+    except (SafetensorError, OSError) as error:
+        return f"{path.name} cannot be read: {error}"
+    complete = (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+    return "" if complete else "config.json or weights are missing"

@@ -1,0 +1,98 @@
+"""What a finished run gives away: directories that others load, each with a card that says what it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hive_scale.card import card
+from hive_scale.checkpoint.files import published
+from hive_scale.checkpoint.handoff import Weights, read_weights, write_weights
+from hive_scale.checkpoint.provenance import code_version
+from hive_scale.checkpoint.runs import Run
+from hive_scale.checkpoint.seal import Source
+from hive_scale.config import Config, ModelConfig, PartConfig
+from hive_scale.data.transform import open_tokenizer
+from hive_scale.model import build, export
+from hive_scale.model.hive import Hive
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
+    """Write `kind` (of `KINDS`) of the run in `directory` to the new directory `out`; the stage it was taken from.
+
+    Complete or absent. Raises ValueError if the stage is not done, the weights are damaged, `out` exists, or the
+    model is none of that kind.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: give another --output, or remove it")
+    run = Run(directory)
+    stage = run.stage(stage)
+    weights = read_weights(run.weights(stage))
+    with published(out) as folder:
+        KINDS[kind](run.config, weights, folder, DTYPES[dtype])
+        (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
+    return stage
+
+
+def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A whole HIVE, with tokenizer and image processor, for `from_pretrained`; one tensor at a time is held."""
+    model = build.spelled_out(config.model)
+    content = {"model_type": "hive", "code": code_version(), "model": asdict(model)}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(content, indent=2))
+    write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
+    _tokenizer(config).save_pretrained(path)
+    export.image_processor(build.vision_config(config.model.vision), config.data.image).save_pretrained(path)
+
+
+def from_pretrained(path: Path) -> Hive:
+    """The model that `save_pretrained` wrote, on the CPU, in the precision it was written in.
+
+    Raises ValueError if `path` holds no HIVE, or one that is damaged.
+    """
+    try:
+        fields = json.loads((path / "config.json").read_text())["model"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
+    parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
+    return build.materialise(ModelConfig(**(fields | parts)), read_weights(path))
+
+
+def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, Source]:
+    def read(name: str) -> Tensor:
+        return weights[name].to(dtype)
+
+    return {name: Source(dtype, weights.shape(name), partial(read, name)) for name in weights}
+
+
+def _tokenizer(config: Config) -> Any:
+    return open_tokenizer(config.data.tokenizer).stock
+
+
+def _encoder(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    export.export_encoder(config.model, weights, path, config.data.image, dtype)
+
+
+def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    export.export_llm(config.model, weights, path, _tokenizer(config), dtype)
+
+
+def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    export.export_llava(config.model, weights, path, _tokenizer(config), config.data.image, dtype)
+
+
+KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {
+    "encoder": _encoder,
+    "llm": _llm,
+    "hive": save_pretrained,
+    "llava": _llava,
+}

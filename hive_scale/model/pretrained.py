@@ -1,0 +1,69 @@
+"""Parts with weights from elsewhere, and in which of them these differ from the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+log = logging.getLogger(__name__)
+
+
+def quiet() -> None:
+    """One run has one progress bar, and says a thing once."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # its table of differences: ours is a line
+
+
+def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Tensor] | None) -> nn.Module | None:
+    """A model of class `kind` with the weights of a Hugging Face `path`, or with those `given`; None without a path.
+
+    Raises ValueError that names what is missing or of another shape.
+    """
+    if not path:
+        return None
+    quiet()
+    model, report = kind.from_pretrained(
+        path if given is None else None,
+        state_dict=None if given is None else dict(given),
+        config=config,
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, with what else is wrong
+    )
+    shapes = [f"{name} {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]]
+    _tell_differences(path, report["missing_keys"], report["unexpected_keys"], shapes)
+    return cast(nn.Module, model)
+
+
+def connect(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
+    """Fill projectors and fusion layers. Raises ValueError that names what is missing or of another shape."""
+    wanted = {name: p for name, p in model.named_parameters() if name.startswith(("projector.", "fusion."))}
+    both = wanted.keys() & given.keys()
+    shapes = [
+        f"{name} {tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in both
+        if given[name].shape != wanted[name].shape
+    ]
+    _tell_differences(path, wanted.keys() - both, given.keys() - both, shapes)
+    model.load_state_dict(dict(given), strict=False)
+
+
+def _tell_differences(path: str, missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> None:
+    """Raises ValueError for weights that do not fill a part; what it has no place for is left out, and said."""
+    kinds = {"missing": sorted(missing), "of another shape": sorted(shapes), "unexpected": sorted(unexpected)}
+    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    if kinds["missing"] or kinds["of another shape"]:
+        raise ValueError(f"{path} does not fit this model: {found}: give the weights that belong to this config")
+    if found:
+        log.warning("%s holds more than this model has a place for, which is left out: %s", path, found)
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
