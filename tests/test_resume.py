@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import ranks
@@ -43,7 +44,7 @@ STARTS = [
     (4, ("hsdp",)),
     *((size, ZERO_3) for size in (1, 2, 3)),
 ]
-FEW = [(1, ("one",)), (2, ("fsdp", "zero2")), (3, ("zero2_offload",)), (2, ("zero3",))]
+FEW = [(2, ("fsdp", "zero2")), (3, ("zero2_offload",)), (1, ("zero3",))]
 MODEL = ModelConfig(
     PartConfig(config=SIGLIP | {"num_hidden_layers": 3, "vision_use_head": False}),
     PartConfig(config=language(num_hidden_layers=2)),
@@ -120,18 +121,22 @@ def save(world: World, cells: list[Cell], folder: Path) -> None:
             torch.save(vars(source), path.with_name(f"{path.name}.source"))
 
 
-def resume(world: World, cells: list[Cell], folder: Path) -> dict[str, float]:
-    """{"source to target": the largest relative difference of a loss}; bits are compared here."""
+def resume(world: World, cells: list[Cell], folder: Path, share: int) -> dict[str, float | None]:
+    """{"source to target": the largest relative difference of a loss}; bits are compared here.
+
+    Of every `share` pairs one goes on to train, so that each source and each target does; so do all that are alike.
+    """
     sources = {path.stem: Source(**torch.load(path)) for path in sorted(folder.glob("*.source"))}
-    found = {}
+    found: dict[str, float | None] = {}
     for cell in cells:
         engine, target = opened(cell, world, folder), f"{cell.engine}@{world.size}"
         train(engine, world, [STEPS])  # so that moments and step counts are those of another run, too
-        for name, source in sources.items():
-            load(engine, Store(folder / name, world), source, f"{name} to {target}")
-            losses = train(engine, world, range(SAVED, STEPS))
-            differences = [abs(a / b - 1) for a, b in zip(losses, source.losses, strict=True)]
-            found[f"{name} to {target}"] = max(differences)
+        for index, (name, source) in enumerate(sources.items()):
+            load(engine, Store(folder / name, world), source, pair := f"{name} to {target}")
+            found[pair] = None
+            if name == target or (index + crc32(target.encode())) % share == 0:
+                losses = train(engine, world, range(SAVED, STEPS))
+                found[pair] = max(abs(a / b - 1) for a, b in zip(losses, source.losses, strict=True))
         compare_whole(engine, store := Store(folder / name, world), source)
         store.load(folder / name / f"step_{SAVED:08d}", engine.fragments())
         engine.refresh(SAVED - 1)
@@ -160,38 +165,41 @@ def compare_whole(engine: Engine, store: Store, source: Source) -> None:
         assert torch.equal(tensor, source.state[key]), key
 
 
-def matrix(starts: Sequence[tuple[int, Sequence[str]]], precision: Any, folder: Path) -> None:
+def matrix(starts: Sequence[tuple[int, Sequence[str]]], precision: Any, folder: Path, share: int = 1) -> None:
     small_jsons(folder)
     cells = [(size, [Cell(name, precision=precision) for name in engines]) for size, engines in starts]
     for size, group in cells:
         ranks.run(save, size, group, folder)
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     for size, group in cells:
-        found |= ranks.run(resume, size, group, folder)[0]
-    pairs = {pair: value for pair, value in found.items() if not pair.startswith("control")}
-    same = {pair: value for pair, value in pairs.items() if pair.split(" to ")[0] == pair.split(" to ")[1]}
-    controls = min(value for pair, value in found.items() if pair.startswith("control"))
-    print(f"{len(pairs)} pairs in {precision}: losses within {max(pairs.values()):.1e}; off by a step {controls:.1e}")
-    assert len(pairs) == sum(len(group) for _, group in cells) ** 2
-    assert not {pair: value for pair, value in pairs.items() if value > BOUND[precision]}
+        found |= ranks.run(resume, size, group, folder, share)[0]
+    controls = {pair: found.pop(pair) for pair in list(found) if pair.startswith("control")}
+    assert len(found) == len(controls) ** 2
+    trained = {pair: value for pair, value in found.items() if value is not None}
+    same = {pair: value for pair, value in trained.items() if pair.split(" to ")[0] == pair.split(" to ")[1]}
+    print(
+        f"{precision}: {len(found)} pairs bit for bit; the losses of {len(trained)} within {max(trained.values()):.1e}, "
+        f"with a step count off by one within {min(filter(None, controls.values())):.1e}"
+    )
+    assert len(same) == len(controls)
+    assert not {pair: value for pair, value in trained.items() if value > BOUND[precision]}
     assert not {pair: value for pair, value in same.items() if value}, "the same engine and world go on bit for bit"
+    if precision == "fp32":
+        assert all(value and value > 10 * BOUND["fp32"] for value in controls.values()), "the bound tells a mistake"
 
 
 def test_any_engine_and_world_goes_on_from_any_other(tmp_path: Path) -> None:
-    matrix(STARTS, "fp32", tmp_path)
-
-
-def test_some(tmp_path: Path) -> None:
-    matrix(FEW, "fp32", tmp_path)
+    matrix(STARTS, "fp32", tmp_path, share=5)
 
 
 def test_some_in_bf16(tmp_path: Path) -> None:
     matrix(FEW, "bf16", tmp_path)
 
 
-@pytest.mark.slow  # three minutes: the same pairs as in fp32
-def test_all_in_bf16(tmp_path: Path) -> None:
-    matrix(STARTS, "bf16", tmp_path)
+@pytest.mark.slow  # ten minutes: every pair goes on to train
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_all_losses(tmp_path: Path, precision: str) -> None:
+    matrix(STARTS, precision, tmp_path)
 
 
 # ----------------------------------------------------------------------- moments taken over by the next stage
