@@ -178,7 +178,7 @@ def matrix(starts: Sequence[tuple[int, Sequence[str]]], precision: Any, folder: 
     trained = {pair: value for pair, value in found.items() if value is not None}
     same = {pair: value for pair, value in trained.items() if pair.split(" to ")[0] == pair.split(" to ")[1]}
     print(
-        f"{precision}: {len(found)} pairs bit for bit; the losses of {len(trained)} within {max(trained.values()):.1e}, "
+        f"{precision}: {len(found)} pairs bit for bit; losses of {len(trained)} within {max(trained.values()):.1e}, "
         f"with a step count off by one within {min(filter(None, controls.values())):.1e}"
     )
     assert len(same) == len(controls)
