@@ -19,7 +19,7 @@ examples:
   python launchers/benchmark.py loss --rows 4096 --vocabularies 128256 --dtypes bf16
 """
 # a module of launchers/benchmarks each, with HELP, configure(parser) and run(arguments); it imports torch late
-BENCHMARKS = ("engines", "loss")
+BENCHMARKS = ("engines", "checkpoint", "loss")
 
 
 def main() -> int:

@@ -32,3 +32,12 @@ def test_every_way_to_the_loss_agrees() -> None:
     rows = printed("loss").splitlines()
     assert sum("target rows" in row for row in rows) == 3  # header, fp32, bf16
     assert sum("linear_cross_entropy" in row for row in rows) == 4
+
+
+@pytest.mark.parametrize("case", ["zero2", "fsdp"])
+def test_every_saver_brings_its_own_state_back(case: str) -> None:
+    lines = printed("checkpoint", "--cases", case, "--ranks", "2", "--others", "1").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
+    names = {"zero2": ["DeepSpeed save_checkpoint"], "fsdp": ["dcp.save", "dcp.async_save", "Accelerate save_state"]}
+    assert [name for _, name, *_ in rows] == ["ours", *names[case]]
+    assert float(rows[0][-1]) > 0  # another number of ranks
