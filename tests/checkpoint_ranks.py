@@ -1,8 +1,4 @@
-"""Real processes for the checkpoint tests: a toy model under several shardings, and ranks that die on cue.
-
-What a rank owns is worked out here from FSDP2's and DDP's own API, not from an engine, so that these tests
-say something about the store alone; `whole` reads the same state through yet another API, as the judge.
-"""
+"""Real processes for the checkpoint tests: ranks that hold a state which knows itself, and die on cue."""
 
 from __future__ import annotations
 
@@ -12,17 +8,13 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.store import Store
@@ -31,69 +23,8 @@ from hive_scale.distributed import Fragment, World
 
 # the server imports these once, and each rank is a cheap fork of it
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp", "pytest"])
+CONTEXT.set_forkserver_preload(["torch.distributed", "pytest", "hive_scale.checkpoint.store"])
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-
-
-class Toy(nn.Module):
-    """Tied embedding, a frozen part, shapes that divide by nothing."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.frozen = nn.Linear(13, 13)
-        self.frozen.requires_grad_(False)
-        self.embed = nn.Embedding(65, 13)
-        self.odd = nn.Linear(13, 7, bias=False)
-        self.gate = nn.Parameter(torch.randn(1))
-        self.back = nn.Linear(7, 13)
-        self.head = nn.Linear(13, 65, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.frozen(self.embed(ids))
-        return self.head(x + self.gate * self.back(self.odd(x).tanh())).square().mean()
-
-
-def toy(mode: str, seed: int) -> tuple[Toy, torch.optim.AdamW]:
-    """`mode` is replicated, fsdp or hsdp; the optimizer has the state it would have before its first step."""
-    model = Toy(seed)
-    size = dist.get_world_size()
-    if mode != "replicated":
-        shape = (2, size // 2) if mode == "hsdp" else (1, size)
-        fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    for p in optimizer.param_groups[0]["params"]:
-        optimizer.state[p] = {"step": torch.zeros(()), **{kind: torch.zeros_like(p) for kind in KINDS[1:]}}
-    return model, optimizer
-
-
-def train(model: Toy, optimizer: torch.optim.AdamW, steps: int) -> None:
-    for step in range(steps):
-        model(torch.arange(5) + step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def state(model: Toy, optimizer: torch.optim.AdamW) -> Iterator[tuple[str, str, Tensor]]:
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            yield from ((name, kind, p.detach() if kind == "master" else optimizer.state[p][kind]) for kind in KINDS)
-
-
-def fragments(model: Toy, optimizer: torch.optim.AdamW) -> Iterator[Fragment]:
-    for name, kind, tensor in state(model, optimizer):
-        offset, local = 0, tensor
-        if isinstance(tensor, DTensor):
-            local = tensor.to_local()
-            rows = -(-tensor.shape[0] // tensor.device_mesh["shard"].size())  # ceil, as torch.chunk cuts
-            offset = rows * tensor.device_mesh["shard"].get_local_rank() * tensor[0].numel()
-        yield Fragment(name, kind, tuple(tensor.shape), offset, local.view(-1))
-
-
-def whole(model: Toy, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    found = {f"{kind}/{name}": tensor for name, kind, tensor in state(model, optimizer)}
-    return {key: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for key, t in found.items()}
 
 
 # --------------------------------------------------------------------------- a state that knows itself
@@ -138,44 +69,6 @@ def _rank(rank: int, size: int, meeting: Path, job: Callable[..., Any], args: tu
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
     job(World(rank, size, torch.device("cpu")), *args)
     dist.destroy_process_group()
-
-
-def save_modes(world: World, directory: Path, modes: list[str]) -> None:
-    """Train and save under each mode; the judge's view of the state goes beside it."""
-    for mode in modes:
-        model, optimizer = toy(mode, seed=1)
-        train(model, optimizer, 3)
-        target = directory / f"{mode}{world.size}"
-        store = Store(target, world)
-        store.save(3, fragments(model, optimizer), {"step": 3, "from": mode})
-        train(model, optimizer, 2)  # while the writer is at work
-        store.save(5, fragments(model, optimizer), {"step": 5, "from": mode})
-        expected = whole(model, optimizer)
-        train(model, optimizer, 1)  # must not reach the disk
-        assert store.finish() == target / "step_00000005"
-        if world.is_main:
-            torch.save(expected, directory / f"{mode}{world.size}.expected")
-
-
-def load_modes(world: World, directory: Path, modes: list[str]) -> None:
-    """Load everything there is into other weights under each mode; every bit must be the judge's."""
-    for saved in sorted(directory.glob("*.expected")):
-        expected = torch.load(saved)
-        for mode in modes:
-            model, optimizer = toy(mode, seed=2)
-            store = Store(saved.with_suffix(""), world)
-            found = store.latest()
-            assert found is not None
-            before = {n: p.clone() for n, p in model.frozen.named_parameters()}
-            loaded = store.load(found, fragments(model, optimizer))
-            assert loaded == {"step": 5, "from": saved.stem[:-1]}
-            restored = whole(model, optimizer)
-            assert restored.keys() == expected.keys()
-            for key, tensor in restored.items():
-                assert torch.equal(tensor, expected[key]), f"{saved.stem} to {mode}{world.size}: {key}"
-            for name, p in model.frozen.named_parameters():
-                same = p == before[name]
-                assert (same.full_tensor() if isinstance(same, DTensor) else same).all()
 
 
 def die_at_event(world: World, directory: Path, victim: int, event: int) -> None:

@@ -24,12 +24,10 @@ from checkpoint_ranks import (
     fail_then_recover,
     hold_lock,
     is_numbered,
-    load_modes,
     lock_refused,
     numbered,
     run,
     save_as_nobody,
-    save_modes,
     start,
 )
 from hypothesis import given, settings
@@ -47,8 +45,6 @@ from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 
 ALONE = World(0, 1, torch.device("cpu"))
-SAVED = {1: ["replicated"], 2: ["replicated", "fsdp"], 3: ["replicated", "fsdp"], 4: ["hsdp"]}
-LOADED = {1: ["replicated"], 2: ["hsdp", "fsdp"], 3: ["replicated", "fsdp"]}
 
 
 @pytest.fixture(autouse=True)
@@ -78,21 +74,7 @@ def restored(directory: Path) -> int:
     return int(step)
 
 
-# ----------------------------------------------------------------------- any world to any world
-
-
-def test_every_world_reads_what_every_world_wrote(tmp_path: Path) -> None:
-    for size, modes in SAVED.items():
-        assert run(size, tmp_path / f"save{size}", save_modes, tmp_path, modes) == [0] * size
-    for size, modes in LOADED.items():
-        assert run(size, tmp_path / f"load{size}", load_modes, tmp_path, modes) == [0] * size
-    trained = 65 * 13 + 7 * 13 + 1 + 13 * 7 + 13
-    for directory in tmp_path.glob("*/step_00000005"):  # replicas wrote every element once, and nothing frozen
-        files = json.loads((directory / "manifest.json").read_text())["content"]["files"]
-        sizes = [sum(length for _, _, length in file["ranges"]) for file in files.values()]
-        assert sum(sizes) == 3 * trained
-        assert not directory.parent.name.startswith("replicated") or max(sizes) - min(sizes) <= len(sizes)
-        assert {path.suffix for path in directory.iterdir()} == {".safetensors", ".json"}
+# ----------------------------------------------------------------------- who writes what
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,6 +134,11 @@ def test_training_goes_on_and_does_not_reach_the_disk(tmp_path: Path, monkeypatc
     assert store.finish() == tmp_path / "step_00000001"
     assert restored(tmp_path) == 1
     assert Store(tmp_path, ALONE).load(tmp_path / "step_00000001", live)["rng"] == [1, 2]
+
+
+def test_a_checkpoint_is_twelve_bytes_a_parameter(stage: Path) -> None:
+    size = sum(path.stat().st_size for path in (stage / "step_00000003").iterdir())
+    assert 12 * 60_000 < size < 1.02 * 12 * 60_000
 
 
 def test_the_staging_buffer_is_reused(tmp_path: Path) -> None:
@@ -338,12 +325,17 @@ def test_kill_9_at_any_file_operation(tmp_path: Path) -> None:
     assert set(steps) == {1, 2}
 
 
-@pytest.mark.parametrize(("victim", "event"), [(0, 4), (1, 1), (0, 9)])
-def test_kill_9_of_one_rank_of_two(tmp_path: Path, victim: int, event: int) -> None:
-    codes = run(2, tmp_path / "meet", die_at_event, tmp_path / "stage", victim, event)
-    assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] != 0  # it hears of it and ends, rather than hang
-    check_after_crash(tmp_path / "stage")
+@pytest.mark.parametrize("victim", [0, 1])
+def test_kill_9_of_one_rank_of_two_at_any_file_operation(tmp_path: Path, victim: int) -> None:
+    for event in range(1, 21):
+        directory = tmp_path / str(event)
+        codes = run(2, tmp_path / f"meet{event}", die_at_event, directory, victim, event)
+        if codes[victim] == 9:  # every operation had its turn
+            break
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] != 0  # it hears of it and ends, rather than hang
+        check_after_crash(directory)
+    assert event > (2 if victim else 10)
 
 
 @pytest.mark.parametrize("limit", [1, 100_000, 359_999])
@@ -355,12 +347,12 @@ def test_kill_in_the_middle_of_a_file(tmp_path: Path, limit: int) -> None:
 
 
 def test_kill_9_of_all_at_any_moment(tmp_path: Path) -> None:
-    for moment in range(4):
+    for moment in range(12):
         directory = tmp_path / str(moment)
         ranks = start(2, tmp_path / f"meet{moment}", save_for_ever, directory)
         while not list(directory.glob("step_????????")):
             time.sleep(0.01)
-        time.sleep(0.037 * moment)
+        time.sleep(0.013 * moment)
         for process in ranks:
             process.kill()
         for process in ranks:

@@ -120,6 +120,15 @@ def save(world: World, cells: list[Cell], folder: Path) -> None:
         source = Source(state, train(engine, world, range(SAVED, STEPS)))
         if world.is_main:
             torch.save(vars(source), path.with_name(f"{path.name}.source"))
+            check_files(path / f"step_{SAVED:08d}", sum(map(len, state.values())), even=cell.engine in ("one", "ddp"))
+
+
+def check_files(path: Path, total: int, even: bool) -> None:
+    """Every number is written once, nothing frozen is, and ranks that hold the same share the work."""
+    written = [sum(length for _, _, length in file["ranges"]) for file in Snapshot(path).files.values()]
+    assert sum(written) == total
+    assert not even or max(written) - min(written) <= len(written)
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
 
 
 def resume(world: World, cells: list[Cell], folder: Path, share: int) -> dict[str, float | None]:

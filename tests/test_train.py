@@ -131,28 +131,35 @@ def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: Wor
         run_pipeline(small(tmp_path / "run", steps=2), world)
 
 
-def test_a_stopped_run_goes_on_to_the_same_end(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With dropout, so that random numbers count, and though only one of the two runs looks at held-out data."""
-    whole = _llm(small(tmp_path / "whole", eval_interval=1), attention_dropout=0.3)
+def test_a_stopped_run_goes_on_to_the_same_end(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With dropout, so that random numbers count; though only one run looks at held-out data, and a disk forgets."""
+    whole = _llm(small(tmp_path / "whole", steps=6, eval_interval=1), attention_dropout=0.3)
     run_pipeline(whole, world)
-    cut = _llm(small(tmp_path / "cut"), attention_dropout=0.3)
+    cut = _llm(small(tmp_path / "cut", steps=6, save_interval=1), attention_dropout=0.3)
     log_step = StageLog.step
 
     def stop_in_the_second_stage(self: StageLog, step: int, *arguments: Any) -> None:
         log_step(self, step, *arguments)
-        if (cut.run_dir / "language").exists() and step == 1:
+        if (cut.run_dir / "language").exists() and step in (1, 3):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(StageLog, "step", stop_in_the_second_stage)
-    with pytest.raises(Stopped, match="language stopped after step 2 of 4"):
+    with pytest.raises(Stopped, match="language stopped after step 2 of 6"):
         run_pipeline(cut, world)
-    monkeypatch.undo()
     lines = read_metrics(cut.run_dir / "language" / "metrics.jsonl")
     state = Snapshot(cut.run_dir / "language" / "step_00000002").state
     assert (state["step"], state["samples"], state["tokens"]) == (2, 16, lines[-1]["tokens"])
     assert state["config"]["stages"].keys() == cut.stages.keys()
     assert state["code"].keys() == {"hive_scale", "torch", "transformers", "deepspeed"}
+    with pytest.raises(Stopped, match="language stopped after step 4 of 6"):
+        run_pipeline(cut, world)
+    monkeypatch.undo()
+    newest = cut.run_dir / "language" / "step_00000004" / "rank_00000.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     run_pipeline(cut, world)
+    assert "step_00000004 refused: rank_00000.safetensors does not match its checksum" in caplog.text
     ours, theirs = weights(cut, "joint"), weights(whole, "joint")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for name in whole.stages:
