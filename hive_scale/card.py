@@ -34,6 +34,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 llm, tokenizer = AutoModelForCausalLM.from_pretrained(DIRECTORY), AutoTokenizer.from_pretrained(DIRECTORY)""",
     "hive": """\
+from pathlib import Path
+
 from hive_scale.export import from_pretrained
 
 hive = from_pretrained(Path(DIRECTORY))  # needs hive_scale, unlike the other exports""",
