@@ -25,7 +25,7 @@ from transformers import SiglipVisionModel
 from hive_scale import presets
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.snapshot import Snapshot
-from hive_scale.config import Config, GroupConfig, PartConfig
+from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.randomness import seed_step
@@ -166,6 +166,44 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         metrics = [read_metrics(c.run_dir / name / "metrics.jsonl") for c in (cut, whole)]
         cut_steps, whole_steps = ([(line["loss"], line["tokens"]) for line in lines] for lines in metrics)
         assert cut_steps == whole_steps
+
+
+def test_a_stage_may_keep_the_moments_of_the_one_before(tmp_path: Path, world: World) -> None:
+    name, moments = "projector.0.up.weight", []
+    for keep in (False, True):
+        config = small(tmp_path / str(keep), steps=2, save_interval=1)
+        language = replace(config.stages["language"], keep_moments=keep)
+        config = replace(config, stages=config.stages | {"language": language})
+        run_pipeline(config, world, until="language")
+        moments.append(checkpointed(config, "language", 1, name))
+    before = checkpointed(config, "projector", 2, name)
+    # from the same weights on the same data the first gradient is the same
+    torch.testing.assert_close(moments[1] - moments[0], language.betas[0] * before, atol=1e-7, rtol=1e-4)
+    assert before.any()
+    with pytest.raises(ValueError, match=r"stages.projector.keep_moments: no stage comes before"):
+        run_pipeline(_stage(small(tmp_path / "first"), keep_moments=True), world)
+
+
+def checkpointed(config: Config, stage: str, step: int, name: str) -> torch.Tensor:
+    """The first moment of a parameter."""
+    snapshot = Snapshot(config.run_dir / stage / f"step_{step:08d}")
+    moment = torch.empty(snapshot.shapes[f"exp_avg/{name}"]).flatten()
+    snapshot.read(f"exp_avg/{name}", 0, moment)
+    return moment
+
+
+def test_checkpoints_stay_as_the_config_says(tmp_path: Path, world: World) -> None:
+    keep = KeepConfig(last=1, every=2, best=True)
+    config = small(tmp_path / "run", steps=5, save_interval=1, eval_interval=3, keep=keep)
+    run_pipeline(config, world, until="projector")
+    steps = {int(path.name.removeprefix("step_")) for path in (config.run_dir / "projector").glob("step_*")}
+    losses = {
+        line["step"]: line["eval_loss"]
+        for line in read_metrics(config.run_dir / "projector" / "metrics.jsonl")
+        if "eval_loss" in line
+    }
+    assert steps == {2, 4, 5, min(losses, key=lambda step: losses[step])}
+    assert losses.keys() == {3, 5}
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
