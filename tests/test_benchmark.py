@@ -34,7 +34,7 @@ def test_every_way_to_the_loss_agrees() -> None:
     assert sum("linear_cross_entropy" in row for row in rows) == 4
 
 
-@pytest.mark.parametrize("case", ["zero2", "fsdp"])
+@pytest.mark.parametrize("case", [pytest.param("zero2", marks=pytest.mark.slow), "fsdp"])
 def test_every_saver_brings_its_own_state_back(case: str) -> None:
     lines = printed("checkpoint", "--cases", case, "--ranks", "2", "--others", "1").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]

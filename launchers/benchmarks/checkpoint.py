@@ -115,7 +115,8 @@ def measure(arguments: argparse.Namespace) -> None:
                 figures |= {what: figures[what][1:] for what in ("blocked", "durable", "load")}
                 figures["bytes"] = sum(path.stat().st_size for path in files(savers[name].path))
         if world.is_main:
-            numbers = sum(p.numel() for p in task.model.parameters() if p.requires_grad)
+            dormant = task.model.dormant()
+            numbers = sum(p.numel() for name, p in task.model.named_parameters() if name not in dormant)
             result = {"found": found, "numbers": numbers, "machine": describe_machine()}
             arguments.worker.write_text(json.dumps(result))
         world.barrier()
@@ -186,7 +187,7 @@ def larger(task: Task, quick: bool) -> Task:
     from hive_scale.model.build import assemble
 
     sizes = {"hidden_size": 64, "intermediate_size": 192} if quick else {"hidden_size": 640, "intermediate_size": 2560}
-    layers = {} if quick else {"num_hidden_layers": 6}
+    layers = {} if quick else {"num_hidden_layers": 8}
     parts = (PartConfig(config=part.config | sizes | layers) for part in (task.config.vision, task.config.language))
     config = replace(task.config, **dict(zip(("vision", "language"), parts, strict=True)))
     return replace(task, config=config, model=assemble(config, 0), engine=replace(task.engine, precision="bf16"))
