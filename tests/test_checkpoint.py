@@ -335,7 +335,7 @@ def test_kill_9_of_one_rank_of_two_at_any_file_operation(tmp_path: Path, victim:
         assert codes[victim] == -signal.SIGKILL
         assert codes[1 - victim] != 0  # it hears of it and ends, rather than hang
         check_after_crash(directory)
-    assert event > (2 if victim else 10)
+    assert event > (1 if victim else 10)
 
 
 @pytest.mark.parametrize("limit", [1, 100_000, 359_999])
@@ -347,12 +347,12 @@ def test_kill_in_the_middle_of_a_file(tmp_path: Path, limit: int) -> None:
 
 
 def test_kill_9_of_all_at_any_moment(tmp_path: Path) -> None:
-    for moment in range(12):
+    for moment in range(6):
         directory = tmp_path / str(moment)
         ranks = start(2, tmp_path / f"meet{moment}", save_for_ever, directory)
         while not list(directory.glob("step_????????")):
             time.sleep(0.01)
-        time.sleep(0.013 * moment)
+        time.sleep(0.025 * moment)
         for process in ranks:
             process.kill()
         for process in ranks:
