@@ -71,17 +71,24 @@ class Batch:
         return replace(self, **changed)
 
 
-def collate(samples: Sequence[Sample], pad_id: int, image_size: int) -> Batch:
-    """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant."""
+def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Tensor | None = None) -> Batch:
+    """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant.
+
+    `pixels`, uint8 (B, 3, H, W), is where their pictures go, or where they lie already.
+    """
     length = max(len(sample.tokens) for sample in samples)
     tokens = torch.full((len(samples), length), pad_id, dtype=torch.long)
-    shape = len(samples), 3, image_size, image_size
-    # decoded pictures are channels-last: the same layout makes the copy below a plain one
-    pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    if pixels is None:
+        shape = len(samples), 3, image_size, image_size
+        # decoded pictures are channels-last: the same layout makes the copy below a plain one
+        pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     rows, ids = [], []
     for b, sample in enumerate(samples):
         tokens[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
-        pixels[b] = BLANK if sample.pixels is None else sample.pixels
+        if sample.pixels is None:
+            pixels[b] = BLANK
+        elif sample.pixels.data_ptr() != pixels[b].data_ptr():
+            pixels[b] = sample.pixels
         for i, is_target in enumerate(sample.is_target):
             if is_target:  # token i is predicted at position i - 1
                 rows.append(b * length + i - 1)

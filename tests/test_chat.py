@@ -139,3 +139,12 @@ def test_limits_and_templates_that_will_not_do_say_so() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             chat_sample("k", None, turns, fast(template), 99)
+
+
+@pytest.mark.parametrize("name", ["bytes", "sentencepiece", "no system role"])
+@settings(max_examples=30, deadline=None)
+@given(text=st.text("abé\U0001f600 ?\n1", max_size=30))
+def test_captions_are_encoded_as_the_tokenizer_does(name: str, text: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer._tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.encode(text, 99) == [tokenizer.start_id, *ids, tokenizer.eos_id]

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from threading import Thread
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from hive_scale.batch import Batch, Sample, collate
@@ -56,13 +57,20 @@ class Batches(Dataset[Loaded]):
 
     def __getitem__(self, slots: Slots) -> Loaded:
         bad: list[Fault] = []
-        samples = [sample for slot in slots if (sample := self._fill(slot, bad)) is not None]
+        samples: list[Sample] = []
+        pixels = _canvas(max(1, len(slots)), self.samples.image_size)
+        for slot in slots:
+            sample = self._fill(slot, bad)
+            if sample is not None:
+                if sample.pixels is not None:  # into its place while it is in the cache, its own memory given back
+                    sample = replace(sample, pixels=pixels[len(samples)].copy_(sample.pixels))
+                samples.append(sample)
         if self.order is not None and len(samples) < len(slots):
             return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
         tokenizer = self.samples.tokenizer
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
-        return Loaded(collate(samples, tokenizer.pad_id, self.samples.image_size), bad)
+        return Loaded(collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)]), bad)
 
     def _fill(self, slot: tuple[int, int], bad: list[Fault]) -> Sample | None:
         position, first = slot
@@ -76,6 +84,19 @@ class Batches(Dataset[Loaded]):
             except ValueError as error:
                 bad.append(Fault(self.samples.index.shard(i), self.samples.index.key(i), str(error)))
         return None
+
+
+def _canvas(count: int, size: int) -> Tensor:
+    """Room for `count` pictures, uint8 (count, 3, size, size), channels last as decoded ones are.
+
+    A worker's lies in the memory that it shares with the main process, so that it is not copied there later.
+    """
+    shape, strides = (count, 3, size, size), (3 * size * size, 1, 3 * size, 3)
+    if get_worker_info() is None:
+        return torch.empty_strided(shape, strides, dtype=torch.uint8)
+    # as torch's own collating does
+    storage = torch.UntypedStorage._new_shared(count * 3 * size * size)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides)
 
 
 def ignore_signals(_: int) -> None:

@@ -65,7 +65,8 @@ class ShardCache:
             except ImportError as error:
                 raise ValueError(f"shard {url} needs another package: {error}") from None
             except (OSError, HTTPException) as error:
-                hopeless = isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
+                refused = isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
+                hopeless = refused or isinstance(error, FileNotFoundError | PermissionError)
                 if hopeless or attempt == TRIES - 1:
                     raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
             time.sleep(self.pause * 2**attempt)

@@ -55,8 +55,15 @@ class Tokenizer:
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return [self.start_id, *ids[: max_tokens - 2], self.eos_id]
+        return [self.start_id, *self._ids(text)[: max_tokens - 2], self.eos_id]
+
+    def _ids(self, text: str) -> list[int]:
+        """As the tokenizer's own `encode` without special tokens, in a fraction of its time."""
+        if self._tokenizer.is_fast:
+            found: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
