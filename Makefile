@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml
 debug: install
 	$(RUN) launchers/pretrain.py --preset debug
 
-# the same with a real pretrained LLM: under an hour on two cores
+# the same with a real pretrained LLM: half an hour
 demo: install data/smollm2 data/emoji
 	$(RUN) launchers/pretrain.py --preset demo
 
