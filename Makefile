@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: install debug demo test lint clean
+CLUSTER = /tmp/hive-slurm
+
+.PHONY: install debug demo slurm-demo test lint clean
 
 install: $(VENV)/installed
 
@@ -20,6 +22,14 @@ debug: install
 # the same with a real pretrained LLM: half an hour
 demo: install data/smollm2 data/emoji
 	$(RUN) launchers/pretrain.py --preset demo
+
+# debug as three jobs on a real Slurm of two virtual nodes, set up for the purpose: root on Debian
+slurm-demo: export SLURM_CONF = $(CLUSTER)/etc/slurm.conf
+slurm-demo: install
+	tests/cluster/cluster.sh start $(CLUSTER)
+	-$(RUN) slurm/submit_pipeline.py --preset debug output=runs/slurm slurm.nodes=2 slurm.cpus_per_task=1 slurm.mem=2G
+	-$(RUN) slurm/submit_pipeline.py status runs/slurm --follow
+	tests/cluster/cluster.sh stop $(CLUSTER)
 
 data/smollm2: | install
 	$(RUN) launchers/prepare_data.py smollm2 --output $@

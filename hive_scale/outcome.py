@@ -10,12 +10,13 @@ import torch
 from rich.table import Table
 
 from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.marker import WEIGHTS
 from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.evaluate.captions import generate, matched_share
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
-from hive_scale.train import WEIGHTS, Data, open_data
+from hive_scale.train import Data, open_data
 from hive_scale.watch.log import console, read_metrics
 
 PAIRS = 512  # held-out pairs that are looked at, at most

@@ -11,8 +11,9 @@ from time import perf_counter
 
 from hive_scale import config as configs
 from hive_scale.checkpoint.files import published
-from hive_scale.checkpoint.handoff import build_handoff, find_weights, read_weights, write_weights
+from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
 from hive_scale.checkpoint.lock import LOCK, locked
+from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
 from hive_scale.checkpoint.moments import Moments
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.store import Store
@@ -30,7 +31,6 @@ from hive_scale.stage import freeze
 from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
 
-WEIGHTS = "weights.safetensors"
 logger = logging.getLogger(__name__)
 
 
@@ -181,11 +181,6 @@ def open_data(config: Config) -> Data:
         Loader(config.data, config.data.train, tokenizer, image_size=size, bad_samples=bad),
         Loader(config.data, config.data.heldout, tokenizer, image_size=size, bad_samples=bad),
     )
-
-
-def is_done(stage_dir: Path) -> bool:
-    """Whether the stage has ended, and left all that the next one and the user need."""
-    return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / "encoder").is_dir()
 
 
 def check(config: Config, data: Data, world_size: int) -> None:

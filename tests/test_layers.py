@@ -92,7 +92,11 @@ def test_the_config_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("launcher", sorted((ROOT / "launchers").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "launcher",
+    [*sorted((ROOT / "launchers").glob("*.py")), ROOT / "slurm" / "submit_pipeline.py"],
+    ids=lambda path: path.stem,
+)
 def test_help_needs_no_torch_and_shows_examples(launcher: Path) -> None:
     code = (
         "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"

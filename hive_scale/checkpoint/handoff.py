@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directory, write_json
 from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
+from hive_scale.checkpoint.marker import find_weights, index_of
 from hive_scale.checkpoint.ranges import Shape, difference
 from hive_scale.checkpoint.seal import SEAL, Source, check_seal, unnamed_path, write_sealed
 from hive_scale.checkpoint.snapshot import Snapshot, audit
@@ -68,7 +69,7 @@ def write_weights(
     sources = _untied(tensors.items() if isinstance(tensors, Mapping) else tensors)
     shards = _shards(sources, max_shard_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    index = _index_of(path)
+    index = index_of(path)
     if len(shards) == 1:
         write_sealed(path, shards[0], metadata or {})
         index.unlink(missing_ok=True)  # of another, larger model
@@ -87,11 +88,6 @@ def write_weights(
     path.unlink(missing_ok=True)
     sync_directory(path.parent)
     return index
-
-
-def find_weights(path: Path) -> Path | None:
-    """`path` if it is there, else its index if it was written in shards, else None."""
-    return next((found for found in (path, _index_of(path)) if found.is_file()), None)
 
 
 def read_weights(path: Path) -> Weights:
@@ -192,7 +188,3 @@ def _shards(sources: Mapping[str, Source], limit: int) -> list[dict[str, Source]
         shards[-1][name] = source
         size += more
     return shards
-
-
-def _index_of(path: Path) -> Path:
-    return path if path.suffix == ".json" else path.with_name(f"{path.name}.index.json")

@@ -9,10 +9,11 @@ from typing import NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from hive_scale import config as configs
-from hive_scale.checkpoint.handoff import find_weights, read_weights
+from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.marker import WEIGHTS, find_weights
 from hive_scale.checkpoint.snapshot import Snapshot, audit, steps_in
 
-CONFIG, WEIGHTS = "config.yaml", "weights.safetensors"
+CONFIG = "config.yaml"
 
 
 class Run:

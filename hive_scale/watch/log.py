@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -105,6 +104,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def peak_memory_gb() -> float:
     """Peak of this process so far: allocated on its GPU, or resident on the host, in 1e9 bytes."""
+    import torch  # here, since whoever only reads metrics needs none of it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

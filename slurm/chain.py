@@ -1,0 +1,114 @@
+"""A run's stages as a chain of jobs: what is left to submit, and what was submitted."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from hive_scale import config as configs
+from hive_scale.checkpoint.provenance import code_version
+from hive_scale.config import Config
+from slurm import controller
+from slurm.controller import Job
+from slurm.resources import Resources
+
+Verb = Literal["done", "kept", "submit"]
+
+
+class Link(NamedTuple):
+    """What is to happen with a stage."""
+
+    stage: str
+    verb: Verb
+    after: str = ""  # the stage whose job it waits for
+    replaces: str = ""  # id of a job that waits for a predecessor which is gone
+
+
+def decide(stages: Sequence[str], done: Collection[str], jobs: Mapping[str, Job]) -> list[Link]:
+    """Skip what is done, keep what runs or waits rightly, submit the rest behind it.
+
+    `done` are the stages whose weights are there: that alone counts, not how a job ended. `jobs` are the last
+    submitted jobs by stage, as Slurm knows them now.
+    """
+    links: list[Link] = []
+    after, is_fresh = "", False
+    for stage in stages:
+        job = jobs.get(stage)
+        if stage in done:
+            links.append(Link(stage, "done"))
+            continue
+        if job and job.is_active and not (is_fresh and job.state == "PENDING"):
+            links.append(Link(stage, "kept", after))
+        else:
+            waits_in_vain = job is not None and job.state == "PENDING"
+            links.append(Link(stage, "submit", after, job.id if job and waits_in_vain else ""))
+            is_fresh = True
+        after = stage
+    return links
+
+
+@dataclass
+class Record:
+    """What was submitted, in ``<run>/slurm/chain.json``."""
+
+    cwd: str = ""  # where relative paths of the config begin
+    code: dict[str, str] = field(default_factory=dict)  # {package: version}, ours with its commit
+    cluster: str = ""
+    jobs: dict[str, str] = field(default_factory=dict)  # the last job of each stage
+    steps: dict[str, int] = field(default_factory=dict)  # optimizer steps of each stage
+    resources: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage
+
+    @staticmethod
+    def path(run_dir: Path) -> Path:
+        return run_dir / "slurm" / "chain.json"
+
+    @classmethod
+    def read(cls, run_dir: Path) -> Record | None:
+        path = cls.path(run_dir)
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+    def write(self, run_dir: Path) -> None:
+        path = self.path(run_dir)
+        unnamed = path.with_suffix(".tmp")
+        unnamed.write_text(json.dumps(asdict(self), indent=1))
+        unnamed.rename(path)
+
+
+def recorded(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int]) -> Record:
+    """The run's record, brought up to date and written, with its config beside it."""
+    record = Record.read(config.run_dir) or Record()
+    record.cwd, record.code, record.cluster, record.steps = os.getcwd(), code_version(), cluster, dict(steps)
+    record.resources = {stage: asdict(resources) for stage, resources in asked.items()}
+    configs.save(config, Record.path(config.run_dir).with_name("config.yaml"))
+    record.write(config.run_dir)
+    return record
+
+
+@contextmanager
+def submitting(run_dir: Path) -> Iterator[Path]:
+    """Keep others from submitting this run meanwhile; gives ``<run>/slurm``."""
+    folder = run_dir / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".submitting").open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield folder
+
+
+def job_name(config: Config, stage: str) -> str:
+    return f"{config.name}-{stage}"
+
+
+def known_jobs(config: Config) -> dict[str, Job]:
+    """The jobs submitted for this run, by stage, as Slurm knows them now. Raises SlurmError if it is silent."""
+    record = Record.read(config.run_dir)
+    if record is None or record.cluster != "slurm":
+        return {}
+    stages = {job: stage for stage, job in record.jobs.items() if stage in config.stages}
+    found = controller.look_up({job: job_name(config, stage) for job, stage in stages.items()})
+    return {stages[id]: job for id, job in found.items()}

@@ -1,0 +1,71 @@
+"""The same chain without Slurm: one stage after the other, as processes of this machine or in this very process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+
+import submitit
+
+from hive_scale.config import Config
+from slurm import chain, snapshot, status
+from slurm.job import StageJob
+from slurm.resources import Resources, environment
+
+YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
+
+
+def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int]) -> int:
+    """Train what is left, stage by stage; 0, 1 if a stage failed, or the code of a stage that was stopped."""
+    with chain.submitting(config.run_dir):
+        record = chain.recorded(config, asked, cluster, steps)
+        for stage in config.stages:
+            if stage in status.done_stages(config):
+                continue
+            job = StageJob(config, stage, asked[stage].attempts)
+            if cluster == "debug":
+                code = job()
+            else:
+                submitted = _submit(job, asked[stage])
+                record.jobs[stage] = submitted.job_id
+                record.write(config.run_dir)
+                code = _wait(submitted, config)
+            if code:
+                return code
+    return status.show(config, follow_jobs=False)
+
+
+def _submit(job: StageJob, resources: Resources) -> submitit.Job[int]:
+    executor = submitit.LocalExecutor(job.config.run_dir / "slurm" / "logs")
+    if resources.nodes > 1:
+        raise ValueError("--cluster local has one node: give slurm.nodes=1")
+    executor.update_parameters(
+        timeout_min=YEAR,
+        tasks_per_node=resources.tasks,
+        gpus_per_node=resources.gpus_per_node,
+        stderr_to_stdout=True,
+    )
+    os.environ.update(environment(resources, snapshot.ROOT, job.config.data))
+    # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return executor.submit(job)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _wait(job: submitit.Job[int], config: Config) -> int:
+    try:
+        status.follow(config, until=job.done)
+    except KeyboardInterrupt:
+        print("saving", file=sys.stderr)
+        while not job.done():
+            time.sleep(0.2)
+    try:
+        return max(job.results())
+    except submitit.core.utils.UncompletedJobError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,147 @@
+"""What a stage asks of the cluster: a site's profile, `slurm.*` words over it, a stage's own over both."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from hive_scale.config import DataConfig, resolve
+from hive_scale.presets import read_file
+
+PROFILES = Path(__file__).parent / "profiles"
+PREFIX = "slurm."
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Empty text leaves a thing to the cluster's own default."""
+
+    partition: str = ""
+    nodes: int = 1
+    gpus_per_node: int = 1
+    tasks_per_node: int = 0  # processes; 0: one per GPU, or one where there is none
+    cpus_per_task: int = 8  # for one process and its data workers
+    mem: str = ""  # of each node, as sbatch takes it: 200G
+    hours: float = 24.0  # of one slice: a stage that takes longer saves, queues again and goes on
+    grace: int = 120  # seconds before the end of a slice at which it is told: a step and a save must fit
+    attempts: int = 5  # starts in a row from the same step, after which a job gives up
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    interface: str = ""  # network interface of NCCL and gloo, such as ib0
+    python: str = ""  # command that runs Python in a job: "apptainer exec --nv hive.sif python"
+    setup: list[str] = field(default_factory=list)  # lines of shell before Python: module load cuda
+
+    def __post_init__(self) -> None:
+        for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("cpus_per_task", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"slurm.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.grace < self.minutes * 60:
+            raise ValueError(
+                f"slurm.grace={self.grace} seconds do not fit into slurm.hours={self.hours:g}: change one of them"
+            )
+
+    @property
+    def minutes(self) -> int:
+        return ceil(self.hours * 60)
+
+    @property
+    def tasks(self) -> int:
+        """Processes on each node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks
+
+
+def read(profile: str | None, words: Sequence[str], bases: Mapping[str, Resources]) -> dict[str, Resources]:
+    """`bases` by stage, changed by `profile` (a name in slurm/profiles, or a YAML file), then by ``slurm.*`` words.
+
+    A profile's `stages` and words like ``slurm.stages.joint.nodes=4`` are for one stage. Raises ValueError with
+    the remedy for an unknown key or stage.
+    """
+    common = read_file(_find(profile)) if profile else {}
+    special: dict[str, list[Any]] = {name: [changes] for name, changes in common.pop("stages", {}).items()}
+    plain: list[str] = []
+    for word in (word.removeprefix(PREFIX) for word in words):
+        if word.startswith("stages."):
+            name, _, rest = word.removeprefix("stages.").partition(".")
+            special.setdefault(name, []).append([rest])
+        else:
+            plain.append(word)
+    for name in special.keys() - bases.keys():
+        near = get_close_matches(name, bases, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(bases)}"
+        raise ValueError(f"slurm.stages.{name}: there is no stage '{name}': {hint}")
+    return {name: resolve(base, common, plain, *special.get(name, [])) for name, base in bases.items()}
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words for the run, and ``slurm.*`` words."""
+    return [w for w in words if not w.startswith(PREFIX)], [w for w in words if w.startswith(PREFIX)]
+
+
+def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after: str) -> dict[str, Any]:
+    """submitit's parameters of one job, named `name`, that runs `code` once job `after` (if any) has succeeded."""
+    given = {
+        key: getattr(resources, key)
+        for key in ("partition", "mem", "account", "qos", "constraint", "gpus_per_node")
+        if getattr(resources, key)
+    }
+    more: dict[str, Any] = {"requeue": True}
+    if after:
+        more |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    return given | {
+        "job_name": name,
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.tasks,
+        "cpus_per_task": resources.cpus_per_task,
+        "time": resources.minutes,
+        "signal_delay_s": resources.grace,
+        "stderr_to_stdout": True,
+        "setup": [f"export {key}={shlex.quote(value)}" for key, value in environment(resources, code, data).items()]
+        + resources.setup,
+        "teardown": REQUEUE,
+        "additional_parameters": more,
+        # a process that ends leaves the others a minute to end by themselves; Slurm since 22.05 does not hand on
+        # the job's CPUs per task by itself
+        "srun_args": ["--kill-on-bad-exit=0", "--wait=60", f"--cpus-per-task={resources.cpus_per_task}"],
+    }
+
+
+# In the job's own script, where Slurm's commands are, which a container may lack. A job that was cancelled, or that
+# Slurm has queued again already, is not RUNNING any more.
+REQUEUE = [
+    "status=$?",
+    'if [ $status = 75 ] && [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then',
+    "  scontrol requeue $SLURM_JOB_ID  # stopped and saved: back into the queue under the same id",
+    "fi",
+    "exit $status",
+]
+
+
+def environment(resources: Resources, code: Path, data: DataConfig) -> dict[str, str]:
+    """Variables that every process of a job has, all of them written into its script."""
+    threads = max(1, resources.cpus_per_task - data.workers)
+    variables = {
+        "PYTHONPATH": str(code),
+        "PYTHONSAFEPATH": "1",  # else the directory one submits from would go before the snapshot
+        "OMP_NUM_THREADS": str(threads),
+    }
+    if resources.interface:
+        variables |= {"NCCL_SOCKET_IFNAME": resources.interface, "GLOO_SOCKET_IFNAME": resources.interface}
+    return variables
+
+
+def _find(profile: str) -> Path:
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
+    if not path.is_file():
+        known = sorted(found.stem for found in PROFILES.glob("*.yaml"))
+        raise ValueError(f"--profile {profile}: no such profile: give a YAML file, or one of {', '.join(known)}")
+    return path

@@ -1,0 +1,39 @@
+"""The code as it is at submission: a job that starts next week, or again, runs what was submitted."""
+
+from __future__ import annotations
+
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("hive_scale", "slurm", "launchers")
+DS_CONFIG = "ds_config.json"
+
+
+def fingerprint(ds_config: str) -> str:
+    """Hash of the code and of the DeepSpeed JSON, if any."""
+    digest = sha256()
+    for path in sorted(path for part in PARTS for path in (ROOT / part).rglob("*") if _is_source(path)):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    if ds_config:
+        digest.update(Path(ds_config).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def take(folder: Path, ds_config: str) -> Path:
+    """Copy the code, and the DeepSpeed JSON beside it, into a folder of `folder` named by their hash."""
+    target = folder / fingerprint(ds_config)
+    if not target.exists():
+        unnamed = target.with_suffix(".tmp")
+        shutil.rmtree(unnamed, ignore_errors=True)
+        for part in PARTS:
+            shutil.copytree(ROOT / part, unnamed / part, ignore=shutil.ignore_patterns("__pycache__"))
+        if ds_config:
+            shutil.copyfile(ds_config, unnamed / DS_CONFIG)
+        unnamed.rename(target)
+    return target
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts

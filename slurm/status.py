@@ -1,0 +1,124 @@
+"""How the stages of a run stand: what their own files say, and beside it what Slurm says of their jobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from hive_scale.checkpoint.marker import is_done
+from hive_scale.config import Config
+from hive_scale.watch.log import read_metrics
+from slurm import chain, controller
+from slurm.chain import Link, Record
+from slurm.job import read_attempts
+from slurm.resources import Resources
+
+console = Console(highlight=False)
+POLL = 2.0  # seconds between looks
+
+
+def show_plan(config: Config, links: Sequence[Link], asked: Mapping[str, Resources], jobs: Mapping[str, str]) -> None:
+    """What was, or would be, submitted."""
+    table = Table("stage", "", "job", "after", "nodes x processes", "slices of")
+    for link in links:
+        resources = asked[link.stage]
+        size = f"{resources.nodes} x {resources.tasks}"
+        row = (jobs.get(link.stage, ""), link.after, size, str(timedelta(minutes=resources.minutes)))
+        table.add_row(link.stage, link.verb, *(row if link.verb != "done" else ()))
+    console.print(table)
+
+
+def show(config: Config, follow_jobs: bool) -> int:
+    """Print the table, or keep it up to date until no job is left; 0 if the run is done, else 1."""
+    if follow_jobs:
+        with suppress(KeyboardInterrupt):
+            follow(config, until=lambda: not any(job.is_active for job in chain.known_jobs(config).values()))
+    else:
+        console.print(_table(config))
+    return 0 if len(done_stages(config)) == len(config.stages) else 1
+
+
+def follow(config: Config, until: Callable[[], bool]) -> None:
+    """Show the table as it changes until `until` says so; where there is no terminal, a line for each change of state.
+
+    Raises KeyboardInterrupt.
+    """
+    states: dict[str, str] = {}
+    with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
+        while True:
+            is_last = until()  # before the last look
+            now = _states(config)
+            if console.is_terminal:
+                live.update(_table(config), refresh=True)
+            else:
+                for stage in (stage for stage in now if now[stage] != states.get(stage)):
+                    console.print(f"{datetime.now():%H:%M:%S}  {stage:<12} {now[stage]}", soft_wrap=True)
+                states = now
+            if is_last:
+                break
+            time.sleep(POLL)
+    if not console.is_terminal:
+        console.print(_table(config))
+
+
+def done_stages(config: Config) -> list[str]:
+    return [stage for stage in config.stages if is_done(config.run_dir / stage)]
+
+
+def _states(config: Config) -> dict[str, str]:
+    record = Record.read(config.run_dir) or Record()
+    jobs = chain.known_jobs(config) if controller.is_here() else {}  # else, what the files say
+    done = done_stages(config)
+    states = {}
+    for stage in config.stages:
+        job = jobs.get(stage)
+        if stage in done:
+            states[stage] = "done"
+        elif job and job.state:
+            states[stage] = f"{job.state.lower()} {job.reason}"
+        else:
+            states[stage] = "submitted" if stage in record.jobs else "-"
+    return states
+
+
+def _table(config: Config) -> Table:
+    table = Table("stage", "state", "step", "loss", "samples/s", "time left", "starts", "goodput")
+    steps = (Record.read(config.run_dir) or Record()).steps
+    attempts = read_attempts(config.run_dir)
+    for stage, state in _states(config).items():
+        lines = read_metrics(config.run_dir / stage / "metrics.jsonl")
+        mine = [attempt for attempt in attempts if attempt["stage"] == stage]
+        starts = sum(attempt["event"] == "begin" for attempt in mine)
+        row = _progress(lines, steps.get(stage, 0), config.stages[stage].global_batch)
+        table.add_row(stage, state, *row, str(starts or ""), goodput(lines, mine))
+    return table
+
+
+def _progress(lines: Sequence[Mapping[str, Any]], num_steps: int, global_batch: int) -> tuple[str, str, str, str]:
+    if not lines:
+        return f"0/{num_steps}", "", "", ""
+    step, pace = lines[-1]["step"], median(line["seconds"] for line in lines[-20:])
+    left = timedelta(seconds=round((num_steps - step) * pace))
+    return f"{step}/{num_steps}", f"{lines[-1]['loss']:.4f}", f"{global_batch / pace:.0f}", str(left)
+
+
+def goodput(lines: Sequence[Mapping[str, Any]], attempts: Sequence[Mapping[str, Any]]) -> str:
+    """Share of the time that a stage's jobs held their nodes in which they made steps that were kept."""
+    held, begun = 0.0, None
+    for attempt in attempts:
+        now = datetime.fromisoformat(attempt["time"])
+        if attempt["event"] == "begin":
+            begun = now
+        elif begun is not None:
+            held, begun = held + (now - begun).total_seconds(), None
+    if begun is not None:
+        held += (datetime.now().astimezone() - begun).total_seconds()
+    return f"{min(1.0, sum(line['seconds'] for line in lines) / held):.0%}" if held else ""

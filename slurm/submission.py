@@ -1,0 +1,99 @@
+"""From a run to its jobs: check everything, take the code as it is, write each stage's script, submit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import submitit
+
+from hive_scale import config as configs
+from hive_scale.config import Config
+from slurm import chain, controller, local, snapshot, status
+from slurm.chain import Link, Record
+from slurm.job import StageJob
+from slurm.resources import Resources, sbatch
+
+Asked = Mapping[str, Resources]  # by stage
+
+
+def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) -> int:
+    """Submit what is left of the run, or with `dry_run` show what would be. Returns an exit code.
+
+    Raises ValueError for what the user must change, SlurmError if Slurm refuses or is silent.
+    """
+    if cluster == "slurm" and not dry_run and not controller.is_here("sbatch"):
+        raise ValueError("there is no sbatch here: log in to the cluster, or give --cluster local, or --dry_run")
+    steps = validate(config, asked)
+    if cluster != "slurm" and not dry_run:
+        return local.run(config, asked, cluster, steps)
+    done = status.done_stages(config)
+    if dry_run:
+        links = chain.decide(list(config.stages), done, chain.known_jobs(config) if controller.is_here() else {})
+        status.show_plan(config, links, asked, {})
+        show_scripts(config, links, asked)
+        return 0
+    with chain.submitting(config.run_dir) as folder:
+        links = chain.decide(list(config.stages), done, chain.known_jobs(config))
+        controller.cancel([link.replaces for link in reversed(links) if link.replaces])
+        code = snapshot.take(folder / "code", config.engine.ds_config)
+        record = chain.recorded(config, asked, "slurm", steps)
+        for link in links:
+            if link.verb == "submit":
+                record.jobs[link.stage] = _submit(config, link, asked[link.stage], code, record)
+                record.write(config.run_dir)  # each at once: the next may be refused
+    status.show_plan(config, links, asked, record.jobs)
+    print(f"watch, read, stop, go on: python slurm/submit_pipeline.py status|logs|cancel|resume {config.run_dir}")
+    return 0
+
+
+def validate(config: Config, asked: Asked) -> dict[str, int]:
+    """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
+    from hive_scale.train import check, open_data
+
+    saved = config.run_dir / "config.yaml"
+    if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
+        raise ValueError(f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR")
+    data = open_data(config)
+    for name, stage in config.stages.items():
+        check(replace(config, stages={name: stage}), data, asked[name].world_size)
+    return {name: stage.num_steps(data.train.num_samples) for name, stage in config.stages.items()}
+
+
+def show_scripts(config: Config, links: Sequence[Link], asked: Asked) -> None:
+    code = config.run_dir / "slurm" / "code" / snapshot.fingerprint(config.engine.ds_config)
+    for link in links:
+        if link.verb == "submit":
+            executor = _executor(config, link.stage, asked[link.stage], code, link.after and f"JOB_OF_{link.after}")
+            print(f"\n# ---- {link.stage}\n{executor.script()}")
+
+
+class Executor(submitit.SlurmExecutor):
+    """submitit's, which writes scripts without a Slurm in reach, too."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2
+
+    def script(self) -> str:
+        return str(self._make_submission_file_text(self._submitit_command_str, ""))
+
+
+def _submit(config: Config, link: Link, resources: Resources, code: Path, record: Record) -> str:
+    """Submit one stage's job; its id."""
+    if config.engine.ds_config:  # the snapshot's copy
+        config = replace(config, engine=replace(config.engine, ds_config=str(code.absolute() / snapshot.DS_CONFIG)))
+    executor = _executor(config, link.stage, resources, code, record.jobs[link.after] if link.after else "")
+    try:
+        return str(executor.submit(StageJob(config, link.stage, resources.attempts)).job_id)
+    except submitit.core.utils.FailedJobError as error:
+        raise controller.SlurmError(f"{link.stage}: {str(error).strip().splitlines()[-1]}") from error
+
+
+def _executor(config: Config, stage: str, resources: Resources, code: Path, after: str) -> Executor:
+    # an end by time limit is no failure here, so submitit must not count them
+    executor = Executor((config.run_dir / "slurm" / "logs").absolute(), 10**6, python=resources.python or None)
+    name = chain.job_name(config, stage)
+    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data, after))
+    return executor

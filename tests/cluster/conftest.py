@@ -1,0 +1,60 @@
+"""One real Slurm for all tests here. Where none can be had they say why and are skipped; in CI that is a failure."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("cluster.sh")
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Path]:
+    """The cluster's directory; its commands answer while the fixture lasts."""
+    if reason := why_not():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm here: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    env = os.environ | {"SLURM_TEST_PORT": str(free_ports())}
+    # what the daemons inherit must not be a pipe that somebody reads to its end
+    with (folder / "start.txt").open("w") as out:
+        started = subprocess.run(["bash", SCRIPT, "start", folder], env=env, stdout=out, stderr=out, check=False)
+    try:
+        if started.returncode:
+            pytest.fail(f"no Slurm here: {(folder / 'start.txt').read_text()}")
+        os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
+        yield folder
+    finally:
+        subprocess.run(["bash", SCRIPT, "stop", folder], check=False)
+        os.environ.pop("SLURM_CONF", None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def why_not() -> str:
+    if os.geteuid() != 0:
+        return "only root may start its daemons"
+    if not shutil.which("apt-get"):
+        return "its packages are Debian's"
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode:
+        return "this container may not unshare host names (it needs CAP_SYS_ADMIN)"
+    return ""
+
+
+def free_ports() -> int:
+    """The first of 20 ports in a row that nobody uses, beyond those of training runs and short of ephemeral ones."""
+    for first in range(30000, 32740, 20):
+        try:
+            for port in range(first, first + 20):
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("", port))
+        except OSError:
+            continue
+        return first
+    raise RuntimeError("no 20 free ports in a row")

@@ -1,0 +1,155 @@
+"""The chain without a Slurm: what is submitted, kept or skipped, the scripts as written, and the same run as local
+processes. tests/cluster has the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hive_scale.checkpoint.marker import is_done
+from hive_scale.config import DataConfig
+from slurm.chain import Link, decide
+from slurm.controller import NEVER, Job
+from slurm.resources import PROFILES, Resources, environment, read
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["projector", "language", "joint"]
+BRIEF = ["evidence=false", "eval_interval=0", *(f"stages.{stage}.steps=2" for stage in STAGES)]
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    """submit_pipeline.py on a machine without Slurm's commands."""
+    env = os.environ | {"PATH": str(Path(sys.executable).parent), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    line = [sys.executable, "slurm/submit_pipeline.py", *words]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def job(state: str, reason: str = "") -> Job:
+    return Job("7", state, reason)
+
+
+def test_what_is_done_is_skipped_and_the_rest_is_chained() -> None:
+    assert decide(STAGES, ["projector"], {}) == [
+        Link("projector", "done"),
+        Link("language", "submit"),
+        Link("joint", "submit", "language"),
+    ]
+
+
+def test_what_runs_or_waits_is_kept() -> None:
+    jobs = {"projector": job("RUNNING"), "language": job("PENDING", "Dependency"), "joint": job("PENDING")}
+    assert [link.verb for link in decide(STAGES, [], jobs)] == ["kept"] * 3
+    # a requeued one waits under its own id
+    jobs["projector"] = job("PENDING", "BeginTime")
+    assert [link.verb for link in decide(STAGES, [], jobs)] == ["kept"] * 3
+    # one that was forgotten by all is submitted behind the others
+    jobs["joint"] = job("")
+    assert decide(STAGES, [], jobs)[2] == Link("joint", "submit", "language")
+
+
+def test_a_failed_stage_is_started_again_and_what_waited_for_it_is_replaced() -> None:
+    jobs = {"projector": job("FAILED"), "language": job("PENDING", NEVER), "joint": job("PENDING", "Dependency")}
+    assert decide(STAGES, [], jobs) == [
+        Link("projector", "submit"),
+        Link("language", "submit", "projector", "7"),
+        Link("joint", "submit", "language", "7"),
+    ]
+
+
+def test_how_a_job_ended_counts_for_nothing_without_its_weights() -> None:
+    jobs = dict.fromkeys(STAGES, job("COMPLETED"))
+    assert [link.verb for link in decide(STAGES, [], jobs)] == ["submit"] * 3
+    assert [link.verb for link in decide(STAGES, STAGES, dict.fromkeys(STAGES, job("RUNNING")))] == ["done"] * 3
+
+
+def test_words_go_over_the_profile_and_a_stage_s_own_over_both() -> None:
+    words = ["slurm.hours=6", "slurm.stages.joint.hours=12", "slurm.stages.joint.setup=[module load x]"]
+    found = read("preemptible", words, dict.fromkeys(STAGES, Resources()))
+    assert [(r.nodes, r.hours) for r in found.values()] == [(1, 2), (2, 6), (2, 12)]
+    assert found["joint"].setup == ["module load x"]
+    assert found["language"].world_size == 16
+
+
+@pytest.mark.parametrize("profile", sorted(path.stem for path in PROFILES.glob("*.yaml")))
+def test_every_profile_reads(profile: str) -> None:
+    assert set(read(profile, [], dict.fromkeys(STAGES, Resources()))) == set(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["slurm.nodez=2"], "nodez"),
+        (["slurm.stages.jont.nodes=2"], "did you mean joint"),
+        (["slurm.hours=0.01", "slurm.grace=120"], "slurm.grace=120 seconds do not fit into slurm.hours=0.01"),
+        (["slurm.nodes=0"], "slurm.nodes=0 must be at least 1"),
+    ],
+)
+def test_bad_resources_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(None, words, dict.fromkeys(STAGES, Resources()))
+
+
+def test_threads_leave_room_for_data_workers() -> None:
+    assert environment(Resources(cpus_per_task=12), ROOT, DataConfig(workers=4))["OMP_NUM_THREADS"] == "8"
+    assert environment(Resources(cpus_per_task=2), ROOT, DataConfig(workers=4))["OMP_NUM_THREADS"] == "1"
+    assert environment(Resources(interface="ib0"), ROOT, DataConfig())["NCCL_SOCKET_IFNAME"] == "ib0"
+
+
+def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
+    words = ["--preset", "debug", "--dry_run", "--profile", "preemptible", "slurm.account=vision"]
+    shown = command(*words, f"output={tmp_path / 'run'}", "--ds_config", "ds_configs/zero2.json")
+    assert shown.returncode == 0, shown.stderr
+    first, *rest = shown.stdout.split("# ---- ")[1:]
+    assert "--nodes=1" in first
+    assert "afterok" not in first
+    for script, before in zip(rest, STAGES, strict=False):
+        assert f"#SBATCH --dependency=afterok:JOB_OF_{before}" in script
+        assert "#SBATCH --kill-on-invalid-dep=yes" in script
+        for line in ("--nodes=2", "--ntasks-per-node=8", "--signal=USR2@180", "--requeue", "--account=vision"):
+            assert f"#SBATCH {line}\n" in script
+        assert "export NCCL_SOCKET_IFNAME=ib0" in script
+        assert "module load cuda" in script
+    assert not (tmp_path / "run").exists()
+    subprocess.run(["bash", "-n"], input=rest[0].split("\n", 1)[1], text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
+        (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
+        (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
+        ([], "there is no sbatch here"),
+        (["status", "/nowhere"], "/nowhere was not submitted from here"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    shown = command(*words, *([] if "status" in words else [f"output={tmp_path / 'run'}"]))
+    assert shown.returncode == 2, shown.stdout
+    assert shown.stderr.count("\n") == 1, shown.stderr
+    assert message in shown.stderr
+
+
+def test_the_same_chain_as_local_processes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--preset", "debug", "--cluster", "local", *BRIEF, f"output={run}"]
+    shown = command(*words, "slurm.gpus_per_node=2", "slurm.cpus_per_task=1")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert all(is_done(run / stage) for stage in STAGES)
+    attempts = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["event"]) for line in attempts] == [
+        (stage, event) for stage in STAGES for event in ("begin", "end")
+    ]
+    assert "done" in command("status", str(run)).stdout
+
+
+def test_the_same_chain_in_one_process(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shown = command("--preset", "debug", "--cluster", "debug", *BRIEF, f"output={run}")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert all(is_done(run / stage) for stage in STAGES)
