@@ -90,7 +90,7 @@ GresTypes=gpu
 # fast decisions
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
-KillWait=5
+KillWait=20
 MinJobAge=600
 SlurmdTimeout=20
 # partition gpu takes from scavenge: TERM and USR2 at once, KILL after GraceTime
@@ -106,7 +106,7 @@ $(for ((i = 1; i <= NODES; i++)); do
     echo "NodeName=n$i NodeAddr=127.0.0.$((10 + i)) Port=$((PORT + 10 + i)) CPUs=$CPUS RealMemory=4096 Gres=gpu:$GPUS"
   done)
 PartitionName=gpu Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF MaxTime=1-0 State=UP
-PartitionName=scavenge Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=30 MaxTime=1-0 State=UP
+PartitionName=scavenge Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60 MaxTime=1-0 State=UP
 CONF
   echo "export SLURM_CONF=$SLURM_CONF" >"$DIR/env"
 }

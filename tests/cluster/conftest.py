@@ -11,6 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tars
+from chains import recipe
+
+from hive_scale.config import Config
+from hive_scale.distributed import session
+from hive_scale.train import run_pipeline
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 
@@ -58,3 +64,20 @@ def free_ports() -> int:
             continue
         return first
     raise RuntimeError("no 20 free ports in a row")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    tars.write_set(folder / "train", [40, 40])
+    tars.write_set(folder / "heldout", [8])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, pairs: Path) -> Config:
+    """The same recipe, trained by one process and never disturbed."""
+    config = recipe(tmp_path_factory.mktemp("reference"), pairs)
+    with session() as world:
+        run_pipeline(config, world)
+    return config

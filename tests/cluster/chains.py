@@ -1,0 +1,162 @@
+"""A run on a cluster as a user has it, by the command; and the same recipe to compare it with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from hive_scale import config as configs
+from hive_scale import presets
+from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.config import Config, PartConfig
+from hive_scale.watch.log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = {"projector": 24, "language": 24, "joint": 60}  # optimizer steps
+SAVING = "saving after this step"  # what a process says to the first signal
+# Steps wait from the number on that a file says: what disturbs them meets them there, however slow the machine is
+HOLD = """
+import json, os, time
+from pathlib import Path
+dumps, hold = json.dumps, Path(os.environ["HOLD"])
+def limit():
+    try:
+        return int(hold.read_text())
+    except OSError:
+        return 10**9
+def held(what, *args, **kwargs):
+    if isinstance(what, dict) and "grad_norm" in what:  # a line of metrics.jsonl
+        while what["step"] >= limit():
+            time.sleep(0.05)
+    return dumps(what, *args, **kwargs)
+json.dumps = held
+"""
+
+
+def recipe(output: Path, pairs: Path) -> Config:
+    """The debug recipe with a tiny model on a few small pairs."""
+    train, heldout = (str(pairs / kind / "*.tar") for kind in ("train", "heldout"))
+    run = presets.load("debug", None, [f"output={output}", "name=hive", "evidence=false", "eval_interval=0"])
+    llm = tiny.language(vocab_size=259, hidden_size=32)
+    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=llm))
+    stages = {
+        name: replace(run.stages[name], steps=steps, global_batch=8, micro_batch=4) for name, steps in STAGES.items()
+    }
+    return replace(
+        run, model=model, stages=stages, save_interval=5, data=replace(run.data, train=[train], heldout=[heldout])
+    )
+
+
+class Chain:
+    """A run on the cluster, as a user has it: by the command."""
+
+    def __init__(self, folder: Path, pairs: Path, *words: str) -> None:
+        self.config = recipe(folder / "run", pairs)
+        self.run = self.config.run_dir
+        file = folder / "recipe.yaml"
+        configs.save(self.config, file)
+        self.begin = ["--config", str(file), *words]
+        (folder / "hold").mkdir()
+        (folder / "hold" / "sitecustomize.py").write_text(HOLD)
+        self.folder = folder
+        for stage in STAGES:
+            exports = f"export PYTHONPATH=$PYTHONPATH:{folder / 'hold'} HOLD={self.hold_file(stage)}"
+            self.begin.append(f"slurm.stages.{stage}.setup=['{exports}']")
+        self.begin += ["slurm.nodes=2", "slurm.gpus_per_node=1", "slurm.cpus_per_task=1", "slurm.mem=1G"]
+
+    def hold_file(self, stage: str) -> Path:
+        return self.folder / "hold" / stage
+
+    def hold(self, stage: str, step: int) -> None:
+        """From now on `stage` waits after `step` until the hold is moved on or let go."""
+        unnamed = self.hold_file(f"{stage}.tmp")
+        unnamed.write_text(str(step))
+        unnamed.rename(self.hold_file(stage))
+
+    def let_go(self, stage: str) -> None:
+        self.hold_file(stage).unlink()
+
+    def told(self, stage: str, what: str) -> int:
+        """How often the first process of the stage's job has said `what`."""
+        log = self.run / "slurm" / "logs" / f"{self.job(stage)}_0_log.out"
+        return log.read_text().count(what) if log.exists() else 0
+
+    def submit(self, *words: str) -> str:
+        return pipeline(*self.begin, *words)
+
+    def job(self, stage: str) -> str:
+        return str(json.loads((self.run / "slurm" / "chain.json").read_text())["jobs"][stage])
+
+    def lines(self, stage: str) -> list[dict[str, Any]]:
+        return read_metrics(self.run / stage / "metrics.jsonl")
+
+    def step(self, stage: str) -> int:
+        lines = self.lines(stage)
+        return int(lines[-1]["step"]) if lines else 0
+
+    def attempts(self, stage: str, event: str) -> list[dict[str, Any]]:
+        path = self.run / "slurm" / "attempts.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["stage"] == stage and line["event"] == event]
+
+    def state(self, stage: str) -> str:
+        return call("squeue", "-h", "-t", "all", "-j", self.job(stage), "-o", "%T").strip()
+
+    def until_step(self, stage: str, step: int) -> None:
+        """Wait until a job is at `step` of `stage`: it made the one before, and is held in this one."""
+        self.until(lambda: self.step(stage) >= step - 1, f"step {step} of {stage}")
+
+    def until_done(self) -> None:
+        def over() -> bool:
+            states = [self.state(stage) for stage in STAGES]
+            assert not {"FAILED", "CANCELLED", "TIMEOUT"} & set(states), states
+            return all(state == "COMPLETED" for state in states)
+
+        self.until(over, "the end")
+
+    def until(self, happened: Callable[[], bool], what: str, seconds: float = 240) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            if time.monotonic() > end:
+                logs = "\n".join(path.read_text()[-3000:] for path in sorted(self.run.glob("slurm/logs/*.out")))
+                pytest.fail(f"waited in vain for {what}\n{call('squeue', '-t', 'all')}\n{logs}")
+            time.sleep(0.2)
+
+
+def call(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def pipeline(*words: str) -> str:
+    """What submit_pipeline.py prints."""
+    done = subprocess.run(
+        [sys.executable, "slurm/submit_pipeline.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def same_end(ours: Config, theirs: Config, stages: Sequence[str] = tuple(STAGES)) -> None:
+    """The same losses, step by step, and the same weights up to what float32 loses in another order of adding."""
+    for stage in stages:
+        one, other = (read_metrics(config.run_dir / stage / "metrics.jsonl") for config in (ours, theirs))
+        assert [line["step"] for line in one] == list(range(1, STAGES[stage] + 1)), stage
+        torch.testing.assert_close(
+            torch.tensor([line["loss"] for line in one]),
+            torch.tensor([line["loss"] for line in other]),
+            rtol=1e-3,
+            atol=0.0,
+        )
+    weights, expected = (read_weights(config.run_dir / stages[-1] / "weights.safetensors") for config in (ours, theirs))
+    for name in expected:
+        torch.testing.assert_close(weights[name], expected[name], rtol=1e-2, atol=1e-3, msg=name)
