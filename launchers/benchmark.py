@@ -17,9 +17,11 @@ examples:
   python launchers/benchmark.py engines --cases fsdp zero2 --ranks 4 --markdown
   python launchers/benchmark.py loss                        head and cross-entropy: time and peak memory
   python launchers/benchmark.py loss --rows 4096 --vocabularies 128256 --dtypes bf16
+  python launchers/benchmark.py data                        our loader and others': per sample, resumed, other ranks
+  python launchers/benchmark.py padding                     what dealing by length saves
 """
 # a module of launchers/benchmarks each, with HELP, configure(parser) and run(arguments); it imports torch late
-BENCHMARKS = ("engines", "checkpoint", "loss")
+BENCHMARKS = ("engines", "checkpoint", "loss", "data", "padding")
 
 
 def main() -> int:

@@ -41,3 +41,21 @@ def test_every_saver_brings_its_own_state_back(case: str) -> None:
     names = {"zero2": ["DeepSpeed save_checkpoint"], "fsdp": ["dcp.save", "dcp.async_save", "Accelerate save_state"]}
     assert [name for _, name, *_ in rows] == ["ours", *names[case]]
     assert float(rows[0][-1]) > 0  # another number of ranks
+
+
+def test_every_loader_that_is_installed_is_measured_and_ours_loses_nothing() -> None:
+    lines = printed("data").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    raw = {row[1] for row in rows if row[0] == "raw"}
+    assert {"ours", "webdataset", "ImageFolder"} <= raw
+    decoded = [row for row in rows if row[0] == "decoded" and row[2] == "1"]
+    assert {row[1] for row in decoded} == raw | {"bare decode loop"}
+    assert all(float(row[5]) > 0 for row in decoded)
+    [ours] = [row for row in rows if row[0] == "ours"]
+    assert ours[-2:] == ["0", "0"], "lost and repeated samples after a change of ranks"
+
+
+def test_dealing_by_length_pads_less() -> None:
+    rows = [line.strip("| ").split(" | ") for line in printed("padding").splitlines() if line.startswith("| 4 ")]
+    shares = {way: float(padding.rstrip("%")) for _, way, padding, *_ in rows}
+    assert shares["by length"] < shares["as they come"]

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
 }
 DOORS: dict[str, set[str]] = {
     "deepspeed": {"hive_scale/engine/zero.py", "hive_scale/engine/ds_json.py"},
-    "webdataset": {"hive_scale/data/"},
+    "webdataset": {"hive_scale/data/", "launchers/benchmarks/"},
     "wandb": {"hive_scale/watch/log.py"},
     "omegaconf": {"hive_scale/config.py", "hive_scale/presets.py"},
     "submitit": {"slurm/"},
