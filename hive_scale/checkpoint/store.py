@@ -11,7 +11,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from math import inf, isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from hive_scale.checkpoint.files import Damaged, sync_directory
 from hive_scale.checkpoint.ranges import Shape, by_parameter, difference, key_of, owned, shapes_of
+from hive_scale.checkpoint.retention import Retention
 from hive_scale.checkpoint.snapshot import Snapshot, audit, directory_name, step_of, steps_in, write_manifest
 from hive_scale.checkpoint.staging import Staging
 from hive_scale.config import KeepConfig
@@ -38,7 +38,7 @@ class Store:
 
     def __init__(self, directory: Path, world: World, keep: KeepConfig = LAST_TWO, max_failures: int = 3) -> None:
         """Of written checkpoints those stay that `keep` says; the `max_failures`-th failed write in a row is fatal."""
-        self.directory, self.world, self.keep, self.max_failures = directory, world, keep, max_failures
+        self.directory, self.world, self.max_failures = directory, world, max_failures
         # the writer thread talks on a group of its own: it must never meet a collective of the training
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -46,8 +46,7 @@ class Store:
         self._failures = 0
         self._newest: Path | None = None
         self._sound: set[Path] = set()  # written or verified here
-        self._refused: set[Path] = set()  # found damaged
-        self._losses: dict[Path, float] = {}  # held-out ones
+        self._retention = Retention(directory, keep)
         self._staging: Staging | None = None
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], wait: bool = False) -> None:
@@ -138,7 +137,7 @@ class Store:
         """Why `path` cannot be trusted, or ""; the ranks share the reading."""
         reason = next(filter(None, self._gather(audit(path, self.world.rank, self.world.size))), "")
         if reason:
-            self._refused.add(path)
+            self._retention.refused(path)
         return reason
 
     def _listing(self) -> list[Path]:
@@ -182,29 +181,7 @@ class Store:
             shutil.rmtree(final)
         partial.rename(final)
         sync_directory(self.directory)
-        self._refused.discard(final)
-        self._losses[final] = _loss_of(state)
-        self._prune(step_of(final))
-
-    def _prune(self, step: int) -> None:
-        """Delete what `keep` does not name up to `step`, which has just been written; damaged ones do not count."""
-        reached = [path for path in steps_in(self.directory) if step_of(path) <= step]
-        sound = [path for path in reached if path not in self._refused]
-        kept = sound[-self.keep.last :] + [p for p in sound if self.keep.every and step_of(p) % self.keep.every == 0]
-        if self.keep.best and (rated := [path for path in sound if isfinite(self._loss(path))]):
-            kept.append(min(rated, key=self._loss))
-        for path in reached:
-            if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted now is tried again next time
-
-    def _loss(self, path: Path) -> float:
-        """The held-out loss that a checkpoint was saved with, or infinity."""
-        if path not in self._losses:
-            try:
-                self._losses[path] = _loss_of(Snapshot(path).state)
-            except Damaged:
-                return inf
-        return self._losses[path]
+        self._retention.saved(final, state)
 
     # --------------------------------------------------------------- among the ranks
 
@@ -232,11 +209,6 @@ class Store:
     def _log(self, level: int, message: str, *values: object) -> None:
         if self.world.is_main:
             log.log(level, message, *values)
-
-
-def _loss_of(state: dict[str, Any]) -> float:
-    loss = state.get("eval_loss")
-    return inf if loss is None else float(loss)
 
 
 def _read(snapshot: Snapshot, fragments: Iterable[Fragment]) -> None:
