@@ -7,7 +7,7 @@ import json
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.runs import Run
 from hive_scale.config import Config, PartConfig
-from hive_scale.watch.log import read_metrics
+from hive_scale.watch.metrics import read_metrics
 
 TASKS = {
     "encoder": "image-feature-extraction",

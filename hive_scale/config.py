@@ -6,6 +6,7 @@ config is written beside the run and reloads to the same run. This module import
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
 TextMode = Literal["caption", "conversation"]
+Wandb = Literal["online", "offline", "off"]
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,31 @@ class KeepConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What is drawn besides `metrics.jsonl`, and from it."""
+
+    wandb: Wandb = "offline"  # the variable WANDB_MODE, where set, is the last word
+    tensorboard: bool = False  # event files under <output>/tensorboard
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: str = ""  # of each stage, such as 10:13 for steps 10, 11 and 12
+
+    def __post_init__(self) -> None:
+        self.window()
+
+    def window(self) -> tuple[int, int]:
+        """First step and the one after the last; (0, 0) for none."""
+        if not self.steps:
+            return 0, 0
+        first, _, end = self.steps.partition(":")
+        if not (first.isdecimal() and end.isdecimal() and 0 < int(first) < int(end)):
+            raise ValueError(f"profile.steps={self.steps} is not FIRST:END, such as '10:13' for steps 10, 11 and 12")
+        return int(first), int(end)
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     output: str = "runs/{name}"
@@ -203,6 +230,8 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
     save_interval: int = 500  # steps between checkpoints
     keep: KeepConfig = field(default_factory=KeepConfig)
@@ -215,6 +244,7 @@ class Config:
 
 
 T = TypeVar("T")  # Config, or another dataclass of settings
+SPAN = re.compile(r"=(\d+:\d+)$")  # YAML would take 10:13 for 613, as minutes and seconds
 
 
 def resolve(base: T, *layers: Any) -> T:
@@ -262,7 +292,7 @@ def holds_weights_alone(path: str) -> bool:
 
 # What may change between two parts of one run: the hardware's side, and how often one looks.
 FREE = (
-    *("output", "engine.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
+    *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
     *("keep.*", "max_failed_saves", "data.workers", "data.cache_gb", "data.max_bad_samples"),
 )
 
@@ -302,7 +332,7 @@ def _read(layer: Any) -> DictConfig | ListConfig:
         for word in layer:
             if "=" not in word:
                 raise ValueError(f"config: '{word}' is not key=value")
-        return OmegaConf.from_dotlist(list(layer))
+        return OmegaConf.from_dotlist([SPAN.sub(r"='\1'", word) for word in layer])
     return cast(DictConfig, OmegaConf.create(layer))
 
 

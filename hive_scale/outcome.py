@@ -17,7 +17,8 @@ from hive_scale.evaluate.captions import generate, matched_share
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.train import Data, open_data
-from hive_scale.watch.log import console, read_metrics
+from hive_scale.watch.metrics import read_metrics
+from hive_scale.watch.terminal import console
 
 PAIRS = 512  # held-out pairs that are looked at, at most
 BATCH = 32

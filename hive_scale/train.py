@@ -28,8 +28,10 @@ from hive_scale.model.export import export_encoder
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
+from hive_scale.watch.gauge import gauge
 from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
+from hive_scale.watch.profiler import profiling
 
 logger = logging.getLogger(__name__)
 
@@ -107,10 +109,11 @@ def _run_stage(
         start=step * stage.global_batch,
         world=world,
     )
-    log = StageLog(stage_dir / "metrics.jsonl", name, num_steps, step, world.is_main, tokens)
-    with log:
-        log.say(memory.report(engine))
+    profiled = profiling(config.profile, stage_dir / "profile", model.blocks(), world)
+    with StageLog(stage_dir, num_steps, step, tokens, config.log, world) as log, profiled as begin:
+        log.say(memory.report(engine), keep="memory.txt")
         while step < num_steps:
+            begin(step + 1)
             factor = lr_factor(step, num_steps, stage.warmup, stage.min_lr)
             began = perf_counter()
             micro_batches = next(batches)
@@ -130,6 +133,7 @@ def _run_stage(
             }
             if step == num_steps or (config.eval_interval and step % config.eval_interval == 0):
                 metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)
+                metrics |= gauge(model, engine.fragments(), step, stage.betas[1], world)
             log.step(step, step * stage.global_batch, metrics)
             if stop or step == num_steps or step % config.save_interval == 0:
                 state = {"step": step, "samples": step * stage.global_batch, "tokens": log.tokens, **known}

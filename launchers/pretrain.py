@@ -37,21 +37,22 @@ def main() -> int:
         if arguments.print_config:
             print(config.to_yaml(resolved), end="")
             return 0
-        return _train(resolved, arguments.overwrite)
+        return _train(resolved, arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _train(config: Config, overwrite: bool) -> int:
+def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.distributed import session
     from hive_scale.outcome import blank_twin, show
     from hive_scale.train import Stopped, run_pipeline
-    from hive_scale.watch.log import console
+    from hive_scale.watch.noise import hushed
+    from hive_scale.watch.terminal import console
 
-    with session() as world:
+    with session() as world, hushed(config.run_dir / "logs", world, arguments.log_level, arguments.quiet):
         try:
-            run_pipeline(config, world, overwrite)
+            run_pipeline(config, world, arguments.overwrite)
             if config.evidence:
                 run_pipeline(blank_twin(config), world)
             if world.is_main:
@@ -72,6 +73,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--overwrite", action="store_true", help="delete what the run directory holds and start over")
+    parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
+    levels = ("debug", "info", "warning", "error")
+    parser.add_argument("--log_level", choices=levels, default="warning", help="of what libraries say (warning)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, such as output=DIR")
     return parser.parse_args()

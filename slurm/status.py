@@ -15,7 +15,7 @@ from rich.table import Table
 
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
-from hive_scale.watch.log import read_metrics
+from hive_scale.watch.metrics import read_metrics
 from slurm import chain, controller
 from slurm.chain import Link, Record
 from slurm.job import read_attempts

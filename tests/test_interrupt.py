@@ -19,7 +19,8 @@ from hive_scale.distributed import World
 from hive_scale.train import Stopped, run_pipeline
 from hive_scale.watch import interrupt as interrupts
 from hive_scale.watch.interrupt import SIGNALS, STOP, listening
-from hive_scale.watch.log import StageLog, read_metrics
+from hive_scale.watch.log import StageLog
+from hive_scale.watch.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))

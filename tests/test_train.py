@@ -30,7 +30,9 @@ from hive_scale.distributed import World, session
 from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.randomness import seed_step
 from hive_scale.train import WEIGHTS, Stopped, is_done, open_data, run_pipeline
-from hive_scale.watch.log import StageLog, console, read_metrics
+from hive_scale.watch.log import StageLog
+from hive_scale.watch.metrics import read_metrics
+from hive_scale.watch.terminal import console
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM = tiny.language(vocab_size=259, hidden_size=32)

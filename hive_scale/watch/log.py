@@ -1,8 +1,9 @@
-"""What a person sees of a run, and what remains of it: a progress bar, and one JSON line per step."""
+"""What a person sees of a stage, and what remains of it: `metrics.jsonl`, and what is drawn from that."""
 
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -12,94 +13,90 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from hive_scale.config import LogConfig
+from hive_scale.distributed import World
+from hive_scale.watch.metrics import SCHEMA, read_metrics, rewrite
+from hive_scale.watch.mirror import open_mirrors
+from hive_scale.watch.noise import tell_others
+from hive_scale.watch.terminal import StageView, console
 
-console = Console(stderr=False, highlight=False)
+logger = logging.getLogger(__name__)
 
 
 class StageLog(AbstractContextManager["StageLog"]):
-    """`<stage>/metrics.jsonl` and the bar of one stage. Only the main process has one that does anything.
+    """`<stage>/metrics.jsonl` and all that is drawn from it. Only the main process has one that does anything.
 
-    A resumed stage goes on after the step and the number of target tokens it resumed from: later lines, and one
-    cut in its middle, are dropped.
+    A resumed stage goes on after the step and the number of target tokens it resumed from: later lines, and one cut
+    off, are dropped.
     """
 
     def __init__(
-        self, path: Path, title: str, num_steps: int, done_steps: int, active: bool, done_tokens: int = 0
+        self, stage_dir: Path, num_steps: int, done_steps: int, done_tokens: int, config: LogConfig, world: World
     ) -> None:
-        self.active, self.tokens = active, done_tokens
-        if not active:
+        self.active, self.tokens = world.is_main, done_tokens
+        if not self.active:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= done_steps]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
+        self._dir = stage_dir
+        self._path = stage_dir / "metrics.jsonl"
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        before = read_metrics(self._path)
+        kept = [line for line in before if line["step"] <= done_steps]
+        rewrite(self._path, kept)
+        self._restarts = before[-1].get("restarts", 0) + 1 if before else 0
+        self._samples = int(kept[-1]["samples"]) if kept else 0
+        self._view = StageView(stage_dir.name, num_steps, done_steps)
+        self._mirrors = open_mirrors(config, stage_dir.parent, stage_dir.name, done_steps)
+        self._file = self._path.open("a")
         self._now = time.perf_counter()
-        self._title, self._num_steps = title, num_steps
-        self._spoken = self._now
-        self._bar = Progress(
-            TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[now]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task(title, total=num_steps, completed=done_steps, now="")
 
     def __enter__(self) -> StageLog:
         if self.active:
-            self._bar.start()
+            tell_others()  # a stage's beginning is where most has been warned of
+            self._view.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self.active:
-            self._bar.stop()
+            self._view.stop()
             self._file.close()
+            self._warn([mirror.close() for mirror in self._mirrors])
+            tell_others()
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, keep: str = "") -> None:
+        """Print `text`; and keep it beside the metrics in a file called `keep`."""
         if self.active:
             console.print(text, soft_wrap=True, markup=False)
+            if keep:
+                (self._dir / keep).write_text(text + "\n")
 
     def step(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Record optimizer step `step` (1-based), after which the stage has consumed `samples` in all."""
         if not self.active:
             return
         now = time.perf_counter()
-        seconds, self._now = now - self._now, now
+        seconds, self._now = max(1e-6, now - self._now), now
         tokens = metrics["num_tokens"]
+        fresh, self._samples = samples - self._samples, samples
         self.tokens += tokens
-        rest = {key: value for key, value in metrics.items() if key != "num_tokens"}
-        line = {"step": step, "samples": samples, "tokens": self.tokens, **rest, "seconds": round(seconds, 4)}
+        line = {
+            "schema": SCHEMA,
+            "step": step,
+            "samples": samples,
+            "tokens": self.tokens,
+            **{key: value for key, value in metrics.items() if key != "num_tokens"},
+            "seconds": round(seconds, 6),
+            "memory_gb": round(peak_memory_gb(), 4),
+            "time": round(time.time(), 2),
+            "restarts": self._restarts,
+        }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        self._show(line, samples / step / seconds, tokens / seconds)
+        self._view.show(line, fresh, tokens)
+        self._warn([mirror.failed() for mirror in self._mirrors])
 
-    def _show(self, line: Mapping[str, Any], samples_per_second: float, tokens_per_second: float) -> None:
-        text = (
-            f"loss {line['loss']:.3f}  lr {max(line['lr'].values()):.1e}  grad {line['grad_norm']:.2f}  "
-            f"{samples_per_second:.0f} samples/s  {tokens_per_second:.0f} tokens/s  {peak_memory_gb():.2f} GB"
-        )
-        if "eval_loss" in line:
-            text += f"  held-out {line['eval_loss']:.3f}"
-        self._bar.update(self._task, completed=line["step"], now=text)
-        # where there is no terminal, a line now and then
-        if not console.is_terminal and (line["step"] in (1, self._num_steps) or self._now - self._spoken > 10):
-            self._spoken = self._now
-            console.print(f"{self._title} {line['step']}/{self._num_steps}  {text}", soft_wrap=True)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut in its middle is left out."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    def _warn(self, texts: list[str]) -> None:
+        for text in filter(None, texts):
+            logger.warning(text)
 
 
 def peak_memory_gb() -> float:

@@ -1,0 +1,50 @@
+"""What a step does inside the model, read off the optimizer's own state: alike for every engine and sharding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from hive_scale.distributed import Fragment, World
+
+GATE = ".gate"
+
+
+def gauge(
+    model: nn.Module, fragments: Iterable[Fragment], step: int, beta2: float, world: World
+) -> dict[str, dict[str, float]]:
+    """`gates` and `grad_rms` of `metrics.jsonl`, after `step` steps. A collective.
+
+    Adam's second moment, its bias taken off, is the mean square of each gradient over about 1 / (1 - beta2)
+    steps; summed over a layer and rooted, it is the layer's gradient norm, without a backward of its own.
+
+    `fragments` are those of `model` that this rank owns.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    gates = {name: 0.0 for name in names if name.endswith(GATE)}
+    squares = dict.fromkeys(map(layer_of, names), 0.0)
+    kept = [
+        fragment
+        for fragment in fragments
+        if fragment.kind == "exp_avg_sq" or (fragment.kind == "master" and fragment.name in gates)
+    ]
+    # one wait for the device, not one per parameter
+    sums = torch.stack([fragment.data.sum() for fragment in kept]).tolist() if kept else []
+    for fragment, value in zip(kept, sums, strict=True):
+        if fragment.kind == "master":
+            gates[fragment.name] += value
+        else:
+            squares[layer_of(fragment.name)] += value
+    totals = iter(world.sum(*gates.values(), *squares.values()))
+    opened = {name.split(".")[-2]: math.tanh(next(totals)) for name in gates}
+    norms = {layer: math.sqrt(next(totals) / (1 - beta2**step)) for layer in squares}
+    return ({"gates": opened} if opened else {}) | {"grad_rms": norms}
+
+
+def layer_of(name: str) -> str:
+    """``vision.encoder.layers.3.mlp.fc1.weight`` belongs to ``vision.3``, what is in no layer to ``vision``."""
+    parts = name.split(".")
+    return next((f"{parts[0]}.{part}" for part in parts if part.isdigit()), parts[0])

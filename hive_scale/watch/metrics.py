@@ -1,0 +1,110 @@
+"""`metrics.jsonl`, the truth about a stage: one JSON object per optimizer step, in ascending order of `step`.
+
+Schema 1. Always there:
+
+    schema        1
+    step          optimizer steps done in this stage, from 1; no step twice, whatever was resumed or repeated
+    samples       pairs that the stage has consumed
+    tokens        target tokens that the stage has consumed
+    loss          mean over the step's target tokens, nats, before the step
+    grad_norm     L2 norm over all trainable parameters, before clipping
+    lr            {group: learning rate}
+    seconds       from the end of the step before, looks at held-out data included
+    data_seconds  of these, waited for data
+    memory_gb     peak of rank 0 so far: allocated on its GPU, or resident on the host, in 1e9 bytes
+    time          when the line was written, seconds since 1970, UTC
+    restarts      how often the stage had been started again by then
+
+In some lines:
+
+    eval_loss     mean over all held-out target tokens, nats, after the step
+    gates         {LLM depth's place among the fused ones: tanh(g)}, after the step, of gates that train
+    grad_rms      {layer: L2 norm of its gradient}, after clipping, root mean square over about the last
+                  1 / (1 - beta2) steps: what Adam's second moments say
+
+Other keys are a reader's to show or to leave out. A change that is not an addition raises the schema's number.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+logger = logging.getLogger(__name__)
+
+Line = dict[str, Any]
+
+
+def read_metrics(path: Path) -> list[Line]:
+    """The lines of a metrics file; what is cut in its middle, as by a killed run, is left out and said.
+
+    Raises ValueError for a schema that this version does not know.
+    """
+    lines, cut = parse(path)
+    for number in cut:
+        logger.warning("%s: line %d is cut off and left out", path, number)
+    if newer := [line["schema"] for line in lines if line.get("schema", SCHEMA) > SCHEMA]:
+        raise ValueError(f"{path} has schema {newer[0]}, this version reads up to {SCHEMA}: update hive_scale")
+    return lines
+
+
+def parse(path: Path) -> tuple[list[Line], list[int]]:
+    """The whole lines of a file of JSON lines, if there is one, and the numbers (from 1) of those that are not."""
+    parsed = [_parse(text) for text in path.read_text().splitlines()] if path.exists() else []
+    cut = [number for number, line in enumerate(parsed, 1) if line is None]
+    return [line for line in parsed if line is not None], cut
+
+
+def rewrite(path: Path, lines: Iterable[Line]) -> None:
+    """Replace the whole file at once, so that no reader meets half of it."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.replace(fresh, path)
+
+
+class Follower:
+    """New lines of a metrics file that another process writes, or replaces by one that ends sooner."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place = (0, 0)  # inode and offset
+
+    def lines(self) -> Iterator[Line]:
+        """What has been added since the last call; a line not yet written to its end waits for the next."""
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            inode, (known, offset) = os.fstat(file.fileno()).st_ino, self._place
+            offset = offset if inode == known else 0
+            file.seek(offset)
+            for text in file:
+                if not text.endswith(b"\n"):
+                    break
+                offset += len(text)
+                if (line := _parse(text.decode())) is not None:
+                    yield line
+            self._place = inode, offset
+
+
+def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a line by path: ``lr/connector``, ``grad_rms/vision.3``."""
+    numbers: dict[str, float] = {}
+    for key, value in line.items():
+        if isinstance(value, Mapping):
+            numbers |= flat(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key != "schema":
+            numbers[prefix + key] = value
+    return numbers
+
+
+def _parse(text: str) -> Line | None:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) else None

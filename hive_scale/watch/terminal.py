@@ -1,0 +1,71 @@
+"""A stage on the screen: a bar where there is a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+console = Console(stderr=False, highlight=False)
+INTERVAL = 10.0  # seconds between plain lines
+MEMORY = 0.9  # of what is remembered of the pace, step by step
+
+
+class StageView:
+    """Rank 0's bar or lines for one stage."""
+
+    def __init__(self, title: str, num_steps: int, done_steps: int) -> None:
+        self._title, self._num_steps, self._done_steps = title, num_steps, done_steps
+        self._pace = 0.0  # seconds per step, remembered
+        self._spoken = time.monotonic()
+        # a Slurm job's screen is a file, also where srun lends it a terminal
+        self._plain = not console.is_terminal or "SLURM_JOB_ID" in os.environ
+        columns = TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn()
+        self._bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=self._plain)
+        self._task = self._bar.add_task(title, total=num_steps, completed=done_steps, now="")
+
+    def start(self) -> None:
+        self._bar.start()
+
+    def stop(self) -> None:
+        self._bar.stop()
+
+    def show(self, line: Mapping[str, Any], samples: int, tokens: int) -> None:
+        """`line` as in `metrics.jsonl`; `samples` and `tokens` of this step alone."""
+        step = line["step"]
+        # the first step warms up, and tells little of the others
+        trusted = MEMORY if step > self._done_steps + 2 else 0.0
+        self._pace = trusted * self._pace + (1 - trusted) * line["seconds"]
+        text = describe(line, samples, tokens, (self._num_steps - step) * self._pace)
+        self._bar.update(self._task, completed=step, now=text)
+        now = time.monotonic()
+        if self._plain and (step in (1, self._num_steps) or now - self._spoken > INTERVAL):
+            self._spoken = now
+            console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True, markup=False)
+
+
+def describe(line: Mapping[str, Any], samples: int, tokens: int, seconds_left: float) -> str:
+    seconds = line["seconds"]
+    parts = [f"loss {line['loss']:.3f}", f"{samples / seconds:.0f} samples/s", f"{tokens / seconds:.0f} tokens/s"]
+    if "mfu" in line:
+        parts.append(f"MFU {line['mfu']:.1%}")
+    parts += [
+        f"ETA {_clock(seconds_left)}",
+        f"data {line['data_seconds'] / seconds:.0%}",
+        f"{line['memory_gb']:.2f} GB",
+        f"lr {max(line['lr'].values()):.1e}",
+        f"grad {line['grad_norm']:.2f}",
+    ]
+    if "eval_loss" in line:
+        parts.append(f"held-out {line['eval_loss']:.3f}")
+    return "  ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

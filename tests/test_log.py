@@ -1,0 +1,238 @@
+"""The account of a run outlives it: one line per step whatever happened, wandb and TensorBoard drawn from that and
+harmless when they fail, and a screen that tells each thing once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hive_scale import config as configs
+from hive_scale import presets
+from hive_scale.config import LogConfig
+from hive_scale.distributed import World
+from hive_scale.watch import mirror, noise, terminal
+from hive_scale.watch.log import StageLog
+from hive_scale.watch.metrics import Follower, read_metrics
+from hive_scale.watch.sinks import replay, wandb_id
+
+WORLD = World(0, 1, torch.device("cpu"))
+OFF = LogConfig(wandb="off")
+
+
+def values(**changes: Any) -> dict[str, Any]:
+    return {"loss": 2.0, "grad_norm": 1.0, "num_tokens": 5, "lr": {"a": 0.1}, "data_seconds": 0.0} | changes
+
+
+def train(stage_dir: Path, first: int, last: int, config: LogConfig = OFF) -> None:
+    with StageLog(stage_dir, 10, first - 1, 5 * (first - 1), config, WORLD) as log:
+        for step in range(first, last + 1):
+            log.step(step, 4 * step, values(loss=1.0 / step))
+
+
+def test_one_line_per_step_across_restarts(tmp_path: Path) -> None:
+    train(tmp_path / "joint", 1, 6)
+    path = tmp_path / "joint" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"schema": 1, "step": 7, "lo')  # killed while it wrote
+    train(tmp_path / "joint", 5, 8)  # from the checkpoint of step 4
+    lines = read_metrics(path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [line["tokens"] for line in lines] == [5 * step for step in range(1, 9)]
+    assert [line["restarts"] for line in lines] == [0] * 4 + [1] * 4
+    assert all(line["schema"] == 1 for line in lines)
+
+
+def test_a_cut_line_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
+    assert "line 2 is cut off" in caplog.text
+
+
+def test_a_schema_from_the_future_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"schema": 2, "step": 1}\n')
+    with pytest.raises(ValueError, match="reads up to 1: update"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_follower_waits_for_whole_lines_and_meets_a_replaced_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert list(follower.lines()) == []
+    with path.open("w") as file:
+        file.write('{"step": 1}\n{"st')
+        file.flush()
+        assert [line["step"] for line in follower.lines()] == [1]
+        file.write('ep": 2}\n')
+        file.flush()
+        assert [line["step"] for line in follower.lines()] == [2]
+    path.with_suffix(".new").write_text('{"step": 1}\n')
+    path.with_suffix(".new").replace(path)
+    assert [line["step"] for line in follower.lines()] == [1]
+
+
+def run_dir(path: Path) -> Path:
+    configs.save(replace(presets.debug(), output=str(path)), path / "config.yaml")
+    return path
+
+
+def test_tensorboard_shows_a_restarted_stage_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run = run_dir(tmp_path / "run")
+    train(run / "joint", 1, 6, LogConfig(tensorboard=True))
+    train(run / "joint", 5, 8, LogConfig(tensorboard=True))
+    events = EventAccumulator(str(run / "tensorboard" / "joint"))
+    events.Reload()
+    drawn = events.Scalars("loss")
+    assert [event.step for event in drawn] == list(range(1, 9))
+    assert [event.value for event in drawn] == pytest.approx([1 / step for step in range(1, 9)])
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """What wandb wrote: after 7 bytes, blocks of 32 KiB of pieces (4 bytes checksum, 2 length, 1 place, payload)."""
+    data, offset, whole = path.read_bytes(), 7, b""
+    while offset + 7 <= len(data):
+        if 32768 - offset % 32768 < 7:
+            offset += 32768 - offset % 32768
+            continue
+        length, place = struct.unpack("<HB", data[offset + 4 : offset + 7])
+        whole += data[offset + 7 : offset + 7 + length]
+        offset += 7 + length
+        if place in (1, 4):  # the only piece, or the last
+            yield whole
+            whole = b""
+
+
+def offline_steps(run: Path) -> dict[str, list[list[int]]]:
+    """Steps in each of wandb's offline segments, by run id."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[str, list[list[int]]] = {}
+    for path in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):
+        steps = []
+        for data in records(path):
+            record = Record()
+            record.ParseFromString(data)
+            if record.WhichOneof("record_type") == "history":
+                steps += [int(i.value_json) for i in record.history.item if [i.key, *i.nested_key][-1] == "step"]
+        found.setdefault(path.stem.removeprefix("run-"), []).append(steps)
+    return found
+
+
+def test_wandb_segments_share_one_id_and_are_replayed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    run = run_dir(tmp_path / "run")
+    train(run / "joint", 1, 6, LogConfig())
+    name = wandb_id(run, "joint")
+    assert offline_steps(run) == {name: [[1, 2, 3, 4, 5, 6]]}
+    # a moment later, since wandb names segments by the second
+    train(run / "joint", 5, 8, LogConfig())
+    assert replay(run, "offline") == [name]
+    segments = offline_steps(run)
+    assert set(segments) == {name}
+    assert sorted(segments[name]) == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8], [5, 6, 7, 8]]
+    written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
+    assert b"0123456789" * 4 not in written
+
+
+def test_a_mirror_that_dies_harms_nothing_and_is_told_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "nonsense")  # wandb refuses it
+    run = run_dir(tmp_path / "run")
+    train(run / "joint", 1, 3, LogConfig())
+    assert len(read_metrics(run / "joint" / "metrics.jsonl")) == 3
+    assert sum("wandb failed" in record.message for record in caplog.records) == 1
+    assert "nonsense" in (run / "logs" / "nonsense.log").read_text()
+
+
+def test_a_mirror_that_hangs_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = tmp_path / "slow" / "wandb"
+    slow.mkdir(parents=True)
+    (slow / "__init__.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setenv("PYTHONPATH", str(slow.parent))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(mirror, "PATIENCE", 0.2)
+    run = run_dir(tmp_path / "run")
+    train(run / "joint", 1, 3, LogConfig())
+    assert "is left to itself" in caplog.text
+    assert len(read_metrics(run / "joint" / "metrics.jsonl")) == 3
+
+
+RANKS = """
+import logging, sys, warnings
+from pathlib import Path
+import torch
+from hive_scale.distributed import World
+from hive_scale.watch.noise import hushed
+for rank in (1, 2):
+    with hushed(Path(sys.argv[1]), World(rank, 3, torch.device("cpu"))):
+        late = logging.getLogger("DeepSpeed")
+        late.propagate = False
+        late.addHandler(logging.StreamHandler(sys.stdout))  # as the library does on import
+        late.warning("the same everywhere")
+        late.info("chatter")
+        if rank == 2:
+            warnings.warn("only here")
+"""
+
+
+def test_warnings_of_all_ranks_are_told_once_by_rank_0(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with noise.hushed(tmp_path, WORLD):
+        logging.getLogger("DeepSpeed").warning("the same everywhere")
+        command = [sys.executable, "-c", RANKS, str(tmp_path)]
+        others = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+        warnings.warn("mine", stacklevel=1)
+        assert not others.stdout + others.stderr
+    shown = "".join(capfd.readouterr())
+    assert shown.count("the same everywhere") == 1
+    assert shown.count("only here") == shown.count("mine") == 1
+    assert "warning of rank 2: " in shown
+    assert "chatter" not in shown
+    assert "chatter" in (tmp_path / "rank_00002.log").read_text()
+    assert not isinstance(logging.getLogger("DeepSpeed"), noise._Captive)
+
+
+def test_quiet_leaves_warnings_and_what_is_captured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with noise.hushed(tmp_path, WORLD, quiet=True):
+        train(tmp_path / "joint", 1, 2)
+        with terminal.console.capture() as outcome:
+            terminal.console.print("the outcome")
+        logging.getLogger("x").warning("beware")
+    shown = "".join(capfd.readouterr())
+    assert "beware" in shown
+    assert "loss" not in shown
+    assert outcome.get() == "the outcome\n"
+
+
+def test_the_screen_shows_what_a_watcher_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"step": 3, "seconds": 2.0, "loss": 1.5, "mfu": 0.41, "data_seconds": 0.5, "memory_gb": 7.2, "grad_norm": 1}
+    text = terminal.describe(line | {"lr": {"a": 0.1}, "eval_loss": 1.7}, samples=64, tokens=800, seconds_left=3723)
+    words = "loss 1.500", "32 samples/s", "MFU 41.0%", "ETA 1:02:03", "data 25%", "7.20 GB", "held-out 1.700"
+    assert all(word in text for word in words)
+    for slurm in (False, True):
+        with (tmp_path / "screen").open("w") as file:
+            monkeypatch.setattr(
+                terminal, "console", Console(file=file, force_terminal=True, highlight=False, width=200)
+            )
+            monkeypatch.setattr(os, "environ", os.environ | ({"SLURM_JOB_ID": "7"} if slurm else {}))
+            train(tmp_path / f"joint{slurm}", 1, 10)
+        shown = (tmp_path / "screen").read_text()
+        assert ("\x1b[" in shown) is not slurm  # a bar moves the cursor, lines do not
+        assert "10/10" in shown
