@@ -28,13 +28,16 @@ ROOMS: dict[str, set[str]] = {
     "train": {"model", "data", "engine", "watch", "checkpoint", "initial"},
     "card": {"watch", "checkpoint"},
     "export": {"model", "data", "checkpoint", "card"},
+    "show": {"model"},
+    "gallery": {"model", "data", "watch", "checkpoint", "evaluate", "show", "train"},
     "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "train"},
 }
 DOORS: dict[str, set[str]] = {
     "deepspeed": {"hive_scale/engine/zero.py", "hive_scale/engine/ds_json.py"},
     "webdataset": {"hive_scale/data/", "launchers/benchmarks/"},
-    "wandb": {"hive_scale/watch/log.py"},
+    "wandb": {"hive_scale/watch/sinks.py"},
     "omegaconf": {"hive_scale/config.py", "hive_scale/presets.py"},
+    "matplotlib": {"hive_scale/show/"},
     "submitit": {"slurm/"},
     "transformers": {
         "hive_scale/model/",

@@ -3,6 +3,7 @@ where they belong, and the sizes of the published parts."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.model.build import assemble, materialise, skeleton
 from hive_scale.model.export import export_encoder
 from hive_scale.model.fusion import _visual_positions
-from hive_scale.model.vision import encoder_depths, feature_maps, group_ends
+from hive_scale.model.vision import encoder_depths, group_ends, hidden_states, patches
 from hive_scale.presets import load
 
 FUSIONS = ("cross_attention", "joint_attention", "concat")
@@ -28,6 +29,11 @@ def open_gates(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.5)
+
+
+def feature_maps(vision: Any, pixels: torch.Tensor, depths: Sequence[int]) -> list[torch.Tensor]:
+    states = hidden_states(vision, pixels, max(depths))
+    return [patches(vision, states[depth]) for depth in depths]
 
 
 def count(module: torch.nn.Module) -> int:
@@ -254,3 +260,39 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     deeper = PartConfig(str(tmp_path), tiny.language(num_hidden_layers=6))
     with pytest.raises(ValueError, match="does not fit this model: missing: "):
         assemble(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("llm", FAMILIES)
+@torch.no_grad()
+def test_attention_to_patches_is_what_the_fused_kernels_compute(fusion: str, llm: str) -> None:
+    """Values moved by some delta at the patches move each row of the mix by its weights times delta."""
+    model = assemble(tiny.model_config(fusion, llm, qk_norm=fusion == "joint_attention"), seed=0).eval()
+    open_gates(model)
+    batch = tiny.batch(3)
+    visual = model.see(batch.pixels)
+    depth = model.looking_layers()[-1]
+    weights = model.attention(visual, batch.tokens, [depth])[depth]
+    host = model.language.model.layers[depth].self_attn
+    values, mixer = host.v_proj, host.o_proj
+    if fusion != "concat":
+        values = model.fusion.layers[-1].v_proj
+    if fusion == "cross_attention":
+        mixer = model.fusion.layers[-1].o_proj
+    num_visual = visual[0].shape[1]
+    delta = torch.randn(3, num_visual, 2, 12)  # key-value heads, head width
+    mixes: list[torch.Tensor] = []
+    mixer.register_forward_pre_hook(lambda _, inputs: mixes.append(inputs[0]))
+    model.read(visual, batch.tokens)
+
+    def move(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        before, rest = (1, output.shape[1] - 1 - num_visual) if fusion == "concat" else (0, 0)
+        return output + torch.nn.functional.pad(delta.flatten(2), (0, 0, before, rest))
+
+    values.register_forward_hook(move)
+    model.read(visual, batch.tokens)
+    moved = mixes[1] - mixes[0]
+    if fusion == "concat":
+        moved = torch.cat([moved[:, :1], moved[:, 1 + num_visual :]], dim=1)
+    expected = torch.einsum("bhtv,bvhd->bthd", weights, delta.repeat_interleave(2, dim=2)).flatten(2)
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-4)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hive_scale.config import ModelConfig
 
@@ -68,6 +69,12 @@ class Fusion(nn.Module):
         """The text's rows, (B, T, D), of the last hidden states."""
         return hidden_BND
 
+    def weights(
+        self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """(B, heads, T, V): what each text token's attention in layer `depth` gives to each patch."""
+        raise NotImplementedError
+
 
 class CrossAttentionLayer(nn.Module):
     """H' = H + tanh(g) W_O softmax(Q K^T / sqrt(h)) V, Q from the LLM, K and V from the features (paper 3.3).
@@ -101,6 +108,11 @@ class CrossAttentionLayer(nn.Module):
         fused: Tensor = hidden_BTD + update
         return fused
 
+    def weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
+        query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
+        key = self.k_norm(_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
+        return _softmax_scores(query, key, None)
+
 
 class CrossAttention(Fusion):
     def __init__(self, hosts: Sequence[nn.Module], depths: Sequence[int], config: ModelConfig) -> None:
@@ -112,6 +124,14 @@ class CrossAttention(Fusion):
             index = self.depths.index(depth)
             hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image)
         return hidden_BND, {"attention_mask": None}
+
+    def weights(
+        self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        index = self.depths.index(depth)
+        layer: Any = self.layers[index]
+        given: Tensor = layer.weights(hidden_BND, context.visual[index])
+        return given
 
 
 class VisualKeyValue(nn.Module):
@@ -174,6 +194,15 @@ class JointAttention(Fusion):
         memory = VisualMemory(*self.layers[index](context.visual[index]))
         return hidden_BND, {"attention_mask": context.mask, "past_key_values": memory}
 
+    def weights(
+        self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        index = self.depths.index(depth)
+        visual_key, _ = self.layers[index](context.visual[index])
+        query, key = _host_query_key(host, hidden_BND, rotary)
+        num_visual = visual_key.shape[2]
+        return _softmax_scores(query, torch.cat([visual_key, key], dim=2), context.mask)[..., :num_visual]
+
 
 class Concat(Fusion):
     """Visual tokens run through every layer, causally, like words (the paper's SA, after LLaVA)."""
@@ -198,10 +227,35 @@ class Concat(Fusion):
         num_visual = context.visual[0].shape[1]
         return torch.cat([hidden_BND[:, :SLOT], hidden_BND[:, SLOT + num_visual :]], dim=1)
 
+    def weights(
+        self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        mask = _causal(hidden_BND.shape[1], hidden_BND.device) if context.mask is None else context.mask
+        seen = _softmax_scores(*_host_query_key(host, hidden_BND, rotary), mask)
+        end = SLOT + context.visual[0].shape[1]
+        return torch.cat([seen[:, :, :SLOT, SLOT:end], seen[:, :, end:, SLOT:end]], dim=2)
+
 
 def _heads(flat: Tensor, head_dim: int) -> Tensor:
     """(B, N, heads * h) -> (B, heads, N, h)."""
     return flat.view(*flat.shape[:-1], -1, head_dim).transpose(1, 2)
+
+
+def _host_query_key(host: Any, hidden_BND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Query and key (B, heads, N, h) of a host layer's own attention, as it computes them."""
+    attention, normed = host.self_attn, host.input_layernorm(hidden_BND)
+    query, key = (_heads(project(normed), attention.head_dim) for project in (attention.q_proj, attention.k_proj))
+    if hasattr(attention, "q_norm"):  # Qwen3
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, *rotary)
+    return turned
+
+
+def _softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention weights (B, heads, queries, keys), float32, that the fused kernels use and do not return."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    scores = (query @ key.transpose(2, 3)).float() / math.sqrt(query.shape[-1])
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
 
 
 def _copy(host: nn.Module, name: str) -> nn.Module:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hive_scale.config import ModelConfig
 from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
 from hive_scale.model.projector import MLP, Projector
-from hive_scale.model.vision import PIXEL_STATISTICS, encoder_depths, feature_maps, group_ends, reached
+from hive_scale.model.vision import PIXEL_STATISTICS, encoder_depths, group_ends, hidden_states, patches, reached
 
 
 class Hive(nn.Module):
@@ -80,8 +80,16 @@ class Hive(nn.Module):
 
     def see(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2)."""
+        return self.project(self.encode(pixels_BCHW))
+
+    def encode(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """The encoder's hidden states, from the embeddings to the deepest that is read."""
         normalised = (pixels_BCHW.float() - self.pixel_mean) / self.pixel_std
-        features = feature_maps(self.vision, normalised, self.encoder_depths)
+        return hidden_states(self.vision, normalised, max(self.encoder_depths))
+
+    def project(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """phi(F_l), (B, V, D) each, of the encoder's hidden states."""
+        features = [patches(self.vision, states[depth]) for depth in self.encoder_depths]
         return [project(feature) for project, feature in zip(self.projector, features, strict=True)]
 
     def read(self, visual: Sequence[Tensor], tokens_BT: Tensor, has_image: Tensor | None = None) -> Tensor:
@@ -93,6 +101,29 @@ class Hive(nn.Module):
             hidden, attention = self.fusion.fuse(depth, hidden, context)
             hidden = layer(hidden, position_embeddings=rotary, **attention)
         return self.fusion.leave(hidden, context)
+
+    def attention(
+        self, visual: Sequence[Tensor], tokens_BT: Tensor, depths: Sequence[int], has_image: Tensor | None = None
+    ) -> dict[int, Tensor]:
+        """Weights (B, heads, T, V) that each text token gives to each patch, in those LLM layers.
+
+        What `read` computes, by the same fused kernels, which return no weights; those asked for are computed
+        beside it. In `cross_attention` a row sums to 1; elsewhere the text takes its part of the softmax.
+        """
+        text = self.language.model.embed_tokens(tokens_BT)
+        hidden, context = self.fusion.enter(text, visual, has_image)
+        rotary = self.language.model.rotary_emb(hidden, context.positions)
+        weights = {}
+        for depth, layer in enumerate(self.language.model.layers):
+            if depth in depths:
+                weights[depth] = self.fusion.weights(depth, hidden, context, layer, rotary)
+            hidden, attention = self.fusion.fuse(depth, hidden, context)
+            hidden = layer(hidden, position_embeddings=rotary, **attention)
+        return weights
+
+    def looking_layers(self) -> tuple[int, ...]:
+        """The LLM layers in which text attends to patches."""
+        return self.fusion.depths or tuple(range(len(self.language.model.layers)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary): final norm and head."""

@@ -36,25 +36,29 @@ def encoder_depths(num_layers: int, density: float, rule: Depths) -> tuple[int, 
     return group_ends(num_layers, count)
 
 
-def feature_maps(vision: nn.Module, pixels_BCHW: Tensor, depths: Sequence[int]) -> list[Tensor]:
-    """F_l for each l in `depths` (ascending): (B, V, C) each, class token dropped.
+def hidden_states(vision: nn.Module, pixels_BCHW: Tensor, deepest: int) -> list[Tensor]:
+    """Embeddings and the outputs of blocks 1 to `deepest`, (B, V, C) each, a class token before them if there is one.
 
-    `vision` is a SiglipVisionModel or CLIPVisionModel. Blocks above the deepest selected are not run.
+    `vision` is a SiglipVisionModel or CLIPVisionModel. Blocks above `deepest` are not run.
     """
     tower: Any = vision
-    has_class_token = hasattr(tower.embeddings, "class_embedding")
     hidden = tower.embeddings(pixels_BCHW)
     if hasattr(tower, "pre_layrnorm"):  # CLIP normalises its embeddings (and spells it so)
         hidden = tower.pre_layrnorm(hidden)
-    maps = {0: hidden}
-    for depth in range(1, max(depths) + 1):
-        hidden = tower.encoder.layers[depth - 1](hidden, None)
-        maps[depth] = hidden
-    return [maps[depth][:, 1:] if has_class_token else maps[depth] for depth in depths]
+    states = [hidden]
+    for layer in tower.encoder.layers[:deepest]:
+        states.append(layer(states[-1], None))
+    return states
+
+
+def patches(vision: nn.Module, hidden: Tensor) -> Tensor:
+    """Of a hidden state, or its gradient, what belongs to patches: (B, V, C), the class token dropped."""
+    tower: Any = vision
+    return hidden[:, 1:] if hasattr(tower.embeddings, "class_embedding") else hidden
 
 
 def reached(name: str, depths: Sequence[int]) -> bool:
-    """Whether `feature_maps` reads the encoder parameter called `name`."""
+    """Whether a model that taps `depths` reads the encoder parameter called `name`."""
     if name.startswith("encoder.layers."):
         return int(name.split(".")[2]) < max(depths)
     return name.startswith(("embeddings.", "pre_layrnorm."))
