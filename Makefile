@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 
 CLUSTER = /tmp/hive-slurm
 
-.PHONY: install debug demo slurm-demo test lint clean
+.PHONY: install debug demo figures slurm-demo test lint clean
 
 install: $(VENV)/installed
 
@@ -36,6 +36,12 @@ data/smollm2: | install
 
 data/emoji: | install
 	$(RUN) launchers/prepare_data.py emoji --styles all --output $@
+
+# the README's, from the debug run
+figures: debug
+	$(RUN) launchers/visualize.py gradients runs/debug --count 2 --output .github/figures/gradients.svg
+	$(RUN) launchers/visualize.py attention runs/debug --output .github/figures/attention.svg
+	$(RUN) launchers/visualize.py report runs/debug --plots .github/figures
 
 lint: install
 	$(VENV)/bin/ruff check .
