@@ -3,6 +3,7 @@ processes. tests/cluster has the real one."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import DataConfig
 from slurm.chain import Link, decide
 from slurm.controller import NEVER, Job
@@ -114,3 +116,33 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         assert "module load cuda" in script
     assert not (tmp_path / "run").exists()
     subprocess.run(["bash", "-n"], input=rest[0].split("\n", 1)[1], text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
+        (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
+        (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
+        ([], "there is no sbatch here"),
+        (["status", "/nowhere"], "/nowhere was not submitted from here"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    shown = command(*words, *([] if "status" in words else [f"output={tmp_path / 'run'}"]))
+    assert shown.returncode == 2, shown.stdout
+    assert shown.stderr.count("\n") == 1, shown.stderr
+    assert message in shown.stderr
+
+
+def test_the_same_chain_as_local_processes(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = ["--preset", "debug", "--cluster", "local", *BRIEF, f"output={run}"]
+    shown = command(*words, "slurm.gpus_per_node=2", "slurm.cpus_per_task=1")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert all(is_done(run / stage) for stage in STAGES)
+    attempts = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["event"]) for line in attempts] == [
+        (stage, event) for stage in STAGES for event in ("begin", "end")
+    ]
+    assert "done" in command("status", str(run)).stdout
