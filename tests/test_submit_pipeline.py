@@ -146,3 +146,10 @@ def test_the_same_chain_as_local_processes(tmp_path: Path) -> None:
         (stage, event) for stage in STAGES for event in ("begin", "end")
     ]
     assert "done" in command("status", str(run)).stdout
+
+
+def test_the_same_chain_in_one_process(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shown = command("--preset", "debug", "--cluster", "debug", *BRIEF, f"output={run}")
+    assert shown.returncode == 0, shown.stdout + shown.stderr
+    assert all(is_done(run / stage) for stage in STAGES)
