@@ -188,6 +188,22 @@ def paper_clip(fusion: Fusion = "cross_attention") -> Config:
     return replace(base, data=replace(base.data, image="crop"))
 
 
+# Samples at once on a 24 GB card, by stage, 1.5 GB to spare: found by `plan.py --fit`, which says what they cost.
+RTX3090: dict[str, tuple[int, int, int]] = {
+    "cross_attention": (64, 64, 16),
+    "joint_attention": (64, 64, 16),
+    "concat": (16, 16, 8),
+}
+
+
+def rtx3090(fusion: Fusion = "cross_attention") -> Config:
+    """`paper_siglip` on one 24 GB card: the same global batches, cut to what fits."""
+    base = paper_siglip(fusion)
+    sizes = zip(base.stages.items(), RTX3090[fusion], strict=True)
+    stages = {name: replace(stage, micro_batch=size) for (name, stage), size in sizes}
+    return replace(base, name=_name("rtx3090", fusion), stages=stages)
+
+
 # MobileLLM is llama-shaped; its checkpoints hold no head of their own, so the embeddings must be tied.
 MOBILELLM_350M: dict[str, Any] = {
     "model_type": "llama",
@@ -252,6 +268,7 @@ PRESETS: dict[str, Callable[..., Config]] = {
     "demo": demo,
     "paper_siglip": paper_siglip,
     "paper_clip": paper_clip,
+    "rtx3090": rtx3090,
 }
 
 

@@ -25,6 +25,8 @@ from hive_scale.engine import Engine, memory, open_engine
 from hive_scale.initial import assemble
 from hive_scale.model import build
 from hive_scale.model.export import export_encoder
+from hive_scale.plan.devices import peak_flops
+from hive_scale.plan.flops import count
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
@@ -32,6 +34,7 @@ from hive_scale.watch.gauge import gauge
 from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
 from hive_scale.watch.profiler import profiling
+from hive_scale.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,7 @@ def _run_stage(
     model = build.skeleton(config.model)
     moments = Moments(_stage_before(config, name) if stage.keep_moments else None)
     groups = moments.divide(freeze(model, stage, model.dormant()))
+    work = count(model, config.engine.checkpointing)
     engine = open_engine(model, groups, stage, config.engine, world, read_weights(parent))
     store = Store(stage_dir, world, config.keep, config.max_failed_saves)
     origin = {"parent": read_weights(parent).identity, "data": data.train.fingerprint}
@@ -109,6 +113,7 @@ def _run_stage(
         start=step * stage.global_batch,
         world=world,
     )
+    meter = Throughput(work.total, peak_flops(world.device, config.engine.precision), world.size)
     profiled = profiling(config.profile, stage_dir / "profile", model.blocks(), world)
     with StageLog(stage_dir, num_steps, step, tokens, config.log, world) as log, profiled as begin:
         log.say(memory.report(engine), keep="memory.txt")
@@ -130,6 +135,7 @@ def _run_stage(
                 "num_tokens": output.num_tokens,
                 "lr": rates,
                 "data_seconds": waited,
+                **meter.step(micro_batches, output.num_tokens),
             }
             if step == num_steps or (config.eval_interval and step % config.eval_interval == 0):
                 metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)

@@ -68,7 +68,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", help="debug (default), demo, paper_siglip, paper_clip")
+    parser.add_argument("--preset", help="debug (default), demo, paper_siglip, paper_clip, rtx3090")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
     parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")

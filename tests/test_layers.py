@@ -21,11 +21,12 @@ ROOMS: dict[str, set[str]] = {
     "model": set(),
     "data": set(),
     "engine": set(),
+    "plan": {"model", "engine"},
     "watch": set(),
     "checkpoint": {"engine"},
     "evaluate": {"model", "data"},
     "initial": {"model", "checkpoint"},
-    "train": {"model", "data", "engine", "watch", "checkpoint", "initial"},
+    "train": {"model", "data", "engine", "plan", "watch", "checkpoint", "initial"},
     "card": {"watch", "checkpoint"},
     "export": {"model", "data", "checkpoint", "card"},
     "show": {"model"},
@@ -33,11 +34,11 @@ ROOMS: dict[str, set[str]] = {
     "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "train"},
 }
 DOORS: dict[str, set[str]] = {
-    "deepspeed": {"hive_scale/engine/zero.py", "hive_scale/engine/ds_json.py"},
+    "deepspeed": {"hive_scale/engine/zero.py", "hive_scale/engine/ds_json.py", "launchers/benchmarks/"},
     "webdataset": {"hive_scale/data/", "launchers/benchmarks/"},
     "wandb": {"hive_scale/watch/sinks.py"},
     "omegaconf": {"hive_scale/config.py", "hive_scale/presets.py"},
-    "matplotlib": {"hive_scale/show/"},
+    "matplotlib": {"hive_scale/show/", "hive_scale/plan/sweep.py", "launchers/benchmarks/"},
     "submitit": {"slurm/"},
     "transformers": {
         "hive_scale/model/",

@@ -99,7 +99,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, world: World) -> None:
         lines = read_metrics(config.run_dir / name / "metrics.jsonl")
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert [line["samples"] for line in lines] == [8, 16, 24, 32]
-        assert {"tokens", "loss", "lr", "grad_norm", "seconds"} <= lines[0].keys()
+        assert {"tokens", "loss", "lr", "grad_norm", "seconds", "tflops_per_device"} <= lines[0].keys()
         assert set(lines[0]["lr"]) == set(stage.groups)
         assert ["eval_loss" in line for line in lines] == [False, True, False, True]
         SiglipVisionModel.from_pretrained(config.run_dir / name / "encoder")

@@ -14,9 +14,11 @@ Schema 1. Always there:
     memory_gb     peak of rank 0 so far: allocated on its GPU, or resident on the host, in 1e9 bytes
     time          when the line was written, seconds since 1970, UTC
     restarts      how often the stage had been started again by then
+    samples_per_second, tokens_per_second, tflops_per_device    of all ranks, of all ranks, of rank 0
 
 In some lines:
 
+    mfu, hfu      what rank 0 gets out of its GPU's peak: without, with what is computed twice
     eval_loss     mean over all held-out target tokens, nats, after the step
     gates         {LLM depth's place among the fused ones: tanh(g)}, after the step, of gates that train
     grad_rms      {layer: L2 norm of its gradient}, after clipping, root mean square over about the last

@@ -1,0 +1,135 @@
+"""The fastest settings that fit: micro-batch per stage, and for the run what is recomputed, cut and offloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from hive_scale.config import CheckpointingConfig, Config, StageConfig
+from hive_scale.plan.memory import Facts, examine
+from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
+
+# From nothing recomputed to everything; a setting of its own per component where that pays.
+RECOMPUTED = (
+    CheckpointingConfig(),
+    CheckpointingConfig("selective", "selective", "selective"),
+    CheckpointingConfig(language="full", fusion="full"),
+    CheckpointingConfig(vision="full"),
+    CheckpointingConfig("full", "full", "full"),
+)
+
+
+NATIVE = ("shard", "reshard_after_forward", "offload")
+NEAR = 1.02  # settings this near to the least time that could be are not improved further
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings that fit, and what they cost."""
+
+    config: Config
+    plans: list[StagePlan]
+
+    @property
+    def hours(self) -> float:
+        return sum(plan.hours for plan in self.plans)
+
+    def words(self) -> list[str]:
+        """What to say to the launcher for these settings."""
+        engine = self.config.engine
+        recompute = vars(engine.checkpointing)
+        words = [f"engine.checkpointing.{name}={mode}" for name, mode in recompute.items()]
+        if engine.ds_config:
+            words.append(f"engine.ds_config={engine.ds_config}")
+        else:
+            words += [f"engine.{key}={getattr(engine, key)}".lower() for key in NATIVE]
+        return words + [f"stages.{plan.stage}.micro_batch={plan.micro_batch}" for plan in self.plans]
+
+
+def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) -> Fit:
+    """Raises ValueError if nothing fits at micro-batch 1, and says what would."""
+    best: Fit | None = None
+    least: StagePlan | None = None
+    floor = 0.0
+    for checkpointing in RECOMPUTED:
+        traced: dict[tuple[str, bool], Facts] = {}
+        for candidate in _engines(replace(config, engine=replace(config.engine, checkpointing=checkpointing)), machine):
+            plans = []
+            for name, stage in config.stages.items():
+                facts = _facts(candidate, name, stage, machine, traced)
+                found = _largest(candidate, name, facts, machine, num_samples, spare)
+                plans.append(found)
+            tightest = min(plans, key=lambda plan: plan.spare)
+            least = tightest if least is None or tightest.spare > least.spare else least
+            if all(_fits(plan, machine, spare) for plan in plans):
+                fitting = Fit(_with_batches(candidate, plans), plans)
+                best = fitting if best is None or fitting.hours < best.hours else best
+        floor = floor or sum(_at_once(config, name, facts, machine, num_samples) for (name, _), facts in traced.items())
+        if best and best.hours <= NEAR * floor:
+            break  # recomputing could win no more than that
+    if best is None:
+        assert least is not None
+        raise ValueError(
+            f"stage {least.stage} needs {least.memory.peak / 1e9:.1f} GB at micro-batch 1 with everything recomputed, "
+            f"{(spare - least.spare) / 1e9:.1f} GB more than there is: use more GPUs (--world) with sharding, "
+            "a larger GPU (--gpu), or offload (--host_gb)"
+        )
+    return best
+
+
+def _engines(config: Config, machine: Machine) -> Iterator[Config]:
+    """`config` with every way to cut its states. A DeepSpeed JSON is taken as it is."""
+    if config.engine.ds_config:
+        yield config
+        return
+    node = min(machine.world, machine.gpu.per_node)
+    for shard in sorted({1, node, machine.world}):
+        for reshard in (False, True) if shard > 1 else (True,):
+            for offload in (False, True) if machine.host_memory is not None else (False,):
+                engine = replace(config.engine, shard=shard, reshard_after_forward=reshard, offload=offload)
+                yield replace(config, engine=engine)
+
+
+def _facts(
+    config: Config, name: str, stage: StageConfig, machine: Machine, traced: dict[tuple[str, bool], Facts]
+) -> Facts:
+    zero = zero_of(config, stage, machine.world)
+    check_engine(config.engine, zero, machine)
+    key = name, zero.get("stage") == 3
+    if key not in traced:
+        traced[key] = examine(config, stage, config.data.max_tokens, key[1])
+    return traced[key]
+
+
+def _largest(config: Config, name: str, facts: Facts, machine: Machine, num_samples: int, spare: float) -> StagePlan:
+    """The plan of the largest micro-batch that fits, which is the fastest; if none does, of a single sample."""
+    stage = config.stages[name]
+    zero = zero_of(config, stage, machine.world)
+    per_rank = stage.global_batch // machine.world or 1
+    for size in sorted((size for size in range(1, per_rank + 1) if per_rank % size == 0), reverse=True):
+        plan = plan_stage(_with_batch(config, name, size), name, facts, zero, machine, num_samples)
+        if _fits(plan, machine, spare):
+            break
+    return plan
+
+
+def _fits(plan: StagePlan, machine: Machine, spare: float) -> bool:
+    return plan.spare >= spare and plan.memory.host <= (machine.host_memory or 0.0)
+
+
+def _at_once(config: Config, name: str, facts: Facts, machine: Machine, num_samples: int) -> float:
+    """Hours of a stage that recomputes nothing and takes its whole batch at once, whatever memory that needs."""
+    at_once = _with_batch(config, name, max(1, config.stages[name].global_batch // machine.world))
+    zero = zero_of(config, config.stages[name], machine.world)
+    return plan_stage(at_once, name, facts, zero, machine, num_samples).hours
+
+
+def _with_batch(config: Config, name: str, size: int) -> Config:
+    stages = {**config.stages, name: replace(config.stages[name], micro_batch=size)}
+    return replace(config, stages=stages)
+
+
+def _with_batches(config: Config, plans: list[StagePlan]) -> Config:
+    for plan in plans:
+        config = _with_batch(config, plan.stage, plan.micro_batch)
+    return config

@@ -1,0 +1,174 @@
+"""What the native engine holds while a micro-batch runs: gathered units, gradients, buffers of collectives.
+
+A whole copy in float32 is trained as it is, under DDP on more processes. Else FSDP2 gathers and cuts, in the
+order of torch 2.14: a unit is gathered when its forward begins and freed when it ends; in
+backward the unit before it is gathered ahead; gradients are reduced in float32 when those of a unit's inputs are
+known, or at the very end for a unit whose inputs need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from hive_scale.plan.timeline import Timeline
+from hive_scale.plan.trace import Trace
+
+MASTER = 4  # bytes of a master weight, and of a gradient that is reduced
+
+
+@dataclass(frozen=True)
+class Param:
+    name: str
+    shape: tuple[int, ...]
+    trained: bool
+
+    @property
+    def numel(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    def padded(self, ranks: int) -> int:
+        """Numbers over all ranks when the first dimension is cut into equal parts."""
+        rows = self.shape[0] if self.shape else 1
+        return -(-rows // ranks) * ranks * (self.numel // max(1, rows))
+
+
+@dataclass(frozen=True)
+class Units:
+    """Parameters by the unit they are gathered with; "" is the unit around all others."""
+
+    members: Mapping[str, Sequence[Param]]
+
+    def gathered(self, unit: str, ranks: int) -> int:
+        return sum(param.padded(ranks) for param in self.members[unit])
+
+    def trained(self, unit: str, ranks: int) -> int:
+        return sum(param.padded(ranks) for param in self.members[unit] if param.trained)
+
+
+class Fsdp:
+    """One micro-batch under FSDP2 on `shard` ranks; `waiting` gradients of earlier ones are there, uncut."""
+
+    def __init__(self, trace: Trace, units: Units, shard: int, itemsize: int, reshard: bool, waiting: bool) -> None:
+        self.line, self.units, self.shard, self.itemsize = Timeline(trace), units, shard, itemsize
+        self.reshard, self.waiting = reshard, waiting
+        self.gathered: set[str] = set()
+        self.ahead: dict[str, float] = {}  # collectives done, not yet copied out
+        self.kept = 0.0  # the collective's buffer of the unit before, in forward
+        self.reducing = 0.0
+        self.order: list[str] = []
+        self.position: dict[str, int] = {}
+        self.reduced: set[str] = set()
+        self.owner = {param.name: (unit, param) for unit, members in units.members.items() for param in members}
+        self.run(trace)
+
+    def run(self, trace: Trace) -> None:
+        if self.waiting:
+            self.line.hold(0, "gradients", MASTER * sum(self.units.trained(unit, 1) for unit in self.units.members))
+        self.collect(0, "")
+        self.copy_out(0, "", forward=True)
+        for at, kind, name in trace.events:
+            if kind == "gradient":
+                self.gradient(at, name)
+            elif name in self.units.members:
+                self.module(at, kind, name)
+        end = len(trace.fixed) - 1
+        for unit in self.units.members:
+            if unit not in self.reduced:
+                self.reduce(end, unit)
+
+    def module(self, at: int, kind: str, name: str) -> None:
+        if kind == "forward":
+            if name not in self.gathered:
+                self.collect(at, name)
+                self.copy_out(at, name, forward=True)
+        elif kind == "forward end":
+            self.position[name] = len(self.order)
+            self.order.append(name)
+            if self.reshard:
+                self.free(at, name)
+        elif kind == "backward":
+            self.before_backward(at, name)
+        elif kind == "backward end":
+            self.reduce(at, name)
+
+    def before_backward(self, at: int, name: str) -> None:
+        if self.kept:  # the forward is over
+            self.line.hold(at, "buffers", -self.kept)
+            self.kept = 0.0
+        if name in self.gathered or name in self.reduced:
+            return
+        if name not in self.ahead:
+            self.collect(at, name)
+        self.copy_out(at, name, forward=False)
+        before = self.position[name] - 1
+        if before >= 0 and self.order[before] not in self.gathered and self.order[before] not in self.ahead:
+            self.collect(at, self.order[before])
+
+    def collect(self, at: int, name: str) -> None:
+        """All-gather a unit into one flat buffer; this rank's part is copied together first."""
+        if self.shard == 1:
+            return
+        size = float(self.itemsize * self.units.gathered(name, self.shard))
+        self.line.spike(at, "buffers", size + size / self.shard)
+        self.line.hold(at, "buffers", size)
+        self.ahead[name] = size
+
+    def copy_out(self, at: int, name: str, forward: bool) -> None:
+        size = float(self.itemsize * self.units.gathered(name, self.shard))
+        if self.kept and forward:
+            self.line.hold(at, "buffers", -self.kept)
+            self.kept = 0.0
+        self.line.hold(at, "gathered", size)
+        self.gathered.add(name)
+        flat = self.ahead.pop(name, 0.0)
+        if forward:
+            self.kept = flat
+        elif flat:
+            self.line.spike(at, "buffers", 0.0)
+            self.line.hold(at, "buffers", -flat)
+
+    def free(self, at: int, name: str) -> None:
+        if name in self.gathered:
+            self.gathered.remove(name)
+            self.line.hold(at, "gathered", -float(self.itemsize * self.units.gathered(name, self.shard)))
+
+    def gradient(self, at: int, name: str) -> None:
+        """A whole gradient waits for its unit's; or it is added to what earlier micro-batches left, and goes."""
+        _, param = self.owner[name]
+        if not self.waiting or self.itemsize != MASTER:
+            self.line.hold(at, "gradients", self.itemsize * param.numel)
+
+    def reduce(self, at: int, name: str) -> None:
+        self.reduced.add(name)
+        self.free(at, name)
+        self.line.hold(at, "buffers", -self.reducing)
+        whole = self.units.trained(name, 1)
+        self.reducing = float(MASTER * self.units.trained(name, self.shard))
+        if not whole:
+            return
+        self.line.hold(at, "buffers", self.reducing)
+        self.line.spike(at, "buffers", 0.0)
+        computed = 0 if self.waiting and self.itemsize == MASTER else self.itemsize * whole
+        self.line.hold(at, "gradients", -computed - (MASTER * whole if self.waiting else 0))
+        self.line.hold(at, "gradients", self.reducing / self.shard)
+
+
+class Plain:
+    """One micro-batch of a whole copy in float32, which is gathered from nowhere.
+
+    Gradients come one by one and stay; DDP's lie in buckets that are there from the start, as are those that wait.
+    """
+
+    def __init__(self, trace: Trace, units: Units, ranks: int, waiting: bool) -> None:
+        self.line = Timeline(trace)
+        numel = {param.name: param.numel for members in units.members.values() for param in members}
+        if ranks > 1 or waiting:
+            self.line.hold(0, "gradients", float(MASTER * sum(units.trained(unit, 1) for unit in units.members)))
+            return
+        for at, kind, name in trace.events:
+            if kind == "gradient":
+                self.line.hold(at, "gradients", float(MASTER * numel[name]))

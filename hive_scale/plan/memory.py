@@ -1,0 +1,142 @@
+"""Bytes that one process needs for one stage, and when: states by arithmetic, the rest from a trace."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hive_scale.config import Config, EngineConfig, StageConfig
+from hive_scale.model import build
+from hive_scale.plan.fsdp import MASTER, Fsdp, Param, Plain, Units
+from hive_scale.plan.timeline import Moment
+from hive_scale.plan.trace import Trace, trace
+from hive_scale.plan.zero import Zero3, Zero12
+from hive_scale.stage import freeze
+
+MOMENTS = 2 * MASTER
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a stage of a model is, whatever engine runs it."""
+
+    params: list[Param]
+    units: Units
+    modules: dict[str, list[str]]  # parameters that a module has itself
+    trace: Trace
+
+    def numel(self, trained: bool | None = None) -> int:
+        return sum(param.numel for param in self.params if trained is None or param.trained == trained)
+
+    def components(self) -> dict[str, tuple[int, int]]:
+        """By component: numbers trained and frozen."""
+        counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        for param in self.params:
+            counts[param.name.split(".")[0]][not param.trained] += param.numel
+        return {name: (trained, frozen) for name, (trained, frozen) in counts.items()}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of one process, in bytes. `moment` is the worst of a step; what is on the host is not in `peak`."""
+
+    parameters: float
+    masters: float
+    moments: float
+    batch: float
+    moment: Moment
+    host: float
+
+    @property
+    def peak(self) -> float:
+        return self.parameters + self.masters + self.moments + self.batch + self.moment.total
+
+
+def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False) -> Facts:
+    """Build the stage's model on the meta device and trace it; `saves_inputs` as ZeRO-3's linear layers do.
+
+    Raises ValueError as training would.
+    """
+    model = build.skeleton(config.model)
+    freeze(model, stage, model.dormant())
+    params = [Param(name, tuple(one.shape), one.requires_grad) for name, one in model.named_parameters()]
+    names = {one: name for name, one in model.named_parameters()}
+    modules = {
+        name: [names[one] for one in module.parameters(recurse=False)]
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters(recurse=False))
+    }
+    units = _units(model, params)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    size, recomputed = build.image_size(config.model), config.engine.checkpointing
+    return Facts(params, units, modules, trace(model, dtype, num_tokens, size, recomputed, saves_inputs))
+
+
+def _units(model: Any, params: list[Param]) -> Units:
+    """Blocks, and all the rest as one, as the native engine shards them."""
+    places = {id(module): name for name, module in model.named_modules()}
+    blocks = [places[id(block)] for part in model.blocks().values() for block in part]
+    members: dict[str, list[Param]] = {"": [], **{block: [] for block in blocks}}
+    for param in params:
+        owner = next((block for block in blocks if param.name.startswith(f"{block}.")), "")
+        members[owner].append(param)
+    return Units(members)
+
+
+def measure(
+    facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: int, micro_batch: int, accumulation: int
+) -> Memory:
+    """What one of `world` processes needs; `zero` is the resolved ``zero_optimization``, empty for FSDP2."""
+    itemsize = 2 if engine.precision == "bf16" else 4
+    if zero:
+        return _deepspeed(facts, zero, world, itemsize, micro_batch, accumulation > 1)
+    return _native(facts, engine, world, itemsize, micro_batch, accumulation > 1)
+
+
+def _native(facts: Facts, engine: EngineConfig, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:
+    shard = engine.shard or world
+    masters = float(MASTER * sum(param.padded(shard) for param in facts.params) / shard)
+    moments = float(MOMENTS * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
+    if shard == 1 and itemsize == MASTER and not engine.offload:
+        lines = [Plain(facts.trace, facts.units, world, waiting).line]
+    else:  # the first micro-batch has nothing waiting, the last one reduces
+        reshard = engine.reshard_after_forward
+        lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, waits).line for waits in {waiting, False}]
+    moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
+    batch = facts.trace.input_bytes * micro_batch
+    if engine.offload:
+        return Memory(0.0, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # and reduced gradients
+    return Memory(masters, 0.0, moments, batch, moment, 0.0)
+
+
+def _deepspeed(
+    facts: Facts, zero: Mapping[str, Any], world: int, itemsize: int, micro_batch: int, waiting: bool
+) -> Memory:
+    trained, every = facts.numel(True), facts.numel()
+    masters, moments = float(MASTER * trained / world), float(MOMENTS * trained / world)
+    if zero["stage"] < 3:
+        parameters, fixed = float(itemsize * every), 0.0
+        line = Zero12(facts.trace, facts.params, world, itemsize, zero, waiting).line
+    else:
+        threshold = int(zero["stage3_param_persistence_threshold"])
+        small = sum(param.numel for param in facts.params if param.numel <= threshold)
+        parameters = float(itemsize * (every / world + small))
+        line = Zero3(facts.trace, facts.params, facts.modules, world, itemsize, zero).line
+        fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and gradients as cut
+    moment = line.worst(micro_batch)
+    held = {**moment.held, "gradients": moment.held.get("gradients", 0.0) + fixed}
+    moment, batch = Moment(moment.where, moment.activations, held), facts.trace.input_bytes * micro_batch
+    host = 0.0
+    if offloaded(zero, "offload_optimizer"):
+        host, masters, moments = masters + moments + masters, 0.0, 0.0  # and gradients
+    if offloaded(zero, "offload_param"):
+        host, parameters = host + itemsize * every / world, parameters - itemsize * every / world
+    return Memory(parameters, masters, moments, batch, moment, host)
+
+
+def offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    return bool((zero.get(what) or {}).get("device", "none") != "none")

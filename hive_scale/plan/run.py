@@ -1,0 +1,134 @@
+"""The plan of a run: each stage's memory, work and time on a world of GPUs that need not be here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hive_scale.config import Config, EngineConfig, StageConfig
+from hive_scale.plan.devices import Gpu
+from hive_scale.plan.memory import Facts, Memory, examine, measure
+from hive_scale.plan.time import DISK, StepTime, checkpoint_bytes, offloads, step_time
+
+# What a GPU's memory does not give to tensors: the CUDA context with its libraries, and fragmentation.
+CONTEXT, FRAGMENTATION = 0.8e9, 0.05
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, as one of `world` processes will meet it. Bytes, FLOPs and seconds."""
+
+    stage: str
+    components: Mapping[str, tuple[int, int]]  # numbers trained and frozen
+    micro_batch: int
+    accumulation: int
+    steps: int
+    samples: int  # of one step
+    memory: Memory
+    capacity: float  # bytes a GPU has for tensors
+    flops: Mapping[str, float]  # per sample: forward, backward, recompute
+    time: StepTime
+    mfu: float
+    checkpoint: float  # bytes of one, over all processes
+
+    @property
+    def spare(self) -> float:
+        return self.capacity - self.memory.peak
+
+    @property
+    def fits(self) -> bool:
+        return self.spare >= 0
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.time.total / 3600
+
+    def to_dict(self) -> dict[str, Any]:
+        extra = {"spare": self.spare, "fits": self.fits, "hours": self.hours, "peak": self.memory.peak}
+        return asdict(self) | extra | {"samples_per_second": self.samples / self.time.total}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to go."""
+
+    gpu: Gpu
+    world: int
+    host_memory: float | None = None  # bytes per process, for offloaded states
+
+    def __post_init__(self) -> None:
+        if self.world < 1:
+            raise ValueError(f"--world {self.world}: give at least 1 process")
+        if self.world > self.gpu.per_node and self.world % self.gpu.per_node:
+            raise ValueError(
+                f"--world {self.world} does not fill nodes of {self.gpu.per_node} GPUs: use a multiple, such as "
+                f"{self.world - self.world % self.gpu.per_node}"
+            )
+
+    @property
+    def capacity(self) -> float:
+        return (self.gpu.memory - CONTEXT) * (1 - FRAGMENTATION)
+
+
+def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
+    """The complete ``zero_optimization`` of the config's DeepSpeed JSON; empty without one."""
+    if not config.engine.ds_config:
+        return {}
+    from hive_scale.engine.ds_json import resolve  # DeepSpeed, which checks it, takes seconds to import
+
+    zero: dict[str, Any] = resolve(Path(config.engine.ds_config), stage, config.engine, world)["zero_optimization"]
+    return zero
+
+
+def check_engine(engine: EngineConfig, zero: Mapping[str, Any], machine: Machine) -> None:
+    if engine.shard and machine.world % engine.shard:
+        raise ValueError(f"engine.shard={engine.shard} does not divide --world {machine.world}: use a divisor of it")
+    if offloads(engine, zero) and machine.host_memory is None:
+        raise ValueError(
+            "the engine offloads to host memory, of which nothing is known: give --host_gb, per GPU, or no offload"
+        )
+
+
+def plan_stage(
+    config: Config, name: str, facts: Facts, zero: Mapping[str, Any], machine: Machine, num_samples: int
+) -> StagePlan:
+    """Raises ValueError where training would: a batch that does not divide, a set smaller than a batch."""
+    stage, engine = config.stages[name], config.engine
+    accumulation = stage.accumulation(machine.world)
+    micro_batch = stage.global_batch // machine.world // accumulation
+    memory = measure(facts, engine, zero, machine.world, micro_batch, accumulation)
+    time = step_time(facts, engine, zero, machine.gpu, machine.world, micro_batch, accumulation)
+    useful = stage.global_batch * (facts.trace.flops["forward"] + facts.trace.flops["backward"])
+    return StagePlan(
+        stage=name,
+        components=facts.components(),
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        steps=stage.num_steps(num_samples),
+        samples=stage.global_batch,
+        memory=memory,
+        capacity=machine.capacity,
+        flops={part: facts.trace.flops[part] for part in ("forward", "backward", "recompute")},
+        time=time,
+        mfu=useful / machine.world / time.total / machine.gpu.peak(engine.precision),
+        checkpoint=checkpoint_bytes(facts),
+    )
+
+
+def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePlan]:
+    """Every stage of `config`. Seconds per stage: it is traced in full size."""
+    plans = []
+    for name, stage in config.stages.items():
+        zero = zero_of(config, stage, machine.world)
+        check_engine(config.engine, zero, machine)
+        facts = examine(config, stage, config.data.max_tokens, zero.get("stage") == 3)
+        plans.append(plan_stage(config, name, facts, zero, machine, num_samples))
+    return plans
+
+
+def checkpoint_seconds(plan: StagePlan, machine: Machine) -> float:
+    """Seconds to write one, the nodes side by side, while training goes on."""
+    nodes = max(1, machine.world // machine.gpu.per_node)
+    return plan.checkpoint / nodes / DISK

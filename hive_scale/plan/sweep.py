@@ -1,0 +1,101 @@
+"""Scaling by the plan: more GPUs on the same global batch (strong), or on as much for each (weak)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hive_scale.config import Config, EngineConfig
+from hive_scale.plan.devices import Gpu
+from hive_scale.plan.memory import examine, measure
+from hive_scale.plan.run import Machine
+from hive_scale.plan.time import step_time
+
+# ZeRO with the shipped settings; its JSON need not be read for what scaling depends on
+ENGINES: dict[str, dict[str, Any]] = {
+    "DDP": {},
+    "FSDP2": {},
+    "ZeRO-2": {"stage": 2, "reduce_bucket_size": 50_000_000, "overlap_comm": True},
+    "ZeRO-3": {
+        "stage": 3,
+        "reduce_bucket_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 20_000_000,
+        "stage3_param_persistence_threshold": 10_000,
+        "stage3_max_live_parameters": 100_000_000,
+        "stage3_max_reuse_distance": 100_000_000,
+    },
+}
+
+
+def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_samples: int) -> list[dict[str, Any]]:
+    """A point per engine, kind of scaling and world: rates, memory, and efficiency against the first world.
+
+    Weak scaling keeps the samples of a GPU at those of the smallest world. Strong scaling ends where a GPU would
+    have less than one sample.
+    """
+    if stage_name not in config.stages:
+        raise ValueError(f"--stage {stage_name}: there is no such stage: there are {', '.join(config.stages)}")
+    stage = config.stages[stage_name]
+    plain = replace(config, engine=replace(config.engine, ds_config="", shard=0))
+    facts = {False: examine(plain, stage, config.data.max_tokens)}
+    facts[True] = examine(plain, stage, config.data.max_tokens, saves_inputs=True)
+    points = []
+    for title, zero in ENGINES.items():
+        for scaling in ("weak", "strong"):
+            base = None
+            for world in sorted(worlds):
+                Machine(gpu, world)  # which refuses worlds that cannot be
+                batch = stage.global_batch if scaling == "strong" else stage.global_batch * world // min(worlds)
+                if batch % world:
+                    continue
+                micro_batch = max(n for n in range(1, stage.micro_batch + 1) if batch // world % n == 0)
+                engine = _engine(plain.engine, title)
+                arguments = facts[zero.get("stage") == 3], engine, zero
+                time = step_time(*arguments, gpu, world, micro_batch, batch // world // micro_batch)
+                memory = measure(*arguments, world, micro_batch, batch // world // micro_batch)
+                rate = batch / time.total
+                base = base or rate / world
+                points.append(
+                    {
+                        "engine": title,
+                        "scaling": scaling,
+                        "world": world,
+                        "samples_per_second": rate,
+                        "efficiency": rate / world / base,
+                        "step": time.total,
+                        "sent": time.volume.sent,
+                        "peak": memory.peak,
+                    }
+                )
+    return points
+
+
+def _engine(engine: EngineConfig, title: str) -> EngineConfig:
+    return replace(engine, shard=1 if title == "DDP" else 0)
+
+
+def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+    """Samples per second against GPUs, both logarithmic, weak beside strong, with the assumptions below."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5), layout="constrained")
+    for axes, scaling in zip(figure.subplots(1, 2, sharey=True), ("weak", "strong"), strict=True):
+        for engine in ENGINES:
+            line = [point for point in points if point["engine"] == engine and point["scaling"] == scaling]
+            worlds = [point["world"] for point in line]
+            axes.loglog(worlds, [point["samples_per_second"] for point in line], marker="o", label=engine)
+        first = next((point for point in points if point["scaling"] == scaling), None)
+        if first:
+            worlds = sorted({point["world"] for point in points})
+            ideal = [first["samples_per_second"] * world / first["world"] for world in worlds]
+            axes.loglog(worlds, ideal, linestyle=":", color="grey", label="ideal")
+        axes.set(title=f"{scaling} scaling", xlabel="GPUs", ylabel="samples/s")
+        axes.legend()
+    figure.suptitle(title)
+    figure.supxlabel(
+        "planned: products at 60 % of peak, memory at 80 %, rings at link or network speed, overlapped", fontsize=8
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,252 @@
+"""What each thing that makes a step fast is worth, tried alone: with it and without it, in turns."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.table import describe_machine, peak_bytes, show, spread
+
+if TYPE_CHECKING:
+    from hive_scale.config import ModelConfig
+
+HELP = "each means to a fast step, with it and without it"
+TEXT, SHORT = 77, 20  # tokens: the longest caption, and CC3M's usual one
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Two ways to do the same work."""
+
+    title: str
+    without: Step
+    having: Step
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=GAINS, default=list(GAINS), help="default: all")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    rows = []
+    size = Size(32, 2, 2) if arguments.quick else Size(256, 8, 8)
+    for name in arguments.only:
+        for gain in GAINS[name](size):
+            rows.append(_time(gain, arguments.rounds))
+            gc.collect()
+    columns = ("what", "without, s", "with, s", "times as fast", "quartiles", "without, MB", "with, MB")
+    show(columns, rows, f"{describe_machine()}; fp32; {arguments.rounds} rounds", arguments.markdown)
+
+
+def _time(gain: Gain, rounds: int) -> list[str]:
+    import torch
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peaks = []
+    for step in (gain.without, gain.having):
+        step()  # the first of its kind allocates what stays
+        peaks.append(peak_bytes(step, device))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for step, found in zip((gain.without, gain.having), seconds, strict=True):
+            began = perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            found.append(perf_counter() - began)
+    faster = [a / b for a, b in zip(*seconds, strict=True)]
+    medians = [f"{median(found):.3f}" for found in seconds]
+    return [gain.title, *medians, f"{median(faster):.2f}", spread(faster), *(f"{peak / 1e6:.0f}" for peak in peaks)]
+
+
+# -- the work ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+    micro_batch: int
+
+    def config(self) -> ModelConfig:
+        from hive_scale.config import ModelConfig, PartConfig
+
+        sizes = {
+            "hidden_size": self.width,
+            "intermediate_size": 3 * self.width,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": 4,
+        }
+        vision = {"model_type": "siglip_vision_model", "image_size": 128, "patch_size": 8, "vision_use_head": False}
+        language = {"model_type": "llama", "vocab_size": 8192, "num_key_value_heads": 4, "tie_word_embeddings": True}
+        parts = PartConfig(config={**vision, **sizes}), PartConfig(config={**language, **sizes})
+        return ModelConfig(*parts, density=0.5 if self.layers < 4 else 0.25)
+
+    def model(self, stage: str) -> Any:
+        """A model on the device, frozen as `stage` says."""
+        import torch
+
+        from hive_scale.config import StageConfig
+        from hive_scale.model.build import assemble
+        from hive_scale.presets import three_stages
+        from hive_scale.stage import freeze
+
+        model = assemble(self.config(), seed=0).to("cuda" if torch.cuda.is_available() else "cpu")
+        freeze(model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.dormant())
+        return model
+
+    def step(self, model: Any, lengths: list[int] | None = None) -> Step:
+        """Forward and backward of one micro-batch, of captions as long as `lengths`, else of TEXT tokens."""
+        import torch
+
+        from hive_scale.batch import Sample, collate
+
+        random = torch.Generator().manual_seed(0)
+
+        def sample(length: int) -> Sample:
+            pixels = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8, generator=random)
+            ids = torch.randint(3, 8192, (length,), generator=random).tolist()
+            return Sample("", pixels, ids, [False] + [True] * (length - 1))
+
+        samples = [sample(length) for length in lengths or [TEXT] * self.micro_batch]
+        batch = collate(samples, pad_id=0, image_size=128).to(model.pixel_mean.device)
+
+        def step() -> None:
+            torch.autograd.backward(model(**batch.inputs()))
+            model.zero_grad(set_to_none=True)
+
+        return step
+
+
+def frozen_parts(size: Size) -> Iterator[Gain]:
+    """Both sides train the connector alone; on the left, gradients of what is frozen are made and thrown away."""
+    graph = size.model("projector")
+    for name, parameter in graph.vision.named_parameters():
+        parameter.requires_grad_(f"vision.{name}" not in graph.dormant())
+    yield Gain("no graph through the frozen encoder", size.step(graph), size.step(size.model("projector")))
+    stored = size.model("projector")
+    stored.language.requires_grad_(True)
+    title = "nothing stored below the first fused layer, no gradients of the frozen LLM"
+    yield Gain(title, size.step(stored), size.step(size.model("projector")))
+
+
+def encoder_depth(size: Size) -> Iterator[Gain]:
+    import torch
+
+    model = size.model("projector")
+    pixels = torch.randn(size.micro_batch, 3, 128, 128, device=model.pixel_mean.device)
+
+    def whole() -> None:
+        model.vision(pixels)
+
+    def tapped() -> None:
+        from hive_scale.model.vision import feature_maps
+
+        feature_maps(model.vision, pixels, model.encoder_depths)
+
+    yield Gain("encoder stops at the block before the last", whole, tapped)
+
+
+def lengths(size: Size) -> Iterator[Gain]:
+    """Four micro-batches of one global batch, as drawn and sorted; then captions that are all short."""
+    import torch
+
+    model = size.model("projector")
+    ragged = (
+        SHORT / 2 + torch.rand(4 * size.micro_batch, generator=torch.Generator().manual_seed(1)).pow(3) * 60
+    ).int()
+    drawn = [size.step(model, part.tolist()) for part in ragged.chunk(4)]
+    ordered = [size.step(model, part.tolist()) for part in ragged.sort().values.chunk(4)]
+    yield Gain(
+        "micro-batches sorted by length",
+        lambda: [step() for step in drawn] and None,
+        lambda: [step() for step in ordered] and None,
+    )
+    short = size.step(model, [SHORT] * size.micro_batch)
+    yield Gain(f"captions of {SHORT} tokens padded to {SHORT}, not to {TEXT}", size.step(model), short)
+
+
+def rows_with_targets(size: Size) -> Iterator[Gain]:
+    import torch
+
+    width, vocabulary = size.width, 32000
+    head = torch.nn.Linear(width, vocabulary, bias=False)
+    hidden = torch.randn(1024, width, requires_grad=True)
+    rows, ids = torch.arange(0, 1024, 4), torch.randint(vocabulary, (256,))
+    everywhere = torch.full((1024,), -100).index_put((rows,), ids)
+
+    def loss(states: Any, wanted: Any) -> None:
+        torch.autograd.backward(torch.nn.functional.cross_entropy(head(states).float(), wanted, reduction="sum"))
+        hidden.grad = head.weight.grad = None
+
+    title = "head over the rows that carry a target (1 in 4)"
+    yield Gain(title, lambda: loss(hidden, everywhere), lambda: loss(hidden[rows], ids))
+
+
+def optimizer(size: Size) -> Iterator[Gain]:
+    import torch
+
+    def adamw(fused: bool) -> Step:
+        model = size.model("joint")
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        stepper = torch.optim.AdamW(trained, lr=1e-5, fused=fused, foreach=False)
+        return lambda: cast_none(stepper.step())
+
+    yield Gain("fused AdamW, against torch's loop", adamw(False), adamw(True))
+
+
+def cast_none(_: Any) -> None:
+    return None
+
+
+def attention(size: Size) -> Iterator[Gain]:
+    eager, fused = size.model("joint"), size.model("joint")
+    for config in (eager.vision.config, eager.language.config):
+        config._attn_implementation = "eager"
+    yield Gain("SDPA, against attention that keeps its scores", size.step(eager), size.step(fused))
+
+
+def compiled(size: Size) -> Iterator[Gain]:
+    plain, compiled = size.model("joint"), size.model("joint")
+    for blocks in compiled.blocks().values():
+        for block in blocks:
+            block.compile()
+    yield Gain("blocks compiled", size.step(plain), size.step(compiled))
+
+
+def copies(size: Size) -> Iterator[Gain]:
+    """Only where there is a device to copy to."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    pageable = torch.randint(0, 256, (64, 3, 384, 384), dtype=torch.uint8)
+    pinned = pageable.pin_memory()
+    yield Gain(
+        "pictures copied from pinned memory",
+        lambda: cast_none(pageable.to("cuda")),
+        lambda: cast_none(pinned.to("cuda", non_blocking=True)),
+    )
+
+
+GAINS: Mapping[str, Callable[[Size], Iterator[Gain]]] = {
+    "frozen": frozen_parts,
+    "encoder": encoder_depth,
+    "lengths": lengths,
+    "loss": rows_with_targets,
+    "optimizer": optimizer,
+    "sdpa": attention,
+    "compile": compiled,
+    "copies": copies,
+}

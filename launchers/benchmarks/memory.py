@@ -1,0 +1,244 @@
+"""The planner's peak beside the real one, and beside what DeepSpeed and Accelerate estimate.
+
+On a GPU the real peak is torch's own count. On a CPU a preloaded counter follows every block that torch
+allocates; batch and first weights, which were there before the engine, are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.table import describe_machine, show
+from benchmarks.task import CASES
+
+if TYPE_CHECKING:
+    from hive_scale.config import Config
+    from hive_scale.distributed import World
+
+HELP = "the planner's peak beside the real one"
+LAUNCHER = Path(__file__).resolve().parents[1] / "benchmark.py"
+SOURCE = Path(__file__).with_name("allocations.c")
+TOKENS, MICRO_BATCH = 48, 4
+FUSIONS, STAGES, RECOMPUTED = ("cross_attention", "concat"), ("projector", "language", "joint"), ("none", "full")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["one", "fsdp", "zero2", "zero3"])
+    parser.add_argument("--ranks", type=int, default=2, help="processes of every case but the first (default 2)")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=FUSIONS)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON, in bytes")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.worker:
+        _measure(arguments)
+        return
+    found = [row for case in arguments.cases for row in _launch(case, arguments)]
+    if arguments.json:
+        print(json.dumps(found))
+        return
+    errors = [row["plan"] / row["real"] - 1 for row in found]
+    columns = (
+        "sharding",
+        "fusion",
+        "stage",
+        "recompute",
+        "real, MB",
+        "planned, MB",
+        "error",
+        "DeepSpeed",
+        "Accelerate",
+    )
+    rows = [
+        [
+            *(row["title"], row["fusion"], row["stage"], row["recompute"]),
+            *(f"{row['real'] / 1e6:.1f}", f"{row['plan'] / 1e6:.1f}", f"{error:+.2%}"),
+            *(_ratio(row[peer], row["real"]) for peer in ("deepspeed", "accelerate")),
+        ]
+        for row, error in zip(found, errors, strict=True)
+    ]
+    worst = max(map(abs, errors))
+    summary = f"median error {median(map(abs, errors)):.2%}, worst {worst:.2%} of {len(found)} cases"
+    machine = found[0]["machine"]
+    show(columns, rows, f"{machine}; {arguments.precision}; {summary}", arguments.markdown)
+
+
+def _ratio(estimate: float | None, real: float) -> str:
+    return "-" if estimate is None else f"{estimate / real - 1:+.0%}"
+
+
+def _launch(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one way to shard, from processes of its own."""
+    ranks = 1 if case == "one" else arguments.ranks
+    with TemporaryDirectory() as folder:
+        library, result = Path(folder, "allocations.so"), Path(folder, "rows.json")
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-lpthread"], check=True)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
+        words = ["memory", "--worker", str(result), "--cases", case, "--stages", *arguments.stages]
+        words += ["--fusions", *arguments.fusions, "--precision", arguments.precision]
+        words += ["--accumulation", str(arguments.accumulation)]
+        worker = ["env", f"LD_PRELOAD={library}", sys.executable, str(LAUNCHER), *words]
+        command = [sys.executable, *torchrun, *worker] if ranks > 1 else worker
+        env = {"OMP_NUM_THREADS": "1", **os.environ}
+        print(f"{case} ...", file=sys.stderr, flush=True)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        if not result.exists():
+            print(done.stderr, file=sys.stderr)
+            raise SystemExit(f"{case} failed: see above")
+        rows: list[dict[str, Any]] = json.loads(result.read_text())
+    return rows
+
+
+# -- one rank of one case -------------------------------------------------------------------------------------
+
+
+class _Meter:
+    """Bytes that torch has allocated on the device, now and at most since `reset`."""
+
+    def __init__(self, device: Any) -> None:
+        import torch
+
+        self.cuda = torch.cuda if device.type == "cuda" else None
+        if not self.cuda:
+            self.library = ctypes.CDLL(None)
+            self.library.allocations_alive.restype = self.library.allocations_peak.restype = ctypes.c_size_t
+
+    def alive(self) -> int:
+        gc.collect()
+        return self.cuda.memory_allocated() if self.cuda else int(self.library.allocations_alive())
+
+    def reset(self) -> None:
+        _ = self.cuda.reset_peak_memory_stats() if self.cuda else self.library.allocations_reset()
+
+    def peak(self) -> int:
+        return self.cuda.max_memory_allocated() if self.cuda else int(self.library.allocations_peak())
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    from hive_scale.distributed import session
+
+    rows = []
+    with session() as world:
+        for config in _configs(arguments, world.size):
+            real = _real_peak(config, world)
+            if world.is_main:
+                rows.append({**_planned(config, world), "real": real, "machine": describe_machine()})
+            world.barrier()
+        if world.is_main:
+            arguments.worker.write_text(json.dumps(rows))
+        world.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _configs(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
+    """A model of some 20 M parameters whose activations weigh about as much as its states."""
+    from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, PartConfig, StageConfig
+    from hive_scale.presets import three_stages
+
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
+    vision = {"model_type": "siglip_vision_model", "image_size": 128, "patch_size": 8, "vision_use_head": False}
+    language = {"model_type": "llama", "vocab_size": 8192, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    parts = PartConfig(config={**vision, **sizes}), PartConfig(config={**language, **sizes})
+    title, shard, json_file = CASES[arguments.cases[0]]
+    batch = world_size * arguments.accumulation * MICRO_BATCH
+    for fusion in arguments.fusions:
+        for name in arguments.stages:
+            for mode in RECOMPUTED:
+                stage = StageConfig(three_stages(fusion, (1e-3,) * 3)[name], batch, MICRO_BATCH)
+                engine = EngineConfig(arguments.precision, shard, ds_config=json_file)
+                engine = EngineConfig(**vars(engine) | {"checkpointing": CheckpointingConfig(mode, mode, mode)})
+                model = ModelConfig(*parts, fusion=fusion, density=0.34)
+                yield Config(title, model=model, stages={name: stage}, engine=engine)
+
+
+def _real_peak(config: Config, world: World) -> int:
+    """Most bytes of the third step: by then everything that is made once is there."""
+    import torch
+
+    from hive_scale.batch import Sample, collate
+    from hive_scale.engine import open_engine
+    from hive_scale.model import build
+    from hive_scale.stage import freeze
+
+    (stage,) = config.stages.values()
+    random = torch.Generator().manual_seed(world.rank)
+    size = build.image_size(config.model)
+
+    def sample() -> Sample:
+        pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=random)
+        tokens = torch.randint(3, 8192, (TOKENS,), generator=random).tolist()
+        return Sample("", pixels, tokens, [False] + [True] * (TOKENS - 1))
+
+    samples = [[sample() for _ in range(MICRO_BATCH)] for _ in range(stage.accumulation(world.size))]
+    batches = [collate(part, pad_id=0, image_size=size) for part in samples]
+    weights = dict(build.assemble(config.model, seed=0).named_parameters())
+    meter = _Meter(world.device)
+    before = meter.alive()
+    model = build.skeleton(config.model)
+    groups = freeze(model, stage, model.dormant())
+    engine = open_engine(model, groups, stage, config.engine, world, weights)
+    for _ in range(2):
+        engine.step(batches, 1.0)
+    meter.reset()
+    engine.step(batches, 1.0)
+    return meter.peak() - before
+
+
+def _planned(config: Config, world: World) -> dict[str, Any]:
+    from hive_scale.plan.memory import examine, measure
+    from hive_scale.plan.run import zero_of
+
+    ((name, stage),) = config.stages.items()
+    zero = zero_of(config, stage, world.size)
+    facts = examine(config, stage, TOKENS, zero.get("stage") == 3)
+    plan = measure(facts, config.engine, zero, world.size, MICRO_BATCH, stage.accumulation(world.size))
+    on_device = plan.batch if world.device.type == "cuda" else 0.0
+    return {
+        "title": config.name + (f", {world.size} ranks" if world.size > 1 else ""),
+        "fusion": config.model.fusion,
+        "stage": name,
+        "recompute": config.engine.checkpointing.language,
+        "plan": plan.peak - plan.batch + on_device,
+        "where": plan.moment.where,
+        "deepspeed": _deepspeed(facts.numel(), zero, world.size),
+        "accelerate": _accelerate(config),
+    }
+
+
+def _deepspeed(numel: int, zero: dict[str, Any], ranks: int) -> float | None:
+    """DeepSpeed's own estimator, which is told the number of parameters and no more."""
+    if not zero:
+        return None
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    if zero["stage"] == 3:
+        return float(stage3.estimate_zero3_model_states_mem_needs(numel, 8192 * 256, ranks, cpu_offload=False)[1])
+    return float(stage_1_and_2.estimate_zero2_model_states_mem_needs(numel, ranks, cpu_offload=False)[1])
+
+
+def _accelerate(config: Config) -> float:
+    """``accelerate estimate-memory``: training with Adam on one device."""
+    from accelerate.commands.estimate import estimate_training_usage
+    from accelerate.utils import calculate_maximum_sizes
+
+    from hive_scale.model import build
+
+    total, _ = calculate_maximum_sizes(build.skeleton(config.model))
+    mixed = "bfloat16" if config.engine.precision == "bf16" else "float32"
+    return float(max(estimate_training_usage(total, mixed).values()))
