@@ -13,8 +13,9 @@ from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS
 from hive_scale.config import Config
 from hive_scale.distributed import World
-from hive_scale.evaluate.captions import generate, matched_share
+from hive_scale.evaluate.captions import matched_share
 from hive_scale.model import build
+from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
 from hive_scale.train import Data, open_data
 from hive_scale.watch.metrics import read_metrics
@@ -45,7 +46,7 @@ def _tell(config: Config, device: torch.device) -> None:
     losses = heldout_losses(config)
     console.print(_losses_table(config, losses))
     stage_dir = config.run_dir / list(config.stages)[-1]
-    data = open_data(config)
+    data = open_data(config, stage_dir.name)
     model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
     if config.evidence:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
@@ -76,9 +77,8 @@ def captions(model: Hive, data: Data, count: int) -> Iterator[tuple[str, str]]:
     for index in range(stride // 2, data.heldout.num_samples, stride):
         pixels = data.heldout.sample(index).pixels
         if pixels is not None:
-            (ids,) = generate(
-                model, pixels[None].to(model.pixel_mean.device), data.tokenizer.start_id, data.tokenizer.eos_id
-            )
+            shown = pixels[None].to(model.pixel_mean.device)
+            (ids,) = generate(model, shown, [0], [[data.tokenizer.start_id]], data.tokenizer.eos_id, max_tokens=40)
             yield data.heldout.caption(index), data.tokenizer.decode(ids)
 
 

@@ -34,22 +34,3 @@ def matched_share(model: Hive, batches: Iterable[Batch], shifts: Sequence[int] =
                 won += int((own < caption_losses(model, batch, shift)).sum())
                 tried += len(batch)
     return won / max(1, tried)
-
-
-@torch.no_grad()
-def generate(model: Hive, pixels: Tensor, start_id: int, eos_id: int, max_tokens: int = 40) -> list[list[int]]:
-    """Greedy captions for pictures uint8 (B, 3, H, W): token ids, start and end left out."""
-    visual = model.see(pixels)
-    tokens = torch.full((len(pixels), 1), start_id, device=pixels.device)
-    ended = torch.zeros(len(pixels), dtype=torch.bool, device=pixels.device)
-    for _ in range(max_tokens):
-        following = model.logits(model.read(visual, tokens)[:, -1]).argmax(-1)
-        ended |= following == eos_id
-        if ended.all():
-            break
-        tokens = torch.cat([tokens, following[:, None]], dim=1)
-    return [_until(row[1:], eos_id) for row in tokens.tolist()]
-
-
-def _until(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from hive_scale.config import ModelConfig
 
 SLOT = 1  # the picture's place in the text: right after the start token
+KeyValue = tuple[Tensor, Tensor]  # (B, K, V, h) each
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Context:
     has_image: Tensor | None  # bool (B,); None when every sample has a picture
     positions: Tensor  # of the stream's N tokens, (B or 1, N)
     mask: Tensor | None = None  # bool (B or 1, 1, N, keys): who may attend to whom; None: causal
+    text_mask: Tensor | None = None  # the same for layers that see no picture, where that differs
+    memory: Sequence[KeyValue] | None = None  # of each fused layer, where they are known already
 
 
 class VisualMemory:
@@ -75,6 +78,17 @@ class Fusion(nn.Module):
         """(B, heads, T, V): what each text token's attention in layer `depth` gives to each patch."""
         raise NotImplementedError
 
+    def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
+        """Keys and values of each fused layer: all that later tokens need of the pictures."""
+        return []
+
+    def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+        """The context of one more token a text, at its text's `position`, which attends where `seen` is True.
+
+        `seen` is over the text's keys so far, the new one last; `context` is what `enter` gave for the text.
+        """
+        return replace(context, positions=position_B1, mask=seen_BN[:, None, None])
+
 
 class CrossAttentionLayer(nn.Module):
     """H' = H + tanh(g) W_O softmax(Q K^T / sqrt(h)) V, Q from the LLM, K and V from the features (paper 3.3).
@@ -96,11 +110,20 @@ class CrossAttentionLayer(nn.Module):
         self.k_norm = _head_norm(attention, "k_norm", qk_norm)
         self.gate = nn.Parameter(torch.zeros(1, device=attention.o_proj.weight.device))
 
-    def forward(self, hidden_BTD: Tensor, visual_BVD: Tensor, has_image: Tensor | None = None) -> Tensor:
+    def remember(self, visual_BVD: Tensor) -> KeyValue:
         normed = self.norm(visual_BVD)
-        query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(_heads(self.k_proj(normed), self.head_dim))
-        value = _heads(self.v_proj(normed), self.head_dim)
+        return key, _heads(self.v_proj(normed), self.head_dim)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        visual_BVD: Tensor,
+        has_image: Tensor | None = None,
+        memory: KeyValue | None = None,
+    ) -> Tensor:
+        key, value = memory or self.remember(visual_BVD)
+        query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
         update = torch.tanh(self.gate) * self.o_proj(mixed.transpose(1, 2).flatten(2))
         if has_image is not None:
@@ -122,8 +145,13 @@ class CrossAttention(Fusion):
     def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth in self.depths:
             index = self.depths.index(depth)
-            hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image)
-        return hidden_BND, {"attention_mask": None}
+            memory = context.memory[index] if context.memory else None
+            hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image, memory)
+        return hidden_BND, {"attention_mask": context.mask}
+
+    def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
+        layers: Any = self.layers
+        return [layer.remember(one) for layer, one in zip(layers, visual, strict=True)]
 
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
@@ -189,10 +217,25 @@ class JointAttention(Fusion):
 
     def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth not in self.depths:
-            return hidden_BND, {"attention_mask": None}
+            return hidden_BND, {"attention_mask": context.text_mask}
         index = self.depths.index(depth)
-        memory = VisualMemory(*self.layers[index](context.visual[index]))
-        return hidden_BND, {"attention_mask": context.mask, "past_key_values": memory}
+        memory = context.memory[index] if context.memory else self.layers[index](context.visual[index])
+        return hidden_BND, {"attention_mask": context.mask, "past_key_values": VisualMemory(*memory)}
+
+    def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
+        return [layer(one) for layer, one in zip(self.layers, visual, strict=True)]
+
+    def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+        num_visual = context.visual[0].shape[1]
+        extent = _side(num_visual) if self.grid else num_visual
+        pictured = _pictured(context, seen_BN)
+        mask = torch.cat([pictured.expand(-1, num_visual), seen_BN], dim=1)
+        return replace(
+            context,
+            positions=position_B1 + extent * pictured,
+            mask=mask[:, None, None],
+            text_mask=seen_BN[:, None, None],
+        )
 
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
@@ -234,6 +277,17 @@ class Concat(Fusion):
         seen = _softmax_scores(*_host_query_key(host, hidden_BND, rotary), mask)
         end = SLOT + context.visual[0].shape[1]
         return torch.cat([seen[:, :, :SLOT, SLOT:end], seen[:, :, end:, SLOT:end]], dim=2)
+
+    def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+        num_visual = context.visual[0].shape[1]
+        pictured = _pictured(context, seen_BN)
+        mask = torch.cat([seen_BN[:, :SLOT], pictured.expand(-1, num_visual), seen_BN[:, SLOT:]], dim=1)
+        return replace(context, positions=position_B1 + num_visual * pictured, mask=mask[:, None, None])
+
+
+def _pictured(context: Context, like_BN: Tensor) -> Tensor:
+    """bool (B, 1): which texts have a picture."""
+    return torch.ones_like(like_BN[:, :1]) if context.has_image is None else context.has_image[:, None]
 
 
 def _heads(flat: Tensor, head_dim: int) -> Tensor:
