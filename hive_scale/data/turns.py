@@ -7,6 +7,7 @@ from itertools import cycle, takewhile
 from typing import Any
 
 IMAGE = "<image>"  # where LLaVA's records put the picture; visual tokens never enter the text here
+SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA adds to questions with short answers
 Turns = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
 
 ROLES = {

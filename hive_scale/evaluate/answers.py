@@ -1,0 +1,65 @@
+"""What an answer says, by the rules of each benchmark's own scorer."""
+
+from __future__ import annotations
+
+import re
+import string
+
+_COUNTED = "zero one two three four five six seven eight nine ten"
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
+_ARTICLES = {"a", "an", "the"}
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_FULL_STOP = re.compile(r"\.(?!\d)")  # but not a decimal point
+# Words whose apostrophe may be left out. Each stands for every spelling that lacks one of its apostrophes.
+_CONTRACTIONS = (
+    "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
+    "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
+    "needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've "
+    "somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll "
+    "that's there'd there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've "
+    "weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've "
+    "why'll why're why's won't would've wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're "
+    "you've"
+)
+_WITH_APOSTROPHE = {
+    word[:place] + word[place + 1 :]: word
+    for word in _CONTRACTIONS.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}  # the one entry of the published table that goes the other way
+
+
+def vqa_normal(answer: str) -> str:
+    """An answer as the VQA challenge's server (EvalAI) compares it.
+
+    Lower case, punctuation and articles dropped, number words up to ten as digits, apostrophes put back.
+    """
+    text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    spaced = text
+    for mark in _MARKS:
+        # beside a space a mark is dropped, between letters it parts words
+        text = text.replace(mark, "" if f"{mark} " in spaced or f" {mark}" in spaced else " ")
+    words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text).split())
+    return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def plain_normal(answer: str) -> str:
+    """An answer without case, punctuation and outer space: what GQA's exact match compares."""
+    return answer.lower().translate(str.maketrans("", "", string.punctuation)).strip()
+
+
+def yes_or_no(answer: str) -> str:
+    """ "yes", "no" or "other", as MME's scorer reads an answer: in its first four letters."""
+    text = answer.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "other")
+    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+
+
+def choice_letter(answer: str) -> str:
+    """The letter of "B" or "B. because ...", else nothing: a letter without its dot must stand alone."""
+    text = answer.strip()
+    if len(text) == 1 or text[1:2] == ".":
+        return text[0] if text[0] in string.ascii_uppercase else ""
+    return ""

@@ -1,0 +1,36 @@
+"""easy-vqa: questions about one coloured shape, rendered; thirteen answers. Small, but a real published set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hive_scale.data.turns import SHORT
+from hive_scale.evaluate.answers import plain_normal
+from hive_scale.evaluate.files import beside, nothing_in, read_json
+from hive_scale.evaluate.question import Answered, Question, Task
+
+SOURCE = "the PyPI package easy-vqa (launchers/prepare_data.py easy_vqa)"
+
+
+def read(folder: Path) -> list[Question]:
+    """The package's own layout: test/questions.json, [question, answer, picture number] each, and test/images/."""
+    path = folder / "test" / "questions.json"
+    if not path.is_file():
+        raise nothing_in(folder, "test/questions.json", SOURCE)
+    return [
+        Question(str(place), asked + SHORT, beside(path.parent / "images" / f"{number}.png"), {"answer": answer})
+        for place, (asked, answer, number) in enumerate(read_json(path))
+    ]
+
+
+def score(answered: Answered) -> dict[str, float]:
+    """Share of right answers in percent: of all questions, and of those that are not answered by yes or no."""
+    marks = [(plain_normal(answer) == q.truth["answer"], q.truth["answer"]) for q, answer in answered]
+    named = [right for right, truth in marks if truth not in ("yes", "no")]
+    return {
+        "accuracy": 100.0 * sum(right for right, _ in marks) / max(1, len(marks)),
+        "named": 100.0 * sum(named) / max(1, len(named)),
+    }
+
+
+TASK = Task("easyvqa", read, score, SOURCE)

@@ -1,0 +1,45 @@
+"""GQA, the balanced test-dev split: compositional questions with one-word answers (arXiv 1902.09506)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hive_scale.data.turns import SHORT
+from hive_scale.evaluate.answers import plain_normal
+from hive_scale.evaluate.files import beside, nothing_in, read_json, rows
+from hive_scale.evaluate.question import Answered, Picture, Question, Task
+
+SOURCE = "https://huggingface.co/datasets/lmms-lab/GQA or https://cs.stanford.edu/people/dorarad/gqa"
+
+
+def read(folder: Path) -> list[Question]:
+    """The hub's parquet files, or the official testdev_balanced_questions.json with images/<imageId>.jpg."""
+    asked = sorted(folder.glob("testdev_balanced_instructions/*.parquet"))
+    if asked:
+        held = rows(sorted(folder.glob("testdev_balanced_images/*.parquet")), "image", ["id"])
+        pictures = {str(row["id"]): row["picture"] for row in held}
+        items = [(row["id"], row) for row in rows(asked, "", ["id", "imageId", "question", "answer"])]
+        if missing := [row["imageId"] for _, row in items if not pictures.get(row["imageId"])]:
+            raise ValueError(f"{folder}/testdev_balanced_images has no picture {missing[0]}; the files are at {SOURCE}")
+        return [_question(id, row["question"], row["answer"], pictures[row["imageId"]]) for id, row in items]
+    official = folder / "testdev_balanced_questions.json"
+    if not official.is_file():
+        wanted = "testdev_balanced_instructions/*.parquet or testdev_balanced_questions.json"
+        raise nothing_in(folder, wanted, SOURCE)
+    return [
+        _question(id, item["question"], item["answer"], beside(folder / "images" / f"{item['imageId']}.jpg"))
+        for id, item in read_json(official).items()
+    ]
+
+
+def _question(id: str, asked: str, answer: str, picture: Picture) -> Question:
+    return Question(str(id), asked.strip() + SHORT, picture, {"answer": answer})
+
+
+def score(answered: Answered) -> dict[str, float]:
+    """Share of answers, in percent, that equal the truth but for case and punctuation."""
+    right = [plain_normal(answer) == plain_normal(question.truth["answer"]) for question, answer in answered]
+    return {"accuracy": 100.0 * sum(right) / max(1, len(right))}
+
+
+TASK = Task("gqa", read, score, SOURCE)

@@ -1,0 +1,90 @@
+"""MME: two yes-or-no questions a picture, in fourteen subtasks (arXiv 2306.13394)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+from hive_scale.data.turns import SHORT
+from hive_scale.evaluate.answers import yes_or_no
+from hive_scale.evaluate.files import beside, nothing_in, pictures_by_stem, rows
+from hive_scale.evaluate.question import Answered, Picture, Question, Task
+
+SOURCE = "https://huggingface.co/datasets/lmms-lab/MME"
+PERCEPTION = (
+    *("existence", "count", "position", "color", "posters"),
+    *("celebrity", "scene", "landmark", "artwork", "OCR"),
+)
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+
+def read(folder: Path) -> list[Question]:
+    """The hub's parquet files, or the official release: a folder per subtask, pictures and "question<tab>answer"."""
+    files = sorted(folder.rglob("test-*.parquet"))
+    questions: list[Question] = []
+    if files:
+        columns = ("question_id", "question", "answer", "category")
+        for place, row in enumerate(rows(files, "image", columns)):
+            questions.append(
+                _question(row["category"], row["question_id"], row["question"], row["answer"], row["picture"], place)
+            )
+        return questions
+    for category in (*PERCEPTION, *COGNITION):
+        questions += _release(folder / category, category, len(questions))
+    if not questions:
+        raise nothing_in(folder, "test-*.parquet or a folder per subtask, such as existence/,", SOURCE)
+    return questions
+
+
+def _release(folder: Path, category: str, start: int) -> list[Question]:
+    texts = sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")])
+    pictures = pictures_by_stem(folder) | pictures_by_stem(folder / "images")
+    questions: list[Question] = []
+    for path in texts:
+        if path.stem not in pictures:
+            raise ValueError(f"{path} has no picture of its name in {folder}: unpack MME again")
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                asked, _, answer = line.rpartition("\t")
+                picture = beside(pictures[path.stem])
+                name = f"{category}/{pictures[path.stem].name}"
+                questions.append(_question(category, name, asked, answer, picture, start + len(questions)))
+    return questions
+
+
+def _question(category: str, name: str, asked: str, answer: str, picture: Picture | None, place: int) -> Question:
+    truth = answer.lower().strip().replace(".", "")
+    if truth not in ("yes", "no"):
+        raise ValueError(f"MME {name}: the answer is '{answer}', not yes or no: the file is damaged")
+    if category not in (*PERCEPTION, *COGNITION):
+        raise ValueError(f"MME {name}: there is no subtask '{category}'")
+    shared = Picture(f"mme:{category}:{name}", picture.read) if picture else None
+    prompt = asked.strip().replace(" Please answer yes or no.", "") + SHORT
+    facts = {"answer": truth, "category": category, "picture": name}
+    return Question(f"{place:05d}:{name}", prompt, shared, facts)
+
+
+def score(answered: Answered) -> dict[str, float]:
+    """Sum, perception (at most 2000), cognition (800), and each subtask (200): acc + acc+, both in percent.
+
+    acc is the share of right answers, acc+ that of pictures with both right.
+    """
+    right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for question, answer in answered:
+        truth = question.truth
+        right[truth["category"]][truth["picture"]].append(yes_or_no(answer) == truth["answer"])
+    subtasks = {}
+    for category in (name for name in (*PERCEPTION, *COGNITION) if name in right):
+        pictures = right[category]
+        if odd := [name for name, marks in pictures.items() if len(marks) != 2]:
+            raise ValueError(f"MME {odd[0]} has {len(pictures[odd[0]])} questions: MME asks two a picture")
+        points = [50.0 * sum(marks) + 100.0 * all(marks) for marks in pictures.values()]
+        subtasks[category] = sum(points) / len(points)
+    halves = {
+        "perception": sum(subtasks.get(name, 0.0) for name in PERCEPTION),
+        "cognition": sum(subtasks.get(name, 0.0) for name in COGNITION),
+    }
+    return {"sum": sum(halves.values()), **halves, **subtasks}
+
+
+TASK = Task("mme", read, score, SOURCE)

@@ -1,0 +1,44 @@
+"""The nouns of a benchmark: questions about pictures, and what a task makes of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Encoded bytes that are read when they are needed. Equal keys mean equal pictures."""
+
+    key: str
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model is asked. `truth` is what scoring needs to know, and never shown to the model."""
+
+    id: str  # unique in its task
+    prompt: str
+    picture: Picture | None
+    truth: Mapping[str, Any]
+
+
+Answered = Sequence[tuple[Question, str]]  # every question of the task; "" where there is no answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark: how its files are read, and how its answers are scored.
+
+    `read` takes the folder of the files, and raises ValueError with what is missing and where it is to be had.
+    `score` returns named figures, the one that papers quote first.
+    """
+
+    name: str
+    read: Callable[[Path], list[Question]]
+    score: Callable[[Answered], dict[str, float]]
+    source: str
+    max_tokens: int = 16  # of an answer

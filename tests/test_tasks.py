@@ -1,0 +1,329 @@
+"""A score is only worth something if it is the one that others report: readers against each official layout,
+metrics against examples worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+import tars
+
+from hive_scale.evaluate import easyvqa, gqa, mme, okvqa, scienceqa
+from hive_scale.evaluate.answers import choice_letter, plain_normal, vqa_normal, yes_or_no
+from hive_scale.evaluate.question import Picture, Question
+from hive_scale.evaluate.tasks import TASKS, find_task
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def picture(seed: int) -> dict[str, Any]:
+    return {"bytes": tars.picture_bytes(seed=seed), "path": None}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]], row_group: int = 2) -> None:
+    """Rows as the hub stores them; a column called image holds {bytes, path}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: pa.array([row[name] for row in rows]) for name in rows[0] if name != "image"}
+    if "image" in rows[0]:
+        columns["image"] = pa.array([row["image"] for row in rows], type=IMAGE)
+    parquet.write_table(pa.table(columns), path, row_group_size=row_group)
+
+
+def touch_picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tars.picture_bytes())
+
+
+def ask(truth: dict[str, Any], about_picture: bool = True) -> Question:
+    return Question("q", "?", Picture("p", bytes) if about_picture else None, truth)
+
+
+# --- what an answer says
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The Dog.", "dog"),
+        ("a  cat and an owl", "cat and owl"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("eleven", "eleven"),  # the table ends at ten
+        ("1,000", "1000"),
+        ("3.5", "3.5"),  # a decimal point stays
+        ("dont know", "don't know"),
+        ("isn't", "isn't"),
+        ("couldn'tve", "couldn't've"),
+        ("oclock", "o'clock"),
+        ("man's hat", "man 's hat"),
+        ("t-shirt", "t shirt"),  # between letters a mark parts words
+        ("red - white", "red white"),
+        ("red -white t-shirt", "red white tshirt"),  # beside one space, a mark goes everywhere
+        ("yes?\n", "yes"),
+        ("", ""),
+    ],
+)
+def test_answers_of_the_vqa_challenge(answer: str, normal: str) -> None:
+    assert vqa_normal(answer) == normal
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("Yes", "yes"),
+        ("No.", "no"),
+        ("yes, there is", "yes"),
+        ("Y", "yes"),
+        ("n.", "no"),
+        ("not really", "no"),
+        ("I know", "other"),  # "no" begins after the fourth letter
+        ("It is: yes", "other"),
+        ("k", "other"),
+        ("", "other"),
+    ],
+)
+def test_yes_and_no(answer: str, read: str) -> None:
+    assert yes_or_no(answer) == read
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        (" B ", "B"),
+        ("B.", "B"),
+        ("B. because it is cold", "B"),
+        ("B because it is cold", ""),  # without its dot a letter must stand alone
+        ("b", ""),
+        ("The answer is B.", ""),
+        ("1.", ""),
+        ("", ""),
+    ],
+)
+def test_letters_of_choices(answer: str, letter: str) -> None:
+    assert choice_letter(answer) == letter
+
+
+def test_case_and_punctuation_do_not_matter_to_gqa() -> None:
+    assert plain_normal(" T-Shirt. ") == "tshirt"
+
+
+# --- metrics by hand
+
+
+def test_mme_by_hand() -> None:
+    def pair(category: str, name: str, answers: tuple[str, str]) -> list[tuple[Question, str]]:
+        truths = ("yes", "no")
+        facts = [{"answer": truth, "category": category, "picture": name} for truth in truths]
+        return [(ask(fact), answer) for fact, answer in zip(facts, answers, strict=True)]
+
+    answered = [
+        *pair("existence", "1.jpg", ("Yes", "No")),  # acc 100, acc+ 100
+        *pair("existence", "2.jpg", ("yes", "Yes.")),  # acc 50, acc+ 0
+        *pair("OCR", "1.jpg", ("", "maybe")),  # acc 0: no answer, and another
+        *pair("code_reasoning", "1.png", ("no", "no")),  # acc 50
+    ]
+    assert mme.score(answered) == {
+        "sum": 175.0,
+        "perception": 125.0,
+        "cognition": 50.0,
+        "existence": 125.0,  # (200 + 50) / 2
+        "OCR": 0.0,
+        "code_reasoning": 50.0,
+    }
+    with pytest.raises(ValueError, match="has 1 questions"):
+        mme.score(answered[:-1])
+
+
+@pytest.mark.parametrize(
+    ("matches", "accuracy"),
+    [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],  # 3: (3 x 2/3 + 7 x 1) / 10
+)
+def test_okvqa_by_hand(matches: int, accuracy: float) -> None:
+    people = ["a Race"] * matches + [f"other {i}" for i in range(10 - matches)]
+    assert okvqa.soft_accuracy("race.", people) == pytest.approx(accuracy)
+
+
+def test_okvqa_in_percent_with_a_missing_answer() -> None:
+    answered = [(ask({"answers": ["two"] * 10}), "2"), (ask({"answers": ["cat"] * 10}), "")]
+    assert okvqa.score(answered) == {"accuracy": 50.0}
+
+
+def test_gqa_by_hand() -> None:
+    answered = [(ask({"answer": "yes"}), "Yes."), (ask({"answer": "left"}), "right"), (ask({"answer": "man"}), "")]
+    assert gqa.score(answered)["accuracy"] == pytest.approx(100 / 3)
+
+
+def test_scienceqa_by_hand() -> None:
+    answered = [
+        (ask({"answer": "A"}), "A"),
+        (ask({"answer": "B"}), "A. the first"),
+        (ask({"answer": "C"}, about_picture=False), "C. the third"),
+        (ask({"answer": "C"}, about_picture=False), "C"),
+    ]
+    assert scienceqa.score(answered) == {"full": 75.0, "image": 50.0}
+    assert scienceqa.score(answered[:2]) == {"image": 50.0}  # without text questions there is no such figure
+
+
+# --- official layouts
+
+
+def check(question: Question, prompt: str, truth: dict[str, Any], seed: int | None) -> None:
+    assert question.prompt == prompt
+    assert question.truth == truth
+    assert (question.picture is None) == (seed is None)
+    if question.picture is not None and seed is not None:
+        assert question.picture.read() == tars.picture_bytes(seed=seed)
+
+
+def test_mme_from_parquet(tmp_path: Path) -> None:
+    asked = ["Is this a dog? Please answer yes or no.", "Is this a cat? Please answer yes or no."]
+    rows = [
+        {"question_id": f"existence/{n}.jpg", "image": picture(n), "question": q, "answer": a, "category": "existence"}
+        for n in range(3)
+        for q, a in zip(asked, ("Yes", "No"), strict=True)
+    ]
+    write(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
+    questions = mme.read(tmp_path)
+    assert len({question.id for question in questions}) == 6
+    assert questions[0].picture == questions[1].picture != questions[2].picture
+    truth = {"answer": "no", "category": "existence", "picture": "existence/2.jpg"}
+    check(questions[5], "Is this a cat?\nAnswer the question using a single word or phrase.", truth, seed=2)
+
+
+def test_mme_from_its_release(tmp_path: Path) -> None:
+    touch_picture(tmp_path / "count" / "1.jpg")  # both of the release's ways to lay out a subtask
+    (tmp_path / "count" / "1.txt").write_text("Are there two?\tYes\nAre there three?\tNo\n")
+    touch_picture(tmp_path / "posters" / "images" / "tt1.png")
+    (tmp_path / "posters" / "questions_answers_YN").mkdir()
+    (tmp_path / "posters" / "questions_answers_YN" / "tt1.txt").write_text("A?\tYes\nB?\tNo")
+    questions = mme.read(tmp_path)
+    assert [question.truth["picture"] for question in questions] == ["count/1.jpg"] * 2 + ["posters/tt1.png"] * 2
+    assert mme.score([(question, question.truth["answer"]) for question in questions])["sum"] == 400
+    (tmp_path / "count" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1\.txt has no picture of its name"):
+        mme.read(tmp_path)
+
+
+def test_gqa_from_parquet(tmp_path: Path) -> None:
+    rows = [{"id": "07", "imageId": "n1", "question": "Is it red?", "answer": "no", "isBalanced": True}]
+    write(tmp_path / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
+    pictures = tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
+    write(pictures, [{"id": "n0", "image": picture(0)}, {"id": "n1", "image": picture(1)}])
+    (question,) = gqa.read(tmp_path)
+    check(question, "Is it red?\nAnswer the question using a single word or phrase.", {"answer": "no"}, seed=1)
+    write(pictures, [{"id": "n0", "image": picture(0)}])
+    with pytest.raises(ValueError, match=r"no picture n1; the files are at https"):
+        gqa.read(tmp_path)
+
+
+def test_gqa_from_its_release(tmp_path: Path) -> None:
+    item = {"imageId": "n161313", "question": "Is it red?", "answer": "no", "types": {}}
+    (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps({"201307251": item}))
+    with pytest.raises(ValueError, match=r"n161313\.jpg: unpack"):
+        gqa.read(tmp_path)
+    touch_picture(tmp_path / "images" / "n161313.jpg")
+    (question,) = gqa.read(tmp_path)
+    assert question.id == "201307251"
+
+
+def test_okvqa_from_parquet(tmp_path: Path) -> None:
+    rows = [{"question_id": "2971475", "image": picture(3), "question": "Which sport?", "answers": ["race"] * 10}]
+    write(tmp_path / "data" / "val2014-00000-of-00002.parquet", rows)
+    (question,) = okvqa.read(tmp_path)
+    prompt = (
+        "Which sport?\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+        "\nAnswer the question using a single word or phrase."
+    )
+    check(question, prompt, {"answers": ["race"] * 10}, seed=3)
+
+
+def test_okvqa_from_its_release(tmp_path: Path) -> None:
+    asked = {"questions": [{"image_id": 297147, "question": "Which sport?", "question_id": 2971475}]}
+    answers = [{"answer_id": i, "raw_answer": "racing", "answer_confidence": "yes", "answer": "race"} for i in range(3)]
+    told = {"annotations": [{"image_id": 297147, "question_id": 2971475, "answers": answers}]}
+    (tmp_path / okvqa.ASKED).write_text(json.dumps(asked))
+    with pytest.raises(ValueError, match=r"mscoco_val2014_annotations\.json not found"):
+        okvqa.read(tmp_path)
+    (tmp_path / okvqa.ANSWERED).write_text(json.dumps(told))
+    touch_picture(tmp_path / "val2014" / "COCO_val2014_000000297147.jpg")
+    (question,) = okvqa.read(tmp_path)
+    assert question.truth == {"answers": ["race"] * 3}
+    (tmp_path / okvqa.ANSWERED).write_text(json.dumps({"annotations": []}))
+    with pytest.raises(ValueError, match="no answers to question 2971475"):
+        okvqa.read(tmp_path)
+
+
+SCIENCE = {"question": "Which is warmer?", "choices": ["ice", "steam"], "answer": 1, "hint": "Water boils."}
+SCIENCE_PROMPT = (
+    "Context: Water boils.\nWhich is warmer?\nA. ice\nB. steam"
+    "\nAnswer with the option's letter from the given choices directly."
+)
+
+
+def test_scienceqa_from_parquet(tmp_path: Path) -> None:
+    rows = [SCIENCE | {"image": picture(4)}, SCIENCE | {"image": None, "hint": ""}, SCIENCE | {"image": picture(5)}]
+    write(tmp_path / "ScienceQA-FULL" / "test-00000-of-00001.parquet", rows)
+    write(tmp_path / "ScienceQA-IMG" / "test-00000-of-00001.parquet", rows[:1])  # part of the former
+    first, second, third = scienceqa.read(tmp_path)
+    check(first, SCIENCE_PROMPT, {"answer": "B"}, seed=4)
+    check(second, SCIENCE_PROMPT.removeprefix("Context: Water boils.\n"), {"answer": "B"}, seed=None)
+    check(third, SCIENCE_PROMPT, {"answer": "B"}, seed=5)
+
+
+def test_scienceqa_from_its_release(tmp_path: Path) -> None:
+    problems = {"4": SCIENCE | {"image": "image.png"}, "5": SCIENCE | {"image": None}, "6": SCIENCE | {"image": None}}
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["6"], "test": ["4", "5"]}))
+    touch_picture(tmp_path / "images" / "test" / "4" / "image.png")
+    first, second = scienceqa.read(tmp_path)
+    check(first, SCIENCE_PROMPT, {"answer": "B"}, seed=0)
+    assert second.picture is None
+    problems["5"]["answer"] = 2
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match="question 5: its answer is choice 2 of 2"):
+        scienceqa.read(tmp_path)
+
+
+def test_easyvqa_from_its_package(tmp_path: Path) -> None:
+    touch_picture(tmp_path / "test" / "images" / "7.png")
+    asked = [["what shape is in the image?", "circle", 7], ["is there a circle?", "yes", 7]]
+    (tmp_path / "test" / "questions.json").write_text(json.dumps(asked))
+    questions = easyvqa.read(tmp_path)
+    assert questions[0].picture == questions[1].picture
+    answered = [(questions[0], "Circle."), (questions[1], "no")]
+    assert easyvqa.score(answered) == {"accuracy": 50.0, "named": 100.0}
+
+
+# --- what a user gets wrong
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_a_wrong_folder_is_named_with_the_place_to_get_the_files(tmp_path: Path, task: Any) -> None:
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"it holds notes\.txt\); the files are at "):
+        task.read(tmp_path)
+    with pytest.raises(ValueError, match="no such folder"):
+        task.read(tmp_path / "nowhere")
+
+
+def test_a_column_that_is_missing_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "val2014-0.parquet", [{"question_id": "1", "image": picture(0), "question": "?"}])
+    with pytest.raises(ValueError, match="no column 'answers': its columns are question_id, question, image"):
+        okvqa.read(tmp_path)
+
+
+def test_a_file_that_is_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "val2014-0.parquet").write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(ValueError, match=r"val2014-0\.parquet cannot be read as parquet"):
+        okvqa.read(tmp_path)
+
+
+def test_a_misspelt_task_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean scienceqa"):
+        find_task("sciencqa")
