@@ -122,6 +122,7 @@ class StageConfig:
     keep_moments: bool = False  # of AdamW, for parameters that the stage before trained too; else all start fresh
     decoupled_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
     seed: int = 0
+    data: DataConfig | None = None  # of a stage that reads other data than the run
 
     def __post_init__(self) -> None:
         if not self.groups:

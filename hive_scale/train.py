@@ -68,7 +68,7 @@ def run_pipeline(
 
 
 def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt) -> None:
-    data = open_data(config)
+    data = open_all(config)
     check(config, data, world.size)
     weights = config.run_dir / "initial" / WEIGHTS
     if world.is_main and not find_weights(weights):
@@ -78,7 +78,7 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
     for name in wanted:
         stage, stage_dir = config.stages[name], config.run_dir / name
         if not is_done(stage_dir):
-            checkpoint = _run_stage(config, name, stage, data, world, weights, interrupt)
+            checkpoint = _run_stage(config, name, stage, data[name], world, weights, interrupt)
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
                 with published(stage_dir / "encoder") as folder:
@@ -183,32 +183,41 @@ def _heldout_loss(engine: Engine, stage: StageConfig, data: Data, world: World) 
     return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
 
 
-def open_data(config: Config) -> Data:
-    tokenizer = open_tokenizer(config.data.tokenizer)
+def open_data(config: Config, stage: str = "") -> Data:
+    """The data of `stage`; without, the run's."""
+    data = (config.stages[stage].data if stage else None) or config.data
+    tokenizer = open_tokenizer(data.tokenizer)
     size, bad = build.image_size(config.model), config.run_dir / "bad_samples.jsonl"
     return Data(
         tokenizer,
-        Loader(config.data, config.data.train, tokenizer, image_size=size, bad_samples=bad),
-        Loader(config.data, config.data.heldout, tokenizer, image_size=size, bad_samples=bad),
+        Loader(data, data.train, tokenizer, image_size=size, bad_samples=bad),
+        Loader(data, data.heldout, tokenizer, image_size=size, bad_samples=bad),
     )
 
 
-def check(config: Config, data: Data, world_size: int) -> None:
+def open_all(config: Config) -> dict[str, Data]:
+    """The data of every stage, by its name; stages that read the run's share it."""
+    opened: dict[str, Data] = {}
+    of_run = [name for name, stage in config.stages.items() if stage.data is None]
+    opened |= dict.fromkeys(of_run, open_data(config)) if of_run else {}
+    return opened | {name: open_data(config, name) for name in config.stages if name not in opened}
+
+
+def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
     """Meet every error of any stage now, not in the night. Raises ValueError."""
     model = build.skeleton(config.model)
     for name, stage in config.stages.items():
         try:
             freeze(model, stage, model.dormant())
             stage.accumulation(world_size)
-            stage.num_steps(data.train.num_samples)
+            stage.num_steps(data[name].train.num_samples)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
-    known = build.vocabulary_size(config.model)
-    if data.tokenizer.vocab_size > known:
-        raise ValueError(
-            f"the tokenizer has {data.tokenizer.vocab_size} tokens, the LLM {known}: "
-            "set data.tokenizer.path to the LLM's own directory"
-        )
+        known, size = build.vocabulary_size(config.model), data[name].tokenizer.vocab_size
+        if size > known:
+            raise ValueError(
+                f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
+            )
 
 
 def _claim(config: Config, world: World, overwrite: bool) -> None:

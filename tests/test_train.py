@@ -29,7 +29,7 @@ from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.randomness import seed_step
-from hive_scale.train import WEIGHTS, Stopped, is_done, open_data, run_pipeline
+from hive_scale.train import WEIGHTS, Stopped, is_done, open_all, open_data, run_pipeline
 from hive_scale.watch.log import StageLog
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.terminal import console
@@ -105,6 +105,18 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, world: World) -> None:
         SiglipVisionModel.from_pretrained(config.run_dir / name / "encoder")
     last = heldout_losses(config)
     assert last["joint"][-1] < last["projector"][0]
+
+
+def test_a_stage_may_read_data_of_its_own(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", steps=2)
+    own = replace(config.data, train=[SOME])
+    stages = config.stages | {"language": replace(config.stages["language"], steps=0, data=own)}
+    config = replace(config, stages=stages)
+    data = open_all(config)
+    assert data["projector"] is data["joint"]
+    run_pipeline(config, world, until="language")
+    lines = read_metrics(config.run_dir / "language" / "metrics.jsonl")
+    assert len(lines) == 2  # a dozen samples, eight a step; the run's own are 845
 
 
 def test_a_finished_run_returns_at_once_and_can_be_started_over(tmp_path: Path, world: World) -> None:
