@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,6 +55,14 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return [float(value) for value in total]
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Put into each tensor its sum over all ranks. A collective, on the tensors' device, and a single one."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([tensor.flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(part.view_as(tensor))
 
     def barrier(self) -> None:
         if self.size > 1:

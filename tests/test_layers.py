@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "show": {"model"},
     "gallery": {"model", "data", "watch", "checkpoint", "evaluate", "show", "train"},
     "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "train"},
+    "runs": {"model", "checkpoint"},
 }
 DOORS: dict[str, set[str]] = {
     "deepspeed": {"hive_scale/engine/zero.py", "hive_scale/engine/ds_json.py", "launchers/benchmarks/"},

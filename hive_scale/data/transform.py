@@ -161,7 +161,11 @@ def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int) -> T
     `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds grey to the shorter side.
     Transparency becomes white. Raises ValueError for what is not a whole JPEG, PNG or WebP of at most `max_pixels`.
     """
-    pixels = decode(data, max_pixels)
+    return fitted(decode(data, max_pixels), image_size, mode)
+
+
+def fitted(pixels: Tensor, image_size: int, mode: ImageMode) -> Tensor:
+    """uint8 (3, H, W) to (3, image_size, image_size), as `picture` describes."""
     if mode == "resize":
         return _resize(pixels, [image_size, image_size])
     if mode == "crop":

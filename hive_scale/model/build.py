@@ -76,6 +76,14 @@ def spelled_out(config: ModelConfig) -> ModelConfig:
     return replace(config, vision=vision, language=PartConfig(config=_fields(language_config(config.language))))
 
 
+def open_encoder(path: Path) -> nn.Module:
+    """The encoder of a Hugging Face directory, or hub name, alone: ready for use, float32 on the CPU."""
+    vision = vision_config(PartConfig(path=str(path)))
+    tower = pretrained.part(_vision_class(vision), str(path), vision, None)
+    assert tower is not None
+    return tower.eval()
+
+
 def image_size(config: ModelConfig) -> int:
     """Side of the square pictures that the encoder takes, in pixels."""
     size: int = vision_config(config.vision).image_size

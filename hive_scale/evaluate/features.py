@@ -1,0 +1,170 @@
+"""What a frozen encoder makes of labelled pictures: batches of features, kept on disk where they do not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hive_scale.config import ImageMode
+from hive_scale.data.transform import augmented, fitted
+from hive_scale.distributed import World
+from hive_scale.evaluate.labelled import Split
+from hive_scale.model import build
+from hive_scale.model.vision import PIXEL_STATISTICS, feature_maps
+
+Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
+Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of pictures
+AT_ONCE = 128  # pictures that run through the encoder together
+LARGEST = 65504.0  # of float16
+
+
+class Encoder:
+    """A frozen SiglipVisionModel or CLIPVisionModel, of which the penultimate depth is read, as by the authors."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, depth: int = -2) -> None:
+        """`depth` counts blocks, from the end if negative: -1 is the last block's output.
+
+        Raises ValueError if there is no such depth, or the directory's processor makes pictures of another size.
+        """
+        self.tower = build.open_encoder(path).to(device).requires_grad_(False)
+        config: Any = self.tower.config
+        layers: int = config.num_hidden_layers
+        self.depth = depth if depth >= 0 else layers + 1 + depth
+        if not 0 <= self.depth <= layers:
+            raise ValueError(f"{path} has {layers} blocks: there is no depth {depth}")
+        self.image_size: int = config.image_size
+        _check_processor(path, self.image_size)
+        self.mode: ImageMode = "crop" if config.model_type == "clip_vision_model" else "resize"
+        self.width: int = config.hidden_size
+        self.num_tokens: int = (config.image_size // config.patch_size) ** 2
+        self.device, self.dtype = device, dtype
+        mean, std = PIXEL_STATISTICS[config.model_type]
+        self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
+        self.identity = _digest(path)
+
+    @torch.no_grad()
+    def __call__(self, pixels_BCHW: Tensor) -> Tensor:
+        """uint8 pictures to features (B, V, C)."""
+        seen = []
+        for pixels in torch.split(pixels_BCHW, AT_ONCE):
+            normal = (pixels.to(self.device).float() - self.mean) / self.std
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                seen += feature_maps(self.tower, normal, [self.depth])
+        return torch.cat(seen)
+
+
+def _check_processor(path: Path, image_size: int) -> None:
+    """A directory whose parts do not belong together would be measured on pictures of the wrong size."""
+    file = path / "preprocessor_config.json"
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    size = told.get("crop_size") or told.get("size") or {}
+    side = size.get("height", size.get("shortest_edge", image_size)) if isinstance(size, dict) else size
+    if side != image_size:
+        raise ValueError(f"{path}: its processor makes pictures of {side} pixels, its encoder takes {image_size}")
+
+
+def _digest(path: Path) -> str:
+    """Of the weights' files, whatever they are called and however many they are."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """The pictures of a split at the encoder's size; augmented if `draw` (seed, epoch) is given."""
+
+    split: Split
+    image_size: int
+    mode: ImageMode
+    draw: tuple[int, int] | None = None
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        pixels, label = self.split.read(index)
+        if self.draw is not None:
+            return augmented(pixels, self.image_size, *self.draw, index), label
+        return fitted(pixels, self.image_size, self.mode), label
+
+
+class Source:
+    """A split's features, by the numbers of its pictures."""
+
+    def __init__(self, encoder: Encoder, split: Split, workers: int) -> None:
+        self.encoder, self.split, self.workers = encoder, split, workers
+        self.cache: Cache | None = None
+
+    def batches(self, groups: Sequence[Numbers], draw: tuple[int, int] | None = None) -> Iterator[Features]:
+        """Features of each group of pictures, augmented by `draw` (seed, epoch) if it is given."""
+        if self.cache and draw is None:
+            for group in groups:
+                yield self.cache.read(group, self.encoder.device)
+            return
+        pictures = Pictures(self.split, self.encoder.image_size, self.encoder.mode, draw)
+        sampler = [group.tolist() for group in groups]
+        loader = DataLoader(pictures, batch_sampler=sampler, num_workers=self.workers, generator=torch.Generator())
+        for pixels, labels in loader:
+            yield self.encoder(pixels), labels.to(self.encoder.device)
+
+
+def cut(part: Numbers, size: int) -> list[Numbers]:
+    return [part[start : start + size] for start in range(0, len(part), size)]
+
+
+class Cache:
+    """Features of a whole split as float16 on disk, shared by all ranks, probes and seeds.
+
+    The file's name tells weights, depth, set and split: another encoder's features are never read for these.
+    """
+
+    def __init__(self, folder: Path, key: str, source: Source, world: World) -> None:
+        """Read the file if it is there, else make it: each rank its share. A collective."""
+        encoder, split = source.encoder, source.split
+        what = [encoder.identity, encoder.depth, encoder.mode, str(encoder.dtype), key, split.name, split.size]
+        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        self.path = folder / f"{split.name}-{name}.f16"
+        shape = (split.size, encoder.num_tokens, encoder.width)
+        labels = self.path.with_suffix(".labels")
+        if not (self.path.exists() and labels.exists()):
+            part, part_labels = self.path.with_suffix(".part"), labels.with_suffix(".part-labels")
+            if world.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                np.memmap(part, np.float16, "w+", shape=shape)
+                np.memmap(part_labels, np.int64, "w+", shape=(split.size,))
+            world.barrier()
+            _fill(np.memmap(part, np.float16, "r+", shape=shape), np.memmap(part_labels, np.int64, "r+"), source, world)
+            world.barrier()
+            if world.is_main:
+                os.replace(part_labels, labels)
+                os.replace(part, self.path)
+            world.barrier()
+        self.features = np.memmap(self.path, np.float16, "r", shape=shape)
+        self.labels = np.array(np.memmap(labels, np.int64, "r"))
+
+    def read(self, numbers: Numbers, device: torch.device) -> Features:
+        features = torch.from_numpy(np.asarray(self.features[numbers])).to(device).float()
+        return features, torch.from_numpy(self.labels[numbers]).to(device)
+
+
+def _fill(features: Any, labels: Any, source: Source, world: World) -> None:
+    mine = np.array_split(np.arange(source.split.size), world.size)[world.rank]
+    place = int(mine[0]) if len(mine) else 0
+    for values, told in source.batches(cut(mine, AT_ONCE)):
+        end = place + len(told)
+        features[place:end] = values.clamp(-LARGEST, LARGEST).half().cpu().numpy()
+        labels[place:end] = told.cpu().numpy()
+        place = end
+    features.flush()
+    labels.flush()

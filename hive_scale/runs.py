@@ -1,0 +1,42 @@
+"""What a finished run, or a stage of one, has to offer: its encoder, its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.runs import CONFIG, Run
+from hive_scale.config import Config
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+
+
+def find_encoder(path: Path) -> Path:
+    """The Hugging Face directory of the encoder at `path`: that itself, a stage's, or that of a run's last stage.
+
+    Raises ValueError if there is none.
+    """
+    if (path / "config.json").is_file():
+        return path
+    run, stage = _find(path)
+    folder = run.directory / stage / "encoder"
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not there: name a stage that is done")
+    return folder
+
+
+def open_hive(path: Path) -> tuple[Config, str, Hive]:
+    """The run that `path` is, or belongs to, the stage it is taken from, and its model on the CPU, ready for use."""
+    run, stage = _find(path)
+    return run.config, stage, build.materialise(run.config.model, read_weights(run.weights(stage)))
+
+
+def _find(path: Path) -> tuple[Run, str]:
+    """The run at `path` and its last finished stage, or the stage that `path` itself is."""
+    if (path / CONFIG).is_file():
+        run = Run(path)
+        return run, run.stage()
+    if (path.parent / CONFIG).is_file():
+        run = Run(path.parent)
+        return run, run.stage(path.name)
+    raise ValueError(f"{path} is no Hugging Face directory (config.json), no run ({CONFIG}) and no stage of one")

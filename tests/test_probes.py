@@ -1,0 +1,187 @@
+"""A probe says something of the encoder only if it is the probe it claims to be: attention as PyTorch's, each rate
+of the grid as if alone, settings chosen without the test pictures, the same on any number of processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ranks
+import tiny
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from hive_scale.distributed import World
+from hive_scale.evaluate.features import Encoder
+from hive_scale.evaluate.labelled import Labelled, open_labelled
+from hive_scale.evaluate.probes import AttentiveProbe, Grid, LinearProbe, Recipe, nearest_neighbours, normalised
+from hive_scale.evaluate.probing import Bench, Plan
+from hive_scale.model import build
+from hive_scale.model.export import export_encoder
+
+ALONE = World(0, 1, torch.device("cpu"))
+RECIPE = Recipe(rates=(1e-2, 1e-5), epochs=6, batch=32, min_lr=1e-6)
+COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (200, 40, 40)}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("encoder")
+    config = tiny.model_config()
+    export_encoder(config, dict(build.assemble(config, seed=0).named_parameters()), path, "resize")
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy pictures of three colours, 40 of each to train on and 20 to test."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 40), ("test", 20)):
+        for name, colour in COLOURS.items():
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(np.array(colour) + noise.normal(0, 40, (20, 24, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_the_attentive_probe_is_multihead_attention_of_one_query() -> None:
+    torch.manual_seed(0)
+    probe = AttentiveProbe(128, 5)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    features = torch.randn(3, 7, 128) * 2 + 1
+    normal = F.layer_norm(features, (128,), probe.gain, probe.bias, eps=1e-6)
+    pooled, _ = probe.attention(probe.query.expand(3, 1, 128), normal, normal)
+    torch.testing.assert_close(probe(normalised(features)), probe.classify(pooled[:, 0]))
+
+
+def test_the_linear_probe_reads_the_mean_of_normalised_features() -> None:
+    torch.manual_seed(0)
+    probe = LinearProbe(16, 4)
+    with torch.no_grad():
+        probe.gain.mul_(torch.rand(16))
+        probe.bias.add_(torch.randn(16))
+    features = torch.randn(3, 7, 16)
+    normal = F.layer_norm(features, (16,), probe.gain, probe.bias, eps=1e-6)
+    torch.testing.assert_close(probe(normalised(features)), probe.classify(normal.mean(1)))
+
+
+def test_each_rate_of_the_grid_trains_as_if_alone() -> None:
+    """Against plain PyTorch: cross-entropy, clipping at its own norm, AdamW, warm-up and cosine to the minimum."""
+    recipe = replace(RECIPE, rates=(1e-2, 1e-3), max_grad_norm=0.05, weight_decay=0.1, warmup_epochs=3, epochs=6)
+    grid = Grid(["attentive", "linear"], 64, 3, recipe, seed=4, world=ALONE)
+    torch.manual_seed(4)
+    alone = AttentiveProbe(64, 3)
+    optimizer = torch.optim.AdamW(alone.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.1)
+    rates = [5e-4, 1e-3, 1e-3 * (1e-3 + (1 - 1e-3) / 2), 1e-6]  # two steps up, two down
+    for step, rate in enumerate(rates):
+        torch.manual_seed(step)
+        features, labels = torch.randn(8, 5, 64), torch.randint(3, (8,))
+        grid.step(features, labels, 8, step, len(rates))
+        optimizer.zero_grad()
+        F.cross_entropy(alone(normalised(features)), labels).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(alone.parameters(), 0.05)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    made = grid.probes[grid.keys.index(("attentive", 1e-3))]
+    for one, other in zip(made.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_neighbours_vote_by_similarity() -> None:
+    known = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 2.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    asked = torch.tensor([[2.0, 0.1], [0.0, 0.3]])
+    assert nearest_neighbours(known, labels, asked, 2, neighbours=3).tolist() == [0, 1]
+
+
+def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool) -> dict[str, Any]:
+    plan = Plan(("attentive", "linear"), RECIPE, seeds=(0, 1), augment=augment, neighbours=True)
+    data = open_labelled("folder", pictures)
+    return Bench(Encoder(encoder, world.device), data, plan, world, folder).run()
+
+
+def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    both = ranks.run(run, 2, encoder, pictures, tmp_path / "two", False)
+    assert both[0] == both[1]
+    alone = run(ALONE, encoder, pictures, tmp_path / "one", False)
+    for kind in ("attentive", "linear"):
+        assert alone[kind]["mean"] > 90, "three colours are told apart, even by a random encoder's features"
+        for one, other in zip(alone[kind]["seeds"], both[0][kind]["seeds"], strict=True):
+            assert one["rate"] == other["rate"] == 1e-2  # the other rate learns nothing
+            assert abs(one["accuracy"] - other["accuracy"]) < 2  # a picture at most changes sides
+    assert alone["neighbours"] == both[0]["neighbours"]
+
+
+def test_features_are_kept_and_belong_to_their_encoder(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(ALONE, encoder, pictures, tmp_path, False)
+    files = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("the encoder ran again"))
+    assert run(ALONE, encoder, pictures, tmp_path, False) == first
+    assert sorted(tmp_path.iterdir()) == files
+    monkeypatch.setattr("hive_scale.evaluate.features._digest", lambda path: "other weights")
+    with pytest.raises(pytest.fail.Exception, match="ran again"):
+        run(ALONE, encoder, pictures, tmp_path, False)
+
+
+def test_augmented_pictures_differ_by_epoch_and_serve(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    assert run(ALONE, encoder, pictures, tmp_path, True)["linear"]["mean"] > 80
+    assert not list(tmp_path.iterdir())  # what changes is not kept
+
+
+def test_the_test_pictures_choose_nothing(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    data = open_labelled("folder", pictures)
+
+    def wrong(i: int) -> tuple[torch.Tensor, int]:
+        pixels, label = data.test.read(i)
+        return pixels, (label + 1) % 3
+
+    plan = Plan(("linear",), RECIPE, seeds=(0,), augment=False)
+    told = replace(data, name="told wrongly", test=replace(data.test, read=wrong))
+    made: list[dict[str, Any]] = []
+    for one in (data, told):
+        results = Bench(Encoder(encoder, ALONE.device), one, plan, ALONE, tmp_path).run()
+        made += results["linear"]["seeds"]
+    assert made[0]["rate"] == made[1]["rate"]
+    assert made[0]["chosen"] == made[1]["chosen"] > 90
+    assert made[1]["accuracy"] < 10
+
+
+def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    data: Labelled = open_labelled("folder", pictures)
+    plan = Plan(("linear",), RECIPE, limit=50)
+    benches = [Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path / str(i)) for i in range(2)]
+    assert benches[0].train_part.tolist() == benches[1].train_part.tolist()
+    assert len(benches[0].train_part) == 45
+    assert len(benches[0].choice_part) == 5
+    assert not set(benches[0].train_part) & set(benches[0].choice_part)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "cifar11"], "did you mean cifar10"),
+        (["--set", "folder", "--heads", "deep"], "there is no 'deep': choose among attentive, linear, knn"),
+        (["--set", "folder", "--depth", "9"], "has 4 blocks: there is no depth 9"),
+    ],
+)
+def test_a_user_error_is_one_line_and_exit_code_2(
+    encoder: Path, pictures: Path, words: list[str], message: str
+) -> None:
+    command = [sys.executable, "launchers/probe.py", str(encoder), "--data", str(pictures), *words]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
