@@ -3,7 +3,7 @@ of the grid as if alone, settings chosen without the test pictures, the same on 
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -178,10 +178,18 @@ def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(
-    encoder: Path, pictures: Path, words: list[str], message: str
+    encoder: Path,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
 ) -> None:
-    command = [sys.executable, "launchers/probe.py", str(encoder), "--data", str(pictures), *words]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+    launcher = Path(__file__).parents[1] / "launchers/probe.py"
+    monkeypatch.setattr(sys, "argv", [str(launcher), str(encoder), "--data", str(pictures), *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(launcher), run_name="__main__")
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ")
+    assert message in said
