@@ -50,15 +50,15 @@ def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) ->
 
 def validate(config: Config, asked: Asked) -> dict[str, int]:
     """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
-    from hive_scale.train import check, open_data
+    from hive_scale.train import check, open_all
 
     saved = config.run_dir / "config.yaml"
     if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
         raise ValueError(f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR")
-    data = open_data(config)
+    data = open_all(config)
     for name, stage in config.stages.items():
         check(replace(config, stages={name: stage}), data, asked[name].world_size)
-    return {name: stage.num_steps(data.train.num_samples) for name, stage in config.stages.items()}
+    return {name: stage.num_steps(data[name].train.num_samples) for name, stage in config.stages.items()}
 
 
 def show_scripts(config: Config, links: Sequence[Link], asked: Asked) -> None:
