@@ -20,7 +20,7 @@ from hive_scale.data.transform import augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
 from hive_scale.model import build
-from hive_scale.model.vision import PIXEL_STATISTICS, feature_maps
+from hive_scale.model.vision import PIXEL_STATISTICS, hidden_states, patches
 
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
 Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of pictures
@@ -60,7 +60,7 @@ class Encoder:
         for pixels in torch.split(pixels_BCHW, AT_ONCE):
             normal = (pixels.to(self.device).float() - self.mean) / self.std
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                seen += feature_maps(self.tower, normal, [self.depth])
+                seen.append(patches(self.tower, hidden_states(self.tower, normal, self.depth)[-1]))
         return torch.cat(seen)
 
 
