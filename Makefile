@@ -5,7 +5,7 @@ RUN = $(VENV)/bin/python
 
 CLUSTER = /tmp/hive-slurm
 
-.PHONY: install debug demo figures slurm-demo test lint clean
+.PHONY: install debug demo figures slurm-demo test lint faults clean
 
 install: $(VENV)/installed
 
@@ -50,6 +50,10 @@ lint: install
 
 test: lint
 	$(RUN) -m pytest
+
+# a hundred runs, each with a fault at a random instant: about an hour on two free cores
+faults: install
+	$(RUN) tests/faults/sweep.py --trials 100 --markdown
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

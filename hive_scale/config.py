@@ -224,6 +224,22 @@ class ProfileConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """Batches that are left out. A step whose loss or gradient is not finite never is taken."""
+
+    spike: float = 20.0  # a loss so many robust standard deviations above the median is left out; 0: none is
+    window: int = 128  # the losses of so many last steps say what is usual
+    patience: int = 3  # so many bad steps in a row, and the run goes back to its last checkpoint, on other batches
+    rollbacks: int = 2  # more of them end the run
+
+    def __post_init__(self) -> None:
+        least = {"spike": 0, "window": 16, "patience": 1, "rollbacks": 0}
+        for name, value in least.items():
+            if getattr(self, name) < value:
+                raise ValueError(f"guard.{name}={getattr(self, name)} must be at least {value}")
+
+
+@dataclass(frozen=True)
 class Config:
     name: str = "run"
     output: str = "runs/{name}"
@@ -234,9 +250,13 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
-    save_interval: int = 500  # steps between checkpoints
+    save_interval: int = 0  # steps between checkpoints; 0: by the measured cost of a save and the next line
     keep: KeepConfig = field(default_factory=KeepConfig)
     max_failed_saves: int = 3  # that many checkpoints in a row that cannot be written stop the run
+    failures_per_day: float = 2.0  # that the whole run is taken to meet
+    grace_seconds: float = 30.0  # between a request to stop and the kill: many launchers' and Slurm's KillWait
+    hang_seconds: float = 480.0  # a phase of a step that takes longer ends the job, to be tried again; 0: never
+    guard: GuardConfig = field(default_factory=GuardConfig)
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
     @property
@@ -294,7 +314,8 @@ def holds_weights_alone(path: str) -> bool:
 # What may change between two parts of one run: the hardware's side, and how often one looks.
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
-    *("keep.*", "max_failed_saves", "data.workers", "data.cache_gb", "data.max_bad_samples"),
+    *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
+    *("data.workers", "data.cache_gb", "data.max_bad_samples"),
 )
 
 

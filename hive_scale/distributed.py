@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -18,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from hive_scale.pulse import Pulse
+
 JOINING = timedelta(minutes=5)  # a process that has not come by then will not
 POLL, GRACE = 1.0, 5.0  # seconds between looks for a failed rank, and to leave by oneself after one
 FAILURE = "hive_scale/failure"  # key of the store: which rank failed first, and how
+TRY_AGAIN = 75  # exit code: the same command goes on from the last checkpoint (EX_TEMPFAIL of sysexits.h)
 ORPHANED = "rank 0, which holds the job together, has gone"
 
 
@@ -44,6 +47,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    store: Any = None  # what every rank reads and writes without the others' help; a world of one has none
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -89,12 +94,24 @@ def session() -> Iterator[World]:
             dist.destroy_process_group()
         return
     os.environ.update(place.master)
-    store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=JOINING))
+    try:
+        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=JOINING))
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"rank {place.rank} of {place.size} cannot meet the others at {where} ({reason}): if another program has "
+            "the port, set MASTER_PORT to a free one"
+        ) from None
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun: its store outlives its restarts, with all keys in it
+        store = torch._C._distributed_c10d.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+        )
     guard = _Guard(store.clone(), place.rank)
     try:
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, device_id=device_id)
-        yield World(place.rank, place.size, device)
+        yield World(place.rank, place.size, device, store)
         dist.barrier()  # else the store may go before all have stopped looking at it
     except BaseException as error:
         if not guard.is_first(error):
@@ -143,7 +160,8 @@ class _Guard:
                 failure = ORPHANED
             if not self.stopped.wait(GRACE):
                 print(f"rank {self.rank} stops: {failure}", file=sys.stderr, flush=True)
-                os._exit(1)  # the main thread waits in a collective, out of the reach of exceptions
+                # the main thread waits in a collective, out of the reach of exceptions
+                os._exit(TRY_AGAIN if failure == ORPHANED else 1)
 
 
 class _Place(NamedTuple):

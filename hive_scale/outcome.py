@@ -17,7 +17,8 @@ from hive_scale.evaluate.captions import matched_share
 from hive_scale.model import build
 from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
-from hive_scale.train import Data, open_data
+from hive_scale.preparation import Data, open_data
+from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.terminal import console
 
@@ -53,6 +54,7 @@ def _tell(config: Config, device: torch.device) -> None:
         share = matched_share(model, (batch.to(device) for batch in batches))
         console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
         console.print(_gain(config, losses))
+    console.print(_time(config), soft_wrap=True)
     for truth, written in captions(model, data, 3):
         console.print(f"  truth: {truth}\n  model: {written}", markup=False)
     console.print(
@@ -69,6 +71,12 @@ def heldout_losses(config: Config) -> dict[str, list[float]]:
     """Every held-out loss that each stage recorded, in order, in nats per token."""
     lines = {name: read_metrics(config.run_dir / name / "metrics.jsonl") for name in config.stages}
     return {name: [line["eval_loss"] for line in stage if "eval_loss" in line] for name, stage in lines.items()}
+
+
+def _time(config: Config) -> str:
+    """Where the time has gone, over all stages and restarts, until the last step."""
+    last = [lines[-1] for name in config.stages if (lines := read_metrics(config.run_dir / name / "metrics.jsonl"))]
+    return goodput.summary(*goodput.added(last))
 
 
 def captions(model: Hive, data: Data, count: int) -> Iterator[tuple[str, str]]:

@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-from hive_scale import config as configs
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
-from hive_scale.checkpoint.lock import LOCK, locked
+from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
 from hive_scale.checkpoint.moments import Moments
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.store import Store
-from hive_scale.config import Config, StageConfig
-from hive_scale.data.loader import Loader
-from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.config import Config
 from hive_scale.distributed import World
-from hive_scale.engine import Engine, memory, open_engine
+from hive_scale.engine import StepOutput, memory, open_engine
 from hive_scale.initial import assemble
 from hive_scale.model import build
 from hive_scale.model.export import export_encoder
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import count
+from hive_scale.preparation import Data, check, claim, open_all
+from hive_scale.progress import Progress
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
+from hive_scale.watch.cadence import Cadence
 from hive_scale.watch.gauge import gauge
+from hive_scale.watch.goodput import Goodput
+from hive_scale.watch.guard import BAD_BATCHES, Guard
+from hive_scale.watch.hang import HangWatch
 from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
+from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.profiler import profiling
 from hive_scale.watch.throughput import Throughput
-
-logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved what it needs to go on."""
-
-
-@dataclass(frozen=True)
-class Data:
-    tokenizer: Tokenizer
-    train: Loader
-    heldout: Loader
 
 
 def run_pipeline(
@@ -60,7 +54,7 @@ def run_pipeline(
     `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
     """
     with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
-        _claim(config, world, overwrite)
+        claim(config, world, overwrite)
         names = list(config.stages)
         wanted = names[: names.index(until) + 1] if until else names
         if not all(is_done(config.run_dir / name) for name in wanted):
@@ -76,9 +70,9 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
         write_weights(weights, dict(model.named_parameters()))
     world.barrier()
     for name in wanted:
-        stage, stage_dir = config.stages[name], config.run_dir / name
+        stage_dir = config.run_dir / name
         if not is_done(stage_dir):
-            checkpoint = _run_stage(config, name, stage, data[name], world, weights, interrupt)
+            checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
                 with published(stage_dir / "encoder") as folder:
@@ -87,69 +81,125 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
         weights = stage_dir / WEIGHTS
 
 
-def _run_stage(
-    config: Config, name: str, stage: StageConfig, data: Data, world: World, parent: Path, interrupt: Interrupt
-) -> Path:
-    """Train one stage to its end, from its newest checkpoint if it has one; returns its last checkpoint."""
-    if any(world.sum(interrupt.requested())):
-        raise Stopped(f"stopped before {name}")
-    stage_dir = config.run_dir / name
-    model = build.skeleton(config.model)
-    moments = Moments(_stage_before(config, name) if stage.keep_moments else None)
-    groups = moments.divide(freeze(model, stage, model.dormant()))
-    work = count(model, config.engine.checkpointing)
-    engine = open_engine(model, groups, stage, config.engine, world, read_weights(parent))
-    store = Store(stage_dir, world, config.keep, config.max_failed_saves)
-    origin = {"parent": read_weights(parent).identity, "data": data.train.fingerprint}
-    # what a checkpoint says beside masters and moments; random numbers and schedule are functions of the step
-    known = {**origin, "config": asdict(config), "code": code_version(), **moments.state(groups)}
-    (step, tokens), num_steps = _resume(store, engine, origin), stage.num_steps(data.train.num_samples)
-    if step == 0:
-        moments.fill(engine.fragments())
-    batches = data.train.steps(
-        global_batch=stage.global_batch,
-        accumulation=stage.accumulation(world.size),
-        seed=stage.seed,
-        start=step * stage.global_batch,
-        world=world,
-    )
-    meter = Throughput(work.total, peak_flops(world.device, config.engine.precision), world.size)
-    profiled = profiling(config.profile, stage_dir / "profile", model.blocks(), world)
-    with StageLog(stage_dir, num_steps, step, tokens, config.log, world) as log, profiled as begin:
-        log.say(memory.report(engine), keep="memory.txt")
-        while step < num_steps:
-            begin(step + 1)
-            factor = lr_factor(step, num_steps, stage.warmup, stage.min_lr)
-            began = perf_counter()
-            micro_batches = next(batches)
-            waited = perf_counter() - began
-            seed_step(stage.seed, step, world.rank)
-            # a request to any rank stops them all, at the same step
-            output = engine.step(micro_batches, factor, votes=lambda: [interrupt.requested()])
-            (stop,) = output.votes
-            step += 1
-            rates = {name: group.lr * factor for name, group in stage.groups.items()}
-            metrics = {
-                "loss": output.loss,
-                "grad_norm": output.grad_norm,
-                "num_tokens": output.num_tokens,
-                "lr": rates,
-                "data_seconds": waited,
-                **meter.step(micro_batches, output.num_tokens),
-            }
-            if step == num_steps or (config.eval_interval and step % config.eval_interval == 0):
-                metrics["eval_loss"] = _heldout_loss(engine, stage, data, world)
-                metrics |= gauge(model, engine.fragments(), step, stage.betas[1], world)
-            log.step(step, step * stage.global_batch, metrics)
-            if stop or step == num_steps or step % config.save_interval == 0:
-                state = {"step": step, "samples": step * stage.global_batch, "tokens": log.tokens, **known}
-                state["eval_loss"] = metrics.get("eval_loss")
-                store.save(step, engine.fragments(), state, wait=bool(stop))
-            if stop and step < num_steps:
-                raise Stopped(f"{name} stopped after step {step} of {num_steps}, and saved it")
-    checkpoint = store.finish()
-    assert checkpoint is not None
-    return checkpoint
+class StageRun:
+    """One stage at work: from its newest checkpoint, if it has one, to its end."""
+
+    def __init__(self, config: Config, name: str, data: Data, world: World, parent: Path, interrupt: Interrupt) -> None:
+        self.config, self.name, self.data, self.world, self.interrupt = config, name, data, world, interrupt
+        self.stage, self.dir = config.stages[name], config.run_dir / name
+        self.metrics = self.dir / "metrics.jsonl"
+        self.model = model = build.skeleton(config.model)
+        self.moments = Moments(_stage_before(config, name) if self.stage.keep_moments else None)
+        groups = self.moments.divide(freeze(model, self.stage, model.dormant()))
+        self.work = count(model, config.engine.checkpointing)
+        self.engine = open_engine(model, groups, self.stage, config.engine, world, read_weights(parent))
+        self.store = Store(self.dir, world, config.keep, config.max_failed_saves)
+        origin = {"parent": read_weights(parent).identity, "data": data.train.fingerprint}
+        known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
+        self.guard = Guard(config.guard)
+        self.at = Progress(self.store, self.engine, self.guard, origin, known)
+        self.num_steps = self.stage.num_steps(data.train.num_samples)
+        self.cadence = Cadence(config.save_interval, config.failures_per_day, config.grace_seconds)
+
+    def run(self) -> Path:
+        """Train to the end; the last checkpoint."""
+        if any(self.world.sum(self.interrupt.requested())):
+            raise Stopped(f"stopped before {self.name}")
+        with HangWatch(self.world, self.config.hang_seconds):
+            if not self.at.resume():
+                self.moments.fill(self.engine.fragments())
+            self.goodput = Goodput(self.world.pulse, read_metrics(self.metrics), self.at.step)
+            while not self._train():
+                self.at.go_back()
+                self.goodput.go_back(read_metrics(self.metrics), self.at.step)
+            checkpoint = self.store.finish()
+        assert checkpoint is not None
+        return checkpoint
+
+    def _train(self) -> bool:
+        """Step by step to the end, or False if leaving batches out has not helped."""
+        at, stage, pulse, config = self.at, self.stage, self.world.pulse, self.config
+        batches = self.data.train.steps(
+            global_batch=stage.global_batch,
+            accumulation=stage.accumulation(self.world.size),
+            seed=stage.seed,
+            start=at.batch * stage.global_batch,
+            world=self.world,
+        )
+        meter = Throughput(self.work.total, peak_flops(self.world.device, config.engine.precision), self.world.size)
+        log = StageLog(self.dir, self.num_steps, at.step, at.tokens, config.log, self.world)
+        with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
+            log.say(memory.report(self.engine), keep="memory.txt")
+            while at.step < self.num_steps:
+                pulse.step = at.step + 1
+                begin(pulse.step)
+                pulse.enter("data")
+                began = perf_counter()
+                micro_batches = next(batches)
+                waited = perf_counter() - began
+                pulse.keys = tuple(key for batch in micro_batches for key in batch.keys)
+                seed_step(stage.seed, at.step, self.world.rank)
+                factor = lr_factor(at.step, self.num_steps, stage.warmup, stage.min_lr)
+                output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._votes)
+                stop, save = output.votes  # any rank's request stops them all, at the same step
+                if output.taken:
+                    at.take(output.num_tokens)
+                    self.guard.accept(output.loss)
+                    rates = {name: group.lr * factor for name, group in stage.groups.items()}
+                    metrics = output.metrics() | {"lr": rates, "data_seconds": waited}
+                    metrics |= meter.step(micro_batches, output.num_tokens) | self._look()
+                    log.step(at.step, at.step * stage.global_batch, metrics | self.goodput.line())
+                else:
+                    self._leave_out(output, log)
+                    self.goodput.leave_out(perf_counter() - began - waited)
+                    if self.guard.refuse():
+                        return False
+                self.cadence.stepped(self.store.write_seconds)
+                log.say(self.cadence.warning())
+                if stop or save:
+                    self._save(wait=bool(stop))
+                if stop and at.step < self.num_steps:
+                    raise Stopped(f"{self.name} stopped after step {at.step} of {self.num_steps}, and saved it")
+            log.say(f"{self.name}: {self.goodput.close()}")
+        self._save(wait=False)
+        return True
+
+    def _save(self, wait: bool) -> None:
+        self.world.pulse.enter("save")
+        began = perf_counter()
+        self.at.save(self.stage.global_batch, wait)
+        self.cadence.saved(perf_counter() - began)
+
+    def _votes(self) -> tuple[float, float]:
+        """(stop, save), as far as this rank is asked; one clock is enough for all."""
+        stop = self.interrupt.requested()
+        if not self.world.is_main:
+            return stop, False
+        return stop or self.cadence.time_is_up(), self.cadence.due(self.at.step + 1)
+
+    def _look(self) -> dict[str, Any]:
+        """The mean loss per target token over all held-out pairs, in nats, and the gauges, if it is time."""
+        at, interval = self.at, self.config.eval_interval
+        at.eval_loss = None
+        if at.step < self.num_steps and not (interval and at.step % interval == 0):
+            return {}
+        loss_sum, num_tokens = 0.0, 0
+        for batch in self.data.heldout.once(batch_size=self.stage.micro_batch, world=self.world):
+            self.world.pulse.enter("evaluate")
+            loss, count = self.engine.evaluate([batch])
+            loss_sum, num_tokens = loss_sum + loss, num_tokens + count
+        at.eval_loss = loss_sum / max(1, num_tokens)
+        gauges = gauge(self.model, self.engine.fragments(), at.step, self.stage.betas[1], self.world)
+        return {"eval_loss": at.eval_loss, **gauges}
+
+    def _leave_out(self, output: StepOutput, log: StageLog) -> None:
+        """Say which batch was bad, and go on to the next."""
+        number, size = self.at.batch, self.stage.global_batch
+        self.at.passed += 1
+        if self.world.is_main:
+            keys = self.data.train.keys(self.stage.seed, number * size, size)
+            path = self.config.run_dir / BAD_BATCHES
+            log.say(self.guard.note(path, self.name, self.at.step + 1, output.loss, output.grad_norm, keys))
 
 
 def _stage_before(config: Config, name: str) -> Path:
@@ -157,81 +207,3 @@ def _stage_before(config: Config, name: str) -> Path:
     if name == names[0]:
         raise ValueError(f"stages.{name}.keep_moments: no stage comes before this one: set it to false")
     return config.run_dir / names[names.index(name) - 1]
-
-
-def _resume(store: Store, engine: Engine, origin: Mapping[str, str]) -> tuple[int, int]:
-    """Optimizer steps done already, and their target tokens.
-
-    Raises ValueError if they were done on other data or from other weights.
-    """
-    newest = store.latest()
-    if newest is None:
-        return 0, 0
-    state = store.load(newest, engine.fragments())
-    for what, identity in origin.items():
-        if state[what] != identity:
-            raise ValueError(f"{newest} belongs to other {what}: restore what it began with, or use --overwrite")
-    if state["code"] != code_version() and store.world.is_main:
-        logger.warning("%s was saved by %s, and goes on with %s", newest, state["code"], code_version())
-    engine.refresh(state["step"])
-    return int(state["step"]), int(state["tokens"])
-
-
-def _heldout_loss(engine: Engine, stage: StageConfig, data: Data, world: World) -> float:
-    """Mean loss per target token over all held-out pairs, in nats."""
-    parts = [engine.evaluate([batch]) for batch in data.heldout.once(batch_size=stage.micro_batch, world=world)]
-    return sum(loss for loss, _ in parts) / max(1, sum(count for _, count in parts))
-
-
-def open_data(config: Config, stage: str = "") -> Data:
-    """The data of `stage`; without, the run's."""
-    data = (config.stages[stage].data if stage else None) or config.data
-    tokenizer = open_tokenizer(data.tokenizer)
-    size, bad = build.image_size(config.model), config.run_dir / "bad_samples.jsonl"
-    return Data(
-        tokenizer,
-        Loader(data, data.train, tokenizer, image_size=size, bad_samples=bad),
-        Loader(data, data.heldout, tokenizer, image_size=size, bad_samples=bad),
-    )
-
-
-def open_all(config: Config) -> dict[str, Data]:
-    """The data of every stage, by its name; stages that read the run's share it."""
-    opened: dict[str, Data] = {}
-    of_run = [name for name, stage in config.stages.items() if stage.data is None]
-    opened |= dict.fromkeys(of_run, open_data(config)) if of_run else {}
-    return opened | {name: open_data(config, name) for name in config.stages if name not in opened}
-
-
-def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
-    """Meet every error of any stage now, not in the night. Raises ValueError."""
-    model = build.skeleton(config.model)
-    for name, stage in config.stages.items():
-        try:
-            freeze(model, stage, model.dormant())
-            stage.accumulation(world_size)
-            stage.num_steps(data[name].train.num_samples)
-        except ValueError as error:
-            raise ValueError(f"stages.{name}: {error}") from None
-        known, size = build.vocabulary_size(config.model), data[name].tokenizer.vocab_size
-        if size > known:
-            raise ValueError(
-                f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
-            )
-
-
-def _claim(config: Config, world: World, overwrite: bool) -> None:
-    """Write the config into the run directory, or see that the one there is of the same run."""
-    saved = config.run_dir / "config.yaml"
-    if world.is_main and overwrite and saved.exists():
-        for entry in config.run_dir.iterdir():
-            if entry.name != LOCK:  # which is ours
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    world.barrier()
-    if saved.exists():
-        if changed := configs.differences(config, configs.load(saved)):
-            raise ValueError(
-                f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
-            )
-    elif world.is_main:
-        configs.save(config, saved)

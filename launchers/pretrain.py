@@ -23,7 +23,7 @@ examples:
   python launchers/pretrain.py --config runs/debug/config.yaml      a run again, or on
 
 Run the same command again to resume; a finished run returns at once. Exit codes: 0 done, 2 something to
-change in command, config or data, 75 stopped by a signal and saved.
+change in command, config or data, 75 try again: stopped and saved, or a rank was lost.
 """
 
 
@@ -44,7 +44,7 @@ def main() -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.distributed import session
+    from hive_scale.distributed import TRY_AGAIN, session
     from hive_scale.outcome import blank_twin, show
     from hive_scale.train import Stopped, run_pipeline
     from hive_scale.watch.noise import hushed
@@ -60,7 +60,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
         except Stopped as stopped:
             if world.is_main:
                 console.print(f"{stopped}. The same command goes on from there.", soft_wrap=True)
-            return 75
+            return TRY_AGAIN
     return 0
 
 

@@ -50,7 +50,7 @@ def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) ->
 
 def validate(config: Config, asked: Asked) -> dict[str, int]:
     """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
-    from hive_scale.train import check, open_all
+    from hive_scale.preparation import check, open_all
 
     saved = config.run_dir / "config.yaml"
     if saved.exists() and (changed := configs.differences(config, configs.load(saved))):

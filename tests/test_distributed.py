@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from hive_scale.distributed import _place, first_host
+from hive_scale.distributed import _place, first_host, session
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -107,3 +108,15 @@ def test_a_failing_rank_ends_the_job(fault: str, shown: str, tmp_path: Path) -> 
     assert time.monotonic() - began < 60  # most of it importing torch
     assert shown in "".join(errors)
     assert sum("Traceback" in error for error in errors) == 1
+
+
+def test_a_port_in_use_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for name, value in (LAUNCHED | {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=r"cannot meet the others at .* set MASTER_PORT to a free one"), session():
+            pass

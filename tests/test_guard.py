@@ -1,9 +1,13 @@
-"""A bad batch leaves no trace: weights and moments are, bit for bit, those of a run that never saw it."""
+"""A bad batch leaves no trace: weights and moments are, bit for bit, those of a run that never saw it. Bad weights
+send the run back to its last checkpoint, and not for ever."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,16 @@ import pytest
 import ranks
 from test_parity import Cell, my_batches, opened, small_jsons
 
-from hive_scale.distributed import World
+from hive_scale import presets
+from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.marker import WEIGHTS
+from hive_scale.config import Config, GuardConfig
+from hive_scale.data.loader import Loader
+from hive_scale.distributed import World, session
 from hive_scale.engine import Engine
+from hive_scale.train import StageRun, run_pipeline
+from hive_scale.watch.guard import LEAST, Guard
+from hive_scale.watch.metrics import read_metrics
 
 CELLS = [Cell("ddp"), Cell("fsdp"), Cell("zero1"), Cell("zero2_offload"), Cell("zero2", precision="bf16")]
 
@@ -43,7 +55,7 @@ def train(world: World, cell: Cell, folder: str, bad: bool) -> str:
         assert math.isfinite(after.grad_norm)
         loss = engine._loss
         if world.rank == 1:  # and no other
-            engine._loss = lambda batch: loss(batch) * math.nan  # noqa: B023
+            engine._loss = lambda *given: loss(*given) * math.nan  # noqa: B023
         after = engine.step(my_batches(cell, 20 + step, world), 1.0)
         engine._loss = loss
         assert not after.taken
@@ -58,3 +70,116 @@ def test_a_step_left_out_changes_no_bit(cells: list[Cell], tmp_path: Path) -> No
     for states in ranks.run(left_out, 2, cells, str(tmp_path)):
         for cell, (without, with_bad) in zip(cells, states, strict=True):
             assert without == with_bad, cell
+
+
+def test_a_spike_is_told_from_noise() -> None:
+    draw = random.Random(0)
+    guard = Guard(GuardConfig(spike=20, window=32))
+    for step in range(LEAST):
+        assert guard.max_loss == math.inf, step
+        guard.accept(2.0 + draw.gauss(0, 0.05))
+    assert 2.5 < guard.max_loss < 3.5
+    assert not guard.refuse()
+    assert not guard.refuse()
+    guard.accept(2.0)  # one good step, and patience begins anew
+    assert [guard.refuse() for _ in range(3)] == [False, False, True]
+    resumed = Guard(GuardConfig(spike=20, window=32))
+    resumed.go_on(json.loads(json.dumps(guard.losses)))
+    assert resumed.max_loss == guard.max_loss
+
+
+def test_losses_all_alike_leave_room() -> None:
+    guard = Guard(GuardConfig())
+    for _ in range(LEAST):
+        guard.accept(2.0)
+    assert guard.max_loss > 2.0
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with session() as world:
+        yield world
+
+
+def run(output: Path, *words: str) -> Config:
+    stage = ["stages.projector.steps=24", "stages.projector.global_batch=4", "save_interval=6"]
+    return presets.load("debug", None, [*stage, "data.heldout=[sample:heldout]", f"output={output}", *words])
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[StageRun], object]) -> None:
+    votes = StageRun._votes
+
+    def harmed(self: StageRun) -> tuple[float, float]:
+        harm(self)
+        return votes(self)
+
+    monkeypatch.setattr(StageRun, "_votes", harmed)
+    monkeypatch.setattr(StageRun, "_look", lambda self: {})  # it takes longer than all else here
+
+
+def test_a_run_with_a_bad_batch_is_the_run_without_it(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = 7  # the number of the batch
+    steps = Loader.steps
+
+    def without(self: Loader, **how: Any) -> Iterator[Any]:
+        start = how["start"] // how["global_batch"]
+        return (batch for number, batch in enumerate(steps(self, **how), start) if number != bad)
+
+    sabotage(monkeypatch, lambda stage: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "steps", without)
+        run_pipeline(run(tmp_path / "without"), world, until="projector")
+
+    open_stage = StageRun.__init__
+
+    def open_and_poison(self: StageRun, *arguments: Any) -> None:
+        open_stage(self, *arguments)
+        engine: Any = self.engine
+        loss = engine._loss
+        engine._loss = lambda *given: loss(*given) * (math.nan if self.at.batch == bad else 1)
+
+    monkeypatch.setattr(StageRun, "__init__", open_and_poison)
+    run_pipeline(run(tmp_path / "with"), world, until="projector")
+    ours, theirs = (dict(read_weights(tmp_path / name / "projector" / WEIGHTS).items()) for name in ("with", "without"))
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    (line,) = [json.loads(line) for line in (tmp_path / "with" / "bad_batches.jsonl").read_text().splitlines()]
+    assert (line["stage"], line["step"], line["loss"], len(line["keys"])) == ("projector", bad + 1, None, 4)
+
+
+def test_bad_weights_send_a_run_back_to_other_batches(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmed: list[int] = []
+
+    def harm(stage: StageRun) -> None:
+        if stage.at.step == 20 and not harmed:
+            harmed.append(stage.at.step)
+            for fragment in stage.engine.fragments():
+                if fragment.kind == "master":
+                    fragment.data.fill_(math.nan)
+
+    sabotage(monkeypatch, harm)
+    config = run(tmp_path / "run")
+    run_pipeline(config, world, until="projector")
+    stage_dir = tmp_path / "run" / "projector"
+    lines = read_metrics(stage_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert max(line["loss"] for line in lines) < 10
+    state = json.loads((stage_dir / "step_00000024" / "manifest.json").read_text())["content"]["state"]
+    # the step under way, taken with weights that were spoiled after its forward; then three that were refused
+    assert state["passed"] == 21 - 18 + 3
+    assert lines[-1]["lost_steps"] == 3 + 3
+    assert lines[-1]["spent"]["lost"] > 0
+
+
+def test_going_back_for_ever_is_refused(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(stage: StageRun) -> None:
+        engine: Any = stage.engine
+        if stage.at.step == 8:
+            engine._loss = lambda *given, loss=engine._loss: loss(*given) * math.nan
+
+    sabotage(monkeypatch, harm)
+    with pytest.raises(ValueError, match=r"after going back 1 times .* lower the learning rates"):
+        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")

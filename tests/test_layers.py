@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
-LEAVES = {"config", "batch", "distributed", "stage", "schedule", "randomness"}
+LEAVES = {"config", "batch", "distributed", "pulse", "stage", "schedule", "randomness"}
 # a room and what it may read besides the leaves
 ROOMS: dict[str, set[str]] = {
     "presets": set(),
@@ -26,12 +26,14 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"engine"},
     "evaluate": {"model", "data"},
     "initial": {"model", "checkpoint"},
-    "train": {"model", "data", "engine", "plan", "watch", "checkpoint", "initial"},
+    "preparation": {"model", "data", "checkpoint"},
+    "progress": {"engine", "watch", "checkpoint"},
+    "train": {"model", "data", "engine", "plan", "watch", "checkpoint", "initial", "preparation", "progress"},
     "card": {"watch", "checkpoint"},
     "export": {"model", "data", "checkpoint", "card"},
     "show": {"model"},
-    "gallery": {"model", "data", "watch", "checkpoint", "evaluate", "show", "train"},
-    "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "train"},
+    "gallery": {"model", "data", "watch", "checkpoint", "evaluate", "show", "preparation"},
+    "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "preparation"},
     "runs": {"model", "checkpoint"},
 }
 DOORS: dict[str, set[str]] = {

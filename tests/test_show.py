@@ -11,10 +11,10 @@ import torch
 from hive_scale import presets
 from hive_scale.distributed import Fragment, World
 from hive_scale.model.build import assemble
+from hive_scale.preparation import open_data
 from hive_scale.show.attention_map import choose, words_at
 from hive_scale.show.curves import History, by_component, thin
 from hive_scale.show.gradient_map import concentration, gradient_maps
-from hive_scale.train import open_data
 from hive_scale.watch.gauge import gauge, layer_of
 
 

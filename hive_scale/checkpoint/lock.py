@@ -18,7 +18,8 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[None]:
-    """Hold `directory` for this run, on all ranks. Raises RuntimeError naming the run that holds it already.
+    """Hold `directory` for this run, on all ranks. Raises RuntimeError naming the run that holds it already,
+    and ValueError if the directory cannot be written.
 
     `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
 
@@ -27,8 +28,11 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Non
     """
     descriptor = -1
     if world.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(f"output={directory} cannot be written ({error.strerror}): choose another") from None
     try:
         owner = _take(descriptor, time.monotonic() + patience) if world.is_main else ""
         if world.sum(bool(owner))[0]:

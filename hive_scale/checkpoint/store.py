@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +49,7 @@ class Store:
         self._sound: set[Path] = set()  # written or verified here
         self._retention = Retention(directory, keep)
         self._staging: Staging | None = None
+        self.write_seconds = 0.0  # that the last checkpoint took to reach the disk
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], wait: bool = False) -> None:
         """Write a checkpoint; returns when the fragments are copied, or with `wait` when they are on disk.
@@ -148,7 +150,7 @@ class Store:
     # --------------------------------------------------------------- on the writer's thread
 
     def _write(self, step: int, staging: Staging, state: str) -> None:
-        final = self._path(step)
+        final, began = self._path(step), time.monotonic()
         partial = final.with_name(f"{final.name}.tmp")
         try:
             self._together(lambda: self._begin(partial))
@@ -161,6 +163,7 @@ class Store:
             raise
         self._sound.add(final)
         self._newest = final
+        self.write_seconds = time.monotonic() - began
 
     def _begin(self, partial: Path) -> None:
         if not self.world.is_main:

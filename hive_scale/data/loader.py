@@ -63,6 +63,10 @@ class Loader(Samples):
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
 
+    def keys(self, seed: int, start: int, count: int) -> list[str]:
+        """Keys of the samples at the stream's positions [start, start + count)."""
+        return [self.index.key(int(sample)) for sample in self.stream(seed).ids(start, count)]
+
     def once(self, *, batch_size: int, world: World) -> Iterator[Batch]:
         """Every sample exactly once over all ranks, in batches of at most `batch_size`; bad ones are left out.
 

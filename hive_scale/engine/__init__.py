@@ -25,6 +25,9 @@ class StepOutput:
     taken: bool = True  # or left out, with no weight and no moment changed
     votes: tuple[float, ...] = ()  # what the ranks asked for, added up
 
+    def metrics(self) -> dict[str, Any]:
+        return {"loss": self.loss, "grad_norm": self.grad_norm, "num_tokens": self.num_tokens}
+
 
 class Layout(NamedTuple):
     """Bytes that an engine holds per number of a parameter, and over how many ranks it cuts them."""

@@ -98,18 +98,24 @@ class ZeroEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
+        pulse = self.world.pulse
+        pulse.enter("reduce")
         (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
         # reduction averages over ranks, so the ranks' number is multiplied back in
         scale = self.world.size / max(1.0, num_tokens)
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            pulse.enter("forward")
             loss = self._loss(batch)
+            pulse.enter("backward")
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             total += loss.detach()
+        pulse.enter("reduce")
         loss_sum, *voted = self.world.sum(total.item(), *votes())
         mean = loss_sum / max(1.0, num_tokens)
         taken = math.isfinite(mean) and mean <= max_loss
+        pulse.enter("update")
         set_learning_rate(self.optimizer, lr_factor)
         with sitting_out(self.optimizer) if not taken else nullcontext():
             self.engine.step()  # which tidies up after backward, too

@@ -17,8 +17,8 @@ from hive_scale.config import Config
 from hive_scale.data.transform import Tokenizer, open_tokenizer, picture
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
+from hive_scale.preparation import open_data
 from hive_scale.show.curves import History
-from hive_scale.train import open_data
 from hive_scale.watch.metrics import read_metrics
 
 INITIAL = "initial"

@@ -1,0 +1,77 @@
+"""What a run needs, and is checked for, before its first step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hive_scale import config as configs
+from hive_scale.checkpoint.lock import LOCK
+from hive_scale.config import Config
+from hive_scale.data.loader import Loader
+from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.distributed import World
+from hive_scale.model import build
+from hive_scale.stage import freeze
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizer: Tokenizer
+    train: Loader
+    heldout: Loader
+
+
+def open_data(config: Config, stage: str = "") -> Data:
+    """The data of `stage`; without, the run's."""
+    data = (config.stages[stage].data if stage else None) or config.data
+    tokenizer = open_tokenizer(data.tokenizer)
+    size, bad = build.image_size(config.model), config.run_dir / "bad_samples.jsonl"
+    return Data(
+        tokenizer,
+        Loader(data, data.train, tokenizer, image_size=size, bad_samples=bad),
+        Loader(data, data.heldout, tokenizer, image_size=size, bad_samples=bad),
+    )
+
+
+def open_all(config: Config) -> dict[str, Data]:
+    """The data of every stage, by its name; stages that read the run's share it."""
+    opened: dict[str, Data] = {}
+    of_run = [name for name, stage in config.stages.items() if stage.data is None]
+    opened |= dict.fromkeys(of_run, open_data(config)) if of_run else {}
+    return opened | {name: open_data(config, name) for name in config.stages if name not in opened}
+
+
+def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
+    """Meet every error of any stage now, not in the night. Raises ValueError."""
+    model = build.skeleton(config.model)
+    for name, stage in config.stages.items():
+        try:
+            freeze(model, stage, model.dormant())
+            stage.accumulation(world_size)
+            stage.num_steps(data[name].train.num_samples)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+        known, size = build.vocabulary_size(config.model), data[name].tokenizer.vocab_size
+        if size > known:
+            raise ValueError(
+                f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
+            )
+
+
+def claim(config: Config, world: World, overwrite: bool) -> None:
+    """Write the config into the run directory, or see that the one there is of the same run."""
+    saved = config.run_dir / "config.yaml"
+    if world.is_main and overwrite and saved.exists():
+        for entry in config.run_dir.iterdir():
+            if entry.name != LOCK:  # which is ours
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    world.barrier()
+    if saved.exists():
+        if changed := configs.differences(config, configs.load(saved)):
+            raise ValueError(
+                f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
+            )
+    elif world.is_main:
+        configs.save(config, saved)

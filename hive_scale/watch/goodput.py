@@ -1,0 +1,85 @@
+"""Where the time of a stage has gone, over all its restarts: every second is in one account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from hive_scale.pulse import Pulse
+
+ACCOUNTS = ("steps", "data", "evaluate", "save", "start", "lost", "down")
+OF_PHASE = {"data": "data", "evaluate": "evaluate", "save": "save", "start": "start"}  # the others are of a step
+
+
+class Goodput:
+    """Seconds of the stage by account, as each line of metrics.jsonl carries them.
+
+    steps: work that counts; data, evaluate, save: training waited for them; start: from the process's or the former
+    stage's end to the first step; lost: work that was done again or left out; down: no process was there.
+    """
+
+    def __init__(self, pulse: Pulse, lines: Sequence[Mapping[str, Any]] = (), done_steps: int = 0) -> None:
+        """`lines` are those of earlier attempts, of which all after `done_steps` have been lost."""
+        self.pulse = pulse
+        self.lost_steps = 0
+        self._before = dict.fromkeys(ACCOUNTS, 0.0)
+        if lines:
+            self._before |= lines[-1].get("spent", {})
+            self.lost_steps = lines[-1].get("lost_steps", 0)
+            self._before["down"] += max(0.0, time.time() - pulse.age - lines[-1]["time"])
+        self._forget(lines, done_steps)
+
+    def go_back(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
+        """What `lines` tell of the steps after `step` was in vain."""
+        self._forget(lines, step)
+
+    def leave_out(self, seconds: float) -> None:
+        """So many seconds went into a step that was not taken."""
+        self._move(seconds)
+        self.lost_steps += 1
+
+    def line(self) -> dict[str, Any]:
+        """What a line of metrics tells, from which the next attempt goes on."""
+        spent = {account: round(seconds, 3) for account, seconds in self.spent().items()}
+        return {"time": round(time.time(), 3), "spent": spent, "lost_steps": self.lost_steps}
+
+    def spent(self) -> dict[str, float]:
+        spent = dict(self._before)
+        for phase, seconds in self.pulse.so_far().items():
+            spent[OF_PHASE.get(phase, "steps")] += seconds
+        return spent
+
+    def close(self) -> str:
+        """What to tell at the stage's last step; what comes after it is the start of the next."""
+        told = summary(self.spent(), self.lost_steps)
+        self.pulse.reset()
+        return told
+
+    def _forget(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
+        dropped = [line for line in lines if line["step"] > step]
+        if dropped:
+            kept = [line["spent"]["steps"] for line in lines if line["step"] <= step]
+            self._move(dropped[-1]["spent"]["steps"] - (kept[-1] if kept else 0.0))
+            self.lost_steps += len(dropped)
+
+    def _move(self, seconds: float) -> None:
+        self._before["steps"] -= seconds
+        self._before["lost"] += seconds
+
+
+def summary(spent: Mapping[str, float], lost_steps: int) -> str:
+    """One line for a person: the share of all time that went into steps that count, and where the rest went."""
+    total = sum(spent.values())
+    parts = ", ".join(f"{account} {seconds:.0f} s" for account, seconds in spent.items() if seconds >= 0.5)
+    return f"goodput {spent['steps'] / max(total, 1e-9):.1%} of {total:.0f} s ({parts}; {lost_steps} steps lost)"
+
+
+def added(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], int]:
+    """The accounts of several stages, by the last line of each, together."""
+    total, lost = dict.fromkeys(ACCOUNTS, 0.0), 0
+    for line in lines:
+        lost += line["lost_steps"]
+        for account in ACCOUNTS:
+            total[account] += line["spent"].get(account, 0.0)
+    return total, lost

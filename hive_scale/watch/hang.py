@@ -1,0 +1,130 @@
+"""A step that does not end, or a rank that is gone: who, where and since when, then the end of the job.
+
+Every rank has a thread that looks at its own pulse once a second. One whose phase lasts longer than the deadline, or
+whose collective failed because another rank has vanished, calls the roll through the store that all ranks share:
+each rank that still lives answers with what it is doing and the stacks of all its threads, the caller names those
+that did not answer, and all end with the code that asks for another try.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+import traceback
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from hive_scale.distributed import FAILURE, TRY_AGAIN, World
+
+POLL = 1.0  # seconds between looks
+ANSWER = 5.0  # seconds in which a living rank answers
+CALL = "hive_scale/roll_call"
+
+
+class HangWatch(AbstractContextManager["HangWatch"]):
+    """Watches this process while the context lasts. A deadline of 0 watches nothing."""
+
+    def __init__(self, world: World, deadline: float) -> None:
+        self.world, self.deadline = world, deadline
+        self._store: Any = None
+        self._stopped = threading.Event()
+        self._calling = threading.Lock()
+
+    def __enter__(self) -> HangWatch:
+        if self.world.store is not None:
+            self._store = self.world.store.clone()  # a connection of its own: a wait in another's would block it
+        if self.deadline:
+            threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stopped.set()
+        if self.deadline and error is not None and is_loss_of_contact(error) and self._nobody_failed():
+            self._call_roll(f"a collective failed ({str(error).splitlines()[0]})")
+
+    def _watch(self) -> None:
+        pulse = self.world.pulse
+        while not self._stopped.wait(min(POLL, self.deadline / 4)):
+            try:
+                called = self._store is not None and self._store.check([CALL])
+            except RuntimeError:
+                return  # rank 0 has gone with the store, which others see, too
+            if called:
+                self._answer()
+                time.sleep(ANSWER + POLL)
+                os._exit(TRY_AGAIN)
+            late = time.monotonic() - pulse.since
+            if late > self.deadline and pulse.phase != "start":
+                self._call_roll(f"step {pulse.step} has been in its {pulse.phase} for {late:.0f} s")
+
+    def _call_roll(self, reason: str) -> None:
+        """Say what is wrong, hear who is there, name who is not, and end this process."""
+        with self._calling:
+            self._answer()
+            say(f"rank {self.world.rank}: {reason}; the job ends, to be tried again")
+            say(self._heard())
+            time.sleep(POLL)
+            os._exit(TRY_AGAIN)
+
+    def _answer(self) -> None:
+        pulse, rank = self.world.pulse, self.world.rank
+        late = time.monotonic() - pulse.since
+        keys = ", ".join(pulse.keys[:4]) + (f" and {len(pulse.keys) - 4} more" if len(pulse.keys) > 4 else "")
+        state = f"step {pulse.step}, {pulse.phase} for {late:.1f} s, samples {keys or 'none'}"
+        say(f"rank {rank}: {state}\n{stacks()}")
+        try:
+            if self._store is not None:
+                self._store.set(f"{CALL}/{rank}", state)
+                self._store.set(CALL, "now")
+        except RuntimeError:
+            say("rank 0, which holds the job together, has gone")
+
+    def _heard(self) -> str:
+        """What each rank answered, and which did not."""
+        if self._store is None:
+            return "there is no other rank"
+        answers: dict[int, str] = {}
+        deadline = time.monotonic() + ANSWER
+        try:
+            while len(answers) < self.world.size and time.monotonic() < deadline:
+                time.sleep(POLL / 4)
+                for rank in range(self.world.size):
+                    if rank not in answers and self._store.check([f"{CALL}/{rank}"]):
+                        answers[rank] = self._store.get(f"{CALL}/{rank}").decode()
+        except RuntimeError:
+            return "missing: rank 0, which holds the job together"
+        lines = [f"  rank {rank}: {answer}" for rank, answer in sorted(answers.items())]
+        missing = [str(rank) for rank in range(self.world.size) if rank not in answers]
+        return "\n".join([*lines, f"missing, without a word: rank {', '.join(missing)}" if missing else "none missing"])
+
+    def _nobody_failed(self) -> bool:
+        """Whether no rank has said that it failed: then another's error is not what this one follows from."""
+        time.sleep(2 * POLL)
+        try:
+            return self._store is None or not self._store.check([FAILURE])
+        except RuntimeError:
+            return True
+
+
+def is_loss_of_contact(error: BaseException) -> bool:
+    """Whether this is how torch tells that another rank has gone: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def stacks() -> str:
+    """The stack of every thread of this process, innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames: dict[int, Any] = sys._current_frames()
+    return "\n".join(
+        f"  thread {names.get(ident, '?')}:\n" + "".join(traceback.format_stack(frame)).rstrip()
+        for ident, frame in frames.items()
+    )
+
+
+def say(text: str) -> None:
+    os.write(2, f"{text}\n".encode())

@@ -1,0 +1,80 @@
+"""A run in two parts is the run in one, bit by bit, under every engine: weights, losses, samples and random numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import tiny
+import torch
+
+from hive_scale import presets
+from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.marker import WEIGHTS
+from hive_scale.config import Config, EngineConfig, PartConfig
+from hive_scale.distributed import World
+from hive_scale.train import StageRun, Stopped, run_pipeline
+from hive_scale.watch.metrics import read_metrics
+
+JSONS = Path(__file__).resolve().parents[1] / "ds_configs"
+ENGINES = {
+    "ddp": EngineConfig(shard=1),
+    "fsdp": EngineConfig(),
+    "fsdp, offload": EngineConfig(offload=True),
+    "fsdp, bf16": EngineConfig("bf16"),
+    **{name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero1", "zero2", "zero2_offload")},
+    "zero2, bf16": EngineConfig("bf16", ds_config=str(JSONS / "zero2.json")),
+}
+ZERO_3 = {name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero3", "zero3_offload")}
+STEPS = 6
+
+
+def small(output: Path, engine: EngineConfig) -> Config:
+    """A stage that trains everything, with dropout, so that random numbers matter."""
+    run = presets.load("debug", None, [f"output={output}", "data.heldout=[sample:heldout]"])
+    language = PartConfig(config=tiny.language(vocab_size=259, attention_dropout=0.3))
+    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=language)
+    joint = replace(run.stages["joint"], steps=STEPS, global_batch=8, micro_batch=2)
+    return replace(run, model=model, stages={"joint": joint}, engine=engine, save_interval=100)
+
+
+def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[str, list[Any]]:
+    """Of each engine: what is left of the run in one part, and in two."""
+    seen: list[Any] = []
+    votes, half = StageRun._votes, False
+
+    def watch_and_stop(self: StageRun) -> tuple[float, float]:
+        seen.append((self.at.step, world.pulse.keys, torch.get_rng_state().numpy().tobytes()))
+        stop, save = votes(self)
+        return stop or (half and self.at.step == STEPS // 2 - 1), save
+
+    StageRun._votes = watch_and_stop  # type: ignore[method-assign]
+    StageRun._look = lambda self: {}  # type: ignore[method-assign]
+    found: dict[str, list[Any]] = {}
+    for name, engine in engines.items():
+        for parts in (1, 2):
+            seen.clear()
+            config, half = small(Path(folder, f"{name}_{parts}"), engine), parts == 2
+            if half:
+                try:
+                    run_pipeline(config, world)
+                    raise AssertionError("not stopped")
+                except Stopped:
+                    half = False
+                torch.manual_seed(parts)  # what was drawn before must not matter
+            run_pipeline(config, world)
+            weights = read_weights(config.run_dir / "joint" / WEIGHTS)
+            losses = [line["loss"] for line in read_metrics(config.run_dir / "joint" / "metrics.jsonl")]
+            found.setdefault(name, []).append((weights.identity, losses, list(seen)))
+    return found
+
+
+@pytest.mark.parametrize("engines", [ENGINES, ZERO_3], ids=["", "zero3"])
+def test_a_run_in_two_parts_is_the_run_in_one(engines: dict[str, EngineConfig], tmp_path: Path) -> None:
+    for found in ranks.run(both, 2, engines, str(tmp_path)):
+        for name, (whole, parts) in found.items():
+            assert len(whole[1]) == len(whole[2]) == STEPS
+            assert whole == parts, name

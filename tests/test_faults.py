@@ -1,0 +1,28 @@
+"""A part of the fault sweep that is small enough for every commit; `make faults` runs the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from faults.sweep import FAULTS, left_alone, trial
+
+TRIALS = [
+    ("FSDP2", "SIGTERM to one rank"),
+    ("FSDP2", "kill -9 of one rank"),
+    ("FSDP2", "disk full"),
+    ("FSDP2", "kill -9, newest checkpoint damaged"),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return left_alone(tmp_path_factory.mktemp("faults"), {engine for engine, _ in TRIALS})
+
+
+@pytest.mark.slow  # minutes
+@pytest.mark.parametrize(("engine", "fault"), TRIALS)
+def test_a_disturbed_run_ends_as_one_left_alone(alone: dict[str, Path], engine: str, fault: str) -> None:
+    place = alone[engine].parents[1]
+    result = trial(place, 1000 + list(FAULTS).index(fault), alone, fault, engine)
+    assert not result.wrong, result
