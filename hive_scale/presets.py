@@ -259,6 +259,79 @@ def _paper(name: str, fusion: Fusion, hub: str, vision: dict[str, Any], later: b
     )
 
 
+def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -> Config:
+    """LLaVA's two stages on a pre-trained encoder and Llama-3.2-1B-Instruct (paper, Table 5).
+
+    `encoder` is a Hugging Face directory. With `llm_only` the second stage leaves the connector as it is, as the
+    paper's text says; the authors' code, and LLaVA, train it on.
+    """
+    llm = "meta-llama/Llama-3.2-1B-Instruct"
+    tokenizer = TokenizerConfig(path=llm, pad_token="<|finetune_right_pad_id|>")
+    captions = DataConfig(
+        train=["data/lcs_558k/train-*.tar"],
+        heldout=["data/lcs_558k/heldout-*.tar"],
+        tokenizer=tokenizer,
+        max_tokens=2048,
+        workers=4,
+    )
+    conversations = replace(
+        captions,
+        train=["data/llava_next/train-*.tar"],
+        heldout=["data/llava_next/heldout-*.tar"],
+        text="conversation",
+        image="pad",
+    )
+    connector, language = _vlm_groups(fusion, (1e-3, 2e-5), str(llm_only).lower() == "true")
+    common: dict[str, Any] = {"drop_last": True, "min_lr": 0.0, "betas": (0.9, 0.999)}
+    return Config(
+        name="vlm",
+        model=ModelConfig(vision=PartConfig(path=encoder), language=PartConfig(path=llm), fusion=fusion),
+        data=conversations,
+        stages={
+            "connector": StageConfig(connector, micro_batch=32, data=captions, **common),
+            "language": StageConfig(language, global_batch=64, micro_batch=4, seed=1, **common),
+        },
+        engine=replace(Config().engine, precision="bf16"),
+    )
+
+
+def vlm_small(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -> Config:
+    """The same two stages with SmolLM2-135M on easy-vqa, for machines without a GPU.
+
+    Needs ``prepare_data.py smollm2`` and ``prepare_data.py easy_vqa`` first.
+    """
+    connector, language = _vlm_groups(fusion, (2e-3, 2e-4), str(llm_only).lower() == "true")
+    common: dict[str, Any] = {"global_batch": 16, "micro_batch": 16, "min_lr": 0.0, "betas": (0.9, 0.999)}
+    return Config(
+        name="vlm_small",
+        model=ModelConfig(vision=PartConfig(path=encoder), language=PartConfig(path="data/smollm2"), fusion=fusion),
+        data=DataConfig(
+            train=["data/easyvqa/train-*.tar"],
+            heldout=["data/easyvqa/heldout-*.tar"],
+            tokenizer=TokenizerConfig(path="data/smollm2"),
+            text="conversation",
+            max_tokens=128,
+        ),
+        stages={
+            "connector": StageConfig(connector, steps=50, **common),
+            "language": StageConfig(language, steps=150, seed=1, **common),
+        },
+        save_interval=50,
+    )
+
+
+def _vlm_groups(
+    fusion: Fusion, rates: tuple[float, float], llm_only: bool
+) -> tuple[dict[str, GroupConfig], dict[str, GroupConfig]]:
+    """Groups of `connector` and `language`; the encoder is frozen in both."""
+    first = {"connector": GroupConfig(list(NEW[fusion]), rates[0])}
+    # joint attention's visual copies of the LLM's weights train when the LLM does
+    second = {"language": GroupConfig(["language.*", *(["fusion.*"] if fusion == "joint_attention" else [])], rates[1])}
+    if not llm_only:
+        second["connector"] = GroupConfig(list(NEW[fusion]), rates[1])
+    return first, second
+
+
 def _name(preset: str, fusion: Fusion) -> str:
     return preset if fusion == "cross_attention" else f"{preset}_{fusion}"
 
@@ -269,6 +342,8 @@ PRESETS: dict[str, Callable[..., Config]] = {
     "paper_siglip": paper_siglip,
     "paper_clip": paper_clip,
     "rtx3090": rtx3090,
+    "vlm": vlm,
+    "vlm_small": vlm_small,
 }
 
 

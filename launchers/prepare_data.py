@@ -27,6 +27,8 @@ EXAMPLES = """examples:
   python launchers/prepare_data.py emoji --output data/sample            the sample that ships with the package
   python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 pictures, 3 styles
   python launchers/prepare_data.py tuxpaint --output data/tuxpaint --size 128      785 stamps with sentences
+  python launchers/prepare_data.py easy_vqa --output data/easyvqa        48,248 questions about 5,000 pictures
+  python launchers/prepare_data.py fashion_mnist --output data/fashion_mnist       70,000 pictures, 10 classes
   python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
   python launchers/prepare_data.py llava chat.json images.zip --output data/cc3m_595k     CC3M-595K, LCS-558K
   python launchers/prepare_data.py parquet 'LLaVA-NeXT-Data/data/*.parquet' --output data/llava_next
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    for add in (add_emoji, add_tuxpaint, add_smollm2, *CONVERTERS, add_index):
+    for add in (add_emoji, add_tuxpaint, add_easy_vqa, add_fashion_mnist, add_smollm2, *CONVERTERS, add_index):
         add(subparsers)
     arguments = parser.parse_args(argv)
     try:
@@ -92,6 +94,32 @@ def run_tuxpaint(arguments: argparse.Namespace) -> None:
     from hive_scale.data.sources import notices, tuxpaint
 
     _make(arguments, lambda: tuxpaint.records(arguments.cache), notices.TUXPAINT)
+
+
+def add_easy_vqa(subparsers: Subparsers) -> None:
+    _add(subparsers, "easy_vqa", run_easy_vqa, "easy-vqa, questions about rendered shapes (PyPI)")
+
+
+def run_easy_vqa(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import easyvqa, notices
+
+    with _waiting("fetching and converting easy-vqa"):
+        samples = easyvqa.prepare(arguments.output, arguments.cache, arguments.overwrite)
+    (arguments.output / "NOTICE").write_text(notices.EASY_VQA, encoding="utf-8")
+    print(f"{arguments.output}: {samples['train']:,} questions to train on, {samples['heldout']:,} held out, and test/")
+
+
+def add_fashion_mnist(subparsers: Subparsers) -> None:
+    _add(subparsers, "fashion_mnist", run_fashion_mnist, "Fashion-MNIST, for the probes (Debian)")
+
+
+def run_fashion_mnist(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import fashion_mnist, notices
+
+    with _waiting("fetching Fashion-MNIST"):
+        written = fashion_mnist.prepare(arguments.output, arguments.cache)
+    (arguments.output / "NOTICE").write_text(notices.FASHION_MNIST, encoding="utf-8")
+    print(f"{arguments.output}: {', '.join(path.name for path in written)}")
 
 
 def add_smollm2(subparsers: Subparsers) -> None:

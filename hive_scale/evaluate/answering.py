@@ -1,0 +1,160 @@
+"""A task's questions put to a model: in batches, over all ranks, and never twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from hive_scale.config import DataConfig
+from hive_scale.data.chat import prompt
+from hive_scale.data.transform import blank, decode, open_tokenizer, picture
+from hive_scale.distributed import World
+from hive_scale.evaluate.question import Question, Task
+from hive_scale.model.decode import generate
+from hive_scale.model.hive import Hive
+from hive_scale.model.llava import StockLlava
+
+PREDICTIONS = "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    cut: bool  # the limit came before the end
+
+
+class Answerer(Protocol):
+    def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]: ...
+
+
+class HiveAnswerer:
+    """A model of ours, asked in its tokenizer's chat template; each picture of a batch is seen once."""
+
+    def __init__(self, model: Hive, data: DataConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.data, self.dtype = model.to(device), data, dtype
+        self.tokenizer = open_tokenizer(data.tokenizer)
+        self.image_size: int = model.vision.config.image_size
+        self.longest: int = model.language.config.max_position_embeddings
+
+    def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
+        """Raises ValueError for a prompt that leaves an answer no room in the LLM's context."""
+        prompts = [prompt([{"role": "user", "content": one.prompt}], self.tokenizer) for one in questions]
+        for question, tokens in zip(questions, prompts, strict=True):
+            if len(tokens) + max_tokens > self.longest:
+                raise ValueError(
+                    f"question {question.id} has {len(tokens)} tokens: with {max_tokens} for its answer they are more "
+                    f"than the {self.longest} that the LLM takes"
+                )
+        pictures = list(dict.fromkeys(one.picture for one in questions if one.picture))
+        places = [pictures.index(one.picture) if one.picture else None for one in questions]
+        seen = [picture(one.read(), self.image_size, self.data.image, self.data.max_pixels) for one in pictures]
+        device = self.model.pixel_mean.device
+        pixels = torch.stack(seen or [blank(self.image_size)]).to(device)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            made = generate(self.model, pixels, places, prompts, self.tokenizer.eos_id, max_tokens)
+        return [Answer(self.tokenizer.decode(ids).strip(), len(ids) == max_tokens) for ids in made]
+
+
+class LlavaAnswerer:
+    """A stock LLaVA directory, asked as its own processor asks."""
+
+    def __init__(self, model: StockLlava) -> None:
+        self.model, self.max_pixels = model, DataConfig().max_pixels
+
+    def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
+        asked = [
+            (one.prompt, decode(one.picture.read(), self.max_pixels) if one.picture else None) for one in questions
+        ]
+        return [Answer(*made) for made in self.model.answer(asked, max_tokens)]
+
+
+def answer_all(
+    questions: Sequence[Question],
+    answerer: Answerer,
+    max_tokens: int,
+    folder: Path,
+    world: World,
+    batch_size: int,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> None:
+    """Put to `answerer` every question that `folder`'s predictions have no answer to, and write them there.
+
+    A collective. Ranks append to files of their own, which are joined at the end, and at the beginning if an
+    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now.
+    """
+    if world.is_main:
+        _join(folder, questions)
+    world.barrier()
+    known = read_predictions(folder)
+    due = [one for one in questions if one.id not in known]
+    advance(len(questions) - len(due))
+    with (folder / f"predictions.{world.rank}.part").open("a", encoding="utf-8") as part:
+        for batch in batches(due, batch_size)[world.rank :: world.size]:
+            for question, answer in zip(batch, answerer.answer(batch, max_tokens), strict=True):
+                line = {"id": question.id, "prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
+                part.write(json.dumps(line, ensure_ascii=False) + "\n")
+            part.flush()
+            advance(len(batch) * world.size)
+    world.barrier()
+    if world.is_main:
+        _join(folder, questions)
+    world.barrier()
+
+
+def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
+    """`questions` cut into lists of at most `size`, those about one picture side by side."""
+    first: dict[str, int] = {}
+    for place, one in enumerate(questions):
+        first.setdefault(_subject(one), place)
+    ordered = sorted(questions, key=lambda one: first[_subject(one)])
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def _subject(question: Question) -> str:
+    return question.picture.key if question.picture else f"question {question.id}"
+
+
+def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
+    """Question's id -> line of its answer. `folder` may be the file itself."""
+    path = folder if folder.is_file() else folder / PREDICTIONS
+    return {line["id"]: line for line in _lines([path])}
+
+
+def result(task: Task, questions: Sequence[Question], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Scores of a task, and how many answers are missing (they count as wrong) or were cut at the limit."""
+    answered = [(one, str(predictions.get(one.id, {}).get("answer", ""))) for one in questions]
+    return {
+        "scores": task.score(answered),
+        "questions": len(questions),
+        "missing": sum(one.id not in predictions for one in questions),
+        "cut": sum(bool(predictions.get(one.id, {}).get("cut")) for one in questions),
+    }
+
+
+def _join(folder: Path, questions: Sequence[Question]) -> None:
+    """One file of predictions, in the questions' order; answers to other prompts than today's are dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = sorted(folder.glob("predictions.*.part"))
+    known = {line["id"]: line for line in _lines([folder / PREDICTIONS, *parts])}
+    kept = [known[one.id] for one in questions if known.get(one.id, {}).get("prompt") == one.prompt]
+    joined = folder / "predictions.joined"
+    joined.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    joined.replace(folder / PREDICTIONS)
+    for part in parts:
+        part.unlink()
+
+
+def _lines(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
+    for path in paths:
+        for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError:
+                continue  # the last line of a process that was killed
+            if isinstance(line, dict) and {"id", "prompt", "answer"} <= line.keys():
+                yield line

@@ -1,0 +1,72 @@
+"""A stock LLaVA directory, ours by export or anyone's, as transformers itself loads and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+
+class StockLlava:
+    """``LlavaForConditionalGeneration`` with its processor; greedy answers in batches padded on the left."""
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """Raises ValueError if there is no chat template, or the processor has another image size than the encoder."""
+        auto: Any = AutoProcessor
+        processor = auto.from_pretrained(path, trust_remote_code=False)
+        self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+        if not self.template:
+            raise ValueError(f"{path} has no chat template: add chat_template.jinja, as its authors use it")
+        model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        wanted, size = model.config.vision_config.image_size, processor.image_processor.size
+        made = size.get("height") or size.get("shortest_edge")
+        if made != wanted:
+            raise ValueError(f"{path}: the processor makes pictures of {made} pixels, the encoder takes {wanted}")
+        self.processor, self.model, self.device = processor, model.to(device).eval(), device
+        self.tokenizer = processor.tokenizer
+        self.end_ids = {id for id in (self.tokenizer.eos_token_id, model.generation_config.eos_token_id) if id}
+        self.start: str = self.tokenizer.bos_token or self.tokenizer.eos_token
+        # LLaVA's own templates say where the picture goes; those of plain chat models know only text
+        parts = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
+        self.places_pictures = parts.count(processor.image_token) == 1
+
+    @torch.inference_mode()
+    def answer(self, asked: Sequence[tuple[str, Tensor | None]], max_tokens: int) -> list[tuple[str, bool]]:
+        """(answer, whether it was cut) to each (question, picture uint8 (3, H, W) or None)."""
+        texts = [self._prompt(question, picture is not None) for question, picture in asked]
+        pictures = [picture for _, picture in asked if picture is not None]
+        inputs = self.processor(
+            images=pictures or None,
+            text=texts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not texts[0].startswith(self.start),
+            return_tensors="pt",
+        ).to(self.device, self.model.dtype)
+        made = self.model.generate(**inputs, max_new_tokens=max_tokens, do_sample=False, num_beams=1)
+        rows = made[:, inputs["input_ids"].shape[1] :].tolist()
+        words = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [(word.strip(), not self.end_ids & set(row)) for word, row in zip(words, rows, strict=True)]
+
+    def _prompt(self, question: str, has_picture: bool) -> str:
+        if self.places_pictures:
+            picture = [{"type": "image"}] if has_picture else []
+            return self._render([*picture, {"type": "text", "text": question}])
+        text = self._render(question)
+        if not has_picture:
+            return text
+        start = self.start if text.startswith(self.start) else ""  # after which our models have their picture
+        return start + str(self.processor.image_token) + text.removeprefix(start)
+
+    def _render(self, content: Any) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return text
