@@ -149,9 +149,9 @@ def encoder_depth(size: Size) -> Iterator[Gain]:
         model.vision(pixels)
 
     def tapped() -> None:
-        from hive_scale.model.vision import feature_maps
+        from hive_scale.model.vision import hidden_states
 
-        feature_maps(model.vision, pixels, model.encoder_depths)
+        hidden_states(model.vision, pixels, max(model.encoder_depths))
 
     yield Gain("encoder stops at the block before the last", whole, tapped)
 
