@@ -1,21 +1,76 @@
-"""Figures say what the numbers say, and a word that is not there is answered with those that are."""
+"""Figures say what the numbers say, bad requests are answered with what there is, and the report is read in a real
+browser: every plot there, text that can be selected, light, dark, and on a phone."""
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from PIL import Image
 
+from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.distributed import Fragment, World
+from hive_scale.config import Config, PartConfig
+from hive_scale.distributed import Fragment, World, session
+from hive_scale.gallery import looks
+from hive_scale.gallery import report as reports
+from hive_scale.gallery.runs import Run, open_run, pairs_of
 from hive_scale.model.build import assemble
 from hive_scale.preparation import open_data
 from hive_scale.show.attention_map import choose, words_at
 from hive_scale.show.curves import History, by_component, thin
 from hive_scale.show.gradient_map import concentration, gradient_maps
+from hive_scale.train import run_pipeline
 from hive_scale.watch.gauge import gauge, layer_of
+
+ROOT = Path(__file__).resolve().parents[1]
+LLM = tiny.language(vocab_size=259, hidden_size=32)
+
+
+def small(output: Path, fusion: str, *names: str, **changes: Any) -> Config:
+    """The debug preset's stages of those `names`, two steps each."""
+    run = presets.load("debug", None, [f"fusion={fusion}", f"output={output}"])
+    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), density=0.5)
+    stages = {name: replace(stage, steps=2, global_batch=8, micro_batch=4) for name, stage in run.stages.items()}
+    stages = {name: stages[name] for name in names}
+    return replace(run, model=model, stages=stages, evidence=False, eval_interval=1, **changes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """A profiled HIVE and a baseline, trained for two steps a stage, with a dozen pictures to look at."""
+    import webdataset
+
+    folder = tmp_path_factory.mktemp("runs")
+    pairs = open_data(replace(presets.debug(), output=str(folder))).heldout
+    with webdataset.TarWriter(str(folder / "some.tar")) as writer:
+        for i in range(12):
+            pixels = pairs.sample(i).pixels
+            assert pixels is not None
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            writer.write({"__key__": f"{i:03d}", "jpg": image, "txt": pairs.caption(i), "json": {}})
+    made = []
+    with session() as world:
+        for name, fusion, *names in (
+            ("hive", "cross_attention", "projector", "joint"),
+            ("baseline", "concat", "joint"),
+        ):
+            config = small(folder / name, fusion, *names)
+            data = replace(config.data, heldout=[str(folder / "some.tar")])
+            config = replace(config, data=data, profile=configs.ProfileConfig("2:3" if name == "hive" else ""))
+            run_pipeline(config, world)
+            made.append(open_run(folder / name))
+    return made
 
 
 def test_gradients_are_those_of_each_blocks_output() -> None:
@@ -76,3 +131,146 @@ def test_curves_of_stages_follow_each_other_and_long_ones_are_averaged() -> None
     assert [x for x, _ in history.points()] == [8, 16, 24]
     assert history.borders() == [16]
     assert thin([(float(i), float(i)) for i in range(8)], most=2) == ([1.5, 5.5], [1.5, 5.5])
+
+
+def test_a_profiled_step_leaves_a_trace_by_component(runs: list[Run]) -> None:
+    import gzip
+
+    (path,) = (runs[0].dir / "joint" / "profile").glob("trace_rank_*.json.gz")
+    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
+    assert {"hive_scale: vision", "hive_scale: fusion", "hive_scale: language"} <= names
+    assert "[memory]" in names
+
+
+def test_two_runs_beside_each_other(runs: list[Run], tmp_path: Path) -> None:
+    maps = [looks.gradients(run, run.heldout(2)) for run in runs]
+    written = looks.save_gradients(maps, [run.history() for run in runs], tmp_path / "gradients.svg")
+    text = written[0].read_text()
+    assert text.count("<image") == sum(2 * 2 * (1 + 2 * run.norms.shape[1]) // 2 for run in maps)
+    assert ">hive<" in text
+    assert ">baseline<" in text
+    numbers = json.loads(written[1].read_text())
+    assert set(numbers) == {"hive", "baseline"}
+    assert all(0 <= value <= 1 for value in numbers["hive"]["entropy"])
+
+
+def visualize(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "launchers/visualize.py", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_attention_by_command(runs: list[Run], tmp_path: Path) -> None:
+    output = str(tmp_path / "attention.svg")
+    done = visualize("attention", str(runs[0].dir), "--caption", "a red cat", "--tokens", "red,cat", "--output", output)
+    assert done.returncode == 0, done.stderr
+    text = Path(output).read_text()
+    assert text.count("<image") == 2 * (1 + 2 * 2)  # layers x (the picture, and both layers of each map)
+    assert ">red<" in text
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda runs, _: open_run(runs[0].dir / "joint"), "is no run, for it has no config.yaml"),
+        (lambda runs, _: runs[0].model("joined"), "no stage 'joined': there are projector, joint, initial"),
+        (lambda runs, new: open_run(new).model(), "no finished stage: train it to its end"),
+        (lambda runs, _: runs[0].read_picture(ROOT / "README.md"), "README.md: .*: give a JPEG, PNG or WebP"),
+        (lambda runs, _: runs[0].read_picture(Path("nowhere.png")), "nowhere.png: No such file"),
+        (lambda runs, _: pairs_of(runs[0], [Path("a.png")], [], 1), "has no caption.*write a.txt"),
+        (lambda runs, _: pairs_of(runs[0], [Path("a.png")], ["a", "b"], 1), "2 captions for 1 images"),
+        (
+            lambda runs, _: looks.attention(runs[0], runs[0].heldout(1)[0][0], "a cat", layers=[1]),
+            "--layers: 1 does not attend to patches; those that do: 2, 4",
+        ),
+        (lambda runs, _: looks.attention(runs[0], runs[0].heldout(1)[0][0], "a cat", head=9), "none of 0 to 3"),
+    ],
+)
+def test_bad_requests_say_what_there_is(runs: list[Run], tmp_path: Path, act: Any, message: str) -> None:
+    configs.save(small(tmp_path, "cross_attention", "projector"), tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match=message):
+        act(runs, tmp_path)
+
+
+def test_a_run_under_way_is_reported_with_what_it_has(tmp_path: Path) -> None:
+    configs.save(small(tmp_path, "cross_attention", "projector"), tmp_path / "config.yaml")
+    (tmp_path / "projector").mkdir()
+    line = {"step": 1, "samples": 8, "loss": 2.0, "grad_norm": 1.0, "lr": {"a": 0.1}, "seconds": 1, "data_seconds": 0}
+    (tmp_path / "projector" / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 2, "lo')
+    fault = {"shard": "a.tar", "key": "7", "reason": "no picture"}
+    (tmp_path / "bad_samples.jsonl").write_text(json.dumps(fault) + "\n")
+    found = reports.report([open_run(tmp_path)], look=False)
+    assert [(row["reason"], row["samples"], row["such as"]) for row in found.faults] == [
+        ("no picture", "1", "a.tar: 7")
+    ]
+    assert any("line 2 is cut off" in note for note in found.notes)
+    assert "Training loss" in found.plots
+    reports.save_report(found, tmp_path / "report.html", tmp_path / "plots")
+    assert "--ink" in (tmp_path / "plots" / "training_loss.svg").read_text()
+
+
+# -- in a browser -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    reports.save_report(reports.report(runs, pictures=2), path)
+    return path
+
+
+def test_the_report_needs_nothing_else(report: Path) -> None:
+    text = report.read_text()
+    assert "<script" not in text
+    links = re.findall(r'(?:src|href|url)\s*[=(]\s*"?([^")>\s]+)', text)
+    assert all(link.startswith(("data:", "#")) for link in links), set(links)
+    figures = [set(re.findall(r'\bid="([^"]+)"', svg)) for svg in text.split("<svg")[1:]]
+    assert sum(map(len, figures)) == len(set().union(*figures))  # no figure takes another's parts for its own
+    for word in ("hive", "baseline", "Held-out loss", "Gates", "bad samples", "the truth", "MB per process"):
+        assert word in text, word
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not chromium:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
+def test_the_report_in_chromium(browser: Any, report: Path, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.set_default_timeout(120_000)
+    errors: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri())
+    assert not errors
+    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
+    wanted = re.findall(r'data-plot="([^"]+)"', report.read_text())
+    boxes = page.eval_on_selector_all(
+        "figure[data-plot] > svg", "found => found.map(svg => svg.getBoundingClientRect().toJSON())"
+    )
+    assert len(boxes) == len(wanted) >= 10
+    assert all(box["width"] > 150 and box["height"] > 60 for box in boxes)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out on a phone
+    text = page.locator("figure[data-plot='Training loss'] svg text", has_text="samples").first
+    assert float(text.evaluate("node => node.getBoundingClientRect().height")) >= 8  # can be read
+    selected = text.evaluate("node => { const s = getSelection(); s.selectAllChildren(node); return s.toString(); }")
+    assert selected == "samples"
+    ink, paper = (
+        sum(int(part) for part in re.findall(r"\d+", colour)[:3])
+        for colour in (
+            text.evaluate("node => getComputedStyle(node).fill"),
+            page.evaluate("getComputedStyle(document.body).backgroundColor"),
+        )
+    )
+    assert (ink > paper + 300) if scheme == "dark" else (paper > ink + 300)
+    page.close()
