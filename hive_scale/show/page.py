@@ -16,7 +16,7 @@ from hive_scale.show.figure import THEME
 STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:90rem;padding:1rem;background:var(--page);color:var(--ink);
-font:1rem/1.45 system-ui,sans-serif}
+font:1rem/1.45 system-ui,sans-serif;overflow-wrap:anywhere}
 h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.15rem;margin:1.8rem 0 .6rem}h3{font-size:.95rem;margin:0 0 .4rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:.8rem}
 figure{margin:0;padding:.7rem;background:var(--card);border-radius:.5rem;overflow-x:auto}
@@ -24,7 +24,7 @@ figure.wide svg{min-width:34rem;max-width:64rem}
 svg{display:block;width:100%;height:auto}
 .table{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--faint)}
-td{min-width:5rem;overflow-wrap:anywhere}td img{width:5rem;height:auto;border-radius:.3rem}
+td{min-width:5rem}td img{width:5rem;height:auto;border-radius:.3rem}
 pre{overflow-x:auto;font-size:.75rem;margin:0}
 .note{border-left:.3rem solid var(--s1);padding-left:.7rem}
 """
