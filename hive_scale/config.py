@@ -265,7 +265,7 @@ class Config:
 
 
 T = TypeVar("T")  # Config, or another dataclass of settings
-SPAN = re.compile(r"=(\d+:\d+)$")  # YAML would take 10:13 for 613, as minutes and seconds
+LITERAL = re.compile(r"=(\d+:\d+|on|off)$")  # YAML would take 10:13 for 613, as minutes and seconds, and off for false
 
 
 def resolve(base: T, *layers: Any) -> T:
@@ -354,7 +354,7 @@ def _read(layer: Any) -> DictConfig | ListConfig:
         for word in layer:
             if "=" not in word:
                 raise ValueError(f"config: '{word}' is not key=value")
-        return OmegaConf.from_dotlist([SPAN.sub(r"='\1'", word) for word in layer])
+        return OmegaConf.from_dotlist([LITERAL.sub(r"='\1'", word) for word in layer])
     return cast(DictConfig, OmegaConf.create(layer))
 
 

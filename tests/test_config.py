@@ -110,3 +110,8 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_its_minimum() -> None:
     assert all(a > b for a, b in pairwise(factors[9:]))
     assert factors[54] == pytest.approx(0.6)  # half way down the cosine
     assert lr_factor(0, 1, 0.0, 0.1) == pytest.approx(0.1)
+
+
+def test_words_say_what_they_say() -> None:
+    run = presets.load("debug", None, ["log.wandb=off", "engine.offload=on", "engine.compile=off", "profile.steps=3:4"])
+    assert (run.log.wandb, run.engine.offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
