@@ -113,10 +113,10 @@ def debug(fusion: Fusion = "cross_attention") -> Config:
         ),
         stages={
             "projector": StageConfig(groups["projector"], steps=30, seed=40, **common),
-            "language": StageConfig(groups["language"], steps=50, seed=41, **common),
-            "joint": StageConfig(groups["joint"], steps=100, seed=42, min_lr=0.0, **common),
+            "language": StageConfig(groups["language"], steps=60, seed=41, **common),
+            "joint": StageConfig(groups["joint"], steps=120, seed=42, min_lr=0.0, **common),
         },
-        eval_interval=15,
+        eval_interval=10,
         save_interval=100,
         evidence=True,
     )

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,15 @@ def test_quiet_leaves_warnings_and_what_is_captured(tmp_path: Path, capfd: pytes
     assert "beware" in shown
     assert "loss" not in shown
     assert outcome.get() == "the outcome\n"
+
+
+def test_afterwards_the_screen_is_where_stdout_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with noise.hushed(tmp_path, WORLD, quiet=True):
+        pass
+    moved = StringIO()
+    monkeypatch.setattr(sys, "stdout", moved)
+    terminal.console.print("here")
+    assert moved.getvalue() == "here\n"
 
 
 def test_the_screen_shows_what_a_watcher_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
+from typing import Any
 
 from hive_scale.distributed import World
 from hive_scale.watch.terminal import console
@@ -30,7 +31,7 @@ def hushed(folder: Path, world: World, level: str = "warning", quiet: bool = Fal
     handlers = [_File(folder / f"rank_{world.rank:05d}.log"), *([_Teller(folder, threshold)] if world.is_main else [])]
     loggers = [logging.getLogger(name) for name in LOUD]
     before = root.level, [(logger.__class__, logger.handlers[:]) for logger in loggers]
-    screen = console.file
+    screen: Any = None if console.file is sys.stdout else console.file  # None: sys.stdout, whatever that is by then
     root.setLevel(min(logging.INFO, threshold))
     logging.captureWarnings(True)
     for handler in handlers:
