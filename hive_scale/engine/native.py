@@ -22,6 +22,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
+from hive_scale.engine.accumulation import accumulate, conclude
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.stage import ParamGroup
@@ -112,30 +113,23 @@ class NativeEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        pulse = self.world.pulse
-        pulse.enter("reduce")
-        (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
-        # reduction averages over ranks, so the ranks' number is multiplied back in
-        scale = self.world.size / max(1.0, num_tokens)
-        total = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(micro_batches):
-            with self._reducing(index == len(micro_batches) - 1):
-                pulse.enter("forward")
-                loss = self._loss(batch, self._forward)
-                pulse.enter("backward")
-                torch.autograd.backward(loss * scale)
-            total += loss.detach()
-        pulse.enter("reduce")
+        total, num_tokens = accumulate(self.world, micro_batches, self._run)
         norm = self._clip()
-        loss_sum, *voted = self.world.sum(total.item(), *votes())
-        mean = loss_sum / max(1.0, num_tokens)
-        taken = math.isfinite(norm) and math.isfinite(mean) and mean <= max_loss
-        pulse.enter("update")
+        mean, is_fit, voted = conclude(self.world, total, num_tokens, max_loss, votes)
+        taken = is_fit and math.isfinite(norm)
         set_learning_rate(self.optimizer, lr_factor)
         if taken:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepOutput(mean, norm if math.isfinite(norm) else math.nan, int(num_tokens), taken, tuple(voted))
+        return StepOutput(mean, norm if math.isfinite(norm) else math.nan, int(num_tokens), taken, voted)
+
+    def _run(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        with self._reducing(is_last):
+            self.world.pulse.enter("forward")
+            loss = self._loss(batch, self._forward)
+            self.world.pulse.enter("backward")
+            torch.autograd.backward(loss * scale)
+        return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:

@@ -16,6 +16,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
+from hive_scale.engine.accumulation import accumulate, conclude
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, sitting_out, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
@@ -98,29 +99,21 @@ class ZeroEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        pulse = self.world.pulse
-        pulse.enter("reduce")
-        (num_tokens,) = self.world.sum(sum(batch.num_tokens for batch in micro_batches))
-        # reduction averages over ranks, so the ranks' number is multiplied back in
-        scale = self.world.size / max(1.0, num_tokens)
-        total = torch.zeros((), device=self.world.device)
-        for index, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            pulse.enter("forward")
-            loss = self._loss(batch)
-            pulse.enter("backward")
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
-            total += loss.detach()
-        pulse.enter("reduce")
-        loss_sum, *voted = self.world.sum(total.item(), *votes())
-        mean = loss_sum / max(1.0, num_tokens)
-        taken = math.isfinite(mean) and mean <= max_loss
-        pulse.enter("update")
+        total, num_tokens = accumulate(self.world, micro_batches, self._run)
+        mean, is_fit, voted = conclude(self.world, total, num_tokens, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
-        with sitting_out(self.optimizer) if not taken else nullcontext():
+        with nullcontext() if is_fit else sitting_out(self.optimizer):
             self.engine.step()  # which tidies up after backward, too
         norm = self._grad_norm()
-        return StepOutput(mean, norm, int(num_tokens), taken and math.isfinite(norm), tuple(voted))
+        return StepOutput(mean, norm, int(num_tokens), is_fit and math.isfinite(norm), voted)
+
+    def _run(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+        self.engine.set_gradient_accumulation_boundary(is_last)
+        self.world.pulse.enter("forward")
+        loss = self._loss(batch)
+        self.world.pulse.enter("backward")
+        self.engine.backward(loss * scale, scale_wrt_gas=False)
+        return loss.detach()
 
     def _grad_norm(self) -> float:
         # a step whose gradient is not finite is left out, and then the norm is an older one
