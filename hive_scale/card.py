@@ -93,7 +93,7 @@ def _stages(run: Run, last: str) -> str:
     rows = ["| stage | steps | global batch | trained | held-out loss, nats per token |", "|---|---|---|---|---|"]
     for name in names[: names.index(last) + 1] if last in names else ():
         stage = run.config.stages[name]
-        lines = read_metrics(run.directory / name / "metrics.jsonl")
+        lines = read_metrics(run.dir / name / "metrics.jsonl")
         losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
         globs = ", ".join(f"`{glob}`" for group in stage.groups.values() for glob in group.parameters)
         loss = f"{losses[-1]:.4f}" if losses else "not measured"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 
@@ -13,11 +12,9 @@ from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS
 from hive_scale.config import Config
 from hive_scale.distributed import World
-from hive_scale.evaluate.captions import matched_share
+from hive_scale.evaluate.captions import matched_share, write
 from hive_scale.model import build
-from hive_scale.model.decode import generate
-from hive_scale.model.hive import Hive
-from hive_scale.preparation import Data, open_data
+from hive_scale.preparation import open_data
 from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.terminal import console
@@ -55,8 +52,10 @@ def _tell(config: Config, device: torch.device) -> None:
         console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
         console.print(_gain(config, losses))
     console.print(_time(config), soft_wrap=True)
-    for truth, written in captions(model, data, 3):
-        console.print(f"  truth: {truth}\n  model: {written}", markup=False)
+    if pairs := list(data.heldout.spread(3)):
+        written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
+        for (_, truth), text in zip(pairs, written, strict=True):
+            console.print(f"  truth: {truth}\n  model: {text}", markup=False)
     console.print(
         f"weights  {stage_dir / WEIGHTS}\n"
         f"encoder  {stage_dir / 'encoder'}  (loads with transformers' from_pretrained)\n"
@@ -77,17 +76,6 @@ def _time(config: Config) -> str:
     """Where the time has gone, over all stages and restarts, until the last step."""
     last = [lines[-1] for name in config.stages if (lines := read_metrics(config.run_dir / name / "metrics.jsonl"))]
     return goodput.summary(*goodput.added(last))
-
-
-def captions(model: Hive, data: Data, count: int) -> Iterator[tuple[str, str]]:
-    """(the truth, what the model writes) for `count` held-out pictures, evenly spaced through the set."""
-    stride = max(1, data.heldout.num_samples // count)
-    for index in range(stride // 2, data.heldout.num_samples, stride):
-        pixels = data.heldout.sample(index).pixels
-        if pixels is not None:
-            shown = pixels[None].to(model.pixel_mean.device)
-            (ids,) = generate(model, shown, [0], [[data.tokenizer.start_id]], data.tokenizer.eos_id, max_tokens=40)
-            yield data.heldout.caption(index), data.tokenizer.decode(ids)
 
 
 def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:

@@ -19,7 +19,7 @@ def find_encoder(path: Path) -> Path:
     if (path / "config.json").is_file():
         return path
     run, stage = _find(path)
-    folder = run.directory / stage / "encoder"
+    folder = run.dir / stage / "encoder"
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: name a stage that is done")
     return folder
@@ -28,7 +28,12 @@ def find_encoder(path: Path) -> Path:
 def open_hive(path: Path) -> tuple[Config, str, Hive]:
     """The run that `path` is, or belongs to, the stage it is taken from, and its model on the CPU, ready for use."""
     run, stage = _find(path)
-    return run.config, stage, build.materialise(run.config.model, read_weights(run.weights(stage)))
+    return run.config, stage, read_model(run, stage)
+
+
+def read_model(run: Run, stage: str = "") -> Hive:
+    """On the CPU: the model at the end of `stage`, by default the last that is done."""
+    return build.materialise(run.config.model, read_weights(run.weights(run.stage(stage))))
 
 
 def _find(path: Path) -> tuple[Run, str]:

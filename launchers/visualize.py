@@ -34,9 +34,9 @@ def main() -> int:
 
 def _gradients(arguments: argparse.Namespace) -> None:
     from hive_scale.gallery.looks import gradients, save_gradients
-    from hive_scale.gallery.runs import open_run, pairs_of
+    from hive_scale.gallery.runs import Run, pairs_of
 
-    runs = [open_run(path) for path in arguments.runs]
+    runs = [Run(path) for path in arguments.runs]
     pairs = [pairs_of(run, arguments.images, arguments.captions, arguments.count) for run in runs]
     maps = [gradients(run, own, arguments.stage) for run, own in zip(runs, pairs, strict=True)]
     output = arguments.output or arguments.runs[0] / "gradients.svg"
@@ -45,11 +45,11 @@ def _gradients(arguments: argparse.Namespace) -> None:
 
 def _attention(arguments: argparse.Namespace) -> None:
     from hive_scale.gallery.looks import attention
-    from hive_scale.gallery.runs import open_run
+    from hive_scale.gallery.runs import Run
     from hive_scale.show.attention_map import attention_figure
     from hive_scale.show.figure import save
 
-    run = open_run(arguments.run)
+    run = Run(arguments.run)
     pixels, caption = (run.read_picture(arguments.image), "") if arguments.image else run.heldout(1)[0]
     words = [word for word in arguments.tokens.split(",") if word]
     shown = attention(
@@ -62,9 +62,9 @@ def _attention(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from hive_scale.gallery.report import report, save_report
-    from hive_scale.gallery.runs import open_run
+    from hive_scale.gallery.runs import Run
 
-    runs = [open_run(path) for path in arguments.runs]
+    runs = [Run(path) for path in arguments.runs]
     output = arguments.output or arguments.runs[0] / "report.html"
     save_report(report(runs, look=not arguments.numbers_only), output, arguments.plots)
     _tell([output])
@@ -73,10 +73,10 @@ def _report(arguments: argparse.Namespace) -> None:
 def _sync(arguments: argparse.Namespace) -> None:
     import os
 
-    from hive_scale.gallery.runs import open_run
+    from hive_scale.gallery.runs import Run
     from hive_scale.watch.sinks import replay
 
-    run = open_run(arguments.run)
+    run = Run(arguments.run)
     for name in replay(run.dir, os.environ.get("WANDB_MODE", "online")):
         print(name)
 

@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "card": {"watch", "checkpoint"},
     "export": {"model", "data", "checkpoint", "card"},
     "show": {"model"},
-    "gallery": {"model", "data", "watch", "checkpoint", "evaluate", "show", "preparation"},
+    "gallery": {"model", "data", "watch", "checkpoint", "evaluate", "show", "preparation", "runs"},
     "outcome": {"model", "data", "watch", "checkpoint", "evaluate", "preparation"},
     "runs": {"model", "checkpoint"},
 }

@@ -24,7 +24,7 @@ from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import Fragment, World, session
 from hive_scale.gallery import looks
 from hive_scale.gallery import report as reports
-from hive_scale.gallery.runs import Run, open_run, pairs_of
+from hive_scale.gallery.runs import Run, pairs_of
 from hive_scale.model.build import assemble
 from hive_scale.preparation import open_data
 from hive_scale.show.attention_map import choose, words_at
@@ -69,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
             data = replace(config.data, heldout=[str(folder / "some.tar")])
             config = replace(config, data=data, profile=configs.ProfileConfig("2:3" if name == "hive" else ""))
             run_pipeline(config, world)
-            made.append(open_run(folder / name))
+            made.append(Run(folder / name))
     return made
 
 
@@ -171,9 +171,9 @@ def test_attention_by_command(runs: list[Run], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda runs, _: open_run(runs[0].dir / "joint"), "is no run, for it has no config.yaml"),
+        (lambda runs, _: Run(runs[0].dir / "joint"), "is no run, for it has no config.yaml"),
         (lambda runs, _: runs[0].model("joined"), "no stage 'joined': there are projector, joint, initial"),
-        (lambda runs, new: open_run(new).model(), "no finished stage: train it to its end"),
+        (lambda runs, new: Run(new).model(), "no finished stage: train it to its end"),
         (lambda runs, _: runs[0].read_picture(ROOT / "README.md"), "README.md: .*: give a JPEG, PNG or WebP"),
         (lambda runs, _: runs[0].read_picture(Path("nowhere.png")), "nowhere.png: No such file"),
         (lambda runs, _: pairs_of(runs[0], [Path("a.png")], [], 1), "has no caption.*write a.txt"),
@@ -198,7 +198,7 @@ def test_a_run_under_way_is_reported_with_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "projector" / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 2, "lo')
     fault = {"shard": "a.tar", "key": "7", "reason": "no picture"}
     (tmp_path / "bad_samples.jsonl").write_text(json.dumps(fault) + "\n")
-    found = reports.report([open_run(tmp_path)], look=False)
+    found = reports.report([Run(tmp_path)], look=False)
     assert [(row["reason"], row["samples"], row["such as"]) for row in found.faults] == [
         ("no picture", "1", "a.tar: 7")
     ]

@@ -14,29 +14,43 @@ from hive_scale.checkpoint.marker import WEIGHTS, find_weights
 from hive_scale.checkpoint.snapshot import Snapshot, audit, steps_in
 
 CONFIG = "config.yaml"
+INITIAL = "initial"  # what the first stage starts from
 
 
 class Run:
-    """`config` is the one that the run was started with; `directory` may have been moved since."""
+    """`config` is the one that the run was started with; `dir` may have been moved since."""
 
     def __init__(self, directory: Path) -> None:
         """Raises ValueError if `directory` holds no run."""
         if not (directory / CONFIG).is_file():
-            raise ValueError(f"{directory} is not a run: it has no {CONFIG}")
-        self.directory, self.config = directory, configs.load(directory / CONFIG)
+            raise ValueError(
+                f"{directory} is no run, for it has no {CONFIG} (a stage is not a run): give the directory that "
+                "output= named"
+            )
+        self.dir, self.config = directory, configs.load(directory / CONFIG)
+
+    def finished(self) -> list[str]:
+        """The stages that are done, in their order."""
+        return [stage for stage in self.config.stages if find_weights(self.weights(stage))]
 
     def stage(self, name: str = "") -> str:
-        """`name`, or the last stage that is done. Raises ValueError if it is not."""
-        stages = ("initial", *self.config.stages)
-        done = [stage for stage in stages if find_weights(self.directory / stage / WEIGHTS)]
-        wanted = name or next((stage for stage in reversed(done) if stage != "initial"), "")
-        if wanted not in done:
-            which = f"stage {name} of {self.directory}" if name else f"every stage of {self.directory}"
-            raise ValueError(f"{which} is still to be done: there are weights of {', '.join(done) or 'none'}")
+        """`name`, or the last stage that is done. Raises ValueError if there is none, or it is not done."""
+        known = [*self.config.stages, INITIAL]
+        if name and name not in known:
+            raise ValueError(f"{self.dir} has no stage '{name}': there are {', '.join(known)}")
+        wanted = name or next(reversed(self.finished()), "")
+        if not wanted:
+            raise ValueError(
+                f"every stage of {self.dir} is still to be done, there is no finished stage: train it to its end, or "
+                f"take what it began with, stage {INITIAL}"
+            )
+        if not find_weights(self.weights(wanted)):
+            done = ", ".join(self.finished()) or "none"
+            raise ValueError(f"stage {name} of {self.dir} is still to be done: finished are {done}")
         return wanted
 
     def weights(self, stage: str) -> Path:
-        return self.directory / stage / WEIGHTS
+        return self.dir / stage / WEIGHTS
 
 
 class Finding(NamedTuple):
@@ -50,8 +64,8 @@ def verify(run: Run) -> Iterator[Finding]:
     Weights and checkpoints must match their checksums and come from the weights of the stage before.
     """
     parent = ""
-    for stage in ("initial", *run.config.stages):
-        directory = run.directory / stage
+    for stage in (INITIAL, *run.config.stages):
+        directory = run.dir / stage
         for checkpoint in steps_in(directory):
             yield Finding(checkpoint, audit(checkpoint) or _stranger(Snapshot(checkpoint).state.get("parent"), parent))
         if found := find_weights(directory / WEIGHTS):

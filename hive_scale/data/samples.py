@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hive_scale.batch import Sample
 from hive_scale.config import DataConfig
@@ -56,6 +60,18 @@ class Samples:
     def encoded(self, i: int) -> bytes:
         """The picture as it lies in its shard."""
         return self._read(i, 0)
+
+    def spread(self, count: int) -> Iterator[tuple[Tensor, str]]:
+        """(picture, caption) of up to `count` samples, evenly spaced through the set; what is broken is passed over."""
+        stride = max(1, len(self.index) // count)
+        pairs = (self._pair(i) for i in range(stride // 2, len(self.index), stride))
+        yield from islice(filter(None, pairs), count)
+
+    def _pair(self, i: int) -> tuple[Tensor, str] | None:
+        with suppress(ValueError):
+            if (pixels := self.sample(i).pixels) is not None:
+                return pixels, self.caption(i)
+        return None
 
     def caption(self, i: int) -> str:
         return self._read(i, 1).decode().strip()

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hive_scale.batch import Batch
+from hive_scale.data.transform import Tokenizer
+from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
 
 
@@ -34,3 +36,11 @@ def matched_share(model: Hive, batches: Iterable[Batch], shifts: Sequence[int] =
                 won += int((own < caption_losses(model, batch, shift)).sum())
                 tried += len(batch)
     return won / max(1, tried)
+
+
+def write(model: Hive, tokenizer: Tokenizer, pictures: Sequence[Tensor]) -> list[str]:
+    """The caption that the model writes of each picture, uint8 (3, H, W)."""
+    pixels = torch.stack(list(pictures)).to(model.pixel_mean.device)
+    starts = [[tokenizer.start_id]] * len(pixels)
+    written = generate(model, pixels, range(len(pixels)), starts, tokenizer.eos_id, max_tokens=40)
+    return [tokenizer.decode(ids) for ids in written]

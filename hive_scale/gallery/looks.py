@@ -6,15 +6,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hive_scale.batch import collate
-from hive_scale.data.transform import Tokenizer, caption_sample
+from hive_scale.data.transform import caption_sample
+from hive_scale.evaluate.captions import write
 from hive_scale.gallery.runs import Pair, Run
 from hive_scale.model import build
-from hive_scale.model.decode import generate
-from hive_scale.model.hive import Hive
 from hive_scale.show.attention_map import AttentionMaps, attention_maps, choose, words_at
 from hive_scale.show.curves import History, layer_norms
 from hive_scale.show.figure import save
@@ -58,11 +56,3 @@ def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], p
         written.append(path.with_name(f"{path.stem}_over_training{number if number > 1 else ''}.svg"))
         save(svg, written[-1])
     return written
-
-
-def write(model: Hive, tokenizer: Tokenizer, pictures: Sequence[Tensor]) -> list[str]:
-    """The caption that the model writes of each picture, uint8 (3, H, W)."""
-    pixels = torch.stack(list(pictures)).to(model.pixel_mean.device)
-    starts = [[tokenizer.start_id]] * len(pixels)
-    written = generate(model, pixels, range(len(pixels)), starts, tokenizer.eos_id, max_tokens=40)
-    return [tokenizer.decode(ids) for ids in written]

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from hive_scale import config as configs
-from hive_scale.gallery.looks import attention, gradients, write
+from hive_scale.evaluate.captions import write
+from hive_scale.gallery.looks import attention, gradients
 from hive_scale.gallery.runs import Run
 from hive_scale.show.attention_map import attention_figure
 from hive_scale.show.curves import History, curves
@@ -59,7 +60,7 @@ def _looks(runs: Sequence[Run], pictures: int) -> tuple[list[Captioned], dict[st
     first = pairs[runs[0].name]
     written: dict[str, list[str]] = {}
     for run in runs:
-        run.model()  # or say that there is none
+        run.stage()  # or say that none is finished
         for stage in run.finished() if len(runs) == 1 else run.finished()[-1:]:
             title = stage if len(runs) == 1 else f"{run.name}: {stage}"
             written[title] = write(run.model(stage), run.tokenizer(), [pixels for pixels, _ in pairs[run.name]])
