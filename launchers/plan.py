@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hive_scale.command import add_run_arguments, named_run
+
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.plan.run import Machine, StagePlan
@@ -32,13 +34,11 @@ CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K, the set of the paper
 
 def main() -> int:
     arguments = _parse()
-    from hive_scale import presets
     from hive_scale.plan.devices import find
     from hive_scale.plan.run import Machine
 
     try:
-        words = [*arguments.overrides, *([f"engine.ds_config={arguments.ds_config}"] if arguments.ds_config else [])]
-        config = presets.load(arguments.preset, arguments.config, words)
+        config = named_run(arguments, arguments.overrides)
         host = arguments.host_gb * 1e9 if arguments.host_gb else None
         machine = Machine(find(arguments.gpu), arguments.world, host)
         if arguments.sweep:
@@ -169,9 +169,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", help="a preset of pretrain.py (default debug)")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
-    parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
+    add_run_arguments(parser)
     parser.add_argument("--stage", help="this stage only")
     parser.add_argument("--world", type=int, default=1, help="GPUs (default 1)")
     parser.add_argument("--gpu", default="rtx3090", help="rtx3090 (default), a100-40, a100-80, h100, h200")
@@ -182,7 +180,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
     parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
     parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config")
     return parser.parse_args()
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hive_scale.command import add_run_arguments, named_run
+
 if TYPE_CHECKING:
     from hive_scale.config import Config
 
@@ -29,11 +31,10 @@ change in command, config or data, 75 try again: stopped and saved, or a rank wa
 
 def main() -> int:
     arguments = _parse()
-    from hive_scale import config, presets
+    from hive_scale import config
 
     try:
-        words = [*arguments.overrides, *([f"engine.ds_config={arguments.ds_config}"] if arguments.ds_config else [])]
-        resolved = presets.load(arguments.preset, arguments.config, words)
+        resolved = named_run(arguments, arguments.overrides)
         if arguments.print_config:
             print(config.to_yaml(resolved), end="")
             return 0
@@ -68,16 +69,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", help="debug (default), demo, paper_siglip, paper_clip, rtx3090")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
-    parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
+    add_run_arguments(parser)
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--overwrite", action="store_true", help="delete what the run directory holds and start over")
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log_level", choices=levels, default="warning", help="of what libraries say (warning)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, such as output=DIR")
     return parser.parse_args()
 
 

@@ -43,13 +43,11 @@ def main() -> int:
         if words and words[0] in commands:
             return commands[words[0]](words[1:])
         arguments = _parser().parse_intermixed_args(words)
-        from hive_scale import presets
+        from hive_scale.command import named_run
         from slurm import resources, submission
 
         plain, slurm_words = resources.split(arguments.overrides)
-        if arguments.ds_config:
-            plain.append(f"engine.ds_config={arguments.ds_config}")
-        config = presets.load(arguments.preset, arguments.config, plain)
+        config = named_run(arguments, plain)
         bases = dict.fromkeys(config.stages, resources.Resources())
         asked = resources.read(arguments.profile, slurm_words, bases)
         return submission.submit(config, asked, arguments.cluster, arguments.dry_run)
@@ -134,18 +132,17 @@ def _sub_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from hive_scale.command import add_run_arguments
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--preset", help="debug (default), demo, paper_siglip, paper_clip")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
-    parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
+    add_run_arguments(parser, "any key of the config, or slurm.KEY")
     parser.add_argument("--profile", help="a site's resources: a name in slurm/profiles, or a YAML file")
     parser.add_argument(
         "--cluster", choices=("slurm", "local", "debug"), default="slurm", help="debug: in this process"
     )
     parser.add_argument("--dry_run", action="store_true", help="check everything, print the scripts, submit nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key of the config, or slurm.KEY")
     return parser
 
 

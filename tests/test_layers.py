@@ -18,6 +18,7 @@ LEAVES = {"config", "batch", "distributed", "pulse", "stage", "schedule", "rando
 # a room and what it may read besides the leaves
 ROOMS: dict[str, set[str]] = {
     "presets": set(),
+    "command": {"presets"},
     "model": set(),
     "data": set(),
     "engine": set(),
