@@ -25,9 +25,9 @@ BATCH = 32
 
 def blank_twin(config: Config) -> Config:
     """The same run on blank pictures: what can be learned of the captions without seeing."""
-    data = replace(config.data, blank=True)
+    data, log = replace(config.data, blank=True), replace(config.log, wandb="off", tensorboard=False)
     # only its last loss is asked for
-    return replace(config, output=str(config.run_dir / "blank"), data=data, evidence=False, eval_interval=0)
+    return replace(config, output=str(config.run_dir / "blank"), data=data, log=log, evidence=False, eval_interval=0)
 
 
 def show(config: Config, device: torch.device) -> None:

@@ -92,9 +92,10 @@ class StageRun:
         self.moments = Moments(_stage_before(config, name) if self.stage.keep_moments else None)
         groups = self.moments.divide(freeze(model, self.stage, model.dormant()))
         self.work = count(model, config.engine.checkpointing)
-        self.engine = open_engine(model, groups, self.stage, config.engine, world, read_weights(parent))
+        weights = read_weights(parent)
+        self.engine = open_engine(model, groups, self.stage, config.engine, world, weights)
         self.store = Store(self.dir, world, config.keep, config.max_failed_saves)
-        origin = {"parent": read_weights(parent).identity, "data": data.train.fingerprint}
+        origin = {"parent": weights.identity, "data": data.train.fingerprint}
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = Guard(config.guard)
         self.at = Progress(self.store, self.engine, self.guard, origin, known)

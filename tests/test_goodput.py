@@ -21,7 +21,7 @@ def attempt(lines: list[dict[str, object]], done: int, steps: range) -> list[dic
         time.sleep(0.01)
         pulse.enter("forward")
         time.sleep(0.02)
-        kept.append({"step": step, **goodput.line()})
+        kept.append({"step": step, "time": time.time(), **goodput.line()})
     return kept
 
 

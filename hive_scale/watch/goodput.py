@@ -42,7 +42,7 @@ class Goodput:
     def line(self) -> dict[str, Any]:
         """What a line of metrics tells, from which the next attempt goes on."""
         spent = {account: round(seconds, 3) for account, seconds in self.spent().items()}
-        return {"time": round(time.time(), 3), "spent": spent, "lost_steps": self.lost_steps}
+        return {"spent": spent, "lost_steps": self.lost_steps}
 
     def spent(self) -> dict[str, float]:
         spent = dict(self._before)

@@ -14,6 +14,8 @@ Schema 1. Always there:
     memory_gb     peak of rank 0 so far: allocated on its GPU, or resident on the host, in 1e9 bytes
     time          when the line was written, seconds since 1970, UTC
     restarts      how often the stage had been started again by then
+    spent         {account: seconds} of the stage over all its restarts: steps, data, evaluate, save, start, lost, down
+    lost_steps    steps done again or left out, over all restarts
     samples_per_second, tokens_per_second, tflops_per_device    of all ranks, of all ranks, of rank 0
 
 In some lines:
