@@ -46,14 +46,7 @@ CHAT = (
 
 def model() -> Hive:
     config = replace(tiny.model_config(), language=PartConfig(config=tiny.language(vocab_size=259)))
-    made = build.assemble(config, seed=2).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if name.endswith("gate"):
-                parameter.fill_(1.0)
-            elif not name.startswith("vision") and parameter.ndim > 1:
-                parameter.mul_(3)
-    return made
+    return tiny.sighted(build.assemble(config, seed=2).eval(), 3)
 
 
 def ask(folder: Path, count: int = 11) -> list[Question]:
@@ -149,11 +142,7 @@ def test_an_exported_llava_answers_as_the_model_it_came_from(tmp_path: Path) -> 
     """Ours with its cache and padding on the right, transformers' with its own on the left: the same words."""
     language = tiny.language(vocab_size=259, bos_token_id=1, eos_token_id=1)
     config = replace(tiny.model_config("concat"), language=PartConfig(config=language))
-    made = build.assemble(config, seed=2).eval()
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if not name.startswith("vision") and parameter.ndim > 1:
-                parameter.mul_(3)
+    made = tiny.sighted(build.assemble(config, seed=2).eval(), 3)
     answerer = HiveAnswerer(made, DataConfig(image="pad"), ALONE.device)
     stock = answerer.tokenizer.stock
     stock.chat_template = CHAT

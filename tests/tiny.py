@@ -8,6 +8,7 @@ import torch
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.model.hive import Hive
 
 IMAGE = 32
 VOCABULARY = 97
@@ -46,6 +47,17 @@ def model_config(fusion: Any = "cross_attention", llm: str = "llama", **changes:
     settings: dict[str, Any] = {"density": 0.5} | changes
     parts = PartConfig(config=SIGLIP), PartConfig(config=language(llm))
     return ModelConfig(*parts, fusion=fusion, **settings)
+
+
+def sighted(model: Hive, factor: float) -> Hive:
+    """`model` with open gates, and weights `factor` times as large: so that the picture matters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate"):
+                parameter.fill_(1.0)
+            elif not name.startswith("vision") and parameter.ndim > 1:
+                parameter.mul_(factor)
+    return model
 
 
 def samples(count: int, seed: int = 0, longest: int = 12, text_only: int = 0) -> list[Sample]:

@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from time import monotonic
 
+from benchmarks.workers import LAUNCHER
+
 HELP = "every table of the README, made again in its place"
-LAUNCHER = Path(__file__).resolve().parents[1] / "benchmark.py"
 README = LAUNCHER.parents[1] / "README.md"
 TABLE = re.compile(r"(<!-- benchmark (?P<words>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
 QUICK_SECONDS, QUICK_ROUNDS = 15 * 60, 2

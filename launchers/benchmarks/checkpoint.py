@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -24,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.savers import Saver, compete
 from benchmarks.table import describe_machine, peak_bytes, show
 from benchmarks.task import CASES, Task, make_task
+from benchmarks.workers import launch
 
 if TYPE_CHECKING:  # the real import is late, so that --help answers at once
     from torch import Tensor
 
 HELP = "saving and loading, ours and others'"
-LAUNCHER = Path(__file__).resolve().parents[1] / "benchmark.py"
 SHARDINGS = ("zero2", "zero3", "fsdp")
 
 
@@ -50,8 +49,10 @@ def run(arguments: argparse.Namespace) -> None:
     machine = ""
     for case in arguments.cases:
         with TemporaryDirectory(dir=arguments.directory) as folder:
-            here = launch(case, arguments.ranks, arguments, Path(folder))
-            other = launch(case, arguments.others, arguments, Path(folder), load_only=True)
+            words = ["checkpoint", "--cases", case, "--rounds", str(arguments.rounds), "--directory", folder]
+            words += ["--quick"] if arguments.quick else []
+            here = launch(words, arguments.ranks, Path(folder, "save.json"))
+            other = launch([*words, "--load_only"], arguments.others, Path(folder, "load.json"))
         machine = here["machine"]
         found = [row(f"{CASES[case][0]}, {arguments.ranks} ranks", name, here, other) for name in here["found"]]
         print("\n".join(" | ".join(line) for line in found), file=sys.stderr, flush=True)
@@ -75,25 +76,6 @@ def row(title: str, name: str, here: dict[str, Any], other: dict[str, Any]) -> l
     seconds = [f"{median(figures[what]):.2f}" for what in ("blocked", "durable")]
     sizes = [f"{figures[what] / 1e6:.0f}" for what in ("bytes", "peak")]
     return [title, name, *seconds, *sizes, f"{median(figures['load']):.2f}", other["found"][name]["load"]]
-
-
-def launch(
-    case: str, ranks: int, arguments: argparse.Namespace, folder: Path, load_only: bool = False
-) -> dict[str, Any]:
-    path = folder / f"{'load' if load_only else 'save'}.json"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    worker = [str(LAUNCHER), "checkpoint", "--worker", str(path), "--cases", case, "--rounds", str(arguments.rounds)]
-    words = [*worker, "--directory", str(folder), *(["--quick"] if arguments.quick else [])]
-    words += ["--load_only"] if load_only else []
-    print(f"{case}, {ranks} ranks ...", file=sys.stderr, flush=True)
-    command = [sys.executable, *torchrun, *words]
-    env = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
-    if not path.exists():
-        print(done.stderr, file=sys.stderr)
-        raise SystemExit(f"{case} failed: see above")
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result
 
 
 def measure(arguments: argparse.Namespace) -> None:

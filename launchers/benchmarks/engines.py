@@ -9,22 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Any
 
 from benchmarks.peers import accelerate, bare, ours
 from benchmarks.table import describe_machine, show, spread
 from benchmarks.task import CASES, Step, Task, make_data, make_task
 from benchmarks.trainer import trainer
+from benchmarks.workers import launch
 
 HELP = "seconds per optimizer step, ours and others'"
-LAUNCHER = Path(__file__).resolve().parents[1] / "benchmark.py"
 WARMUP = 3
 CONTENDERS: dict[str, Callable[[Task], Step]] = {
     "ours": ours,
@@ -50,31 +48,16 @@ def run(arguments: argparse.Namespace) -> None:
     for case in arguments.cases:
         ranks = 1 if case == "one" else arguments.ranks
         title = CASES[case][0] + (f", {ranks} ranks" if ranks > 1 else "")
-        result = launch(case, ranks, arguments)
+        words = ["engines", "--cases", case, "--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
+        words += ["--quick"] if arguments.quick else []
+        with TemporaryDirectory() as folder:
+            # one arena: a thread of its own (Trainer's) would else get memory of its own, and faults of its own
+            result = launch(words, ranks, Path(folder, "result.json"), MALLOC_ARENA_MAX="1")
         machine = result.get("machine", machine)
         rows += (found := compare(title, result["seconds"], result["reasons"]))
         print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later case fail
     columns = ("sharding", "ours, s", "peer", "peer, s", "ours / peer", "quartiles")
     show(columns, rows, f"{machine}; {arguments.rounds} rounds of {arguments.steps} steps", arguments.markdown)
-
-
-def launch(case: str, ranks: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure `case` in `ranks` fresh processes; a case that cannot run here says why."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "result.json")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-        worker = [str(LAUNCHER), "engines", "--worker", str(path), "--cases", case]
-        amounts = ["--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
-        command = [sys.executable, *torchrun, *worker, *amounts, *(["--quick"] if arguments.quick else [])]
-        # one arena: a thread of its own (Trainer's) would else get memory of its own, and faults of its own
-        env = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", **os.environ}
-        print(f"{case} ...", file=sys.stderr, flush=True)
-        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
-        if path.exists():
-            result: dict[str, Any] = json.loads(path.read_text())
-            return result
-        print(done.stderr, file=sys.stderr)
-        raise SystemExit(f"{case} failed: see above")
 
 
 def compare(title: str, seconds: Mapping[str, Sequence[float]], reasons: Mapping[str, str]) -> list[list[str]]:

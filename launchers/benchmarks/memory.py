@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.table import describe_machine, show
 from benchmarks.task import CASES
+from benchmarks.workers import LAUNCHER
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.distributed import World
 
 HELP = "the planner's peak beside the real one"
-LAUNCHER = Path(__file__).resolve().parents[1] / "benchmark.py"
 SOURCE = Path(__file__).with_name("allocations.c")
 TOKENS, MICRO_BATCH = 48, 4
 FUSIONS, STAGES, RECOMPUTED = ("cross_attention", "concat"), ("projector", "language", "joint"), ("none", "full")
