@@ -19,7 +19,7 @@ from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.runs import Run
 from hive_scale.checkpoint.seal import Source
 from hive_scale.config import Config, ModelConfig, PartConfig
-from hive_scale.data.transform import open_tokenizer
+from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.model import build, export
 from hive_scale.model.hive import Hive
 

@@ -10,7 +10,7 @@ from hive_scale import config as configs
 from hive_scale.checkpoint.lock import LOCK
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
-from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
 from hive_scale.model import build
 from hive_scale.stage import freeze

@@ -19,7 +19,7 @@ from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.loader import Loader
 from hive_scale.data.shards import expand
-from hive_scale.data.transform import open_tokenizer
+from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import World
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.chat import chat_sample, prompt
-from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.data.turns import turns_of
 
 SPECIAL = ["<unk>", "<bos>", "</s>", "<|im_start|>", "<|im_end|>", "<turn>", "<end_of_turn>"]

@@ -24,7 +24,7 @@ from transformers import (
 
 from hive_scale.checkpoint.handoff import read_weights, write_weights
 from hive_scale.config import Config, ModelConfig, PartConfig, TokenizerConfig
-from hive_scale.data.transform import open_tokenizer
+from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import session
 from hive_scale.export import from_pretrained, save_pretrained
 from hive_scale.model import export

@@ -46,7 +46,7 @@ DOORS: dict[str, set[str]] = {
     "submitit": {"slurm/"},
     "transformers": {
         "hive_scale/model/",
-        "hive_scale/data/transform.py",
+        "hive_scale/data/tokenizer.py",
         "hive_scale/data/sources/smollm2.py",
         "launchers/benchmarks/",  # as the peer that is measured
     },

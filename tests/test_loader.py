@@ -23,7 +23,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import DataConfig, TokenizerConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.order import Order
-from hive_scale.data.transform import Tokenizer, open_tokenizer
+from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
 
 CPU = torch.device("cpu")

@@ -20,7 +20,8 @@ from torchvision.transforms import v2
 from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImageProcessor
 
 from hive_scale.config import TokenizerConfig
-from hive_scale.data.transform import _draws, _random_part, augmented, caption_sample, decode, open_tokenizer, picture
+from hive_scale.data.tokenizer import caption_sample, open_tokenizer
+from hive_scale.data.transform import _draws, _random_part, augmented, decode, picture
 
 MANY = 10**8
 SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97)]

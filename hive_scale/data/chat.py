@@ -7,7 +7,7 @@ import re
 from torch import Tensor
 
 from hive_scale.batch import Sample
-from hive_scale.data.transform import Tokenizer
+from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.data.turns import Turns
 
 

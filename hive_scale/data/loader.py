@@ -22,7 +22,7 @@ from hive_scale.data.ledger import Ledger
 from hive_scale.data.order import Mixture, Order, Stream, cut, deal
 from hive_scale.data.samples import Samples
 from hive_scale.data.shards import all_shards, expand
-from hive_scale.data.transform import Tokenizer
+from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.distributed import World
 
 

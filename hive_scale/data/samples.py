@@ -19,7 +19,8 @@ from hive_scale.data.cache import ShardCache
 from hive_scale.data.chat import chat_sample
 from hive_scale.data.index import Index
 from hive_scale.data.shards import ShardReader
-from hive_scale.data.transform import Tokenizer, blank, caption_sample, check_size, picture
+from hive_scale.data.tokenizer import Tokenizer, caption_sample
+from hive_scale.data.transform import blank, check_size, picture
 from hive_scale.data.turns import turns_of
 
 

@@ -12,7 +12,8 @@ import torch
 
 from hive_scale.config import DataConfig
 from hive_scale.data.chat import prompt
-from hive_scale.data.transform import blank, decode, open_tokenizer, picture
+from hive_scale.data.tokenizer import open_tokenizer
+from hive_scale.data.transform import blank, decode, picture
 from hive_scale.distributed import World
 from hive_scale.evaluate.question import Question, Task
 from hive_scale.model.decode import generate

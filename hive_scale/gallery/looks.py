@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hive_scale.batch import collate
-from hive_scale.data.transform import caption_sample
+from hive_scale.data.tokenizer import caption_sample
 from hive_scale.evaluate.captions import write
 from hive_scale.gallery.runs import Pair, Run
 from hive_scale.model import build

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hive_scale.checkpoint import runs
-from hive_scale.data.transform import Tokenizer, open_tokenizer, picture
+from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
+from hive_scale.data.transform import picture
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.preparation import open_data

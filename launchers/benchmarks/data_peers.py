@@ -57,13 +57,14 @@ GLOBAL = 24  # of `Peer.part`: divides among one, two and three ranks
 def tokenizer() -> Any:
     """The one tokenizer of this process, which workers are forked with."""
     from hive_scale.config import TokenizerConfig
-    from hive_scale.data.transform import open_tokenizer
+    from hive_scale.data.tokenizer import open_tokenizer
 
     return open_tokenizer(TokenizerConfig())
 
 
 def sample(key: str, jpg: bytes, text: bytes) -> Sample:
-    from hive_scale.data.transform import caption_sample, picture
+    from hive_scale.data.tokenizer import caption_sample
+    from hive_scale.data.transform import picture
 
     pixels = picture(jpg, IMAGE_SIZE, "resize", 10**8)
     return caption_sample(key, pixels, text.decode().strip(), tokenizer(), 77)

@@ -1,0 +1,139 @@
+"""Text to tokens and back: captions as they are, conversations in the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from hive_scale.batch import Sample
+from hive_scale.config import TokenizerConfig
+from hive_scale.data.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
+
+# for tokenizers that come without a chat template: base models, bytes
+CHAT_TEMPLATE = (
+    "{{ bos_token | default(eos_token) }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
+    "{% else %}{{ 'USER: ' if message.role == 'user' }}{{ message.content }}\n{% endif %}{% endfor %}"
+)
+# what templates ask for besides the turns: no hidden thoughts, and no date of today, which would change the prompt
+TEMPLATE_WORDS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+
+
+class Tokenizer:
+    """Text to token ids and back; start is the beginning-of-text token, or the end token where there is none."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.pad_id: int = tokenizer.pad_token_id
+        self.eos_id: int = tokenizer.eos_token_id
+        bos_id = tokenizer.bos_token_id
+        self.start_id: int = self.eos_id if bos_id is None else bos_id
+        self.vocab_size: int = len(tokenizer)
+        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)))
+
+    @property
+    def stock(self) -> Any:
+        """The Hugging Face tokenizer itself, to be saved beside an exported model."""
+        return self._tokenizer
+
+    def encode(self, text: str, max_tokens: int) -> list[int]:
+        """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
+        return [self.start_id, *self._ids(text)[: max_tokens - 2], self.eos_id]
+
+    def _ids(self, text: str) -> list[int]:
+        """As the tokenizer's own `encode` without special tokens, in a fraction of its time."""
+        if self._tokenizer.is_fast:
+            found: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, special tokens left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def render(self, turns: Sequence[dict[str, str]]) -> str | None:
+        """`turns` ({role, content}) in the tokenizer's chat template; None if the template refuses them."""
+        template = self._tokenizer.chat_template or CHAT_TEMPLATE
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(turns), chat_template=template, tokenize=False, **TEMPLATE_WORDS
+            )
+        except TemplateError:
+            return None
+        return text
+
+    def special_in(self, text: str) -> str:
+        """The first special token that `text` spells, or nothing."""
+        found = self._special.search(text)
+        return found[0] if found else ""
+
+    def end_of_turn(self, text: str) -> int:
+        """Where the special token ends that `text`, what a chat template puts after an answer, begins with.
+
+        Raises ValueError if there is none: who has learned from such turns never stops.
+        """
+        blank = len(text) - len(text.lstrip())
+        found = self._special.match(text, blank)
+        if not found:
+            raise ValueError("the tokenizer's chat template ends answers without a special token: use another")
+        return found.end()
+
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
+        """(token ids, flags) of the parts' joined text: a token has the flag of the part that it ends in."""
+        texts = [text for text, _ in parts]
+        if not self._tokenizer.is_fast:  # which cannot say where a token lies
+            pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+            flags = [flag for piece, (_, flag) in zip(pieces, parts, strict=True) for _ in piece]
+            return [token for piece in pieces for token in piece], flags
+        found = self._tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+        ends = list(accumulate(map(len, texts)))
+        places = np.searchsorted(ends, [end for _, end in found["offset_mapping"]])
+        return found["input_ids"], [parts[place][1] for place in places]
+
+
+def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer `config` names; code of a checkpoint is never run.
+
+    Raises ValueError if it cannot be loaded, or has no padding or end token.
+    """
+    if config.path == "bytes":
+        special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
+        stock: Any = PreTrainedTokenizerFast
+        return Tokenizer(stock(tokenizer_object=byte_tokenizer(), **special))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"data.tokenizer.path={config.path} cannot be loaded: {reason}") from None
+    if config.pad_token:
+        if config.pad_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"data.tokenizer.pad_token={config.pad_token} is not in the vocabulary of {config.path}: name one of "
+                "its tokens, such as <unk>"
+            )
+        tokenizer.pad_token = config.pad_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer {config.path} has no padding token: set data.tokenizer.pad_token to one of its tokens, "
+            "such as <unk>"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer {config.path} has no end token: use one whose eos_token is set")
+    return Tokenizer(tokenizer)
+
+
+def caption_sample(key: str, pixels: Tensor | None, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
+    """A picture with its caption: every token but the start is a target."""
+    tokens = tokenizer.encode(text, max_tokens)
+    return Sample(key, pixels, tokens, [False] + [True] * (len(tokens) - 1))
