@@ -12,6 +12,7 @@ from typing import Any
 
 from hive_scale.config import DataConfig, resolve
 from hive_scale.presets import read_file
+from slurm.job import SAVED
 
 PROFILES = Path(__file__).parent / "profiles"
 PREFIX = "slurm."
@@ -119,7 +120,7 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
 # Slurm has queued again already, is not RUNNING any more.
 REQUEUE = [
     "status=$?",
-    'if [ $status = 75 ] && [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then',
+    f'if [ $status = {SAVED} ] && [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then',
     "  scontrol requeue $SLURM_JOB_ID  # stopped and saved: back into the queue under the same id",
     "fi",
     "exit $status",

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
+from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
 from slurm import chain, controller
 from slurm.chain import Link, Record
@@ -95,10 +96,11 @@ def _table(config: Config) -> Table:
     attempts = read_attempts(config.run_dir)
     for stage, state in _states(config).items():
         lines = read_metrics(config.run_dir / stage / "metrics.jsonl")
-        mine = [attempt for attempt in attempts if attempt["stage"] == stage]
-        starts = sum(attempt["event"] == "begin" for attempt in mine)
+        starts = sum(attempt["event"] == "begin" and attempt["stage"] == stage for attempt in attempts)
         row = _progress(lines, steps.get(stage, 0), config.stages[stage].global_batch)
-        table.add_row(stage, state, *row, str(starts or ""), goodput(lines, mine))
+        # of the time in which the stage held its nodes: the queue's is not its own
+        share = f"{goodput.share(lines[-1]['spent'] | {'down': 0.0}):.0%}" if lines else ""
+        table.add_row(stage, state, *row, str(starts or ""), share)
     return table
 
 
@@ -108,17 +110,3 @@ def _progress(lines: Sequence[Mapping[str, Any]], num_steps: int, global_batch: 
     step, pace = lines[-1]["step"], median(line["seconds"] for line in lines[-20:])
     left = timedelta(seconds=round((num_steps - step) * pace))
     return f"{step}/{num_steps}", f"{lines[-1]['loss']:.4f}", f"{global_batch / pace:.0f}", str(left)
-
-
-def goodput(lines: Sequence[Mapping[str, Any]], attempts: Sequence[Mapping[str, Any]]) -> str:
-    """Share of the time that a stage's jobs held their nodes in which they made steps that were kept."""
-    held, begun = 0.0, None
-    for attempt in attempts:
-        now = datetime.fromisoformat(attempt["time"])
-        if attempt["event"] == "begin":
-            begun = now
-        elif begun is not None:
-            held, begun = held + (now - begun).total_seconds(), None
-    if begun is not None:
-        held += (datetime.now().astimezone() - begun).total_seconds()
-    return f"{min(1.0, sum(line['seconds'] for line in lines) / held):.0%}" if held else ""

@@ -68,11 +68,15 @@ class Goodput:
         self._before["lost"] += seconds
 
 
+def share(spent: Mapping[str, float]) -> float:
+    """Of all the time in `spent`, what went into steps that count."""
+    return spent["steps"] / max(sum(spent.values()), 1e-9)
+
+
 def summary(spent: Mapping[str, float], lost_steps: int) -> str:
     """One line for a person: the share of all time that went into steps that count, and where the rest went."""
-    total = sum(spent.values())
     parts = ", ".join(f"{account} {seconds:.0f} s" for account, seconds in spent.items() if seconds >= 0.5)
-    return f"goodput {spent['steps'] / max(total, 1e-9):.1%} of {total:.0f} s ({parts}; {lost_steps} steps lost)"
+    return f"goodput {share(spent):.1%} of {sum(spent.values()):.0f} s ({parts}; {lost_steps} steps lost)"
 
 
 def added(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], int]:
