@@ -37,7 +37,11 @@ class Run:
         """`name`, or the last stage that is done. Raises ValueError if there is none, or it is not done."""
         known = [*self.config.stages, INITIAL]
         if name and name not in known:
-            raise ValueError(f"{self.dir} has no stage '{name}': there are {', '.join(known)}")
+            left = [stage for stage in self.config.stages if stage not in self.finished()]
+            raise ValueError(
+                f"{self.dir} has no stage '{name}': there are {', '.join(known)} "
+                f"(still to be done: {', '.join(left) or 'none'})"
+            )
         wanted = name or next(reversed(self.finished()), "")
         if not wanted:
             raise ValueError(
