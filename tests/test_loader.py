@@ -281,7 +281,8 @@ def test_sets_are_mixed_as_often_as_asked(shards: list[str], tokenizer: Tokenize
 def test_signals_to_all_processes_leave_the_workers_alive(shards: list[str], tokenizer: Tokenizer) -> None:
     loader = _loader(shards, tokenizer, workers=2)
     steps = loader.steps(global_batch=4, accumulation=1, seed=0, start=0, world=World(0, 1, CPU))
-    next(steps)
+    for _ in range(2):  # one from each: both have begun
+        next(steps)
     workers = multiprocessing.active_children()
     for worker in workers:  # as Slurm sends them, not from the main process
         for name in ("INT", "USR1", "TERM"):
