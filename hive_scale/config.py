@@ -80,7 +80,8 @@ class DataConfig:
     image: ImageMode = "resize"
     blank: bool = False  # feed blank pictures: the control that shows what the pictures add
     window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
-    workers: int = 0
+    workers: int = 0  # processes that load data; 0: the training process does
+    threads: int = 1  # that decode, in each of them
     cache_gb: float = 100.0  # disk for shards fetched from URLs, under $XDG_CACHE_HOME or ~/.cache
     max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
@@ -88,6 +89,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
             raise ValueError(f"data.max_tokens={self.max_tokens} leaves no room for a caption: use 3 or more")
+        if self.threads < 1:
+            raise ValueError(f"data.threads={self.threads} must be at least 1")
         if self.window < 1:
             raise ValueError(f"data.window={self.window} must be at least 1; 1 keeps the order inside shards")
 
@@ -315,7 +318,7 @@ def holds_weights_alone(path: str) -> bool:
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
     *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
-    *("data.workers", "data.cache_gb", "data.max_bad_samples"),
+    *("data.workers", "data.threads", "data.cache_gb", "data.max_bad_samples"),
 )
 
 

@@ -95,9 +95,12 @@ def test_any_worlds_and_stops_see_the_uninterrupted_stream(
     assert _keys(seen) == _keys(whole)
 
 
-def test_workers_bring_the_same_batches_in_the_same_order(broken: list[str], tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize(("workers", "threads"), [(2, 1), (0, 3), (1, 2)])
+def test_workers_and_threads_bring_the_same_batches_in_the_same_order(
+    broken: list[str], tokenizer: Tokenizer, workers: int, threads: int
+) -> None:
     alone = _steps(_loader(broken, tokenizer), 1, 3, 12, 4)
-    loader = _loader(broken, tokenizer, workers=2)
+    loader = _loader(broken, tokenizer, workers=workers, threads=threads)
     for one, other in zip(alone, _steps(loader, 1, 3, 12, 4), strict=True):
         for a, b in zip(one, other, strict=True):
             assert a.keys == b.keys
@@ -241,8 +244,9 @@ def test_dealing_by_length_shortens_what_the_model_computes(shards: list[str], t
     assert sum(batch.num_tokens for batch in step) == whole[0].num_tokens
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 def test_a_dead_worker_names_the_sample(
-    shards: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    shards: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
     read = Loader.sample
 
@@ -253,7 +257,7 @@ def test_a_dead_worker_names_the_sample(
 
     monkeypatch.setattr(Loader, "sample", die)
     with pytest.raises(RuntimeError, match=r"while reading .*1-4"):
-        _steps(_loader(shards, tokenizer, workers=2), 1, 1, 0, 2)
+        _steps(_loader(shards, tokenizer, workers=2, threads=threads), 1, 1, 0, 2)
 
 
 def test_a_missing_shard_is_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -221,7 +221,7 @@ def train(world: World, cells: list[Cell], folder: str) -> list[Outcome]:
 
 def train_one(world: World, cell: Cell, folder: str) -> Outcome:
     engine, model = opened(cell, world, folder)
-    outcome = Outcome()
+    outcome, training = Outcome(), list[bool]()
     handles = [] if cell.compile else probe(model, outcome)
     for step in range(STEPS):
         batches = my_batches(cell, step, world)
@@ -232,8 +232,12 @@ def train_one(world: World, cell: Cell, folder: str) -> Outcome:
             outcome.forwards = {name: count // len(batches) for name, count in outcome.forwards.items()}
         outcome.losses.append(output.loss)
         outcome.norms.append(output.grad_norm)
-        if step == 2:  # looking changes nothing
+        if step == 2:  # looking changes nothing, and knows no dropout
+            look = model.register_forward_pre_hook(lambda module, _: training.append(module.training))
             engine.evaluate(batches)
+            look.remove()
+            assert not any(training)
+            assert model.training
             assert all(fragment.data.is_contiguous() for fragment in engine.fragments())  # and all can be saved
     check_held(engine, model)
     mine = [(f.name, f.shape, f.offset, f.data.clone()) for f in engine.fragments() if f.kind == "master"]

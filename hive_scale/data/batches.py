@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
-from threading import Thread
+from functools import cached_property
+from itertools import chain, count
+from threading import Thread, local
 
 import torch
 from torch import Tensor
@@ -38,52 +40,65 @@ class Loaded:
 class Batches(Dataset[Loaded]):
     """Micro-batches by their slots. With an order, broken samples are substituted; without, left out."""
 
-    def __init__(self, samples: Samples, order: Stream | None, num_workers: int) -> None:
+    def __init__(self, samples: Samples, order: Stream | None) -> None:
         self.samples = samples
         self.order = order
-        # (process, sample) that each worker is at, in shared memory: what is left of one that dies
-        self.reading = torch.zeros(max(1, num_workers), 2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+        config = samples.config
+        self.threads = config.threads
+        # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
+        rows = max(1, config.workers) * self.threads
+        self.reading = torch.zeros(rows, 2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
 
     def watch(self, loaded: Iterable[Loaded]) -> Iterator[Loaded]:
         """`loaded` by workers, whose sudden death (out of memory, a crashing decoder) is told with its sample."""
         try:
             yield from loaded
         except RuntimeError as error:
-            for process, sample in self.reading.tolist():
-                if process and str(process) in str(error):
-                    where = f"{self.samples.index.key(sample)} of {self.samples.index.shard(sample)}"
-                    raise RuntimeError(f"data worker {process} died while reading {where} ({error})") from None
-            raise
+            dead = [(process, i) for process, i in self.reading.tolist() if process and str(process) in str(error)]
+            if not dead:
+                raise
+            where = " or ".join(f"{self.samples.index.key(i)} of {self.samples.index.shard(i)}" for _, i in dead)
+            raise RuntimeError(f"data worker {dead[0][0]} died while reading {where} ({error})") from None
 
     def __getitem__(self, slots: Slots) -> Loaded:
-        bad: list[Fault] = []
-        samples: list[Sample] = []
-        pixels = _canvas(max(1, len(slots)), self.samples.image_size)
-        for slot in slots:
-            sample = self._fill(slot, bad)
-            if sample is not None:
-                if sample.pixels is not None:  # into its place while it is in the cache, its own memory given back
-                    sample = replace(sample, pixels=pixels[len(samples)].copy_(sample.pixels))
-                samples.append(sample)
+        room = _canvas(max(1, len(slots)), self.samples.image_size)
+        filled = list((self._pool.map if self.threads > 1 else map)(self._fill, slots, room))
+        bad = [fault for _, faults in filled for fault in faults]
+        samples = [sample for sample, _ in filled if sample is not None]
         if self.order is not None and len(samples) < len(slots):
             return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
         tokenizer = self.samples.tokenizer
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
-        return Loaded(collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)]), bad)
+        pixels = room if len(samples) == len(room) else None  # where they lie already, unless some were left out
+        return Loaded(collate(samples, tokenizer.pad_id, self.samples.image_size, pixels), bad)
 
-    def _fill(self, slot: tuple[int, int], bad: list[Fault]) -> Sample | None:
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        """Made in the process that reads, never before a fork."""
+        numbers, self._thread = count(), local()
+        return ThreadPoolExecutor(self.threads, initializer=lambda: vars(self._thread).update(number=next(numbers)))
+
+    def _fill(self, slot: tuple[int, int], pixels: Tensor) -> tuple[Sample | None, list[Fault]]:
+        """The sample of a slot, its picture put into `pixels`, and those that could not be used instead."""
         position, first = slot
-        substitutes = self.order.substitutes(position) if self.order else ()
-        worker = get_worker_info()
-        for i in chain([first], substitutes):
-            if worker is not None:
-                self.reading[worker.id] = torch.tensor([os.getpid(), i])
+        bad: list[Fault] = []
+        for i in chain([first], self.order.substitutes(position) if self.order else ()):
+            self._note(i)
             try:
-                return self.samples.sample(i)
+                sample = self.samples.sample(i)
             except ValueError as error:
                 bad.append(Fault(self.samples.index.shard(i), self.samples.index.key(i), str(error)))
-        return None
+                continue
+            if sample.pixels is not None:  # while it is in the cache, and its own memory given back
+                sample = replace(sample, pixels=pixels.copy_(sample.pixels))
+            return sample, bad
+        return None, bad
+
+    def _note(self, sample: int) -> None:
+        if worker := get_worker_info():
+            thread = self._thread.number if self.threads > 1 else 0
+            self.reading[worker.id * self.threads + thread] = torch.tensor([os.getpid(), sample])
 
 
 def _canvas(count: int, size: int) -> Tensor:

@@ -96,7 +96,7 @@ class Loader(Samples):
             start += global_batch
 
     def _load(self, slots: Iterable[Slots], order: Stream | None) -> Iterator[Batch]:
-        batches = Batches(self, order, self.config.workers)
+        batches = Batches(self, order)
         loader = DataLoader(
             batches,
             batch_size=None,

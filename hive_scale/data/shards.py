@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from braceexpand import braceexpand
@@ -88,6 +89,7 @@ class ShardReader:
         self.cache = cache
         self.max_open = max_open
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
+        self._lock = Lock()  # so that no thread closes what another reads
 
     def read(self, shard: int, start: int, length: int) -> bytes:
         """`length` bytes from `start` of shard number `shard`.
@@ -95,7 +97,8 @@ class ShardReader:
         Raises ValueError if the file ends before, OSError if it cannot be opened at all: the first is a broken
         sample, the second a broken machine.
         """
-        data = os.pread(self._descriptor(shard), length, start)
+        with self._lock:
+            data = os.pread(self._descriptor(shard), length, start)
         if len(data) < length:
             raise ValueError(f"the shard ends at byte {start + len(data)}, before the sample does")
         return data

@@ -1,4 +1,4 @@
-"""What a step has in common on every engine: how micro-batches add up, and whether all ranks take it."""
+"""What engines have in common: how micro-batches add up, whether all ranks take a step, a loss without one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hive_scale.batch import Batch
 from hive_scale.distributed import World
@@ -38,3 +38,17 @@ def conclude(
     mean = loss_sum / max(1.0, num_tokens)
     world.pulse.enter("update")
     return mean, math.isfinite(mean) and mean <= max_loss, tuple(voted)
+
+
+@torch.no_grad()
+def held_out(
+    world: World, model: nn.Module, micro_batches: Sequence[Batch], loss_of: Callable[[Batch], Tensor]
+) -> tuple[float, int]:
+    """The sum of token losses without dropout, and the number of target tokens, over all ranks."""
+    model.eval()
+    try:
+        loss = sum(loss_of(batch).item() for batch in micro_batches)
+    finally:
+        model.train()
+    total, count = world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
+    return total, int(count)

@@ -22,7 +22,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
-from hive_scale.engine.accumulation import accumulate, conclude
+from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.stage import ParamGroup
@@ -131,14 +131,12 @@ class NativeEngine:
             torch.autograd.backward(loss * scale)
         return loss.detach()
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        loss = sum(self._loss(batch, self.model).item() for batch in micro_batches)
+        found = held_out(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what stays gathered after a forward waits for a backward
-        total, count = self.world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
-        return total, int(count)
+        return found
 
     def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
         """Whether the gradients of a backward are reduced over ranks, or wait for those of the next."""

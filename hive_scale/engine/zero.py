@@ -16,7 +16,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
-from hive_scale.engine.accumulation import accumulate, conclude
+from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, sitting_out, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
@@ -119,11 +119,8 @@ class ZeroEngine:
         # a step whose gradient is not finite is left out, and then the norm is an older one
         return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
-    @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        loss = sum(self._loss(batch).item() for batch in micro_batches)
-        total, count = self.world.sum(loss, sum(batch.num_tokens for batch in micro_batches))
-        return total, int(count)
+        return held_out(self.world, self.engine, micro_batches, self._loss)
 
     def _loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self.engine(**batch.to(self.world.device).inputs())
