@@ -127,15 +127,15 @@ start() {
       --innodb-buffer-pool-size=64M --innodb-flush-log-at-trx-commit=0 --innodb-lock-wait-timeout=900 \
       --loose-innodb-snapshot-isolation=OFF </dev/null >>"$LOG/mariadbd.log" 2>&1 &
   fi
-  until_ok 30 mariadb --no-defaults -h127.0.0.1 -P$((PORT + 2)) -uslurm -pslurm -e 'USE slurm_acct_db' || die mariadbd
+  until_ok 120 mariadb --no-defaults -h127.0.0.1 -P$((PORT + 2)) -uslurm -pslurm -e 'USE slurm_acct_db' || die mariadbd
   alive slurmdbd || slurmdbd >>"$LOG/start.log" 2>&1 || die slurmdbd
-  until_ok 30 sacctmgr -n list cluster || die slurmdbd
+  until_ok 120 sacctmgr -n list cluster || die slurmdbd
   alive slurmctld || slurmctld >>"$LOG/start.log" 2>&1 || die slurmctld
   for ((i = 1; i <= NODES; i++)); do # each with a host name and an /etc/hosts of its own
     alive slurmd.n$i || unshare --uts --mount sh -c \
       "hostname n$i && mount --bind '$ETC/hosts' /etc/hosts && exec slurmd -N n$i" >>"$LOG/start.log" 2>&1 || die "slurmd n$i"
   done
-  until_ok 60 sh -c "[ \$(sinfo -h -N -p gpu -t idle,mix,alloc -o %N | wc -l) = $NODES ]" || die "the nodes did not come up"
+  until_ok 180 sh -c "[ \$(sinfo -h -N -p gpu -t idle,mix,alloc -o %N | wc -l) = $NODES ]" || die "the nodes did not come up"
   echo "$(slurmctld -V), $NODES nodes: . $DIR/env"
 }
 
