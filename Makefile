@@ -48,9 +48,9 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# files side by side: much of the time is spent waiting, for processes to start and for Slurm
+# files side by side: much of the time is spent waiting, for processes to start and for Slurm, of which there is one
 test: lint
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 # a hundred runs, each with a fault at a random instant: about an hour on two free cores
 faults: install

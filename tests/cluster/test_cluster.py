@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -63,3 +64,53 @@ def test_a_chain_without_progress_ends(slurm: Path, tmp_path: Path, pairs: Path)
     call("scontrol", "requeue", chain.job("projector"))
     chain.until(lambda: chain.state("projector") == "FAILED", "the end")
     assert "1 attempts in a row began at projector:0" in pipeline("logs", str(chain.run), "projector")
+
+
+def test_a_night_of_a_cluster(slurm: Path, tmp_path: Path, pairs: Path, reference: Config) -> None:
+    """FSDP2 over two nodes: a node fails in stage one, stage two is preempted, time cuts stage three into three."""
+    chain = Chain(tmp_path, pairs, "slurm.stages.language.partition=scavenge", "slurm.grace=90", "slurm.hours=1")
+    for stage, step in (("projector", 8), ("language", 3), ("joint", 3)):
+        chain.hold(stage, step)
+    shown = chain.submit()
+    jobs = [chain.job(stage) for stage in STAGES]
+    assert all(re.search(rf"{stage}\W+submit\W+{job}", shown) for stage, job in zip(STAGES, jobs, strict=True)), shown
+
+    chain.until_step("projector", 8)
+    chain.until((chain.run / "projector" / "step_00000005" / "manifest.json").exists, "the checkpoint of step 5")
+    assert chain.submit().count("kept") == 3  # once more, while it runs
+    call("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    chain.until(lambda: chain.state("projector") != "RUNNING", "the failure of the node")
+    subprocess.run(["scontrol", "update", "nodename=n2", "state=resume"], check=False)  # it may have come back itself
+    chain.until(lambda: len(chain.attempts("projector", "begin")) == 2, "the second attempt")
+    chain.let_go("projector")
+
+    chain.until_step("language", 3)
+    high = call(
+        "sbatch", "--parsable", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
+    ).strip()
+    chain.until(lambda: chain.told("language", SAVING) == 1, "the signal of preemption")
+    chain.let_go("language")
+    chain.until(lambda: len(chain.attempts("language", "end")) == 1, "the end of the preempted attempt")
+    assert chain.state("joint") == "PENDING"
+    reached = chain.step("language")
+
+    places = [0]
+    for cut, held in ((1, 3), (2, 12)):
+        chain.until_step("joint", held)
+        call("scontrol", "update", f"jobid={chain.job('joint')}", "EndTime=now+60")
+        chain.until(lambda: chain.told("joint", SAVING) == cut, f"signal {cut} that time runs out")  # noqa: B023
+        chain.hold("joint", 12) if cut == 1 else chain.let_go("joint")
+        chain.until(lambda: len(chain.attempts("joint", "end")) == cut, f"the end of slice {cut}")  # noqa: B023
+        places.append(chain.step("joint"))
+        longer = ["scontrol", "update", f"jobid={chain.job('joint')}", "TimeLimit=60"]  # the above has shortened it
+        chain.until(lambda: not subprocess.run(longer, check=False).returncode, "a longer limit")  # noqa: B023
+    chain.until_done()
+
+    assert [line["at"] for line in chain.attempts("projector", "begin")] == ["projector:0", "projector:5"]
+    assert [line["at"] for line in chain.attempts("language", "begin")] == ["language:0", f"language:{reached}"]
+    assert call("sacct", "-X", "-n", "-o", "State", "-j", high).strip() == "COMPLETED"
+    assert [line["code"] for line in chain.attempts("joint", "end")] == [75, 75, 0]
+    assert [line["at"] for line in chain.attempts("joint", "begin")] == [f"joint:{step}" for step in places]
+    assert 0 < places[1] < places[2] < STAGES["joint"]
+    assert [chain.job(stage) for stage in STAGES] == jobs  # all of it under the same ids
+    same_end(chain.config, reference)
