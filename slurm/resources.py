@@ -25,6 +25,7 @@ class Resources:
     partition: str = ""
     nodes: int = 1
     gpus_per_node: int = 1
+    gpu: str = ""  # which, as launchers/plan.py names it: the submission then tells memory and time
     tasks_per_node: int = 0  # processes; 0: one per GPU, or one where there is none
     cpus_per_task: int = 8  # for one process and its data workers
     mem: str = ""  # of each node, as sbatch takes it: 200G

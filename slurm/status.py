@@ -26,14 +26,18 @@ console = Console(highlight=False)
 POLL = 2.0  # seconds between looks
 
 
-def show_plan(config: Config, links: Sequence[Link], asked: Mapping[str, Resources], jobs: Mapping[str, str]) -> None:
-    """What was, or would be, submitted."""
-    table = Table("stage", "", "job", "after", "nodes x processes", "slices of")
+def show_plan(
+    links: Sequence[Link], asked: Mapping[str, Resources], costs: Mapping[str, str], jobs: Mapping[str, str]
+) -> None:
+    """What was, or would be, submitted; of each stage also its cost, as far as it is known."""
+    planned = ("planned, per GPU",) if any(costs.values()) else ()
+    table = Table("stage", "", "job", "after", "nodes x processes", "slices of", *planned)
     for link in links:
         resources = asked[link.stage]
         size = f"{resources.nodes} x {resources.tasks}"
         row = (jobs.get(link.stage, ""), link.after, size, str(timedelta(minutes=resources.minutes)))
-        table.add_row(link.stage, link.verb, *(row if link.verb != "done" else ()))
+        known = (costs.get(link.stage, ""),) if planned else ()
+        table.add_row(link.stage, link.verb, *((*row, *known) if link.verb != "done" else ()))
     console.print(table)
 
 

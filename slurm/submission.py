@@ -29,9 +29,10 @@ def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) ->
     if cluster != "slurm" and not dry_run:
         return local.run(config, asked, cluster, steps)
     done = status.done_stages(config)
+    costs = {name: cost(config, name, asked[name], steps[name]) for name in steps if name not in done}
     if dry_run:
         links = chain.decide(list(config.stages), done, chain.known_jobs(config) if controller.is_here() else {})
-        status.show_plan(config, links, asked, {})
+        status.show_plan(links, asked, costs, {})
         show_scripts(config, links, asked)
         return 0
     with chain.submitting(config.run_dir) as folder:
@@ -43,7 +44,7 @@ def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) ->
             if link.verb == "submit":
                 record.jobs[link.stage] = _submit(config, link, asked[link.stage], code, record)
                 record.write(config.run_dir)  # each at once: the next may be refused
-    status.show_plan(config, links, asked, record.jobs)
+    status.show_plan(links, asked, costs, record.jobs)
     print(f"watch, read, stop, go on: python slurm/submit_pipeline.py status|logs|cancel|resume {config.run_dir}")
     return 0
 
@@ -59,6 +60,22 @@ def validate(config: Config, asked: Asked) -> dict[str, int]:
     for name, stage in config.stages.items():
         check(replace(config, stages={name: stage}), data, asked[name].world_size)
     return {name: stage.num_steps(data[name].train.num_samples) for name, stage in config.stages.items()}
+
+
+def cost(config: Config, name: str, resources: Resources, steps: int) -> str:
+    """What the planner says of a stage on the GPUs that `resources` name, if any."""
+    if not resources.gpu:
+        return ""
+    from hive_scale.plan.devices import find
+    from hive_scale.plan.run import Machine, plan_run
+
+    gpu = replace(find(resources.gpu), per_node=resources.tasks)
+    machine = Machine(gpu, resources.world_size, host_memory=float("inf"))
+    stage = config.stages[name]
+    [plan] = plan_run(replace(config, stages={name: stage}), machine, steps * stage.global_batch)
+    hours = steps * plan.time.total / 3600
+    text = f"{plan.memory.peak / 1e9:.1f} of {plan.capacity / 1e9:.1f} GB, {hours:.1f} h"
+    return text if plan.fits else f"{text}: does not fit"
 
 
 def show_scripts(config: Config, links: Sequence[Link], asked: Asked) -> None:

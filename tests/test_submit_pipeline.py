@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -101,10 +102,11 @@ def test_threads_leave_room_for_data_workers() -> None:
 
 
 def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
-    words = ["--preset", "debug", "--dry_run", "--profile", "preemptible", "slurm.account=vision"]
+    words = ["--preset", "debug", "--dry_run", "--profile", "preemptible", "slurm.account=vision", "slurm.gpu=h100"]
     shown = command(*words, f"output={tmp_path / 'run'}", "--ds_config", "ds_configs/zero2.json")
     assert shown.returncode == 0, shown.stderr
-    first, *rest = shown.stdout.split("# ---- ")[1:]
+    table, first, *rest = shown.stdout.split("# ---- ")
+    assert re.search(r"joint .* 2 x 8 .* 0\.\d of \d+\.\d GB, 0\.0 h", table), table
     assert "--nodes=1" in first
     assert "afterok" not in first
     for script, before in zip(rest, STAGES, strict=False):
@@ -123,6 +125,7 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
     [
         (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
         (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
+        (["--dry_run", "slurm.gpu=a1000"], "a1000"),
         (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
         ([], "there is no sbatch here"),
         (["status", "/nowhere"], "/nowhere was not submitted from here"),
