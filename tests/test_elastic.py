@@ -56,7 +56,6 @@ def wait_for_steps(metrics: Path, steps: int, process: subprocess.Popen[str]) ->
         time.sleep(0.1)
 
 
-@pytest.mark.slow  # a minute or two: two starts of torchrun, and its own wait before it starts anew
 def test_a_dead_rank_is_replaced(tmp_path: Path, launch: Callable[..., subprocess.Popen[str]]) -> None:
     process = launch(tmp_path / "run", "--nproc_per_node", "2", "--max_restarts", "1")
     metrics = tmp_path / "run" / "projector" / "metrics.jsonl"
@@ -69,16 +68,15 @@ def test_a_dead_rank_is_replaced(tmp_path: Path, launch: Callable[..., subproces
     assert lines[-1]["lost_steps"] <= 5 + 5  # since the last save, and one whose write was under way
 
 
-@pytest.mark.slow  # a minute: torchrun takes its time to miss a node
+@pytest.mark.slow  # minutes: torchrun takes its time to miss a node
 def test_a_dead_node_is_done_without(tmp_path: Path, launch: Callable[..., subprocess.Popen[str]]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{probe.getsockname()[1]}"
     options = ["--nnodes", "1:2", "--nproc_per_node", "1", "--max_restarts", "3"]
     options += ["--rdzv_backend", "c10d", "--rdzv_endpoint", meeting, "--rdzv_id", "night", "--local_addr", "127.0.0.1"]
-    first = launch(tmp_path / "run", *options)
-    time.sleep(1)
-    second = launch(tmp_path / "run", *options)
+    first = launch(tmp_path / "run", *options, "--rdzv_conf", "is_host=1")  # the meeting place is not to die
+    second = launch(tmp_path / "run", *options, "--rdzv_conf", "is_host=0")
     metrics = tmp_path / "run" / "projector" / "metrics.jsonl"
     wait_for_steps(metrics, 12, first)
     os.killpg(second.pid, signal.SIGKILL)
