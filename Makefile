@@ -50,7 +50,7 @@ lint: install
 
 # files side by side: much of the time is spent waiting, for processes to start and for Slurm, of which there is one
 test: lint
-	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # a hundred runs, each with a fault at a random instant: about an hour on two free cores
 faults: install
