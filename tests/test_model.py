@@ -130,22 +130,6 @@ def test_every_selected_depth_receives_gradient(fusion: str) -> None:
         assert tap.grad.norm() > 0, depth
 
 
-def test_more_logits_than_fit_are_made_in_parts_with_the_same_gradient() -> None:
-    model, batch = assemble(tiny.model_config("cross_attention"), seed=0), tiny.batch(2)
-    sizes: list[int] = []
-    model.language.lm_head.register_forward_hook(lambda *call: sizes.append(call[-1].numel()))
-    found = []
-    for limit in (model.max_logits, 3 * tiny.VOCABULARY + 1):
-        model.zero_grad()
-        model.max_logits = limit
-        loss = model(**batch.inputs())
-        loss.backward()
-        found.append((loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)))
-    assert sizes[0] == batch.num_tokens * tiny.VOCABULARY
-    assert set(sizes[1:-1]) <= {3 * tiny.VOCABULARY, batch.num_tokens % 3 * tiny.VOCABULARY}
-    torch.testing.assert_close(*found)
-
-
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_parameters_without_gradient_are_those_called_dormant(fusion: str) -> None:
     model = assemble(tiny.model_config(fusion), seed=0)

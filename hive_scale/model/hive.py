@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hive_scale.config import ModelConfig
 from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
@@ -32,7 +31,6 @@ class Hive(nn.Module):
     fusion: Fusion
     pixel_mean: Tensor
     pixel_std: Tensor
-    max_logits = 2**28  # made at once, 1 GB of float32: more than any batch of captions needs
 
     def __init__(self, vision: nn.Module, language: nn.Module, config: ModelConfig) -> None:
         super().__init__()
@@ -133,18 +131,7 @@ class Hive(nn.Module):
         return scores
 
     def token_loss(self, rows_ND: Tensor, target_ids_N: Tensor) -> Tensor:
-        """Cross-entropy of each target token, float32 (N,). Only rows that carry a target meet the head.
-
-        Their logits are made at once: anything else takes longer (`benchmark.py loss`). Where these would be many,
-        as of long answers in a large vocabulary, they are made in parts, and again in backward.
-        """
-        at_once = max(1, self.max_logits // self.language.config.vocab_size)
-        if len(rows_ND) <= at_once:
-            return self._token_loss(rows_ND, target_ids_N)
-        parts = zip(rows_ND.split(at_once), target_ids_N.split(at_once), strict=True)
-        return torch.cat([checkpoint(self._token_loss, *part, use_reentrant=False) for part in parts])
-
-    def _token_loss(self, rows_ND: Tensor, target_ids_N: Tensor) -> Tensor:
+        """Cross-entropy of each target token, float32 (N,). Only rows that carry a target meet the head."""
         return F.cross_entropy(self.logits(rows_ND).float(), target_ids_N, reduction="none")
 
     def dormant(self) -> set[str]:

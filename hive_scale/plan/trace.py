@@ -6,7 +6,6 @@ of the model is a change of its plan. What an engine adds to it is arithmetic on
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +68,6 @@ def trace(
     model is left with fake parameters: build another one for training.
     """
     checkpoint_blocks(model.blocks(), checkpointing)
-    model.max_logits = sys.maxsize  # all at once, whatever the micro-batch will be: an upper bound for long answers
     result = Trace()
     with FakeTensorMode(), _saving_linear() if saves_inputs else nullcontext():
         _fake(model, dtype)
