@@ -74,6 +74,11 @@ class World:
             dist.barrier()
 
 
+def rank() -> int:
+    """This process's, as its launcher says, before and after a session, too."""
+    return _place(os.environ).rank
+
+
 @contextmanager
 def session() -> Iterator[World]:
     """Join the group that the launcher's environment describes, or found a world of one.

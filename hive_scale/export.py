@@ -19,7 +19,7 @@ from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.runs import Run
 from hive_scale.checkpoint.seal import Source
 from hive_scale.config import Config, ModelConfig, PartConfig
-from hive_scale.data.tokenizer import open_tokenizer
+from hive_scale.data.tokenizer import CHAT_TEMPLATE, open_tokenizer
 from hive_scale.model import build, export
 from hive_scale.model.hive import Hive
 
@@ -87,7 +87,9 @@ def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch
 
 
 def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    export.export_llava(config.model, weights, path, _tokenizer(config), config.data.image, dtype)
+    tokenizer = _tokenizer(config)
+    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE  # what it was fine-tuned with
+    export.export_llava(config.model, weights, path, tokenizer, config.data.image, dtype)
 
 
 KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {

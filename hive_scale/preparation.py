@@ -51,6 +51,7 @@ def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
             freeze(model, stage, model.dormant())
             stage.accumulation(world_size)
             stage.num_steps(data[name].train.num_samples)
+            _try_some(data[name].train)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None
         known, size = build.vocabulary_size(config.model), data[name].tokenizer.vocab_size
@@ -58,6 +59,18 @@ def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
             raise ValueError(
                 f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
             )
+
+
+def _try_some(loader: Loader, count: int = 4) -> None:
+    """Raises ValueError if of a few samples from all over the set none can be used, for then none will be."""
+    size, reason = len(loader.index), ""
+    for i in range(0, size, max(1, size // count)):
+        try:
+            loader.sample(i)
+            return
+        except ValueError as error:
+            reason = reason or f"{loader.index.key(i)} of {loader.index.shard(i)}: {error}"
+    raise ValueError(f"no sample that was tried can be used; the first is {reason}")
 
 
 def claim(config: Config, world: World, overwrite: bool) -> None:

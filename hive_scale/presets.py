@@ -259,6 +259,32 @@ def _paper(name: str, fusion: Fusion, hub: str, vision: dict[str, Any], later: b
     )
 
 
+# As its gated repository has it: a plan or a dry run needs no access.
+LLAMA_1B: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "max_position_embeddings": 131072,
+    "bos_token_id": 128000,
+    "eos_token_id": 128009,
+    "tie_word_embeddings": True,
+}
+
+
 def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -> Config:
     """LLaVA's two stages on a pre-trained encoder and Llama-3.2-1B-Instruct (paper, Table 5).
 
@@ -285,7 +311,9 @@ def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -
     common: dict[str, Any] = {"drop_last": True, "min_lr": 0.0, "betas": (0.9, 0.999)}
     return Config(
         name="vlm",
-        model=ModelConfig(vision=PartConfig(path=encoder), language=PartConfig(path=llm), fusion=fusion),
+        model=ModelConfig(
+            vision=PartConfig(path=encoder), language=PartConfig(path=llm, config=LLAMA_1B), fusion=fusion
+        ),
         data=conversations,
         stages={
             "connector": StageConfig(connector, micro_batch=32, data=captions, **common),

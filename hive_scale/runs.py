@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.runs import CONFIG, Run
-from hive_scale.config import Config
+from hive_scale.config import Config, ModelConfig, PartConfig
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 
@@ -14,15 +15,26 @@ from hive_scale.model.hive import Hive
 def find_encoder(path: Path) -> Path:
     """The Hugging Face directory of the encoder at `path`: that itself, a stage's, or that of a run's last stage.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or its image processor makes pictures of another size than it takes.
     """
     if (path / "config.json").is_file():
+        _check_processor(path)
         return path
     run, stage = _find(path)
     folder = run.dir / stage / "encoder"
     if not folder.is_dir():
         raise ValueError(f"{folder} is not there: name a stage that is done")
     return folder
+
+
+def _check_processor(path: Path) -> None:
+    """A directory whose parts do not belong together would be used on pictures of the wrong size."""
+    file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    size = told.get("crop_size") or told.get("size") or {}
+    side = size.get("height", size.get("shortest_edge", wanted)) if isinstance(size, dict) else size
+    if side != wanted:
+        raise ValueError(f"{path}: its processor makes pictures of {side} pixels, its encoder takes {wanted}")
 
 
 def open_hive(path: Path) -> tuple[Config, str, Hive]:

@@ -17,11 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if TYPE_CHECKING:
     from hive_scale.distributed import World
     from hive_scale.evaluate.answering import Answerer
-    from hive_scale.evaluate.question import Task
+    from hive_scale.evaluate.question import Question, Task
 
 EXAMPLES = """\
 examples:
-  python launchers/evaluate.py runs/vlm --tasks mme,gqa,okvqa,scienceqa        a run of pretrain.py --preset vlm
+  python launchers/evaluate.py runs/vlm --tasks mme,gqa,okvqa,scienceqa        a run of finetune_vlm.py
   python launchers/evaluate.py models/llava-1.5-7b-hf --tasks mme              any stock LLaVA directory
   torchrun --nproc_per_node 8 launchers/evaluate.py runs/vlm --tasks gqa       on 8 GPUs
   python launchers/evaluate.py --tasks gqa --score predictions.jsonl           again, without a model
@@ -33,8 +33,8 @@ command again goes on where it stopped. Exit codes: 0 done, 2 something to chang
 LMMS_TASKS = {"mme": "mme", "gqa": "gqa", "okvqa": "ok_vqa_val2014", "scienceqa": "scienceqa,scienceqa_img"}
 
 
-def main() -> int:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     try:
         if arguments.backend == "lmms_eval":
             return _lmms_eval(arguments)
@@ -42,6 +42,11 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def check(argv: Sequence[str]) -> None:
+    """Meet now what would end the command `argv`, though its model is still to come. Raises ValueError."""
+    _questions(_parse(argv))
 
 
 def _score(arguments: argparse.Namespace) -> int:
@@ -63,15 +68,13 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
-    tasks = _tasks(arguments.tasks)
-    asked = {task.name: task.read(arguments.data / task.name)[: arguments.limit] for task in tasks}
-    results = {}
+    asked, results = _questions(arguments), {}
     with session() as world:
         output, answerer = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not world.is_main) as bar:
-            for task in tasks:
-                questions, folder = asked[task.name], output / task.name
+            for task, questions in asked:
+                folder = output / task.name
                 shown = bar.add_task(task.name, total=len(questions))
                 limit = arguments.max_tokens or task.max_tokens
                 answer_all(
@@ -83,6 +86,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             _show(results)
             print(f"answers  {output}/<task>/predictions.jsonl\nscores   {output}/results.json")
     return 0
+
+
+def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]]]:
+    return [(task, task.read(arguments.data / task.name)[: arguments.limit]) for task in _tasks(arguments.tasks)]
 
 
 def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
@@ -158,7 +165,7 @@ def _lmms_eval(arguments: argparse.Namespace) -> int:
     return subprocess.run([*command, "--output_path", str(output), "--log_samples"], check=False).returncode
 
 
-def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

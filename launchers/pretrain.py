@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hive_scale.command import add_run_arguments, named_run
+from hive_scale.command import add_run_arguments, add_training_arguments, named_run
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -70,12 +70,7 @@ def _parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run_arguments(parser)
-    parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--overwrite", action="store_true", help="delete what the run directory holds and start over")
-    parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
-    levels = ("debug", "info", "warning", "error")
-    parser.add_argument("--log_level", choices=levels, default="warning", help="of what libraries say (warning)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    add_training_arguments(parser)
     return parser.parse_args()
 
 

@@ -5,35 +5,44 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
+    from hive_scale.evaluate.labelled import Labelled
     from hive_scale.evaluate.probing import Plan
 
 EXAMPLES = """\
 examples:
   python launchers/probe.py runs/debug --set emoji --data data/emoji            a run's encoder
   python launchers/probe.py runs/debug --set fashion_mnist --augment none --heads knn,linear
-  torchrun --nproc_per_node 8 launchers/probe.py models/siglip-large-patch16-384 --set cifar100 --workers 8
+  torchrun --nproc_per_node 8 launchers/probe.py models/siglip-large-patch16-384 --set cifar10,cifar100 --workers 8
   python launchers/probe.py models/clip-vit-large-patch14-336 --set folder --data my/pictures
 
 Sets: cifar10, cifar100, imagenet, tiny_imagenet, food101, stanford_cars, pets, caltech256, fashion_mnist, emoji,
 and folder (a folder per class under train/ and test/). --data holds the hub's parquet files, class folders, or what
-torchvision downloads. Rates are chosen on a validation split, never on the test pictures. Exit codes: 0 done,
-2 something to change.
+torchvision downloads. Rates are chosen on a validation split, never on the test pictures. The same command again
+passes over sets that it has results of. Exit codes: 0 done, 2 something to change.
 """
 
 
-def main() -> int:
-    arguments = _parse()
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
     try:
         return _probe(arguments)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def check(argv: Sequence[str]) -> None:
+    """Meet now what would end the command `argv`, though its encoder is still to come. Raises ValueError."""
+    arguments = _parse(argv)
+    _plan(arguments)
+    _sets(arguments)
 
 
 def _probe(arguments: argparse.Namespace) -> int:
@@ -42,24 +51,39 @@ def _probe(arguments: argparse.Namespace) -> int:
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.features import Encoder
-    from hive_scale.evaluate.labelled import open_labelled
-    from hive_scale.evaluate.probing import Bench, save
+    from hive_scale.evaluate.probing import Bench, read_results, save
     from hive_scale.runs import find_encoder
 
     path = find_encoder(arguments.encoder)
-    data = open_labelled(arguments.set, arguments.data or Path("data") / arguments.set)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
     dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    sets = _sets(arguments)
     with session() as world:
         say = Console().print if world.is_main else lambda text: None
         encoder = Encoder(path, world.device, dtype, arguments.depth)
-        say(f"{data.name}: {data.num_classes} classes, {data.train.size} pictures to train, {data.test.size} to test")
-        results = Bench(encoder, data, plan, world, output / "features").run(say)
-        if world.is_main:
-            save(output / f"{data.name}.json", plan, path, data, results)
-            _show(results)
-            print(f"results  {output / data.name}.json")
+        for data in sets:
+            file = output / f"{data.name}.json"
+            results = read_results(file, plan, encoder, data)
+            world.barrier()  # before the first of us writes what the last is still to look for
+            if results is None:
+                sizes = f"{data.train.size} pictures to train, {data.test.size} to test"
+                say(f"{data.name}: {data.num_classes} classes, {sizes}")
+                results = Bench(encoder, data, plan, world, output / "features").run(say)
+                if world.is_main:
+                    save(file, plan, encoder, data, results)
+            if world.is_main:
+                _show(results)
+                print(f"results  {file}")
     return 0
+
+
+def _sets(arguments: argparse.Namespace) -> list[Labelled]:
+    from hive_scale.evaluate.labelled import open_labelled
+
+    root, names = arguments.data or Path("data"), arguments.set.split(",")
+    if arguments.data and len(names) == 1 and not (root / names[0]).is_dir():
+        return [open_labelled(names[0], root)]
+    return [open_labelled(name, root / name) for name in names]
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
@@ -92,13 +116,13 @@ def _show(results: dict[str, Any]) -> None:
     Console().print(table)
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
-    parser.add_argument("--set", required=True, metavar="NAME", help="see below")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="where the set lies (data/<set>)")
+    parser.add_argument("--set", required=True, metavar="A,B", help="see below")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="holds DIR/<set> (data), or is the one set itself")
     parser.add_argument("--heads", default="attentive,linear", help="attentive, linear, knn (%(default)s)")
     parser.add_argument("--rates", default="", metavar="A,B", help="peak learning rates (seven, 5e-5 to 2e-3)")
     parser.add_argument("--epochs", type=int, default=50, help="over the training pictures (%(default)s)")
@@ -110,7 +134,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="data processes (%(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for results and features (<encoder>/probes)")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""A run's stages as a chain of jobs: what is left to submit, and what was submitted."""
+"""A run's stages, and what follows them, as a chain of jobs: what is left to submit, and what was submitted."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,12 +17,13 @@ from hive_scale.config import Config
 from slurm import controller
 from slurm.controller import Job
 from slurm.resources import Resources
+from slurm.then import Follower, Followers
 
 Verb = Literal["done", "kept", "submit"]
 
 
 class Link(NamedTuple):
-    """What is to happen with a stage."""
+    """What is to happen with a stage, or with what follows the last of them."""
 
     stage: str
     verb: Verb
@@ -30,26 +31,27 @@ class Link(NamedTuple):
     replaces: str = ""  # id of a job that waits for a predecessor which is gone
 
 
-def decide(stages: Sequence[str], done: Collection[str], jobs: Mapping[str, Job]) -> list[Link]:
+def decide(order: Mapping[str, str], done: Collection[str], jobs: Mapping[str, Job]) -> list[Link]:
     """Skip what is done, keep what runs or waits rightly, submit the rest behind it.
 
-    `done` are the stages whose weights are there: that alone counts, not how a job ended. `jobs` are the last
-    submitted jobs by stage, as Slurm knows them now.
+    `order` names every stage, first to last, with the one it waits for. `done` are those whose weights are there:
+    that alone counts, not how a job ended. `jobs` are the last submitted jobs by stage, as Slurm knows them now.
     """
     links: list[Link] = []
-    after, is_fresh = "", False
-    for stage in stages:
+    fresh: set[str] = set()
+    for stage, after in order.items():
         job = jobs.get(stage)
         if stage in done:
             links.append(Link(stage, "done"))
             continue
-        if job and job.is_active and not (is_fresh and job.state == "PENDING"):
+        while after in done:
+            after = order[after]
+        if job and job.is_active and not (after in fresh and job.state == "PENDING"):
             links.append(Link(stage, "kept", after))
         else:
             waits_in_vain = job is not None and job.state == "PENDING"
             links.append(Link(stage, "submit", after, job.id if job and waits_in_vain else ""))
-            is_fresh = True
-        after = stage
+            fresh.add(stage)
     return links
 
 
@@ -63,6 +65,10 @@ class Record:
     jobs: dict[str, str] = field(default_factory=dict)  # the last job of each stage
     steps: dict[str, int] = field(default_factory=dict)  # optimizer steps of each stage
     resources: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage
+    then: dict[str, dict[str, Any]] = field(default_factory=dict)  # what follows the last stage
+
+    def followers(self) -> dict[str, Follower]:
+        return {name: Follower(**fields) for name, fields in self.then.items()}
 
     @staticmethod
     def path(run_dir: Path) -> Path:
@@ -80,11 +86,14 @@ class Record:
         unnamed.rename(path)
 
 
-def recorded(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int]) -> Record:
+def recorded(
+    config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int], then: Followers
+) -> Record:
     """The run's record, brought up to date and written, with its config beside it."""
     record = Record.read(config.run_dir) or Record()
     record.cwd, record.code, record.cluster, record.steps = os.getcwd(), code_version(), cluster, dict(steps)
     record.resources = {stage: asdict(resources) for stage, resources in asked.items()}
+    record.then = {name: asdict(follower) for name, follower in then.items()}
     configs.save(config, Record.path(config.run_dir).with_name("config.yaml"))
     record.write(config.run_dir)
     return record
@@ -109,6 +118,6 @@ def known_jobs(config: Config) -> dict[str, Job]:
     record = Record.read(config.run_dir)
     if record is None or record.cluster != "slurm":
         return {}
-    stages = {job: stage for stage, job in record.jobs.items() if stage in config.stages}
+    stages = {job: stage for stage, job in record.jobs.items() if stage in config.stages or stage in record.then}
     found = controller.look_up({job: job_name(config, stage) for job, stage in stages.items()})
     return {stages[id]: job for id, job in found.items()}

@@ -1,4 +1,4 @@
-"""What runs inside a job: a picklable callable that trains up to one stage, from wherever the run stands."""
+"""What runs inside a job: a picklable callable that does one stage, or what follows them, from wherever it stands."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,8 +18,10 @@ from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
+from hive_scale import config as configs
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
+from slurm.then import Follower, Followers
 
 SAVED = 75  # exit code of a job that was told to stop and saved: its script queues it again
 HALTED = 76  # the same, but somebody asked for it with a file STOP: it stays down
@@ -26,8 +29,8 @@ PATIENCE = 300.0  # seconds for the processes of an attempt before this one to d
 
 
 @dataclass(frozen=True)
-class StageJob:
-    """Trains `stage` and whatever before it is unfinished; a stage that is done costs a glance.
+class ChainJob(ABC):
+    """Does one stage of a run, or what follows the last of them; what is done already costs a glance.
 
     So it does no harm that Slurm may run a job again after it has succeeded, or before its predecessor has.
     """
@@ -36,8 +39,46 @@ class StageJob:
     stage: str
     attempts: int
 
+    @abstractmethod
     def __call__(self) -> int:
-        """Returns 0 once the stage is done, SAVED or HALTED; under Slurm it exits with these two."""
+        """Returns 0 once all is done, SAVED or HALTED; under Slurm it exits with these two."""
+
+    @abstractmethod
+    def is_done(self) -> bool: ...
+
+    @abstractmethod
+    def position(self) -> str:
+        """Where it would begin now: attempts that begin at the same place have got nowhere."""
+
+    def checkpoint(self) -> DelayedSubmission:
+        """For a signal that comes before all else: the same again."""
+        return DelayedSubmission(self)
+
+    def begin(self, began: datetime) -> None:
+        """Note this attempt. Raises RuntimeError if as many as allowed began where it does."""
+        at = self.position()
+        before = [line for line in read_attempts(self.config.run_dir) if line["event"] == "begin"]
+        mine = [line for line in before if line["job"] == job_id()]
+        stuck = len(list(takewhile(lambda line: line["at"] == at, reversed(mine))))
+        if stuck >= self.attempts and not self.is_done():
+            raise RuntimeError(
+                f"{stuck} attempts in a row began at {at} and saved no step: see the log for what ended them; give "
+                "slurm.grace or slurm.hours more time if a step and a save do not fit; then submit again"
+            )
+        self.note("begin", began, at=at, nodes=os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()))
+
+    def note(self, event: str, when: datetime, **what: Any) -> None:
+        path = attempts_file(self.config.run_dir)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        time = when.astimezone().isoformat(timespec="milliseconds")
+        with path.open("a") as file:
+            file.write(json.dumps({"event": event, "stage": self.stage, "job": job_id(), "time": time} | what) + "\n")
+
+
+class StageJob(ChainJob):
+    """Trains `stage` and whatever before it is unfinished."""
+
+    def __call__(self) -> int:
         began = datetime.now()
         with noting() as asked:
             return self._run(began, asked)
@@ -49,8 +90,8 @@ class StageJob:
         code, stop_file = 0, self.config.run_dir / "STOP"
         with session() as world:
             if world.is_main:
-                self._begin(began)
-            is_over, is_asked = world.sum(world.is_main and self._is_done(), len(asked))
+                self.begin(began)
+            is_over, is_asked = world.sum(world.is_main and self.is_done(), len(asked))
             try:
                 if is_asked and not is_over:
                     raise Stopped("stopped before it began")
@@ -60,52 +101,83 @@ class StageJob:
                 print(f"{stopped}", flush=True)
                 code = HALTED if any(world.sum(world.is_main and stop_file.exists())) else SAVED
             if world.is_main:
-                self._note("end", datetime.now(), code=code)
-        if code and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-            sys.exit(code)
-        return code
+                self.note("end", datetime.now(), code=code)
+        return leave(code)
 
-    def checkpoint(self) -> DelayedSubmission:
-        """For a signal that comes before all else: the same again."""
-        return DelayedSubmission(self)
-
-    def _is_done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether this stage and all before it are, so that not even the lock is needed."""
         names = list(self.config.stages)
         return all(is_done(self.config.run_dir / name) for name in names[: names.index(self.stage) + 1])
 
-    def _begin(self, began: datetime) -> None:
-        """Note this attempt. Raises RuntimeError if as many as allowed began where it does."""
-        at = position(self.config)
-        before = [line for line in read_attempts(self.config.run_dir) if line["event"] == "begin"]
-        mine = [line for line in before if line["job"] == job_id()]
-        stuck = len(list(takewhile(lambda line: line["at"] == at, reversed(mine))))
-        if stuck >= self.attempts and not self._is_done():
-            raise RuntimeError(
-                f"{stuck} attempts in a row began at {at} and saved no step: see the log for what ended them; give "
-                "slurm.grace or slurm.hours more time if a step and a save do not fit; then submit again"
-            )
-        self._note("begin", began, at=at, nodes=os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()))
+    def position(self) -> str:
+        return position(self.config)
 
-    def _note(self, event: str, when: datetime, **what: Any) -> None:
-        path = attempts_file(self.config.run_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        time = when.astimezone().isoformat(timespec="milliseconds")
-        with path.open("a") as file:
-            file.write(json.dumps({"event": event, "stage": self.stage, "job": job_id(), "time": time} | what) + "\n")
+
+@dataclass(frozen=True)
+class FollowerJob(ChainJob):
+    """Runs a launcher on the trained run."""
+
+    follower: Follower
+
+    def __call__(self) -> int:
+        from hive_scale.distributed import rank
+
+        began, is_main, stop_file = datetime.now(), rank() == 0, self.follower.output / "STOP"
+        if is_main:
+            self.begin(began)
+        # training heeds signals by itself; what else runs here has written all that it will not do twice
+        with handling(lambda *_: os._exit(SAVED)):
+            code = 0 if self.is_done() else self.follower.run()
+        if code == SAVED and stop_file.exists():
+            code = HALTED
+        if is_main:
+            self.note("end", datetime.now(), code=code)
+            if code == 0:
+                self.follower.mark_done(self.config.run_dir, self.stage)
+        if code not in (0, SAVED, HALTED):
+            raise RuntimeError(f"{self.stage} ended with exit code {code}: the line above says why")
+        return leave(code)
+
+    def is_done(self) -> bool:
+        return self.follower.is_done(self.config.run_dir, self.stage)
+
+    def position(self) -> str:
+        """Of a run its newest checkpoint, else how much has been written."""
+        output = self.follower.output
+        if (output / "config.yaml").is_file():
+            return f"{self.stage}, {position(configs.load(output / 'config.yaml'))}"
+        return f"{self.stage}, {sum(path.stat().st_size for path in output.rglob('*') if path.is_file())} bytes"
+
+
+def job_of(config: Config, name: str, then: Followers, attempts: int) -> ChainJob:
+    """The job of a stage, or of one of `then`."""
+    return FollowerJob(config, name, attempts, then[name]) if name in then else StageJob(config, name, attempts)
+
+
+def leave(code: int) -> int:
+    """Under Slurm exit with a `code` that its script must hear of."""
+    if code and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
+        sys.exit(code)
+    return code
 
 
 @contextmanager
 def noting() -> Iterator[list[int]]:
     """Collect signals while libraries are read: nothing is lost then, and submitit would act on them by itself."""
     asked: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, lambda number, _: asked.append(number)) for number in numbers}
-    try:
+    with handling(lambda number, _: asked.append(number)):
         yield asked
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def position(config: Config) -> str:

@@ -12,24 +12,25 @@ import submitit
 
 from hive_scale.config import Config
 from slurm import chain, snapshot, status
-from slurm.job import StageJob
+from slurm.job import ChainJob, job_of
 from slurm.resources import Resources, environment
+from slurm.then import Followers, order
 
 YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
 
 
-def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int]) -> int:
-    """Train what is left, stage by stage; 0, 1 if a stage failed, or the code of a stage that was stopped."""
+def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int], then: Followers) -> int:
+    """Do what is left, stage by stage; 0, 1 if a stage failed, or the code of a stage that was stopped."""
     with chain.submitting(config.run_dir):
-        record = chain.recorded(config, asked, cluster, steps)
-        for stage in config.stages:
-            if stage in status.done_stages(config):
+        record = chain.recorded(config, asked, cluster, steps, then)
+        for stage in order(list(config.stages), then):
+            if stage in status.done_stages(config, then):
                 continue
-            job = StageJob(config, stage, asked[stage].attempts)
+            job = job_of(config, stage, then, asked[stage].attempts)
             if cluster == "debug":
                 code = job()
             else:
-                submitted = _submit(job, asked[stage])
+                submitted = _submit(config, job, asked[stage])
                 record.jobs[stage] = submitted.job_id
                 record.write(config.run_dir)
                 code = _wait(submitted, config)
@@ -38,8 +39,8 @@ def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Map
     return status.show(config, follow_jobs=False)
 
 
-def _submit(job: StageJob, resources: Resources) -> submitit.Job[int]:
-    executor = submitit.LocalExecutor(job.config.run_dir / "slurm" / "logs")
+def _submit(config: Config, job: ChainJob, resources: Resources) -> submitit.Job[int]:
+    executor = submitit.LocalExecutor(config.run_dir / "slurm" / "logs")
     if resources.nodes > 1:
         raise ValueError("--cluster local has one node: give slurm.nodes=1")
     executor.update_parameters(
@@ -48,7 +49,7 @@ def _submit(job: StageJob, resources: Resources) -> submitit.Job[int]:
         gpus_per_node=resources.gpus_per_node,
         stderr_to_stdout=True,
     )
-    os.environ.update(environment(resources, snapshot.ROOT, job.config.data))
+    os.environ.update(environment(resources, snapshot.ROOT, config.data))
     # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

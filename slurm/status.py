@@ -21,6 +21,7 @@ from slurm import chain, controller
 from slurm.chain import Link, Record
 from slurm.job import read_attempts
 from slurm.resources import Resources
+from slurm.then import Followers
 
 console = Console(highlight=False)
 POLL = 2.0  # seconds between looks
@@ -48,7 +49,7 @@ def show(config: Config, follow_jobs: bool) -> int:
             follow(config, until=lambda: not any(job.is_active for job in chain.known_jobs(config).values()))
     else:
         console.print(_table(config))
-    return 0 if len(done_stages(config)) == len(config.stages) else 1
+    return 0 if set(_states(config).values()) == {"done"} else 1
 
 
 def follow(config: Config, until: Callable[[], bool]) -> None:
@@ -74,16 +75,18 @@ def follow(config: Config, until: Callable[[], bool]) -> None:
         console.print(_table(config))
 
 
-def done_stages(config: Config) -> list[str]:
-    return [stage for stage in config.stages if is_done(config.run_dir / stage)]
+def done_stages(config: Config, then: Followers) -> list[str]:
+    """Of stages and followers."""
+    trained = [stage for stage in config.stages if is_done(config.run_dir / stage)]
+    return trained + [name for name, follower in then.items() if follower.is_done(config.run_dir, name)]
 
 
 def _states(config: Config) -> dict[str, str]:
     record = Record.read(config.run_dir) or Record()
     jobs = chain.known_jobs(config) if controller.is_here() else {}  # else, what the files say
-    done = done_stages(config)
+    done = done_stages(config, record.followers())
     states = {}
-    for stage in config.stages:
+    for stage in (*config.stages, *record.then):
         job = jobs.get(stage)
         if stage in done:
             states[stage] = "done"
@@ -99,8 +102,11 @@ def _table(config: Config) -> Table:
     steps = (Record.read(config.run_dir) or Record()).steps
     attempts = read_attempts(config.run_dir)
     for stage, state in _states(config).items():
-        lines = read_metrics(config.run_dir / stage / "metrics.jsonl")
         starts = sum(attempt["event"] == "begin" and attempt["stage"] == stage for attempt in attempts)
+        if stage not in config.stages:  # what follows the last stage counts no steps
+            table.add_row(stage, state, "", "", "", "", str(starts or ""), "")
+            continue
+        lines = read_metrics(config.run_dir / stage / "metrics.jsonl")
         row = _progress(lines, steps.get(stage, 0), config.stages[stage].global_batch)
         # of the time in which the stage held its nodes: the queue's is not its own
         share = f"{goodput.share(lines[-1]['spent'] | {'down': 0.0}):.0%}" if lines else ""

@@ -12,34 +12,36 @@ from hive_scale import config as configs
 from hive_scale.config import Config
 from slurm import chain, controller, local, snapshot, status
 from slurm.chain import Link, Record
-from slurm.job import StageJob
+from slurm.job import job_of
 from slurm.resources import Resources, sbatch
+from slurm.then import Followers
+from slurm.then import order as in_order
 
 Asked = Mapping[str, Resources]  # by stage
 
 
-def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) -> int:
+def submit(config: Config, asked: Asked, cluster: str, then: Followers, dry_run: bool = False) -> int:
     """Submit what is left of the run, or with `dry_run` show what would be. Returns an exit code.
 
     Raises ValueError for what the user must change, SlurmError if Slurm refuses or is silent.
     """
     if cluster == "slurm" and not dry_run and not controller.is_here("sbatch"):
         raise ValueError("there is no sbatch here: log in to the cluster, or give --cluster local, or --dry_run")
-    steps = validate(config, asked)
+    steps = validate(config, asked, then)
     if cluster != "slurm" and not dry_run:
-        return local.run(config, asked, cluster, steps)
-    done = status.done_stages(config)
+        return local.run(config, asked, cluster, steps, then)
+    order, done = in_order(list(config.stages), then), status.done_stages(config, then)
     costs = {name: cost(config, name, asked[name], steps[name]) for name in steps if name not in done}
     if dry_run:
-        links = chain.decide(list(config.stages), done, chain.known_jobs(config) if controller.is_here() else {})
+        links = chain.decide(order, done, chain.known_jobs(config) if controller.is_here() else {})
         status.show_plan(links, asked, costs, {})
         show_scripts(config, links, asked)
         return 0
     with chain.submitting(config.run_dir) as folder:
-        links = chain.decide(list(config.stages), done, chain.known_jobs(config))
+        links = chain.decide(order, done, chain.known_jobs(config))
         controller.cancel([link.replaces for link in reversed(links) if link.replaces])
         code = snapshot.take(folder / "code", config.engine.ds_config)
-        record = chain.recorded(config, asked, "slurm", steps)
+        record = chain.recorded(config, asked, "slurm", steps, then)
         for link in links:
             if link.verb == "submit":
                 record.jobs[link.stage] = _submit(config, link, asked[link.stage], code, record)
@@ -49,7 +51,7 @@ def submit(config: Config, asked: Asked, cluster: str, dry_run: bool = False) ->
     return 0
 
 
-def validate(config: Config, asked: Asked) -> dict[str, int]:
+def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
     from hive_scale.preparation import check, open_all
 
@@ -59,6 +61,11 @@ def validate(config: Config, asked: Asked) -> dict[str, int]:
     data = open_all(config)
     for name, stage in config.stages.items():
         check(replace(config, stages={name: stage}), data, asked[name].world_size)
+    for name, follower in then.items():
+        try:
+            follower.check(config, asked[name].world_size)
+        except ValueError as error:
+            raise ValueError(f"--then {name}: {error}") from None
     return {name: stage.num_steps(data[name].train.num_samples) for name, stage in config.stages.items()}
 
 
@@ -103,7 +110,7 @@ def _submit(config: Config, link: Link, resources: Resources, code: Path, record
         config = replace(config, engine=replace(config.engine, ds_config=str(code.absolute() / snapshot.DS_CONFIG)))
     executor = _executor(config, link.stage, resources, code, record.jobs[link.after] if link.after else "")
     try:
-        return str(executor.submit(StageJob(config, link.stage, resources.attempts)).job_id)
+        return str(executor.submit(job_of(config, link.stage, record.followers(), resources.attempts)).job_id)
     except submitit.core.utils.FailedJobError as error:
         raise controller.SlurmError(f"{link.stage}: {str(error).strip().splitlines()[-1]}") from error
 

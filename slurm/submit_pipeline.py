@@ -27,7 +27,12 @@ examples:
       slurm.account=vision slurm.stages.joint.nodes=4 slurm.stages.joint.hours=12
   python slurm/submit_pipeline.py --preset debug --dry_run        the scripts, without a Slurm in reach
   python slurm/submit_pipeline.py --preset debug --cluster local  the same chain as processes of this machine
+  python slurm/submit_pipeline.py --preset paper_siglip --then probe,vlm,evaluate then.probe='--set pets,food101'
   python slurm/submit_pipeline.py status runs/debug --follow      also: logs, cancel, resume
+
+--then adds jobs that wait for the last stage: launchers/probe.py on its encoder, launchers/finetune_vlm.py, which
+leaves its run in <output>/vlm, and launchers/evaluate.py on that, or without it on the run itself. Options of theirs
+are given as then.NAME='OPTIONS'; else they are the paper's sets, recipe and tasks.
 
 Exit codes: 0 submitted (or, off Slurm, done), 1 a stage failed, 2 something to change in command, config or data,
 75 stopped by a signal and saved.
@@ -44,13 +49,16 @@ def main() -> int:
             return commands[words[0]](words[1:])
         arguments = _parser().parse_intermixed_args(words)
         from hive_scale.command import named_run
-        from slurm import resources, submission
+        from slurm import chain, resources, submission, then
 
         plain, slurm_words = resources.split(arguments.overrides)
+        plain, then_words = then.split(plain)
         config = named_run(arguments, plain)
-        bases = dict.fromkeys(config.stages, resources.Resources())
+        before = chain.Record.read(config.run_dir) or chain.Record()
+        followers = then.read(arguments.then, then_words, config) or before.followers()
+        bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
         asked = resources.read(arguments.profile, slurm_words, bases)
-        return submission.submit(config, asked, arguments.cluster, arguments.dry_run)
+        return submission.submit(config, asked, arguments.cluster, followers, arguments.dry_run)
     except (ValueError, SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,9 +82,10 @@ def logs(words: list[str]) -> int:
     parser.add_argument("--follow", action="store_true", help="as it grows")
     arguments = parser.parse_intermixed_args(words)
     config, record = _read(arguments.run)
-    if arguments.stage and arguments.stage not in config.stages:
-        raise ValueError(f"there is no stage '{arguments.stage}': there are {', '.join(config.stages)}")
-    wanted = [arguments.stage] if arguments.stage else list(config.stages)
+    known = [*config.stages, *record.then]
+    if arguments.stage and arguments.stage not in known:
+        raise ValueError(f"there is no stage '{arguments.stage}': there are {', '.join(known)}")
+    wanted = [arguments.stage] if arguments.stage else known
     folder = config.run_dir / "slurm" / "logs"
     files = [folder / f"{record.jobs[stage]}_0_log.out" for stage in wanted if stage in record.jobs]
     files = [file for file in files if file.exists()]
@@ -108,8 +117,9 @@ def resume(words: list[str]) -> int:
     plain, slurm_words = resources.split(arguments.overrides)
     if plain:
         raise ValueError(f"{plain[0]}: resume takes slurm.* words only: for another config, submit it")
-    before = {stage: resources.Resources(**record.resources[stage]) for stage in config.stages}
-    return submission.submit(config, resources.read(None, slurm_words, before), record.cluster)
+    before = {stage: resources.Resources(**asked) for stage, asked in record.resources.items()}
+    asked = resources.read(None, slurm_words, before)
+    return submission.submit(config, asked, record.cluster, record.followers())
 
 
 def _read(run: Path) -> tuple[Config, Record]:
@@ -137,7 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_run_arguments(parser, "any key of the config, or slurm.KEY")
+    add_run_arguments(parser, "any key of the config, slurm.KEY, or then.NAME")
+    parser.add_argument("--then", default="", metavar="A,B", help="after the last stage: probe, vlm, evaluate")
     parser.add_argument("--profile", help="a site's resources: a name in slurm/profiles, or a YAML file")
     parser.add_argument(
         "--cluster", choices=("slurm", "local", "debug"), default="slurm", help="debug: in this process"

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
 LIMIT = 5
 CHAT = (
-    "{{ eos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ eos_token }}{% for m in messages %}{{ m.role + ': ' + m.content }}"
     "{{ eos_token if m.role == 'assistant' else '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )

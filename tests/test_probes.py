@@ -25,7 +25,9 @@ from hive_scale.evaluate.probes import AttentiveProbe, Grid, LinearProbe, Recipe
 from hive_scale.evaluate.probing import Bench, Plan
 from hive_scale.model import build
 from hive_scale.model.export import export_encoder
+from launchers import probe
 
+ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
 RECIPE = Recipe(rates=(1e-2, 1e-5), epochs=6, batch=32, min_lr=1e-6)
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (200, 40, 40)}
@@ -169,6 +171,26 @@ def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures
     assert not set(benches[0].train_part) & set(benches[0].choice_part)
 
 
+def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "folder").symlink_to(pictures)
+    (tmp_path / "data" / "emoji").symlink_to(ROOT / "hive_scale/data/sample")
+    words = [str(encoder), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--augment", "none"]
+    words += ["--heads", "linear", "--rates", "1e-2", "--batch", "32", "--limit", "64", "--seeds", "1", "--epochs"]
+    assert probe.main([*words, "1", "--set", "folder"]) == 0
+    assert probe.main([*words, "1", "--set", "folder,emoji"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("folder: 3 classes") == 1
+    assert said.count("emoji: ") == 1
+    assert said.count(f"results  {tmp_path}/out/folder.json") == 2
+    monkeypatch.setattr(Bench, "run", lambda *_: pytest.fail("probed again"))
+    assert probe.main([*words, "1", "--set", "folder,emoji"]) == 0
+    with pytest.raises(pytest.fail.Exception, match="probed again"):
+        probe.main([*words, "2", "--set", "folder"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -185,7 +207,7 @@ def test_a_user_error_is_one_line_and_exit_code_2(
     words: list[str],
     message: str,
 ) -> None:
-    launcher = Path(__file__).parents[1] / "launchers/probe.py"
+    launcher = ROOT / "launchers/probe.py"
     monkeypatch.setattr(sys, "argv", [str(launcher), str(encoder), "--data", str(pictures), *words])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(launcher), run_name="__main__")

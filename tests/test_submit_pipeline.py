@@ -11,15 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_vlm import recipe, write_questions
 
+from hive_scale import presets
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import DataConfig
+from slurm import submission
+from slurm import then as followers
 from slurm.chain import Link, decide
 from slurm.controller import NEVER, Job
-from slurm.resources import PROFILES, Resources, environment, read
+from slurm.resources import PROFILES, Resources, environment, read, split
+from slurm.then import Follower, order
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["projector", "language", "joint"]
+ORDER = order(STAGES, {})
 BRIEF = ["evidence=false", "eval_interval=0", *(f"stages.{stage}.steps=2" for stage in STAGES)]
 
 
@@ -35,7 +41,7 @@ def job(state: str, reason: str = "") -> Job:
 
 
 def test_what_is_done_is_skipped_and_the_rest_is_chained() -> None:
-    assert decide(STAGES, ["projector"], {}) == [
+    assert decide(ORDER, ["projector"], {}) == [
         Link("projector", "done"),
         Link("language", "submit"),
         Link("joint", "submit", "language"),
@@ -44,18 +50,18 @@ def test_what_is_done_is_skipped_and_the_rest_is_chained() -> None:
 
 def test_what_runs_or_waits_is_kept() -> None:
     jobs = {"projector": job("RUNNING"), "language": job("PENDING", "Dependency"), "joint": job("PENDING")}
-    assert [link.verb for link in decide(STAGES, [], jobs)] == ["kept"] * 3
+    assert [link.verb for link in decide(ORDER, [], jobs)] == ["kept"] * 3
     # a requeued one waits under its own id
     jobs["projector"] = job("PENDING", "BeginTime")
-    assert [link.verb for link in decide(STAGES, [], jobs)] == ["kept"] * 3
+    assert [link.verb for link in decide(ORDER, [], jobs)] == ["kept"] * 3
     # one that was forgotten by all is submitted behind the others
     jobs["joint"] = job("")
-    assert decide(STAGES, [], jobs)[2] == Link("joint", "submit", "language")
+    assert decide(ORDER, [], jobs)[2] == Link("joint", "submit", "language")
 
 
 def test_a_failed_stage_is_started_again_and_what_waited_for_it_is_replaced() -> None:
     jobs = {"projector": job("FAILED"), "language": job("PENDING", NEVER), "joint": job("PENDING", "Dependency")}
-    assert decide(STAGES, [], jobs) == [
+    assert decide(ORDER, [], jobs) == [
         Link("projector", "submit"),
         Link("language", "submit", "projector", "7"),
         Link("joint", "submit", "language", "7"),
@@ -64,8 +70,26 @@ def test_a_failed_stage_is_started_again_and_what_waited_for_it_is_replaced() ->
 
 def test_how_a_job_ended_counts_for_nothing_without_its_weights() -> None:
     jobs = dict.fromkeys(STAGES, job("COMPLETED"))
-    assert [link.verb for link in decide(STAGES, [], jobs)] == ["submit"] * 3
-    assert [link.verb for link in decide(STAGES, STAGES, dict.fromkeys(STAGES, job("RUNNING")))] == ["done"] * 3
+    assert [link.verb for link in decide(ORDER, [], jobs)] == ["submit"] * 3
+    assert [link.verb for link in decide(ORDER, STAGES, dict.fromkeys(STAGES, job("RUNNING")))] == ["done"] * 3
+
+
+def test_what_follows_waits_for_the_last_stage_or_for_one_another() -> None:
+    then = {"probe": Follower("probe", "joint", []), "vlm": Follower("finetune_vlm", "joint", [])}
+    whole = order(STAGES, then | {"evaluate": Follower("evaluate", "vlm", [])})
+    assert decide(whole, ["projector", "language"], {})[2:] == [
+        Link("joint", "submit"),
+        Link("probe", "submit", "joint"),
+        Link("vlm", "submit", "joint"),
+        Link("evaluate", "submit", "vlm"),
+    ]
+    # a probe that failed holds up nobody, and once all is trained waits for nobody
+    jobs = {"probe": job("FAILED"), "vlm": job("RUNNING"), "evaluate": job("PENDING", "Dependency")}
+    assert decide(whole, STAGES, jobs)[3:] == [
+        Link("probe", "submit"),
+        Link("vlm", "kept"),
+        Link("evaluate", "kept", "vlm"),
+    ]
 
 
 def test_words_go_over_the_profile_and_a_stage_s_own_over_both() -> None:
@@ -128,6 +152,8 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         (["--dry_run", "slurm.gpu=a1000"], "a1000"),
         (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
         ([], "there is no sbatch here"),
+        (["--dry_run", "--then", "prob"], "--then: there is no 'prob': did you mean probe?"),
+        (["--dry_run", "then.vlm=llm_only=true"], "then.vlm: --then does not ask for it"),
         (["status", "/nowhere"], "/nowhere was not submitted from here"),
     ],
 )
@@ -138,21 +164,84 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[st
     assert message in shown.stderr
 
 
-def test_the_same_chain_as_local_processes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def then(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Words that ask for all that may follow, at the smallest."""
+    folder = tmp_path_factory.mktemp("then")
+    write_questions(folder / "easyvqa")
+    shards = f"{folder}/easyvqa/train-*.tar"
+    brief = "--heads linear --augment none --epochs 1 --batch 32 --limit 64 --seeds 1"
+    return [
+        *("--then", "probe,vlm,evaluate"),
+        f"then.probe=--set emoji --data {ROOT / 'hive_scale/data/sample'} {brief}",
+        f"then.vlm=--config {recipe(folder, shards)}",
+        f"then.evaluate=--tasks easyvqa --data {folder} --max_tokens 2",
+    ]
+
+
+def submitted(run: Path, *words: str, cluster: str = "slurm") -> int:
+    """What the command returns, in this process; on Slurm a dry run. `words` begin with ``--then``."""
+    plain, resources = split(words[2:])
+    plain, more = followers.split(plain)
+    config = presets.load("debug", None, [f"output={run}", *plain])
+    then = followers.read(words[1], more, config)
+    asked = read(None, resources, dict.fromkeys([*STAGES, *then], Resources()))
+    return submission.submit(config, asked, cluster, then, dry_run=cluster == "slurm")
+
+
+def test_what_follows_is_written_as_jobs_behind_the_last_stage(
+    tmp_path: Path, then: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submitted(tmp_path / "run", *then, "slurm.gpus_per_node=2", "slurm.stages.evaluate.hours=3") == 0
+    scripts = {text.split("\n", 1)[0]: text for text in capsys.readouterr().out.split("# ---- ")[1:]}
+    assert list(scripts) == [*STAGES, "probe", "vlm", "evaluate"]
+    for name, before in (("probe", "joint"), ("vlm", "joint"), ("evaluate", "vlm")):
+        assert f"#SBATCH --dependency=afterok:JOB_OF_{before}\n" in scripts[name]
+        assert "#SBATCH --ntasks-per-node=2\n" in scripts[name]
+    assert "--time=180" in scripts["evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["probe"], "--then probe: data/cifar10: "),
+        (["probe", "then.probe=--set emogi"], "--then probe: there is no data set 'emogi': did you mean emoji"),
+        (["vlm", "then.vlm=stages.langage.steps=2"], "--then vlm: .* did you mean language"),
+        (["evaluate", "then.evaluate=--tasks gqua"], "--then evaluate: there is no task 'gqua': did you mean gqa"),
+    ],
+)
+def test_what_would_end_a_later_job_is_met_at_submission(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        submitted(tmp_path / "run", "--then", *words)
+
+
+def test_the_same_chain_as_local_processes(tmp_path: Path, then: list[str]) -> None:
     run = tmp_path / "run"
-    words = ["--preset", "debug", "--cluster", "local", *BRIEF, f"output={run}"]
+    words = ["--preset", "debug", "--cluster", "local", *BRIEF, f"output={run}", "--then", "probe", then[2]]
     shown = command(*words, "slurm.gpus_per_node=2", "slurm.cpus_per_task=1")
     assert shown.returncode == 0, shown.stdout + shown.stderr
     assert all(is_done(run / stage) for stage in STAGES)
-    attempts = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
-    assert [(line["stage"], line["event"]) for line in attempts] == [
-        (stage, event) for stage in STAGES for event in ("begin", "end")
-    ]
-    assert "done" in command("status", str(run)).stdout
+    assert attempted(run) == [(stage, event) for stage in (*STAGES, "probe") for event in ("begin", "end")]
+    assert (run / "probes" / "emoji.json").is_file()
+    assert command("status", str(run)).stdout.count(" done ") == 4
 
 
-def test_the_same_chain_in_one_process(tmp_path: Path) -> None:
+def attempted(run: Path) -> list[tuple[str, str]]:
+    lines = [json.loads(line) for line in (run / "slurm" / "attempts.jsonl").read_text().splitlines()]
+    return [(line["stage"], line["event"]) for line in lines]
+
+
+def test_the_same_chain_in_one_process_goes_on_to_the_benchmark(
+    tmp_path: Path, then: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
-    shown = command("--preset", "debug", "--cluster", "debug", *BRIEF, f"output={run}")
-    assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert all(is_done(run / stage) for stage in STAGES)
+    assert submitted(run, *then, *BRIEF, cluster="debug") == 0
+    names = [*STAGES, "probe", "vlm", "evaluate"]
+    assert all(is_done(place) for place in (*(run / stage for stage in STAGES), run / "vlm" / "language"))
+    assert attempted(run) == [(name, event) for name in names for event in ("begin", "end")]
+    assert 0 <= json.loads((run / "probes" / "emoji.json").read_text())["results"]["linear"]["mean"] <= 100
+    assert json.loads((run / "evaluation" / "results.json").read_text())["easyvqa"]["missing"] == 0
+    assert capsys.readouterr().out.count(" done ") == len(names)
+    # what is done is not done again, but another evaluation is not the one that is done
+    assert submitted(run, *then[:-1], then[-1] + " --limit 2", *BRIEF, cluster="debug") == 0
+    assert attempted(run)[12:] == [("evaluate", "begin"), ("evaluate", "end")]

@@ -21,6 +21,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token | default(eos_token) }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
     "{% else %}{{ 'USER: ' if message.role == 'user' }}{{ message.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 # what templates ask for besides the turns: no hidden thoughts, and no date of today, which would change the prompt
 TEMPLATE_WORDS = {"enable_thinking": False, "date_string": "26 Jul 2024"}

@@ -34,7 +34,7 @@ class Encoder:
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, depth: int = -2) -> None:
         """`depth` counts blocks, from the end if negative: -1 is the last block's output.
 
-        Raises ValueError if there is no such depth, or the directory's processor makes pictures of another size.
+        Raises ValueError if there is no such depth.
         """
         self.tower = build.open_encoder(path).to(device).requires_grad_(False)
         config: Any = self.tower.config
@@ -43,7 +43,6 @@ class Encoder:
         if not 0 <= self.depth <= layers:
             raise ValueError(f"{path} has {layers} blocks: there is no depth {depth}")
         self.image_size: int = config.image_size
-        _check_processor(path, self.image_size)
         self.mode: ImageMode = "crop" if config.model_type == "clip_vision_model" else "resize"
         self.width: int = config.hidden_size
         self.num_tokens: int = (config.image_size // config.patch_size) ** 2
@@ -62,16 +61,6 @@ class Encoder:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 seen.append(patches(self.tower, hidden_states(self.tower, normal, self.depth)[-1]))
         return torch.cat(seen)
-
-
-def _check_processor(path: Path, image_size: int) -> None:
-    """A directory whose parts do not belong together would be measured on pictures of the wrong size."""
-    file = path / "preprocessor_config.json"
-    told = json.loads(file.read_text()) if file.is_file() else {}
-    size = told.get("crop_size") or told.get("size") or {}
-    side = size.get("height", size.get("shortest_edge", image_size)) if isinstance(size, dict) else size
-    if side != image_size:
-        raise ValueError(f"{path}: its processor makes pictures of {side} pixels, its encoder takes {image_size}")
 
 
 def _digest(path: Path) -> str:

@@ -131,7 +131,23 @@ def summarise(seeds: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {"mean": statistics.mean(accuracies), "deviation": deviation, "seeds": list(seeds)}
 
 
-def save(path: Path, plan: Plan, encoder: Path, data: Labelled, results: dict[str, Any]) -> None:
+def save(path: Path, plan: Plan, encoder: Encoder, data: Labelled, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"encoder": str(encoder), "set": data.name, "plan": asdict(plan), "results": results}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps({**_made_of(plan, encoder, data), "results": results}, indent=1) + "\n")
+
+
+def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any] | None:
+    """What `save` wrote, or None: there is nothing, or it is of another plan, set or encoder."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):  # none, or one that was cut
+        return None
+    results: dict[str, Any] = content.pop("results", {})
+    return results if content == _made_of(plan, encoder, data) else None
+
+
+def _made_of(plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any]:
+    """As it comes back from a file."""
+    what = {"weights": encoder.identity, "depth": encoder.depth, "set": data.where, "plan": asdict(plan)}
+    made: dict[str, Any] = json.loads(json.dumps(what))
+    return made

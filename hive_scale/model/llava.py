@@ -31,7 +31,10 @@ class StockLlava:
         self.end_ids = {id for id in (self.tokenizer.eos_token_id, model.generation_config.eos_token_id) if id}
         self.start: str = self.tokenizer.bos_token or self.tokenizer.eos_token
         # LLaVA's own templates say where the picture goes; those of plain chat models know only text
-        parts = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
+        try:
+            parts = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
+        except TypeError:  # some of these add the content to other text
+            parts = ""
         self.places_pictures = parts.count(processor.image_token) == 1
 
     @torch.inference_mode()

@@ -1,0 +1,105 @@
+"""What may follow a run's last stage: our own launchers, each as one more job of the chain."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+
+from hive_scale.config import Config
+
+PREFIX = "then."
+LAUNCHERS = {"probe": "probe", "vlm": "finetune_vlm", "evaluate": "evaluate"}
+SETS = "cifar10,cifar100,imagenet,tiny_imagenet,food101,stanford_cars,pets,caltech256"  # paper, Table 1
+TASKS = "mme,gqa,okvqa,scienceqa"  # paper, Table 2
+
+
+@dataclass(frozen=True)
+class Follower:
+    """A launcher that is run, on all processes of its job, once `after` has succeeded."""
+
+    launcher: str  # of launchers/
+    after: str  # a stage, or another follower
+    words: list[str]  # what one would type after its name, that of its output last
+
+    @property
+    def output(self) -> Path:
+        """The directory in which it leaves what it makes."""
+        return Path(self.words[-1].removeprefix("output="))
+
+    def check(self, config: Config, world_size: int) -> None:
+        """Raises ValueError for what the job would find wrong hours later."""
+        launcher = import_module(f"launchers.{self.launcher}")
+        if self.launcher == "finetune_vlm":
+            launcher.check(self.words, config.model.vision, world_size)
+        else:
+            launcher.check(self.words)
+
+    def run(self) -> int:
+        """The launcher's exit code. It joins the processes of its job by itself."""
+        code: int = import_module(f"launchers.{self.launcher}").main(self.words)
+        return code
+
+    def is_done(self, run_dir: Path, name: str) -> bool:
+        """Whether it has succeeded with these very words."""
+        file = _marker(run_dir, name)
+        return file.exists() and json.loads(file.read_text()) == asdict(self)
+
+    def mark_done(self, run_dir: Path, name: str) -> None:
+        file = _marker(run_dir, name)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(self)))
+
+
+Followers = Mapping[str, Follower]  # by name, in the order in which they could run
+
+
+def _marker(run_dir: Path, name: str) -> Path:
+    return run_dir / "slurm" / "then" / f"{name}.json"
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words for the run, and ``then.*`` words."""
+    return [w for w in words if not w.startswith(PREFIX)], [w for w in words if w.startswith(PREFIX)]
+
+
+def read(names: str, words: Sequence[str], config: Config) -> dict[str, Follower]:
+    """The followers of `config`'s run that `names` ("probe,vlm,evaluate" or a part of it) asks for.
+
+    ``then.NAME=WORDS`` adds to the launcher's command line. What is evaluated is the fine-tuned model if there is to
+    be one, else the run itself. Raises ValueError with the remedy for an unknown name.
+    """
+    wanted = [name for name in names.split(",") if name]
+    more = {name: shlex.split(text) for name, _, text in (word.removeprefix(PREFIX).partition("=") for word in words)}
+    for name in (*wanted, *more):
+        if name not in LAUNCHERS:
+            near = get_close_matches(name, LAUNCHERS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LAUNCHERS)}"
+            raise ValueError(f"--then: there is no '{name}': {hint}")
+        if name not in wanted:
+            raise ValueError(f"{PREFIX}{name}: --then does not ask for it: add it there")
+        if name in config.stages:
+            raise ValueError(f"--then {name}: a stage of the run has that name: call the stage something else")
+    run, last = str(config.run_dir), list(config.stages)[-1]
+    asked, before = f"{run}/vlm" if "vlm" in wanted else run, "vlm" if "vlm" in wanted else last
+    # the first words may be overridden, as launchers heed the last of two; the last may not, for others count on them
+    made = {
+        "probe": (last, [run, "--set", SETS], ["--output", f"{run}/probes"]),
+        "vlm": (last, [run], [f"output={run}/vlm"]),
+        "evaluate": (before, [asked, "--tasks", TASKS], ["--output", f"{run}/evaluation"]),
+    }
+    return {
+        name: Follower(LAUNCHERS[name], after, [*first, *more.get(name, []), *fixed])
+        for name, (after, first, fixed) in made.items()
+        if name in wanted
+    }
+
+
+def order(stages: Sequence[str], then: Followers) -> dict[str, str]:
+    """Every job of a run, in an order in which they can run, with the one that it waits for ("" for the first)."""
+    chained = dict(zip(stages, ["", *stages], strict=False))
+    return chained | {name: follower.after for name, follower in then.items()}
