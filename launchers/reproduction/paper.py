@@ -1,0 +1,101 @@
+"""The paper's Tables 1 and 2 at full size: commands, jobs, and what the planner makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING
+
+from hive_scale import presets
+from launchers.reproduction.phases import ENCODERS, FUSIONS
+from slurm.then import SETS, TASKS
+
+if TYPE_CHECKING:
+    from hive_scale.config import Config
+    from hive_scale.plan.run import Machine
+
+FAMILIES = {"siglip": "models/siglip-large-patch16-384", "clip": "models/clip-vit-large-patch14-336"}
+CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K
+# samples of LCS-558K and of LLaVA-NeXT-Data with a picture, and the tokens of a text that is planned for: a caption's
+# limit in pre-training, and a guess at conversations, whose lengths are not known here
+VLM = {"connector": (558_128, 77), "language": (738_601, 512)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One encoder of the tables: what makes it, and what is asked of it."""
+
+    family: str
+    method: str  # base, sa or hive
+
+    @property
+    def encoder(self) -> str:
+        """Base as published, the others as trained."""
+        return FAMILIES[self.family] if self.method == "base" else f"runs/paper_{self.family}_{self.method}"
+
+    @property
+    def vlm(self) -> str:
+        """Its fine-tuned model; "" where Table 2 has none."""
+        if self.family == "clip":
+            return ""
+        return "runs/vlm_base" if self.method == "base" else f"{self.encoder}/vlm"
+
+    def commands(self, launch: str) -> Iterator[tuple[str, str]]:
+        """(what is run, command), in their order. `launch` starts a program on all GPUs."""
+        if self.method != "base":
+            words = f"--preset paper_{self.family} fusion={FUSIONS[self.method]} output={self.encoder}"
+            yield "pre-training", f"{launch} launchers/pretrain.py {words}"
+        yield "Table 1", f"{launch} launchers/probe.py {self.encoder} --set {SETS} --workers 8"
+        if self.vlm:
+            yield "fine-tuning", f"{launch} launchers/finetune_vlm.py {self.encoder} output={self.vlm}"
+            yield "Table 2", f"{launch} launchers/evaluate.py {self.vlm} --tasks {TASKS} --precision bf16"
+
+    def submission(self) -> list[str]:
+        """The same as words for submit_pipeline.py; none for an encoder that is only probed."""
+        table_2 = ["then.evaluate=--precision bf16"] if self.vlm else []
+        if self.method != "base":
+            run = ["--preset", f"paper_{self.family}", f"fusion={FUSIONS[self.method]}", f"output={self.encoder}"]
+            return [*run, "--then", "probe,vlm,evaluate" if self.vlm else "probe", "then.probe=--workers 8", *table_2]
+        if not self.vlm:
+            return []
+        # fine-tuning leaves the encoder as it was, so that probing it there is probing the published one
+        run = ["--preset", "vlm", f"encoder={self.encoder}", f"output={self.vlm}"]
+        return [*run, "--then", "probe,evaluate", "then.probe=--workers 8", *table_2]
+
+
+ROWS = [Row(family, method) for family in FAMILIES for method in ENCODERS]
+
+
+def hours(row: Row, machine: Machine) -> dict[str, float]:
+    """The planner's hours of what `row` trains, by the names that `commands` gives; estimates (see plan/time.py)."""
+    found = {}
+    if row.method != "base":
+        found["pre-training"] = _pretraining(row, machine)
+    if row.vlm:
+        found["fine-tuning"] = _finetuning(row.family, machine)
+    return found
+
+
+@cache
+def _pretraining(row: Row, machine: Machine) -> float:
+    config = presets.load(f"paper_{row.family}", None, [f"fusion={FUSIONS[row.method]}"])
+    return total(config, dict.fromkeys(config.stages, (CC3M, 77)), machine)
+
+
+@cache  # whoever trained the encoder, what follows costs the same
+def _finetuning(family: str, machine: Machine) -> float:
+    config, encoder = presets.load("vlm", None, []), presets.load(f"paper_{family}", None, []).model.vision
+    return total(replace(config, model=replace(config.model, vision=encoder)), VLM, machine)
+
+
+def total(config: Config, sizes: Mapping[str, tuple[int, int]], machine: Machine) -> float:
+    """Hours of all stages of `config`; `sizes` has the samples of each and the tokens of their texts."""
+    from hive_scale.plan.run import plan_run
+
+    hours = 0.0
+    for name, (samples, tokens) in sizes.items():
+        data = replace(config.data, max_tokens=tokens)
+        [plan] = plan_run(replace(config, data=data, stages={name: config.stages[name]}), machine, samples)
+        hours += plan.hours
+    return hours

@@ -1,0 +1,127 @@
+"""What is run at each scale, as data: encoder, LLM, sets, steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENCODER: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "image_size": 64,
+    "patch_size": 16,
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "vision_use_head": False,
+}
+# SmolLM2-135M cut after its sixth layer of thirty: answering thirteen words about shapes needs no more of it
+SHORT_SMOLLM2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000.0,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": True,
+}
+BYTES: dict[str, Any] = {"path": "bytes", "pad_token": ""}
+LEAN = {"log": {"wandb": "off"}, "keep": {"last": 1}}  # of so many runs a table is drawn, and disks are full
+
+
+@dataclass(frozen=True)
+class Scale:
+    """`pretrain` and `vlm` are what presets `demo` and `vlm_small` are overridden with."""
+
+    note: str  # what a reader of the figures must know
+    encoder: dict[str, Any]
+    base_steps: int  # of masked prediction, which makes the encoder that all three begin with
+    pretrain: dict[str, Any]
+    vlm: dict[str, Any]
+    probe: dict[str, list[str]]  # set -> words of probe.py
+    questions: int  # of easy-vqa's test, the first so many
+    seeds: int = 3
+
+
+def _steps(**stages: int) -> dict[str, Any]:
+    return {name: {"steps": steps} for name, steps in stages.items()}
+
+
+def small(data: Path) -> Scale:
+    """SmolLM2-135M and a ViT of 3.7M parameters on 5,427 emoji and stamps."""
+    probe = ["--augment", "none", "--epochs", "20", "--batch", "256"]
+    return Scale(
+        note="small: a ViT of 3.7M parameters, SmolLM2-135M, 64-pixel pictures; tells nothing about the paper's sizes",
+        encoder=ENCODER,
+        base_steps=600,
+        pretrain={
+            "model": {"language": {"path": str(data / "smollm2")}},
+            "data": {
+                "train": [str(data / "emoji/train-*.tar"), str(data / "tuxpaint/train-*.tar")],
+                "heldout": [str(data / "emoji/heldout-*.tar")],
+                "tokenizer": {"path": str(data / "smollm2")},
+            },
+            "stages": _steps(projector=30, language=40, joint=130),
+            "eval_interval": 0,
+            **LEAN,
+        },
+        vlm={
+            "model": {"language": {"path": str(data / "smollm2"), "config": SHORT_SMOLLM2}},
+            "data": _questions(data, str(data / "smollm2")),
+            "stages": _steps(connector=60, language=240),
+            **LEAN,
+        },
+        probe={
+            "fashion_mnist": ["--data", str(data / "fashion_mnist"), "--limit", "10000", *probe],
+            "emoji": ["--data", str(data / "emoji"), *probe],
+        },
+        questions=2000,
+    )
+
+
+def smoke(data: Path) -> Scale:
+    """The same path with toys: does it run? Its figures mean nothing."""
+    from hive_scale.presets import debug
+
+    language = {"path": "", "config": debug().model.language.config}
+    few = {"global_batch": 8, "micro_batch": 8}
+    probe = ["--augment", "none", "--epochs", "2", "--batch", "32", "--rates", "1e-3,1e-2", "--limit", "64"]
+    return Scale(
+        note="smoke: toys that show that the path is whole; its figures mean nothing",
+        encoder=ENCODER | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4},
+        base_steps=3,
+        pretrain={
+            "model": {"language": language},
+            "data": {"train": ["sample:train"], "heldout": ["sample:heldout"], "tokenizer": BYTES},
+            "stages": {name: {"steps": 2, **few} for name in ("projector", "language", "joint")},
+            "eval_interval": 0,
+            **LEAN,
+        },
+        vlm={
+            "model": {"language": language},
+            "data": {**_questions(data, "bytes", heldout="train"), "max_tokens": 200},  # too few to hold any out
+            "stages": {name: {"steps": 2, **few} for name in ("connector", "language")},
+            **LEAN,
+        },
+        probe={"emoji": ["--data", str(data / "emoji"), *probe]},
+        questions=8,
+        seeds=1,
+    )
+
+
+def _questions(data: Path, tokenizer: str, heldout: str = "heldout") -> dict[str, Any]:
+    return {
+        "train": [str(data / "easyvqa/train-*.tar")],
+        "heldout": [str(data / f"easyvqa/{heldout}-*.tar")],
+        "tokenizer": {"path": tokenizer},
+    }
+
+
+SCALES = {"small": small, "smoke": smoke}
