@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 BLANK = 127  # the grey of a picture that tells nothing
 
@@ -76,30 +77,26 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
 
     `pixels`, uint8 (B, 3, H, W), is where their pictures go, or where they lie already.
     """
-    length = max(len(sample.tokens) for sample in samples)
-    tokens = torch.full((len(samples), length), pad_id, dtype=torch.long)
+    texts = [torch.tensor(sample.tokens) for sample in samples]
+    tokens = pad_sequence(texts, batch_first=True, padding_value=pad_id)
+    is_target = pad_sequence([torch.tensor(sample.is_target) for sample in samples], batch_first=True)
+    targets = is_target.flatten().nonzero().squeeze(1)
     if pixels is None:
         shape = len(samples), 3, image_size, image_size
         # decoded pictures are channels-last: the same layout makes the copy below a plain one
         pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    rows, ids = [], []
     for b, sample in enumerate(samples):
-        tokens[b, : len(sample.tokens)] = torch.tensor(sample.tokens)
         if sample.pixels is None:
             pixels[b] = BLANK
         elif sample.pixels.data_ptr() != pixels[b].data_ptr():
             pixels[b] = sample.pixels
-        for i, is_target in enumerate(sample.is_target):
-            if is_target:  # token i is predicted at position i - 1
-                rows.append(b * length + i - 1)
-                ids.append(sample.tokens[i])
     has_image = torch.tensor([sample.pixels is not None for sample in samples])
     return Batch(
         keys=tuple(sample.key for sample in samples),
         pixels=pixels,
         has_image=has_image,
         tokens=tokens,
-        target_rows=torch.tensor(rows, dtype=torch.long),
-        target_ids=torch.tensor(ids, dtype=torch.long),
+        target_rows=targets - 1,  # each is predicted at the position before it
+        target_ids=tokens.flatten()[targets],
         all_images=all(sample.pixels is not None for sample in samples),
     )
