@@ -13,7 +13,7 @@ import pytest
 import ranks
 
 from hive_scale import presets
-from hive_scale.data.samples import Samples
+from hive_scale.data.batches import Batches
 from hive_scale.distributed import TRY_AGAIN, session
 from hive_scale.engine.native import NativeEngine
 from hive_scale.train import run_pipeline
@@ -48,7 +48,7 @@ def bring_about(fault: str) -> None:
         return wrapped
 
     if "data" in fault:  # a rank's share of a batch is 4 samples
-        Samples.sample = in_step_3(Samples.sample, 4, lambda: time.sleep(1000))  # type: ignore[method-assign]
+        Batches._fill = in_step_3(Batches._fill, 4, lambda: time.sleep(1000))  # type: ignore[method-assign]
     else:
         act = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if "killed" in fault else (lambda: time.sleep(1000))
         NativeEngine._loss = in_step_3(NativeEngine._loss, 1, act)  # type: ignore[method-assign]
