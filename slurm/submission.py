@@ -78,10 +78,9 @@ def cost(config: Config, name: str, resources: Resources, steps: int) -> str:
 
     gpu = replace(find(resources.gpu), per_node=resources.tasks)
     machine = Machine(gpu, resources.world_size, host_memory=float("inf"))
-    stage = config.stages[name]
+    stage = replace(config.stages[name], steps=steps)
     [plan] = plan_run(replace(config, stages={name: stage}), machine, steps * stage.global_batch)
-    hours = steps * plan.time.total / 3600
-    text = f"{plan.memory.peak / 1e9:.1f} of {plan.capacity / 1e9:.1f} GB, {hours:.1f} h"
+    text = f"{plan.memory.peak / 1e9:.1f} of {plan.capacity / 1e9:.1f} GB, {plan.hours:.1f} h"
     return text if plan.fits else f"{text}: does not fit"
 
 

@@ -23,8 +23,6 @@ from hive_scale.evaluate.features import Encoder
 from hive_scale.evaluate.labelled import Labelled, open_labelled
 from hive_scale.evaluate.probes import AttentiveProbe, Grid, LinearProbe, Recipe, nearest_neighbours, normalised
 from hive_scale.evaluate.probing import Bench, Plan
-from hive_scale.model import build
-from hive_scale.model.export import export_encoder
 from launchers import probe
 
 ROOT = Path(__file__).parents[1]
@@ -35,10 +33,7 @@ COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (200, 40, 40)}
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("encoder")
-    config = tiny.model_config()
-    export_encoder(config, dict(build.assemble(config, seed=0).named_parameters()), path, "resize")
-    return path
+    return tiny.stock_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,6 @@ import tiny
 
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.data.sources import easyvqa
-from hive_scale.model import build
-from hive_scale.model.export import export_encoder
 from launchers import evaluate, finetune_vlm
 
 REFUSES = "{{ raise_exception('no chat') }}"
@@ -21,10 +19,7 @@ REFUSES = "{{ raise_exception('no chat') }}"
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("encoder")
-    config = tiny.model_config()
-    export_encoder(config, dict(build.assemble(config, seed=0).named_parameters()), path, "resize")
-    return path
+    return tiny.stock_encoder(tmp_path_factory.mktemp("encoder"))
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.model.build import assemble
+from hive_scale.model.export import export_encoder
 from hive_scale.model.hive import Hive
 
 IMAGE = 32
@@ -74,3 +77,10 @@ def samples(count: int, seed: int = 0, longest: int = 12, text_only: int = 0) ->
 
 def batch(count: int = 3, seed: int = 0, **changes: Any) -> Batch:
     return collate(samples(count, seed, **changes), pad_id=0, image_size=IMAGE)
+
+
+def stock_encoder(path: Path) -> Path:
+    """The directory `path`, with the encoder of `model_config()` as Hugging Face would have it."""
+    config = model_config()
+    export_encoder(config, dict(assemble(config, seed=0).named_parameters()), path, "resize")
+    return path

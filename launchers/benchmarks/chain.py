@@ -34,6 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not shutil.which("sbatch"):
         raise ValueError(f"no Slurm in reach: {__doc__.splitlines()[2]}")
+    from hive_scale.watch.metrics import read_metrics
+
     found: dict[str, list[float]] = {}
     with TemporaryDirectory(dir=arguments.folder) as folder:
         for number in range(arguments.rounds):
@@ -44,8 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
             add(found, "stage: end to next start", gaps(list(jobs.values())))
             for stage, job in jobs.items():
                 began, ended = times(job)
-                lines = (place / stage / "metrics.jsonl").read_text().splitlines()
-                first, last = (json.loads(line) for line in (lines[0], lines[-1]))
+                first, *_, last = read_metrics(place / stage / "metrics.jsonl")
                 add(found, "stage: start of the job to the first step", [first["time"] - first["seconds"] - began])
                 add(found, "stage: last step to the end of the job", [ended - last["time"]])
     rows = [[what, str(len(values)), f"{median(values):.1f}", spread(values)] for what, values in found.items()]
@@ -68,14 +69,7 @@ def empty_chain(nodes: int) -> list[str]:
 
 def stages(output: Path, nodes: int) -> dict[str, str]:
     """The debug preset's three stages, a few steps each; their jobs."""
-    words = [
-        "--preset",
-        "debug",
-        f"output={output}",
-        "evidence=false",
-        "eval_interval=0",
-        "data.heldout=[sample:heldout]",
-    ]
+    words = ["--preset", "debug", f"output={output}", "evidence=false", "eval_interval=0"]
     words += [f"stages.{stage}.steps={STEPS}" for stage in ("projector", "language", "joint")]
     words += [f"slurm.nodes={nodes}", "slurm.cpus_per_task=1", "slurm.mem=2G"]
     done = subprocess.run([sys.executable, str(SUBMIT), *words], capture_output=True, text=True, check=False)
