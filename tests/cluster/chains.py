@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,13 @@ class Chain:
         (folder / "hold").mkdir()
         (folder / "hold" / "sitecustomize.py").write_text(HOLD)
         self.folder = folder
-        for stage in STAGES:
-            exports = f"export PYTHONPATH=$PYTHONPATH:{folder / 'hold'} HOLD={self.hold_file(stage)}"
-            self.begin.append(f"slurm.stages.{stage}.setup=['{exports}']")
+        self.begin += [self.held(stage) for stage in STAGES]
         self.begin += ["slurm.nodes=2", "slurm.gpus_per_node=1", "slurm.cpus_per_task=1", "slurm.mem=1G"]
+
+    def held(self, stage: str) -> str:
+        """A word that lets the steps of a job be held."""
+        exports = f"export PYTHONPATH=$PYTHONPATH:{self.folder / 'hold'} HOLD={self.hold_file(stage)}"
+        return f"slurm.stages.{stage}.setup=['{exports}']"
 
     def hold_file(self, stage: str) -> Path:
         return self.folder / "hold" / stage
@@ -116,9 +119,9 @@ class Chain:
         """Wait until a job is at `step` of `stage`: it made the one before, and is held in this one."""
         self.until(lambda: self.step(stage) >= step - 1, f"step {step} of {stage}")
 
-    def until_done(self) -> None:
+    def until_done(self, jobs: Iterable[str] = STAGES) -> None:
         def over() -> bool:
-            states = [self.state(stage) for stage in STAGES]
+            states = [self.state(job) for job in jobs]
             assert not {"FAILED", "CANCELLED", "TIMEOUT"} & set(states), states
             return all(state == "COMPLETED" for state in states)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from chains import SAVING, STAGES, Chain, call, pipeline, same_end
+from chains import ROOT, SAVING, STAGES, Chain, call, pipeline, same_end
+from test_vlm import recipe as vlm_recipe
+from test_vlm import write_questions
 
 from hive_scale.config import Config
 
@@ -114,3 +118,40 @@ def test_a_night_of_a_cluster(slurm: Path, tmp_path: Path, pairs: Path, referenc
     assert 0 < places[1] < places[2] < STAGES["joint"]
     assert [chain.job(stage) for stage in STAGES] == jobs  # all of it under the same ids
     same_end(chain.config, reference)
+
+
+def test_what_follows_is_preempted_and_goes_on(slurm: Path, tmp_path: Path, pairs: Path, reference: Config) -> None:
+    """Probe, fine-tuning and evaluation behind a run that is trained; fine-tuning is preempted in mid-stage."""
+    chain = Chain(tmp_path, pairs, "slurm.stages.vlm.partition=scavenge", "slurm.grace=90", "slurm.hours=1")
+    shutil.copytree(reference.run_dir, chain.run)
+    write_questions(tmp_path / "easyvqa")
+    few = "stages.connector.steps=4 stages.language.steps=4"
+    chain.hold("vlm", 2)
+    shown = chain.submit(
+        chain.held("vlm"),
+        *("--then", "probe,vlm,evaluate"),
+        f"then.probe=--set emoji --data {ROOT / 'hive_scale/data/sample'} --heads linear --augment none --epochs 1",
+        f"then.vlm=--config {vlm_recipe(tmp_path / 'easyvqa', f'{tmp_path}/easyvqa/train-*.tar')} {few}",
+        f"then.evaluate=--tasks easyvqa --data {tmp_path} --max_tokens 2",
+    )
+    followers = ("probe", "vlm", "evaluate")
+    jobs = [chain.job(name) for name in followers]
+    assert (shown.count(" done "), shown.count(" submit ")) == (3, 3), shown
+
+    chain.until_step("vlm/connector", 2)
+    call("sbatch", "-p", "gpu", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    chain.until(lambda: chain.told("vlm", SAVING) == 1, "the signal of preemption")
+    chain.let_go("vlm")
+    chain.until(lambda: len(chain.attempts("vlm", "end")) == 1, "the end of the preempted attempt")
+    assert chain.state("evaluate") == "PENDING"
+    reached = chain.step("vlm/connector")
+    chain.until_done(followers)
+
+    assert 0 < reached < 4
+    assert [line["at"] for line in chain.attempts("vlm", "begin")] == ["vlm, 0 bytes", f"vlm, connector:{reached}"]
+    assert [line["code"] for line in chain.attempts("vlm", "end")] == [75, 0]
+    assert [line["step"] for line in chain.lines("vlm/connector")] == [1, 2, 3, 4]
+    assert [chain.job(name) for name in followers] == jobs
+    assert json.loads((chain.run / "evaluation" / "results.json").read_text())["easyvqa"]["missing"] == 0
+    assert (chain.run / "probes" / "emoji.json").is_file()
+    assert chain.submit().count(" done ") == 6

@@ -94,12 +94,13 @@ def member(rank: int, port: int, words: list[str], folder: Path, clock: Any) -> 
     import torch
 
     torch.set_num_threads(1)
-    try:
-        with session() as world:
+    code = 0
+    with session() as world:
+        try:
             run_pipeline(presets.load("debug", None, words), world, patience=10)
-    except Stopped:
-        os._exit(75)
-    os._exit(0)
+        except Stopped:
+            code = 75
+    os._exit(code)
 
 
 @contextmanager
