@@ -17,7 +17,8 @@ BLANK = 127  # the grey of a picture that tells nothing
 class Sample:
     """One picture with its text.
 
-    `pixels` is uint8 (3, H, W), or None for text alone. `tokens` begin with the start token; token *i* is a
+    `pixels` is uint8 (3, H, W), or floating (S, V, C) where a frozen encoder has seen the picture already (S depths, V
+    visual tokens of width C), or None for text alone. `tokens` begin with the start token; token *i* is a
     target, that is, predicted from those before it, where ``is_target[i]``. The first token never is one.
     """
 
@@ -37,7 +38,7 @@ class Batch:
     """
 
     keys: tuple[str, ...]
-    pixels: Tensor  # uint8 (B, 3, H, W)
+    pixels: Tensor  # uint8 (B, 3, H, W), or features (B, S, V, C)
     has_image: Tensor  # bool (B,)
     tokens: Tensor  # int64 (B, T)
     target_rows: Tensor  # int64 (N,)
@@ -75,7 +76,7 @@ class Batch:
 def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Tensor | None = None) -> Batch:
     """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant.
 
-    `pixels`, uint8 (B, 3, H, W), is where their pictures go, or where they lie already.
+    `pixels`, as `Batch` has them, is where their pictures go, or where they lie already.
     """
     texts = [torch.tensor(sample.tokens) for sample in samples]
     tokens = pad_sequence(texts, batch_first=True, padding_value=pad_id)

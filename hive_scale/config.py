@@ -252,6 +252,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    feature_cache: str = ""  # a directory that keeps what a frozen encoder makes of each picture: it is run once only
     eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
     save_interval: int = 0  # steps between checkpoints; 0: by the measured cost of a save and the next line
     keep: KeepConfig = field(default_factory=KeepConfig)
@@ -318,7 +319,7 @@ def holds_weights_alone(path: str) -> bool:
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
     *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
-    *("data.workers", "data.threads", "data.cache_gb", "data.max_bad_samples"),
+    *("data.workers", "data.threads", "data.cache_gb", "data.max_bad_samples", "feature_cache"),
 )
 
 

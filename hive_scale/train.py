@@ -18,6 +18,7 @@ from hive_scale.checkpoint.store import Store
 from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import StepOutput, memory, open_engine
+from hive_scale.features import kept_features
 from hive_scale.initial import assemble
 from hive_scale.model import build
 from hive_scale.model.export import export_encoder
@@ -93,6 +94,10 @@ class StageRun:
         groups = self.moments.divide(freeze(model, self.stage, model.dormant()))
         self.work = count(model, config.engine.checkpointing)
         weights = read_weights(parent)
+        features = kept_features(config, model, data.train, weights, world, interrupt.requested)
+        if features:
+            self.work = self.work.without("vision")
+        self.train = data.train.fed(features)
         self.engine = open_engine(model, groups, self.stage, config.engine, world, weights)
         self.store = Store(self.dir, world, config.keep, config.max_failed_saves)
         origin = {"parent": weights.identity, "data": data.train.fingerprint}
@@ -120,7 +125,7 @@ class StageRun:
     def _train(self) -> bool:
         """Step by step to the end, or False if leaving batches out has not helped."""
         at, stage, pulse, config = self.at, self.stage, self.world.pulse, self.config
-        batches = self.data.train.steps(
+        batches = self.train.steps(
             global_batch=stage.global_batch,
             accumulation=stage.accumulation(self.world.size),
             seed=stage.seed,

@@ -138,6 +138,7 @@ def _lines(machine: Machine) -> list[tuple[str, Any]]:
         ("hours", lambda plan: f"{plan.hours:.2f}"),
         ("a checkpoint, GB", lambda plan: gb(plan.checkpoint)),
         ("written in s, beside training", lambda plan: f"{checkpoint_seconds(plan, machine):.0f}"),
+        ("feature_cache would take, GB", lambda plan: gb(plan.features) if plan.features else "-"),
     ]
 
 

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
+from math import prod
 from threading import Thread, local
 
 import torch
@@ -61,7 +62,7 @@ class Batches(Dataset[Loaded]):
             raise RuntimeError(f"data worker {dead[0][0]} died while reading {where} ({error})") from None
 
     def __getitem__(self, slots: Slots) -> Loaded:
-        room = _canvas(max(1, len(slots)), self.samples.image_size)
+        room = _room(max(1, len(slots)), self.samples)
         filled = list((self._pool.map if self.threads > 1 else map)(self._fill, slots, room))
         bad = [fault for _, faults in filled for fault in faults]
         samples = [sample for sample, _ in filled if sample is not None]
@@ -101,17 +102,21 @@ class Batches(Dataset[Loaded]):
             self.reading[worker.id * self.threads + thread] = torch.tensor([os.getpid(), sample])
 
 
-def _canvas(count: int, size: int) -> Tensor:
-    """Room for `count` pictures, uint8 (count, 3, size, size), channels last as decoded ones are.
+def _room(count: int, samples: Samples) -> Tensor:
+    """Room for `count` pictures, uint8 (count, 3, H, W), channels last as decoded ones are, or for their features.
 
     A worker's lies in the memory that it shares with the main process, so that it is not copied there later.
     """
+    size, dtype = samples.image_size, torch.uint8
     shape, strides = (count, 3, size, size), (3 * size * size, 1, 3 * size, 3)
+    if samples.features:
+        dtype, (depths, tokens, width) = samples.features.dtype, samples.features.shape
+        shape, strides = (count, depths, tokens, width), (depths * tokens * width, tokens * width, width, 1)
     if get_worker_info() is None:
-        return torch.empty_strided(shape, strides, dtype=torch.uint8)
+        return torch.empty_strided(shape, strides, dtype=dtype)
     # as torch's own collating does
-    storage = torch.UntypedStorage._new_shared(count * 3 * size * size)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides)
+    storage = torch.UntypedStorage._new_shared(prod(shape) * dtype.itemsize)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
 
 
 def ignore_signals(_: int) -> None:

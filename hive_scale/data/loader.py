@@ -7,6 +7,7 @@ there are any.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from hive_scale.config import DataConfig
 from hive_scale.data.batches import Batches, Slots, ignore_signals
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
+from hive_scale.data.kept import KeptFeatures
 from hive_scale.data.ledger import Ledger
 from hive_scale.data.order import Mixture, Order, Stream, cut, deal
 from hive_scale.data.samples import Samples
@@ -62,6 +64,12 @@ class Loader(Samples):
         micro_batches = self._load(self._dealt(order, global_batch, accumulation, start, world), order)
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
+
+    def fed(self, features: KeptFeatures | None) -> Loader:
+        """The same set, whose batches have `features` in place of pictures."""
+        loader = copy(self)
+        loader.features = features
+        return loader
 
     def keys(self, seed: int, start: int, count: int) -> list[str]:
         """Keys of the samples at the stream's positions [start, start + count)."""

@@ -18,6 +18,7 @@ from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.chat import chat_sample
 from hive_scale.data.index import Index
+from hive_scale.data.kept import KeptFeatures
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tokenizer import Tokenizer, caption_sample
 from hive_scale.data.transform import blank, check_size, picture
@@ -34,6 +35,7 @@ class Samples:
         self.index = index
         self.tokenizer = tokenizer
         self.image_size = image_size
+        self.features: KeptFeatures | None = None  # read in place of pictures, where there are any
         self._reader = ShardReader(index.shards, cache)
 
     def sample(self, i: int) -> Sample:
@@ -45,11 +47,14 @@ class Samples:
             sample = chat_sample(key, None, turns_of(self.record(i)), self.tokenizer, max_tokens)
         else:
             sample = caption_sample(key, None, self.caption(i), self.tokenizer, max_tokens)
+        kept = self.features.get(i) if self.features else None
+        return replace(sample, pixels=self.pixels(i) if kept is None else kept)
+
+    def pixels(self, i: int) -> Tensor:
+        """The picture of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
         if self.config.blank:
-            pixels = blank(self.image_size)
-        else:
-            pixels = picture(self.encoded(i), self.image_size, self.config.image, self.config.max_pixels)
-        return replace(sample, pixels=pixels)
+            return blank(self.image_size)
+        return picture(self.encoded(i), self.image_size, self.config.image, self.config.max_pixels)
 
     @property
     def text_bytes(self) -> NDArray[np.integer]:

@@ -52,7 +52,7 @@ class NativeEngine:
             self._shard(config, shard)
         self._fill(weights, "cpu" if config.offload else world.device)
         if not plain:
-            self._wake_dormant_blocks()
+            self._wake_frozen_blocks()
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
@@ -93,15 +93,13 @@ class NativeEngine:
             local, offset = _local_range(parameter)
             local.copy_(weights[name].flatten()[offset : offset + local.numel()])
 
-    def _wake_dormant_blocks(self) -> None:
-        """Gather once what no forward will ever gather: FSDP2 takes accumulated gradients of every unit to exist.
+    def _wake_frozen_blocks(self) -> None:
+        """Gather once what no forward may ever gather: FSDP2 takes accumulated gradients of every unit to exist.
 
         (torch 2.14, bf16 compute: ``'FSDPParam' object has no attribute '_unsharded_param'``.)
         """
-        dormant = self.model.dormant()
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
         for block in blocks_of(self.model):
-            if all(names[parameter] in dormant for parameter in block.parameters()):
+            if not any(parameter.requires_grad for parameter in block.parameters()):
                 assert isinstance(block, FSDPModule)
                 block.unshard()
                 block.reshard()

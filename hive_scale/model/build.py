@@ -70,6 +70,16 @@ def materialise(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
     return model
 
 
+def eyes(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Hive:
+    """The model with its encoder alone filled, from `weights` by name, ready to `encode` on `device`."""
+    model = skeleton(config).eval()
+    names = [name for name, _ in model.vision.named_parameters()]
+    model.vision.load_state_dict({name: weights[f"vision.{name}"] for name in names}, strict=False, assign=True)
+    model.vision.to(device, dtype).requires_grad_(False)
+    model.pixel_mean, model.pixel_std = model.pixel_mean.to(device), model.pixel_std.to(device)
+    return model
+
+
 def spelled_out(config: ModelConfig) -> ModelConfig:
     """The same model with its parts' configs in full: it needs no directory of theirs any more."""
     vision = PartConfig(config=_fields(vision_config(config.vision)))

@@ -71,25 +71,35 @@ class Hive(nn.Module):
     ) -> Tensor:
         """Sum of the token losses (paper eq. 1), a float32 scalar, in nats.
 
-        Args: `pixels` uint8 (B, 3, H, W); `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
+        Args: `pixels` as `see` takes them; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
         that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has a picture.
         """
         visual = self.see(pixels)
         hidden = self.read(visual, tokens, has_image)
         return self.token_loss(hidden.flatten(0, 1)[target_rows], target_ids).sum()
 
-    def see(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2)."""
-        return self.project(self.encode(pixels_BCHW))
+    def see(self, pixels: Tensor) -> list[Tensor]:
+        """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2).
+
+        `pixels` are uint8 (B, 3, H, W), or the features that were kept of them, (B, S, V, C) of S selected depths.
+        """
+        features = pixels.unbind(1) if pixels.is_floating_point() else self.features(self.encode(pixels))
+        return self._project(features)
 
     def encode(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """The encoder's hidden states, from the embeddings to the deepest that is read."""
         normalised = (pixels_BCHW.float() - self.pixel_mean) / self.pixel_std
         return hidden_states(self.vision, normalised, max(self.encoder_depths))
 
+    def features(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """F_l for each selected depth l, (B, V, C) each, of the encoder's hidden states."""
+        return [patches(self.vision, states[depth]) for depth in self.encoder_depths]
+
     def project(self, states: Sequence[Tensor]) -> list[Tensor]:
         """phi(F_l), (B, V, D) each, of the encoder's hidden states."""
-        features = [patches(self.vision, states[depth]) for depth in self.encoder_depths]
+        return self._project(self.features(states))
+
+    def _project(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [project(feature) for project, feature in zip(self.projector, features, strict=True)]
 
     def read(self, visual: Sequence[Tensor], tokens_BT: Tensor, has_image: Tensor | None = None) -> Tensor:
@@ -133,6 +143,12 @@ class Hive(nn.Module):
     def token_loss(self, rows_ND: Tensor, target_ids_N: Tensor) -> Tensor:
         """Cross-entropy of each target token, float32 (N,). Only rows that carry a target meet the head."""
         return F.cross_entropy(self.logits(rows_ND).float(), target_ids_N, reduction="none")
+
+    @property
+    def num_patches(self) -> int:
+        """V, the visual tokens of a picture."""
+        side: int = self.vision.config.image_size // self.vision.config.patch_size
+        return side * side
 
     def dormant(self) -> set[str]:
         """Names of parameters that the forward never reads: encoder blocks above the deepest depth, its head."""

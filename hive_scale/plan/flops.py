@@ -79,6 +79,10 @@ class Counter:
             result[component] = Flops(*total)
         return result
 
+    def without(self, component: str) -> Counter:
+        """The same work, but that of a component which is not run."""
+        return Counter({name: products for name, products in self.products.items() if name != component})
+
     def total(self, samples: float, num_tokens: float, targets: float) -> Flops:
         return sum(self.components(samples, num_tokens, targets).values(), Flops())
 
@@ -94,8 +98,7 @@ class _Walk:
     def __init__(self, model: Any, checkpointing: CheckpointingConfig) -> None:
         self.model, self.checkpointing = model, checkpointing
         self.counter = Counter({part: [] for part in ("vision", "projector", "fusion", "language")})
-        patches = (model.vision.config.image_size // model.vision.config.patch_size) ** 2
-        self.visual, self.text = Length(patches), Length(0, 1)
+        self.visual, self.text = Length(model.num_patches), Length(0, 1)
         self._read(self._project(self._see()))
 
     def _see(self) -> dict[int, bool]:

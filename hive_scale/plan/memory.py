@@ -28,6 +28,7 @@ class Facts:
     units: Units
     modules: dict[str, list[str]]  # parameters that a module has itself
     trace: Trace
+    features: int = 0  # numbers that a frozen encoder makes of a picture; 0 if it is not frozen
 
     def numel(self, trained: bool | None = None) -> int:
         return sum(param.numel for param in self.params if trained is None or param.trained == trained)
@@ -73,7 +74,10 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     units = _units(model, params)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     size, recomputed = build.image_size(config.model), config.engine.checkpointing
-    return Facts(params, units, modules, trace(model, dtype, num_tokens, size, recomputed, saves_inputs))
+    traced = trace(model, dtype, num_tokens, size, recomputed, saves_inputs)
+    frozen = not any(param.trained for param in params if param.name.startswith("vision."))
+    features = frozen * len(model.encoder_depths) * model.num_patches * model.vision.config.hidden_size
+    return Facts(params, units, modules, traced, features)
 
 
 def _units(model: Any, params: list[Param]) -> Units:

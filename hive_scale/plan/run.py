@@ -32,6 +32,7 @@ class StagePlan:
     time: StepTime
     mfu: float
     checkpoint: float  # bytes of one, over all processes
+    features: float  # bytes that `feature_cache` would take; 0 where the encoder learns
 
     @property
     def spare(self) -> float:
@@ -114,6 +115,7 @@ def plan_stage(
         time=time,
         mfu=useful / machine.world / time.total / machine.gpu.peak(engine.precision),
         checkpoint=checkpoint_bytes(facts),
+        features=num_samples * facts.features * (2.0 if engine.precision == "bf16" else 4.0),
     )
 
 

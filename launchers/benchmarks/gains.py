@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -104,7 +104,7 @@ class Size:
         freeze(model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.dormant())
         return model
 
-    def step(self, model: Any, lengths: list[int] | None = None) -> Step:
+    def step(self, model: Any, lengths: list[int] | None = None, pixels: Any = None) -> Step:
         """Forward and backward of one micro-batch, of captions as long as `lengths`, else of TEXT tokens."""
         import torch
 
@@ -119,6 +119,8 @@ class Size:
 
         samples = [sample(length) for length in lengths or [TEXT] * self.micro_batch]
         batch = collate(samples, pad_id=0, image_size=128).to(model.pixel_mean.device)
+        if pixels is not None:
+            batch = replace(batch, pixels=pixels)
 
         def step() -> None:
             torch.autograd.backward(model(**batch.inputs()))
@@ -154,6 +156,40 @@ def encoder_depth(size: Size) -> Iterator[Gain]:
         hidden_states(model.vision, pixels, max(model.encoder_depths))
 
     yield Gain("encoder stops at the block before the last", whole, tapped)
+
+
+def kept(size: Size) -> Iterator[Gain]:
+    """The connector on pictures, and on features that the loader has read from disk; reading is not in it."""
+    import torch
+
+    model = size.model("projector")
+    pixels = torch.randint(0, 256, (size.micro_batch, 3, 128, 128), dtype=torch.uint8)
+    pixels = pixels.to(model.pixel_mean.device)
+    with torch.no_grad():
+        features = torch.stack(model.features(model.encode(pixels)), dim=1)
+    title = "features of the frozen encoder kept (feature_cache)"
+    yield Gain(title, size.step(model, pixels=pixels), size.step(model, pixels=features))
+
+
+def decoding(size: Size) -> Iterator[Gain]:
+    """Text written token by token: everything computed again for each, and keys and values kept."""
+    import torch
+
+    from hive_scale.model.decode import generate
+
+    model = size.model("projector")
+    pixels = torch.zeros(size.micro_batch, 3, 128, 128, dtype=torch.uint8, device=model.pixel_mean.device)
+    starts, never = [[1]] * size.micro_batch, -1
+
+    @torch.no_grad()
+    def again() -> None:
+        tokens = torch.ones(size.micro_batch, 1, dtype=torch.long, device=pixels.device)
+        for _ in range(SHORT):
+            hidden = model.read(model.see(pixels), tokens)
+            tokens = torch.cat([tokens, model.logits(hidden[:, -1:]).argmax(-1)], dim=1)
+
+    title = f"{SHORT} tokens written with keys and values of picture and text kept"
+    yield Gain(title, again, lambda: cast_none(generate(model, pixels, range(len(pixels)), starts, never, SHORT)))
 
 
 def lengths(size: Size) -> Iterator[Gain]:
@@ -243,6 +279,8 @@ def copies(size: Size) -> Iterator[Gain]:
 GAINS: Mapping[str, Callable[[Size], Iterator[Gain]]] = {
     "frozen": frozen_parts,
     "encoder": encoder_depth,
+    "features": kept,
+    "decoding": decoding,
     "lengths": lengths,
     "loss": rows_with_targets,
     "optimizer": optimizer,

@@ -1,0 +1,91 @@
+"""A frozen encoder need see each picture only once: the pass that makes its features and keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hive_scale.config import Config
+from hive_scale.data.kept import KeptFeatures
+from hive_scale.data.loader import Loader
+from hive_scale.distributed import World
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+
+AT_ONCE = 32  # pictures that run through the encoder together
+
+
+def kept_features(
+    config: Config, stage: Hive, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
+) -> KeptFeatures | None:
+    """What `config.feature_cache` has of `loader`'s set, completed; None where the encoder of `stage` learns.
+
+    A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
+    weights, depths, precision, transform and set: the features of another encoder are never read for these.
+    Raises ValueError if the disk has no room for them.
+    """
+    trains = any(parameter.requires_grad for parameter in stage.vision.parameters())
+    if not config.feature_cache or trains or loader.config.blank:
+        return None
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    model = build.eyes(config.model, weights, world.device, dtype)
+    told = [_digest(model), model.encoder_depths, str(dtype), loader.config.image, loader.fingerprint]
+    path = Path(config.feature_cache).expanduser() / xxhash.xxh3_64_hexdigest(repr(told).encode())
+    shape = len(model.encoder_depths), model.num_patches, model.vision.config.hidden_size
+    if world.is_main:
+        KeptFeatures(path, len(loader.index), shape, dtype)
+    world.barrier()
+    kept = KeptFeatures(path, len(loader.index), shape, dtype)
+    missing = kept.missing()
+    world.barrier()  # all have read what is missing before one begins to change it
+    parts = np.array_split(missing, max(1, -(-len(missing) // AT_ONCE)))
+    mine = [part.tolist() for part in parts[world.rank :: world.size]]
+    mine += [[] for _ in range(-(-len(parts) // world.size) - len(mine))]  # as many for each: they meet at every one
+    pictures = DataLoader(
+        _Pictures(loader), batch_size=None, sampler=mine, num_workers=loader.config.workers, generator=torch.Generator()
+    )
+    text = f"features of {len(missing)} pictures, once"
+    quiet = not (world.is_main and len(missing))
+    for read, broken, pixels in track(pictures, text, total=len(mine), disable=quiet):
+        if any(world.sum(stop())):
+            break
+        if read:
+            with torch.no_grad():
+                kept.put(read, torch.stack(model.features(model.encode(pixels.to(world.device))), dim=1))
+        if broken:
+            kept.give_up(broken)
+    world.barrier()
+    return kept
+
+
+def _digest(model: Hive) -> str:
+    """Of what the features depend on: the encoder's weights, but for those that it never reads."""
+    digest, dormant = xxhash.xxh3_128(), model.dormant()
+    for name, parameter in model.vision.named_parameters():
+        if f"vision.{name}" not in dormant:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Pictures(Dataset[tuple[list[int], list[int], Tensor | None]]):
+    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W)."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, numbers: list[int]) -> tuple[list[int], list[int], Tensor | None]:
+        pixels, broken = {}, []
+        for number in numbers:
+            try:
+                pixels[number] = self.loader.pixels(number)
+            except ValueError:  # told when its turn comes in training
+                broken.append(number)
+        return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None
