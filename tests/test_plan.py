@@ -189,3 +189,36 @@ def test_rates_are_of_all_ranks_and_utilisation_of_one(monkeypatch: pytest.Monke
         "mfu": 0.6,
         "hfu": 0.8,
     }
+
+
+def planned(*words: str) -> Any:
+    """What ``plan.py --json`` prints."""
+    command = [sys.executable, str(ROOT / "launchers" / "plan.py"), "--json", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_settings_that_fit_on_eight_cards_are_those_of_a_plan() -> None:
+    words = ("--preset", "debug", "--world", "8", "--gpu", "a100-40")
+    fitted = planned(*words, "--fit")
+    again = planned(*words, *fitted["settings"])
+    assert [stage["stage"] for stage in again["stages"]] == list(STAGES)
+    for one, other in zip(fitted["stages"], again["stages"], strict=True):
+        assert one == other
+        assert one["fits"]
+        assert one["micro_batch"] * one["accumulation"] * 8 == one["samples"]
+    assert fitted["stages"][0]["features"] > fitted["stages"][2]["features"] == 0
+
+
+def test_a_sweep_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    words = ("--preset", "debug", "--gpu", "h100", "--sweep", "1,2,8")
+    points = planned(*words)
+    assert {(point["engine"], point["world"]) for point in points} >= {("DDP", 1), ("FSDP2", 2), ("ZeRO-3", 8)}
+    assert all(point["efficiency"] == 1 for point in points if point["world"] == 1)
+    assert all(point["efficiency"] <= 1 for point in points if point["engine"] == "DDP")  # others cut the update, too
+    picture = tmp_path / "sweep.png"
+    command = [sys.executable, str(ROOT / "launchers" / "plan.py"), *words, "--output", str(picture)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown.count("| weak |") == shown.count("| strong |") == 12
+    assert picture.read_bytes().startswith(b"\x89PNG")
