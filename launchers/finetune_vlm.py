@@ -68,30 +68,23 @@ def _run(arguments: argparse.Namespace, encoder: Path) -> Config:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.distributed import TRY_AGAIN, session
-    from hive_scale.train import Stopped, run_pipeline
-    from hive_scale.watch.noise import hushed
-    from hive_scale.watch.terminal import console
+    from hive_scale.launch import launch
+    from hive_scale.train import run_pipeline
 
-    with session() as world, hushed(config.run_dir / "logs", world, arguments.log_level, arguments.quiet):
-        try:
-            run_pipeline(config, world, arguments.overwrite)
-        except Stopped as stopped:
-            if world.is_main:
-                console.print(f"{stopped}. The same command goes on from there.", soft_wrap=True)
-            return TRY_AGAIN
-        _give(config, world)
-    return 0
+    def work(world: World) -> None:
+        run_pipeline(config, world, arguments.overwrite)
+        if world.is_main:
+            _give(config)
+
+    return launch(config, arguments, work)
 
 
-def _give(config: Config, world: World) -> None:
+def _give(config: Config) -> None:
     """The finished run as a LLaVA directory, if it is one, and what to do with it."""
     from hive_scale.export import export_run
     from hive_scale.watch.terminal import console
 
     llava = config.run_dir / "llava"
-    if not world.is_main:
-        return
     if config.model.fusion == "concat" and not llava.exists():
         export_run("llava", config.run_dir, llava)
     model = llava if llava.exists() else config.run_dir

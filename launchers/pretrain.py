@@ -14,6 +14,7 @@ from hive_scale.command import add_run_arguments, add_training_arguments, named_
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
+    from hive_scale.distributed import World
 
 EXAMPLES = """\
 examples:
@@ -45,24 +46,18 @@ def main() -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.distributed import TRY_AGAIN, session
+    from hive_scale.launch import launch
     from hive_scale.outcome import blank_twin, show
-    from hive_scale.train import Stopped, run_pipeline
-    from hive_scale.watch.noise import hushed
-    from hive_scale.watch.terminal import console
+    from hive_scale.train import run_pipeline
 
-    with session() as world, hushed(config.run_dir / "logs", world, arguments.log_level, arguments.quiet):
-        try:
-            run_pipeline(config, world, arguments.overwrite)
-            if config.evidence:
-                run_pipeline(blank_twin(config), world)
-            if world.is_main:
-                show(config, world.device)
-        except Stopped as stopped:
-            if world.is_main:
-                console.print(f"{stopped}. The same command goes on from there.", soft_wrap=True)
-            return TRY_AGAIN
-    return 0
+    def work(world: World) -> None:
+        run_pipeline(config, world, arguments.overwrite)
+        if config.evidence:
+            run_pipeline(blank_twin(config), world)
+        if world.is_main:
+            show(config, world.device)
+
+    return launch(config, arguments, work)
 
 
 def _parse() -> argparse.Namespace:

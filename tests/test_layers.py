@@ -42,6 +42,7 @@ ROOMS: dict[str, set[str]] = {
         "features",
         "progress",
     },
+    "launch": {"train", "watch"},
     "card": {"watch", "checkpoint"},
     "export": {"model", "data", "checkpoint", "card"},
     "show": {"model"},
