@@ -6,7 +6,9 @@ A table stands between ``<!-- benchmark WORDS -->`` and ``<!-- end -->``, WORDS 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +27,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """With --quick: two rounds each, and none is begun, or goes on, after 15 minutes; its table then stays."""
+    """With --quick: two rounds each, in 15 minutes; a table whose command takes more than its share of them stays."""
     text = arguments.readme.read_text()
     places = list(TABLE.finditer(text))
     if not places:
         raise ValueError(f"{arguments.readme} has no '<!-- benchmark WORDS -->': there is no table to make again")
     deadline = monotonic() + (QUICK_SECONDS if arguments.quick else float("inf"))
     tables: dict[str, str] = {}
-    for place in places:
+    for left, place in zip(range(len(places), 0, -1), places, strict=True):
         words = place["words"].split()
         rounds = ["--rounds", str(QUICK_ROUNDS)] if arguments.quick else []
         print(f"{' '.join(words)} ...", file=sys.stderr, flush=True)
-        if made := _table([*words, *rounds], deadline - monotonic()):
+        if made := _table([*words, *rounds], (deadline - monotonic()) / left):
             tables[place["words"]] = made
     arguments.readme.write_text(
         TABLE.sub(lambda place: place[1] + tables.get(place["words"], place["table"]) + place[4], text)
@@ -48,9 +50,16 @@ def _table(words: list[str], seconds: float) -> str | None:
     """What a command prints as Markdown; None if it fails, or has not ended in time."""
     command = [sys.executable, str(LAUNCHER), *words, "--markdown"]
     limit = None if seconds == float("inf") else max(0.0, seconds)
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=limit)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        print(f"its table stays: {error}", file=sys.stderr)
+    # a group of its own, so that none of its ranks outlives it and disturbs the next
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
+        try:
+            made, _ = running.communicate(timeout=limit)
+            reason = f"it ended with code {running.returncode}" if running.returncode else ""
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGTERM)  # which torchrun passes on to its ranks
+            running.communicate()
+            reason = f"{seconds:.0f} seconds were not enough"
+    if reason:
+        print(f"its table stays: {reason}", file=sys.stderr)
         return None
-    return done.stdout
+    return made
