@@ -21,7 +21,8 @@ examples:
   python launchers/benchmark.py padding                     what dealing by length saves
 """
 # a module of launchers/benchmarks each, with HELP, configure(parser) and run(arguments); it imports torch late
-BENCHMARKS = ("engines", "checkpoint", "loss", "data", "padding", "memory", "efficiency", "gains", "chain", "all")
+TRAINING = ("engines", "checkpoint", "loss", "data", "padding", "memory", "efficiency", "gains")
+BENCHMARKS = (*TRAINING, "start", "chain", "all")
 
 
 def main() -> int:
