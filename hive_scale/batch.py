@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 BLANK = 127  # the grey of a picture that tells nothing
 
@@ -78,10 +79,12 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
 
     `pixels`, as `Batch` has them, is where their pictures go, or where they lie already.
     """
-    texts = [torch.tensor(sample.tokens) for sample in samples]
-    tokens = pad_sequence(texts, batch_first=True, padding_value=pad_id)
-    is_target = pad_sequence([torch.tensor(sample.is_target) for sample in samples], batch_first=True)
-    targets = is_target.flatten().nonzero().squeeze(1)
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    is_text = np.arange(lengths.max()) < lengths[:, None]
+    tokens, is_target = np.full(is_text.shape, pad_id), np.zeros(is_text.shape, bool)
+    tokens[is_text] = np.fromiter(chain.from_iterable(sample.tokens for sample in samples), np.int64)
+    is_target[is_text] = np.fromiter(chain.from_iterable(sample.is_target for sample in samples), bool)
+    targets = np.flatnonzero(is_target)
     if pixels is None:
         shape = len(samples), 3, image_size, image_size
         # decoded pictures are channels-last: the same layout makes the copy below a plain one
@@ -96,8 +99,8 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
         keys=tuple(sample.key for sample in samples),
         pixels=pixels,
         has_image=has_image,
-        tokens=tokens,
-        target_rows=targets - 1,  # each is predicted at the position before it
-        target_ids=tokens.flatten()[targets],
+        tokens=torch.from_numpy(tokens),
+        target_rows=torch.from_numpy(targets - 1),  # each is predicted at the position before it
+        target_ids=torch.from_numpy(tokens.flatten()[targets]),
         all_images=all(sample.pixels is not None for sample in samples),
     )
