@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import Config
-from hive_scale.data.kept import KeptFeatures
+from hive_scale.data.batches import ignore_signals
+from hive_scale.data.kept import KeptFeatures, open_kept
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
@@ -39,17 +40,17 @@ def kept_features(
     told = [_digest(model), model.encoder_depths, str(dtype), loader.config.image, loader.fingerprint]
     path = Path(config.feature_cache).expanduser() / xxhash.xxh3_64_hexdigest(repr(told).encode())
     shape = len(model.encoder_depths), model.num_patches, model.vision.config.hidden_size
-    if world.is_main:
-        KeptFeatures(path, len(loader.index), shape, dtype)
-    world.barrier()
-    kept = KeptFeatures(path, len(loader.index), shape, dtype)
-    missing = kept.missing()
-    world.barrier()  # all have read what is missing before one begins to change it
+    kept, missing = open_kept(world, path, np.arange(len(loader.index)), len(loader.index), shape, dtype)
     parts = np.array_split(missing, max(1, -(-len(missing) // AT_ONCE)))
     mine = [part.tolist() for part in parts[world.rank :: world.size]]
     mine += [[] for _ in range(-(-len(parts) // world.size) - len(mine))]  # as many for each: they meet at every one
     pictures = DataLoader(
-        _Pictures(loader), batch_size=None, sampler=mine, num_workers=loader.config.workers, generator=torch.Generator()
+        _Pictures(loader),
+        batch_size=None,
+        sampler=mine,
+        num_workers=loader.config.workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),
     )
     text = f"features of {len(missing)} pictures, once"
     quiet = not (world.is_main and len(missing))

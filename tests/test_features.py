@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ranks
 import tars
@@ -15,7 +16,7 @@ import torch
 from hive_scale import presets
 from hive_scale.checkpoint.handoff import Weights, read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
-from hive_scale.data.kept import KeptFeatures
+from hive_scale.data.kept import open_kept
 from hive_scale.distributed import World, session
 from hive_scale.features import kept_features
 from hive_scale.model import build
@@ -118,7 +119,9 @@ def test_what_was_made_stays_and_only_for_its_own_encoder(shard: str, tmp_path: 
     assert opened(config, world, "language", first).get(0).any(), "a file that was cut is made again"
 
 
-def test_a_disk_without_room_is_met_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"feature_cache=.* GB of features are still to be made"):
-        KeptFeatures(tmp_path / "large", 10**7, (6, 576, 1024), torch.bfloat16)
-    assert not list(tmp_path.glob("*.features"))
+def test_a_disk_without_room_is_met_before_the_first_picture(tmp_path: Path, world: World) -> None:
+    some, shape = np.arange(10**6), (6, 576, 1024)
+    with pytest.raises(ValueError, match=r" GB of features are still to be made, .* GB are free"):
+        open_kept(world, tmp_path / "large", some, len(some), shape, torch.bfloat16)
+    _, missing = open_kept(world, tmp_path / "large", some[:3], len(some), shape, torch.bfloat16)
+    assert missing.tolist() == [0, 1, 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hive_scale.distributed import World
+
+Numbers = list[int] | NDArray[np.integer]  # of pictures
 TO_DO, MADE, BROKEN = 0, 1, 2
-INTEGERS = {torch.float32: np.int32, torch.bfloat16: np.int16}  # numpy knows no bfloat16: bits are bits
+INTEGERS = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}  # by size: numpy knows no bfloat16; bits are bits
 
 
 class KeptFeatures:
@@ -22,35 +26,28 @@ class KeptFeatures:
     """
 
     def __init__(self, path: Path, count: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Raises ValueError if the disk has no room for what is still to be made."""
         self.count, self.shape, self.dtype = count, shape, dtype
         self._path = path
         values, state = path.with_suffix(".features"), path.with_suffix(".state")
         path.parent.mkdir(parents=True, exist_ok=True)
-        row = int(np.prod(shape)) * dtype.itemsize
-        if values.exists() and values.stat().st_size != count * row:
+        size = count * prod(shape) * dtype.itemsize
+        if values.exists() and values.stat().st_size != size:
             state.unlink(missing_ok=True)  # cut or copied in part: what it holds is not known
-        _make(state, count)
+        make(state, count)
         self._state: NDArray[np.uint8] = np.memmap(state, np.uint8, "r+", shape=(count,))
-        needed, free = len(self.missing()) * row, shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise ValueError(
-                f"feature_cache={path.parent}: {needed / 1e9:.1f} GB of features are still to be made, "
-                f"{free / 1e9:.1f} GB are free: name another disk, or leave feature_cache empty"
-            )
-        _make(values, count * row)
-        self._values: NDArray[np.integer] = np.memmap(values, INTEGERS[dtype], "r+", shape=(count, *shape))
+        make(values, size)
+        self._values: NDArray[np.integer] = np.memmap(values, INTEGERS[dtype.itemsize][0], "r+", shape=(count, *shape))
 
     def missing(self) -> NDArray[np.integer]:
         """Numbers of the pictures whose features nobody has made yet."""
         return np.flatnonzero(self._state == TO_DO)
 
-    def put(self, numbers: list[int], features: Tensor) -> None:
+    def put(self, numbers: Numbers, features: Tensor) -> None:
         """Keep `features`, (len(numbers), S, V, C)."""
-        self._values[numbers] = features.to(self.dtype).view(_integer(self.dtype)).cpu().numpy()
+        self._values[numbers] = features.to(self.dtype).view(INTEGERS[self.dtype.itemsize][1]).cpu().numpy()
         self._state[numbers] = MADE
 
-    def give_up(self, numbers: list[int]) -> None:
+    def give_up(self, numbers: Numbers) -> None:
         """Those pictures cannot be used."""
         self._state[numbers] = BROKEN
 
@@ -60,15 +57,37 @@ class KeptFeatures:
             return None
         return torch.from_numpy(self._values[number]).view(self.dtype)
 
+    def rows(self, numbers: Numbers) -> Tensor:
+        """Features (len(numbers), S, V, C) of pictures that have been made."""
+        return torch.from_numpy(self._values[numbers]).view(self.dtype)
+
     def __reduce__(self) -> tuple[object, ...]:
         return KeptFeatures, (self._path, self.count, self.shape, self.dtype)  # the files are opened again
 
 
-def _make(file: Path, size: int) -> None:
+def make(file: Path, size: int) -> None:
     """A file of `size` bytes, zeros where nothing has been written; one that is there stays as it is."""
     with file.open("ab") as opened:
         opened.truncate(size)
 
 
-def _integer(dtype: torch.dtype) -> torch.dtype:
-    return torch.int16 if dtype == torch.bfloat16 else torch.int32
+def open_kept(
+    world: World, path: Path, wanted: NDArray[np.integer], count: int, shape: tuple[int, int, int], dtype: torch.dtype
+) -> tuple[KeptFeatures, NDArray[np.integer]]:
+    """The features under `path`, and which of the `wanted` are missing, the same for all ranks. A collective.
+
+    Raises ValueError if the disk has no room for those.
+    """
+    if world.is_main:
+        KeptFeatures(path, count, shape, dtype)
+    world.barrier()
+    kept = KeptFeatures(path, count, shape, dtype)
+    missing = np.intersect1d(kept.missing(), wanted)
+    needed, free = len(missing) * prod(shape) * dtype.itemsize, shutil.disk_usage(path.parent).free
+    world.barrier()  # all have looked before one begins to change it
+    if needed > free:
+        raise ValueError(
+            f"{path.parent}: {needed / 1e9:.1f} GB of features are still to be made, {free / 1e9:.1f} GB are free: "
+            "name another disk for them, or keep none"
+        )
+    return kept, missing

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
+from hive_scale.data.kept import make, open_kept
 from hive_scale.data.transform import augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
@@ -113,47 +113,30 @@ def cut(part: Numbers, size: int) -> list[Numbers]:
 
 
 class Cache:
-    """Features of a whole split as float16 on disk, shared by all ranks, probes and seeds.
+    """Features of a split as float16 on disk, shared by all ranks, probes and seeds.
 
-    The file's name tells weights, depth, set and split: another encoder's features are never read for these.
+    The files' name tells weights, depth, set and split: another encoder's features are never read for these.
     """
 
-    def __init__(self, folder: Path, key: str, source: Source, world: World) -> None:
-        """Read the file if it is there, else make it: each rank its share. A collective."""
+    def __init__(self, folder: Path, key: str, source: Source, numbers: Numbers, world: World) -> None:
+        """Make what is missing of those pictures, each rank its share. A collective."""
         encoder, split = source.encoder, source.split
         what = [encoder.identity, encoder.depth, encoder.mode, str(encoder.dtype), key, split.name, split.size]
-        name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-        self.path = folder / f"{split.name}-{name}.f16"
-        shape = (split.size, encoder.num_tokens, encoder.width)
-        labels = self.path.with_suffix(".labels")
-        if not (self.path.exists() and labels.exists()):
-            part, part_labels = self.path.with_suffix(".part"), labels.with_suffix(".part-labels")
-            if world.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
-                np.memmap(part, np.float16, "w+", shape=shape)
-                np.memmap(part_labels, np.int64, "w+", shape=(split.size,))
-            world.barrier()
-            _fill(np.memmap(part, np.float16, "r+", shape=shape), np.memmap(part_labels, np.int64, "r+"), source, world)
-            world.barrier()
-            if world.is_main:
-                os.replace(part_labels, labels)
-                os.replace(part, self.path)
-            world.barrier()
-        self.features = np.memmap(self.path, np.float16, "r", shape=shape)
-        self.labels = np.array(np.memmap(labels, np.int64, "r"))
+        path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+        shape = 1, encoder.num_tokens, encoder.width
+        self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
+        labels = path.with_suffix(".labels")
+        if world.is_main:
+            make(labels, 8 * split.size)
+        world.barrier()
+        self.labels = np.memmap(labels, np.int64, "r+", shape=(split.size,))
+        mine = np.array_split(missing, world.size)[world.rank]
+        groups = cut(mine, AT_ONCE)
+        for group, (values, told) in zip(groups, source.batches(groups), strict=True):
+            self.labels[group] = told.cpu().numpy()
+            self.features.put(group, values.clamp(-LARGEST, LARGEST)[:, None])
+        world.barrier()
 
     def read(self, numbers: Numbers, device: torch.device) -> Features:
-        features = torch.from_numpy(np.asarray(self.features[numbers])).to(device).float()
+        features = self.features.rows(numbers)[:, 0].to(device).float()
         return features, torch.from_numpy(self.labels[numbers]).to(device)
-
-
-def _fill(features: Any, labels: Any, source: Source, world: World) -> None:
-    mine = np.array_split(np.arange(source.split.size), world.size)[world.rank]
-    place = int(mine[0]) if len(mine) else 0
-    for values, told in source.batches(cut(mine, AT_ONCE)):
-        end = place + len(told)
-        features[place:end] = values.clamp(-LARGEST, LARGEST).half().cpu().numpy()
-        labels[place:end] = told.cpu().numpy()
-        place = end
-    features.flush()
-    labels.flush()

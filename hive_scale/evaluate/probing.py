@@ -93,7 +93,10 @@ class Bench:
         if split.name not in self._sources:
             source = self._sources[split.name] = Source(self.encoder, split, self.plan.workers)
             if not self.plan.augment:  # seen again and again unchanged, pictures need the encoder once
-                source.cache = Cache(self.cache, f"{self.data.name} of {self.data.where}", source, self.world)
+                wanted = np.arange(split.size)
+                if split is self.data.train:
+                    wanted = np.union1d(self.train_part, self.choice_part)
+                source.cache = Cache(self.cache, f"{self.data.name} of {self.data.where}", source, wanted, self.world)
         return self._sources[split.name]
 
     def _share_right(self, grid: Grid, split: Split, part: Numbers) -> list[float]:
