@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hive_scale import config as configs
 from hive_scale.checkpoint.lock import LOCK
+from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
@@ -71,6 +73,29 @@ def _try_some(loader: Loader, count: int = 4) -> None:
         except ValueError as error:
             reason = reason or f"{loader.index.key(i)} of {loader.index.shard(i)}: {error}"
     raise ValueError(f"no sample that was tried can be used; the first is {reason}")
+
+
+def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
+    """Note what samples the run begins with; from then on see that they are there. A collective.
+
+    Checkpoints know their samples, but a stage that has none yet would begin with whatever a pattern still matches.
+    Raises ValueError.
+    """
+    path = config.run_dir / "data.json"
+    sets = {name: one.train for name, one in data.items()}
+    now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
+    if world.is_main and not path.exists():
+        unnamed = path.with_suffix(".tmp")
+        unnamed.write_text(json.dumps(now, indent=1))
+        unnamed.rename(path)
+    world.barrier()
+    before = json.loads(path.read_text())
+    for name in config.stages:
+        if before[name] != now[name] and not is_done(config.run_dir / name):
+            raise ValueError(
+                f"stages.{name}: the run began with {before[name]['samples']:,} training samples, and finds "
+                f"{now[name]['samples']:,}, not all of them the same: restore its shards, or use --overwrite"
+            )
 
 
 def claim(config: Config, world: World, overwrite: bool) -> None:

@@ -24,7 +24,7 @@ from hive_scale.model import build
 from hive_scale.model.export import export_encoder
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import count
-from hive_scale.preparation import Data, check, claim, open_all
+from hive_scale.preparation import Data, check, claim, open_all, same_data
 from hive_scale.progress import Progress
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
@@ -65,6 +65,7 @@ def run_pipeline(
 def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt) -> None:
     data = open_all(config)
     check(config, data, world.size)
+    same_data(config, data, world)
     weights = config.run_dir / "initial" / WEIGHTS
     if world.is_main and not find_weights(weights):
         model = assemble(config.model, seed=next(iter(config.stages.values())).seed)

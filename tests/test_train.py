@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy
 import pytest
+import tars
 import tiny
 import torch
 from PIL import Image
@@ -139,6 +140,19 @@ def test_a_run_may_end_after_a_stage(tmp_path: Path, world: World) -> None:
     assert [is_done(config.run_dir / name) for name in config.stages] == [True, True, False]
     run_pipeline(config, world, until="projector")
     assert not (config.run_dir / "joint").exists()
+
+
+def test_a_shard_that_is_gone_is_missed_where_no_checkpoint_knows_of_it(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run")
+    shards = [Path(shard) for shard in tars.write_set(tmp_path / "set", [12, 12])]
+    config = replace(config, data=replace(config.data, train=[str(tmp_path / "set" / "*.tar")]))
+    run_pipeline(config, world, until="projector")
+    away = shards[1].rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="language: the run began with 24 training samples, and finds 12"):
+        run_pipeline(config, world)
+    away.rename(shards[1])
+    run_pipeline(config, world)
+    assert is_done(config.run_dir / "joint")
 
 
 def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: World) -> None:
