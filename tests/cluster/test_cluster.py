@@ -125,12 +125,14 @@ def test_what_follows_is_preempted_and_goes_on(slurm: Path, tmp_path: Path, pair
     chain = Chain(tmp_path, pairs, "slurm.stages.vlm.partition=scavenge", "slurm.grace=90", "slurm.hours=1")
     shutil.copytree(reference.run_dir, chain.run)
     write_questions(tmp_path / "easyvqa")
+    # a copy, for the jobs' code is a snapshot: to them the shipped set is any other, and gets its index beside it
+    emoji = shutil.copytree(ROOT / "hive_scale" / "data" / "sample", tmp_path / "emoji")
     few = "stages.connector.steps=4 stages.language.steps=4"
     chain.hold("vlm", 2)
     shown = chain.submit(
         chain.held("vlm"),
         *("--then", "probe,vlm,evaluate"),
-        f"then.probe=--set emoji --data {ROOT / 'hive_scale/data/sample'} --heads linear --augment none --epochs 1",
+        f"then.probe=--set emoji --data {emoji} --heads linear --augment none --epochs 1",
         f"then.vlm=--config {vlm_recipe(tmp_path / 'easyvqa', f'{tmp_path}/easyvqa/train-*.tar')} {few}",
         f"then.evaluate=--tasks easyvqa --data {tmp_path} --max_tokens 2",
     )

@@ -35,7 +35,7 @@ import ranks  # noqa: E402
 
 from hive_scale import presets  # noqa: E402
 from hive_scale.checkpoint.handoff import read_weights  # noqa: E402
-from hive_scale.checkpoint.marker import WEIGHTS  # noqa: E402
+from hive_scale.checkpoint.marker import WEIGHTS, is_done  # noqa: E402
 from hive_scale.data.shards import SAMPLE_DIR  # noqa: E402
 from hive_scale.distributed import session  # noqa: E402
 from hive_scale.train import Stopped, run_pipeline  # noqa: E402
@@ -179,6 +179,10 @@ def jump_clock(run: Attempt, draw: random.Random) -> None:
 def lose_shard(run: Attempt, draw: random.Random) -> None:
     """End all; the next attempt finds a shard missing, the one after finds it again."""
     signal_all(signal.SIGKILL)(run, draw)
+    run.end()
+    last = run.folder / "run" / STAGES[-1]
+    if is_done(last) or not (run.folder / "run" / "data.json").exists():
+        return  # a run that has ended, or has not begun, misses nothing
     shard = next(run.folder.parent.glob("broken-*.tar"))
     away = shard.rename(shard.with_suffix(".away"))
     engine = (run.folder / "engine").read_text()
