@@ -21,8 +21,10 @@ examples:
   python launchers/benchmark.py padding                     what dealing by length saves
 """
 # a module of launchers/benchmarks each, with HELP, configure(parser) and run(arguments); it imports torch late
-TRAINING = ("engines", "checkpoint", "loss", "data", "padding", "memory", "efficiency", "gains")
-BENCHMARKS = (*TRAINING, "start", "chain", "all")
+BENCHMARKS = (
+    *("engines", "checkpoint", "loss", "data", "padding", "memory", "efficiency", "gains", "start", "chain"),
+    "all",
+)
 
 
 def main() -> int:

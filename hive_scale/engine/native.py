@@ -98,7 +98,7 @@ class NativeEngine:
 
         (torch 2.14, bf16 compute: ``'FSDPParam' object has no attribute '_unsharded_param'``.)
         """
-        for block in blocks_of(self.model):
+        for block in self.model.blocks()["vision"]:  # above the deepest depth, or all where features are kept
             if not any(parameter.requires_grad for parameter in block.parameters()):
                 assert isinstance(block, FSDPModule)
                 block.unshard()

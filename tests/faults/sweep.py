@@ -177,12 +177,13 @@ def jump_clock(run: Attempt, draw: random.Random) -> None:
 
 
 def lose_shard(run: Attempt, draw: random.Random) -> None:
-    """End all; the next attempt finds a shard missing, the one after finds it again."""
+    """End all, once the run has begun; the next attempt finds a shard missing, the one after finds it again."""
+    while run.alive() and not (run.folder / "run" / "data.json").exists():
+        time.sleep(0.02)
     signal_all(signal.SIGKILL)(run, draw)
     run.end()
-    last = run.folder / "run" / STAGES[-1]
-    if is_done(last) or not (run.folder / "run" / "data.json").exists():
-        return  # a run that has ended, or has not begun, misses nothing
+    if is_done(run.folder / "run" / STAGES[-1]):
+        return  # a run that has ended misses nothing
     shard = next(run.folder.parent.glob("broken-*.tar"))
     away = shard.rename(shard.with_suffix(".away"))
     engine = (run.folder / "engine").read_text()
