@@ -64,11 +64,11 @@ def test_dealing_by_length_pads_less() -> None:
 def test_tables_of_a_readme_are_made_again_in_their_place(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     old = "| what was there |\n"
-    words = ("loss --rows 64 --vocabularies 500 --dtypes fp32", "loss --rows none")  # the second fails
+    words = ("loss --rows 64 --dtypes fp32; quick: --vocabularies 500", "loss --rows none")  # the second fails
     page.write_text("\n".join(["above", *(f"<!-- benchmark {one} -->\n{old}<!-- end -->" for one in words), "below"]))
     assert "1 of 2 tables" in printed("all", "--readme", str(page))
     first, second = page.read_text().split("<!-- end -->\n", 1)
     assert first.startswith(f"above\n<!-- benchmark {words[0]} -->\n| dtype |")
     assert first.count("| fp32 | 500 | 64 |") == 5
-    assert f"python launchers/benchmark.py {words[0]} --rounds 2 --markdown" in first
+    assert "benchmark.py loss --rows 64 --dtypes fp32 --vocabularies 500 --rounds 2 --markdown" in first
     assert second == f"<!-- benchmark {words[1]} -->\n{old}<!-- end -->\nbelow"

@@ -1,6 +1,7 @@
 """Run every command whose table the README shows, and put the new table in its place.
 
-A table stands between ``<!-- benchmark WORDS -->`` and ``<!-- end -->``, WORDS being those of this launcher.
+A table stands between ``<!-- benchmark WORDS; quick: WORDS -->`` and ``<!-- end -->``. WORDS are those of this
+launcher; the second, if there are any, come on top with --quick.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from benchmarks.workers import LAUNCHER
 
 HELP = "every table of the README, made again in its place"
 README = LAUNCHER.parents[1] / "README.md"
-TABLE = re.compile(r"(<!-- benchmark (?P<words>[^>]*?) -->\n)(?P<table>.*?)(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(
+    r"(?P<above><!-- benchmark (?P<words>[^>;]*)(; quick: (?P<quick>[^>]*))? -->\n)"
+    r"(?P<table>.*?)(?P<below><!-- end -->)",
+    re.DOTALL,
+)
 QUICK_SECONDS, QUICK_ROUNDS = 15 * 60, 2
 
 
@@ -27,7 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """With --quick: two rounds each, in 15 minutes; a table whose command takes more than its share of them stays."""
+    """With --quick: two rounds each, in 15 minutes. None may take more than a third of what is left of them, or the
+    rest would starve: a table whose command does stays as it is."""
     text = arguments.readme.read_text()
     places = list(TABLE.finditer(text))
     if not places:
@@ -36,12 +42,13 @@ def run(arguments: argparse.Namespace) -> None:
     tables: dict[str, str] = {}
     for left, place in zip(range(len(places), 0, -1), places, strict=True):
         words = place["words"].split()
-        rounds = ["--rounds", str(QUICK_ROUNDS)] if arguments.quick else []
+        if arguments.quick:
+            words += [*(place["quick"] or "").split(), "--rounds", str(QUICK_ROUNDS)]
         print(f"{' '.join(words)} ...", file=sys.stderr, flush=True)
-        if made := _table([*words, *rounds], (deadline - monotonic()) / left):
-            tables[place["words"]] = made
+        if made := _table(words, (deadline - monotonic()) / min(left, 3)):
+            tables[place["above"]] = made
     arguments.readme.write_text(
-        TABLE.sub(lambda place: place[1] + tables.get(place["words"], place["table"]) + place[4], text)
+        TABLE.sub(lambda one: one["above"] + tables.get(one["above"], one["table"]) + one["below"], text)
     )
     print(f"{len(tables)} of {len(places)} tables made again in {arguments.readme}")
 
