@@ -108,6 +108,31 @@ def test_workers_and_threads_bring_the_same_batches_in_the_same_order(
             assert torch.equal(a.target_ids, b.target_ids)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_of_pictures_is_used_again_only_when_nobody_holds_it(
+    broken: list[str], tokenizer: Tokenizer, workers: int
+) -> None:
+    loader = _loader(broken, tokenizer, workers=workers)
+    [world] = worlds(1)
+
+    def pictures(count: int) -> Iterator[torch.Tensor]:
+        steps = loader.steps(global_batch=6, accumulation=1, seed=3, start=0, world=world)
+        return (batch.pixels for [batch] in islice(steps, count))
+
+    held = list(pictures(24))  # more than there are rooms for
+    own = [pixels.clone() for pixels in pictures(24)]
+    assert all(torch.equal(one, other) for one, other in zip(held, own, strict=True))
+    assert len({pixels.data_ptr() for pixels in held}) == 24
+    assert len({pixels.data_ptr() for pixels in pictures(24)}) <= 2 + 2 * workers
+    last = [pixels[-1:] for pixels in pictures(24)]  # a part of a batch holds it all
+    assert all(torch.equal(one, other[-1:]) for one, other in zip(last, own, strict=True))
+    once = {batch.keys: batch.pixels for batch in loader.once(batch_size=4, world=world)}
+    for keys, pixels in once.items():  # those behind a broken one have moved up
+        for key, picture in zip(keys, pixels, strict=True):
+            [i] = [i for i in range(len(loader.index)) if loader.index.key(i) == key]
+            assert torch.equal(picture, loader.pixels(i)), key
+
+
 def test_loading_leaves_the_random_state_alone(shards: list[str], tokenizer: Tokenizer) -> None:
     before = torch.get_rng_state()
     _steps(_loader(shards, tokenizer), 1, 1, 0, 1)

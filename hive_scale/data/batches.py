@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
-from math import prod
 from threading import Thread, local
 
 import torch
@@ -21,10 +20,12 @@ from torch.utils.data import Dataset, get_worker_info
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.data.order import Stream
+from hive_scale.data.rooms import NONE, Layout, Rooms, allocate
 from hive_scale.data.samples import Samples
 from hive_scale.data.scan import Fault
 
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
+Request = tuple[Slots, int]  # and the room for its pictures
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,17 @@ class Loaded:
 
 
 class Batches(Dataset[Loaded]):
-    """Micro-batches by their slots. With an order, broken samples are substituted; without, left out."""
+    """Micro-batches of up to `size` samples. With an order, broken samples are substituted; without, left out.
 
-    def __init__(self, samples: Samples, order: Stream | None) -> None:
+    Whoever uses them holds `held` at a time; more may be held, in memory that is not used again.
+    """
+
+    def __init__(self, samples: Samples, order: Stream | None, size: int, held: int) -> None:
         self.samples = samples
         self.order = order
         config = samples.config
+        number = held + 1 + 2 * config.workers  # torch asks each worker for two ahead
+        self.rooms = Rooms(_layout(samples), max(1, size), number, shared=config.workers > 0)
         self.threads = config.threads
         # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
         rows = max(1, config.workers) * self.threads
@@ -61,9 +67,14 @@ class Batches(Dataset[Loaded]):
             where = " or ".join(f"{self.samples.index.key(i)} of {self.samples.index.shard(i)}" for _, i in dead)
             raise RuntimeError(f"data worker {dead[0][0]} died while reading {where} ({error})") from None
 
-    def __getitem__(self, slots: Slots) -> Loaded:
-        room = _room(max(1, len(slots)), self.samples)
-        filled = list((self._pool.map if self.threads > 1 else map)(self._fill, slots, room))
+    def requests(self, slots: Iterable[Slots]) -> Iterator[Request]:
+        """Each with a room; drawn where the batches are used."""
+        return ((one, self.rooms.take()) for one in slots)
+
+    def __getitem__(self, request: Request) -> Loaded:
+        slots, room = request
+        pixels = self._place(room, max(1, len(slots)))
+        filled = list((self._pool.map if self.threads > 1 else map)(self._fill, slots, pixels))
         bad = [fault for _, faults in filled for fault in faults]
         samples = [sample for sample, _ in filled if sample is not None]
         if self.order is not None and len(samples) < len(slots):
@@ -71,8 +82,17 @@ class Batches(Dataset[Loaded]):
         tokenizer = self.samples.tokenizer
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
-        pixels = room if len(samples) == len(room) else None  # where they lie already, unless some were left out
-        return Loaded(collate(samples, tokenizer.pad_id, self.samples.image_size, pixels), bad)
+        # their pictures lie there already, and move up if some before them were left out
+        batch = collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)])
+        if get_worker_info() and room != NONE:
+            batch = replace(batch, pixels=self.rooms.sent(room, len(samples)))
+        return Loaded(batch, bad)
+
+    def _place(self, room: int, samples: int) -> Tensor:
+        if room == NONE:
+            layout = self.rooms.layout
+            return layout.over(allocate(layout.bytes(samples), shared=get_worker_info() is not None), samples)
+        return (self.rooms.fill if get_worker_info() else self.rooms.lend)(room, samples)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -102,21 +122,13 @@ class Batches(Dataset[Loaded]):
             self.reading[worker.id * self.threads + thread] = torch.tensor([os.getpid(), sample])
 
 
-def _room(count: int, samples: Samples) -> Tensor:
-    """Room for `count` pictures, uint8 (count, 3, H, W), channels last as decoded ones are, or for their features.
-
-    A worker's lies in the memory that it shares with the main process, so that it is not copied there later.
-    """
-    size, dtype = samples.image_size, torch.uint8
-    shape, strides = (count, 3, size, size), (3 * size * size, 1, 3 * size, 3)
+def _layout(samples: Samples) -> Layout:
+    """Of a picture, uint8 (3, H, W), channels last as decoded ones are, or of what the encoder has made of it."""
     if samples.features:
-        dtype, (depths, tokens, width) = samples.features.dtype, samples.features.shape
-        shape, strides = (count, depths, tokens, width), (depths * tokens * width, tokens * width, width, 1)
-    if get_worker_info() is None:
-        return torch.empty_strided(shape, strides, dtype=dtype)
-    # as torch's own collating does
-    storage = torch.UntypedStorage._new_shared(prod(shape) * dtype.itemsize)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape, strides)
+        depths, tokens, width = samples.features.shape
+        return Layout((depths, tokens, width), (tokens * width, width, 1), samples.features.dtype)
+    size = samples.image_size
+    return Layout((3, size, size), (1, 3 * size, 3), torch.uint8)
 
 
 def ignore_signals(_: int) -> None:

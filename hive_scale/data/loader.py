@@ -61,7 +61,9 @@ class Loader(Samples):
         [start + s * global_batch, ...) whatever the world; see `order.deal` for who gets which.
         """
         order = self.stream(seed)
-        micro_batches = self._load(self._dealt(order, global_batch, accumulation, start, world), order)
+        slots = self._dealt(order, global_batch, accumulation, start, world)
+        size = global_batch // (world.size * accumulation)
+        micro_batches = self._load(slots, order, size, held=accumulation + 1)
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
 
@@ -83,7 +85,7 @@ class Loader(Samples):
         """
         slots: list[Slots] = [[(-1, int(sample)) for sample in batch] for batch in cut(self.text_bytes, batch_size)]
         slots += [[] for _ in range(-len(slots) % world.size)]
-        return self._load(slots[world.rank :: world.size], None)
+        return self._load(slots[world.rank :: world.size], None, batch_size, held=2)
 
     def stream(self, seed: int) -> Stream:
         """The order of the samples, endlessly. Raises ValueError if one of the sets has no usable sample."""
@@ -103,12 +105,12 @@ class Loader(Samples):
                 yield [(start + int(place), int(ids[place])) for place in places]
             start += global_batch
 
-    def _load(self, slots: Iterable[Slots], order: Stream | None) -> Iterator[Batch]:
-        batches = Batches(self, order)
+    def _load(self, slots: Iterable[Slots], order: Stream | None, size: int, held: int) -> Iterator[Batch]:
+        batches = Batches(self, order, size, held)
         loader = DataLoader(
             batches,
             batch_size=None,
-            sampler=slots,
+            sampler=batches.requests(slots),
             num_workers=self.config.workers,
             worker_init_fn=ignore_signals,
             pin_memory=torch.cuda.is_available(),
