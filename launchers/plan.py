@@ -89,7 +89,7 @@ def _report(plans: list[StagePlan], machine: Machine, arguments: argparse.Namesp
     lines = [
         "| " + " | ".join(_cell(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
-    hours = sum(plan.hours for plan in plans)
+    hours = sum(plan.hours for plan in plans) + max(plan.seeing for plan in plans) / 3600
     gpu = f"{machine.world} x {machine.gpu.title}"
     lines.append(f"\n{gpu}: {hours:.1f} hours in all. Memory is planned; time is an estimate (see plan/time.py).")
     return "\n".join(lines)
@@ -132,13 +132,15 @@ def _lines(machine: Machine) -> list[tuple[str, Any]]:
         ("of it update, s", lambda plan: f"{plan.time.updating:.2f}"),
         ("sent per GPU and step, GB", lambda plan: gb(plan.time.volume.sent)),
         ("in s, overlapped", lambda plan: f"{plan.time.communicating:.2f}"),
+        ("features read in s, overlapped", lambda plan: f"{plan.time.reading:.2f}" if plan.seeing else "-"),
         ("samples/s", lambda plan: f"{plan.samples / plan.time.total:.0f}"),
         ("MFU", lambda plan: f"{plan.mfu:.0%}"),
         ("steps", lambda plan: str(plan.steps)),
         ("hours", lambda plan: f"{plan.hours:.2f}"),
         ("a checkpoint, GB", lambda plan: gb(plan.checkpoint)),
         ("written in s, beside training", lambda plan: f"{checkpoint_seconds(plan, machine):.0f}"),
-        ("feature_cache would take, GB", lambda plan: gb(plan.features) if plan.features else "-"),
+        ("feature_cache takes, GB", lambda plan: gb(plan.features) if plan.features else "-"),
+        ("filled in hours, once", lambda plan: f"{plan.seeing / 3600:.2f}" if plan.seeing else "-"),
     ]
 
 

@@ -122,6 +122,31 @@ def test_the_planned_peak_is_the_real_one(case: str) -> None:
         assert row["plan"] == pytest.approx(row["real"], rel=0.03), row
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the counter of allocations is preloaded")
+@pytest.mark.parametrize("case", ["one", *(pytest.param(case, marks=pytest.mark.slow) for case in SHARDED)])
+def test_a_stage_that_reads_kept_features_is_planned_without_its_encoder(case: str) -> None:
+    rows = measured("--cases", case, "--features", "--stages", "language", "--fusions", "cross_attention")
+    assert len(rows) == 2
+    for row in rows:
+        assert row["plan"] == pytest.approx(row["real"], rel=0.03), row
+
+
+def test_kept_features_are_made_once_and_save_the_encoders_work() -> None:
+    config, machine = run_config(), Machine(GPUS["a100-40"], 2)
+    plain, kept = (plan_run(replace(config, feature_cache=cache), machine, 1000) for cache in ("", "features"))
+    for stage, before, after in zip(STAGES, plain, kept, strict=True):
+        model = skeleton(config.model)
+        encoder = count(model).components(1, config.data.max_tokens, 0)["vision"].forward
+        saved = encoder if stage != "joint" else 0.0  # where the encoder learns
+        assert before.flops["forward"] - after.flops["forward"] == pytest.approx(saved, rel=1e-6), stage
+        assert not before.seeing
+        assert bool(after.seeing) == bool(saved)
+    assert kept[0].seeing == pytest.approx(kept[0].features / 1e9)  # so small an encoder waits for the disk
+    texts = 8 * config.data.max_tokens * 24  # bytes of a step's tokens and targets, at most
+    assert 0 <= kept[0].time.reading * 1e9 - 8 * kept[0].features / 1000 <= texts
+    assert kept[0].time.total >= kept[0].time.reading > plain[0].time.reading == 0.0
+
+
 def test_more_samples_need_more_memory_and_more_ranks_less() -> None:
     def peaks(world: int, micro_batch: int, *names: str) -> list[float]:
         config = run_config()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.model import build
+from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp import MASTER, Fsdp, Param, Plain, Units
 from hive_scale.plan.timeline import Moment
 from hive_scale.plan.trace import Trace, trace
@@ -29,6 +31,7 @@ class Facts:
     modules: dict[str, list[str]]  # parameters that a module has itself
     trace: Trace
     features: int = 0  # numbers that a frozen encoder makes of a picture; 0 if it is not frozen
+    seeing: float = 0.0  # FLOPs of making them beforehand, for `feature_cache`
 
     def numel(self, trained: bool | None = None) -> int:
         return sum(param.numel for param in self.params if trained is None or param.trained == trained)
@@ -73,11 +76,14 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     }
     units = _units(model, params)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    size, recomputed = build.image_size(config.model), config.engine.checkpointing
-    traced = trace(model, dtype, num_tokens, size, recomputed, saves_inputs)
     frozen = not any(param.trained for param in params if param.name.startswith("vision."))
-    features = frozen * len(model.encoder_depths) * model.num_patches * model.vision.config.hidden_size
-    return Facts(params, units, modules, traced, features)
+    features = len(model.encoder_depths), model.num_patches, model.vision.config.hidden_size
+    cached = frozen and config.feature_cache
+    seeing = count(model).components(1, num_tokens, 0)["vision"].forward if cached else 0.0
+    size = build.image_size(config.model)
+    picture = (features, dtype) if cached else ((3, size, size), torch.uint8)
+    traced = trace(model, dtype, num_tokens, picture, config.engine.checkpointing, saves_inputs)
+    return Facts(params, units, modules, traced, frozen * prod(features), seeing)
 
 
 def _units(model: Any, params: list[Param]) -> Units:

@@ -10,7 +10,7 @@ from typing import Any
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import Facts, Memory, examine, measure
-from hive_scale.plan.time import DISK, StepTime, checkpoint_bytes, offloads, step_time
+from hive_scale.plan.time import DISK, PRODUCTS, StepTime, checkpoint_bytes, offloads, step_time
 
 # What a GPU's memory does not give to tensors: the CUDA context with its libraries, and fragmentation.
 CONTEXT, FRAGMENTATION = 0.8e9, 0.05
@@ -33,6 +33,7 @@ class StagePlan:
     mfu: float
     checkpoint: float  # bytes of one, over all processes
     features: float  # bytes that `feature_cache` would take; 0 where the encoder learns
+    seeing: float  # seconds to fill it, once for all stages that use it
 
     @property
     def spare(self) -> float:
@@ -69,6 +70,10 @@ class Machine:
             )
 
     @property
+    def nodes(self) -> int:
+        return max(1, self.world // self.gpu.per_node)
+
+    @property
     def capacity(self) -> float:
         return (self.gpu.memory - CONTEXT) * (1 - FRAGMENTATION)
 
@@ -101,6 +106,7 @@ def plan_stage(
     micro_batch = stage.global_batch // machine.world // accumulation
     memory = measure(facts, engine, zero, machine.world, micro_batch, accumulation)
     time = step_time(facts, engine, zero, machine.gpu, machine.world, micro_batch, accumulation)
+    kept = num_samples * facts.features * (2.0 if engine.precision == "bf16" else 4.0)
     useful = stage.global_batch * (facts.trace.flops["forward"] + facts.trace.flops["backward"])
     return StagePlan(
         stage=name,
@@ -115,8 +121,15 @@ def plan_stage(
         time=time,
         mfu=useful / machine.world / time.total / machine.gpu.peak(engine.precision),
         checkpoint=checkpoint_bytes(facts),
-        features=num_samples * facts.features * (2.0 if engine.precision == "bf16" else 4.0),
+        features=kept,
+        seeing=_seeing(facts, engine, machine, num_samples, kept) if facts.seeing else 0.0,
     )
+
+
+def _seeing(facts: Facts, engine: EngineConfig, machine: Machine, num_samples: int, kept: float) -> float:
+    """Seconds of the encoder's pass over the pictures, or of writing what it makes if that takes longer."""
+    computing = num_samples * facts.seeing / (machine.world * machine.gpu.peak(engine.precision) * PRODUCTS)
+    return max(computing, kept / machine.nodes / DISK)
 
 
 def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePlan]:
@@ -132,5 +145,4 @@ def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePl
 
 def checkpoint_seconds(plan: StagePlan, machine: Machine) -> float:
     """Seconds to write one, the nodes side by side, while training goes on."""
-    nodes = max(1, machine.world // machine.gpu.per_node)
-    return plan.checkpoint / nodes / DISK
+    return plan.checkpoint / machine.nodes / DISK

@@ -1,7 +1,8 @@
 """How long a step takes: a roofline of the traced operators, and alpha-beta communication that overlaps with it.
 
 An estimate, not a measurement: matrix products at 60 % of the peak, all else at 80 % of the memory's bandwidth,
-5 microseconds to launch an operator, and collectives hidden behind computation as far as it lasts.
+5 microseconds to launch an operator, and collectives, and reading of kept features, hidden behind computation as far as
+it lasts.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class StepTime:
     computing: float
     communicating: float
     updating: float
+    reading: float  # kept features, from the disk of a node; pictures are small
     volume: Volume
 
     @property
     def total(self) -> float:
-        return max(self.computing, self.communicating) + self.updating
+        return max(self.computing + self.updating, self.communicating + self.updating, self.reading)
 
 
 def step_time(
@@ -64,7 +66,9 @@ def step_time(
     updating = trained * ADAMW / (gpu.bandwidth * MEMORY)
     if offloads(engine, zero):
         updating = trained * (8 / gpu.host + ADAMW / 50e9)  # gradients out, parameters in; host memory at 50 GB/s
-    return StepTime(computing, communicating, updating, sent)
+    node = min(world, gpu.per_node) * accumulation * micro_batch
+    reading = node * work.input_bytes / DISK if facts.seeing else 0.0
+    return StepTime(computing, communicating, updating, reading, sent)
 
 
 def offloads(engine: EngineConfig, zero: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -58,20 +58,21 @@ def trace(
     model: Any,
     dtype: torch.dtype,
     num_tokens: int,
-    image_size: int,
+    picture: tuple[Sequence[int], torch.dtype],
     checkpointing: CheckpointingConfig,
     saves_inputs: bool = False,
 ) -> Trace:
     """Trace `model` (on the meta device, ``requires_grad`` set) with `num_tokens` per caption, all but one targets.
 
-    `saves_inputs`: linear layers keep their input whether or not their weight needs it, as under ZeRO-3. The
-    model is left with fake parameters: build another one for training.
+    `picture` is what a batch has of one: shape and dtype of pixels, or of features. `saves_inputs`: linear layers
+    keep their input whether or not their weight needs it, as under ZeRO-3. The model is left with fake parameters:
+    build another one for training.
     """
     checkpoint_blocks(model.blocks(), checkpointing)
     result = Trace()
     with FakeTensorMode(), _saving_linear() if saves_inputs else nullcontext():
         _fake(model, dtype)
-        inputs = _inputs(num_tokens, image_size)
+        inputs = _inputs(num_tokens, *picture)
         result.input_bytes = sum(tensor.nbytes for tensor in inputs.values()) / SAMPLES
         recorder = _Recorder(result)
         recorder.ignore([*model.parameters(), *model.buffers(), *inputs.values()])
@@ -188,10 +189,10 @@ def _fake(model: nn.Module, dtype: torch.dtype) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
 
 
-def _inputs(num_tokens: int, image_size: int) -> Mapping[str, Tensor]:
+def _inputs(num_tokens: int, shape: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:
     targets = SAMPLES * (num_tokens - 1)
     return {
-        "pixels": torch.empty((SAMPLES, 3, image_size, image_size), dtype=torch.uint8),
+        "pixels": torch.empty((SAMPLES, *shape), dtype=dtype),
         "tokens": torch.empty((SAMPLES, num_tokens), dtype=torch.long),
         "target_rows": torch.empty((targets,), dtype=torch.long),
         "target_ids": torch.empty((targets,), dtype=torch.long),

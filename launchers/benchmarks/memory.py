@@ -40,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=FUSIONS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--features", action="store_true", help="kept ones in place of pictures, as of feature_cache")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, in bytes")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
 
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.worker:
         _measure(arguments)
         return
+    if arguments.features and "joint" in arguments.stages:
+        raise ValueError("--features: in stage joint the encoder learns: give --stages projector language")
     found = [row for case in arguments.cases for row in _launch(case, arguments)]
     if arguments.json:
         print(json.dumps(found))
@@ -91,7 +94,7 @@ def _launch(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--no-python"]
         words = ["memory", "--worker", str(result), "--cases", case, "--stages", *arguments.stages]
         words += ["--fusions", *arguments.fusions, "--precision", arguments.precision]
-        words += ["--accumulation", str(arguments.accumulation)]
+        words += ["--accumulation", str(arguments.accumulation), *["--features"] * arguments.features]
         worker = ["env", f"LD_PRELOAD={library}", sys.executable, str(LAUNCHER), *words]
         command = [sys.executable, *torchrun, *worker] if ranks > 1 else worker
         env = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -164,7 +167,8 @@ def _configs(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]
                 engine = EngineConfig(arguments.precision, shard, ds_config=json_file)
                 engine = EngineConfig(**vars(engine) | {"checkpointing": CheckpointingConfig(mode, mode, mode)})
                 model = ModelConfig(*parts, fusion=fusion, density=0.34)
-                yield Config(title, model=model, stages={name: stage}, engine=engine)
+                cache = "features" * arguments.features  # nothing is read from it here
+                yield Config(title, model=model, stages={name: stage}, engine=engine, feature_cache=cache)
 
 
 def _real_peak(config: Config, world: World) -> int:
@@ -178,20 +182,25 @@ def _real_peak(config: Config, world: World) -> int:
 
     (stage,) = config.stages.values()
     random = torch.Generator().manual_seed(world.rank)
-    size = build.image_size(config.model)
+    size, skeleton = build.image_size(config.model), build.skeleton(config.model)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    seen = len(skeleton.encoder_depths), skeleton.num_patches, skeleton.vision.config.hidden_size
 
     def sample() -> Sample:
         pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=random)
+        if config.feature_cache:
+            pixels = torch.randn(seen, dtype=dtype, generator=random)
         tokens = torch.randint(3, 8192, (TOKENS,), generator=random).tolist()
         return Sample("", pixels, tokens, [False] + [True] * (TOKENS - 1))
 
     samples = [[sample() for _ in range(MICRO_BATCH)] for _ in range(stage.accumulation(world.size))]
-    batches = [collate(part, pad_id=0, image_size=size) for part in samples]
+    room = torch.empty(MICRO_BATCH, *seen, dtype=dtype) if config.feature_cache else None
+    batches = [collate(part, 0, size, room) for part in samples]
     weights = dict(build.assemble(config.model, seed=0).named_parameters())
     # what kernels keep for themselves from their first call on (oneDNN 20 MB, in bf16) is not the model's
     plain = build.assemble(config.model, seed=0)
     freeze(plain, stage, plain.dormant())
-    plain.to(world.device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
+    plain.to(world.device, dtype)
     torch.autograd.backward(plain(**batches[0].to(world.device).inputs()))
     del plain
     meter = _Meter(world.device)
