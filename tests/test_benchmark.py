@@ -61,6 +61,16 @@ def test_dealing_by_length_pads_less() -> None:
     assert shares["by length"] < shares["as they come"]
 
 
+def test_efficiency_with_kept_features_leaves_the_encoder_out_of_both() -> None:
+    words = ("efficiency", "--stages", "projector")
+    plain, kept = (
+        [line.strip("| ").split(" | ") for line in printed(*words, *more).splitlines() if line.startswith("| proj")]
+        for more in ((), ("--features",))
+    )
+    assert [row[2] for row in plain] == [row[2] for row in kept] == ["cross_attention", "concat"]
+    assert kept[0][4] == kept[0][5] == plain[0][5] < plain[0][4]  # of the baseline's FLOPs
+
+
 def test_tables_of_a_readme_are_made_again_in_their_place(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     old = "| what was there |\n"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -33,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fusions", nargs="+", default=[OURS, BASELINE], help=f"({OURS} {BASELINE})")
     parser.add_argument("--tokens", nargs="+", type=int, default=[77], help="of a caption (77); CC3M has about 20")
     parser.add_argument("--micro_batch", type=int, default=2, help="(2)")
+    parser.add_argument("--features", action="store_true", help="kept ones in place of pictures, as of feature_cache")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="cost against resolution and text length, no timing")
 
 
@@ -43,6 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
         draw(arguments.preset, arguments.draw)
         print(f"drawn in {arguments.draw}")
         return
+    if arguments.features and "joint" in arguments.stages:
+        raise ValueError("--features: in stage joint the encoder learns: give --stages projector language")
     if arguments.quick:
         arguments.preset = "debug"
     rows = []
@@ -59,8 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _build(preset: str, fusion: str) -> tuple[Any, dict[str, StageConfig], int]:
     """A model of the preset's size in bf16, its stages, and its picture's side."""
-    from dataclasses import replace
-
     import torch
 
     from hive_scale import presets
@@ -86,8 +88,9 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
     runs, peaks = {}, {}
     for fusion, (model, stages, side) in contenders.items():
         freeze(model, stages[stage], model.dormant())
-        work[fusion] = count(model).components(1, tokens, tokens - 1)
-        runs[fusion] = _step(model, _batch(batch, tokens, side, model))
+        counter = count(model).without("vision") if arguments.features else count(model)
+        work[fusion] = counter.components(1, tokens, tokens - 1)
+        runs[fusion] = _step(model, _batch(batch, tokens, side, model, arguments.features))
         runs[fusion]()  # the first of its kind allocates what stays
         peaks[fusion] = peak_bytes(runs[fusion], model.pixel_mean.device)
     seconds: dict[str, list[float]] = {fusion: [] for fusion in runs}
@@ -137,7 +140,7 @@ def _step(model: Any, batch: Batch) -> Any:
     return step
 
 
-def _batch(samples: int, tokens: int, side: int, model: Any) -> Batch:
+def _batch(samples: int, tokens: int, side: int, model: Any, features: bool) -> Batch:
     import torch
 
     from hive_scale.batch import Sample, collate
@@ -150,4 +153,9 @@ def _batch(samples: int, tokens: int, side: int, model: Any) -> Batch:
         ids = torch.randint(3, vocabulary, (tokens,), generator=random).tolist()
         return Sample("", pixels, ids, [False] + [True] * (tokens - 1))
 
-    return collate([sample() for _ in range(samples)], pad_id=0, image_size=side).to(model.pixel_mean.device)
+    batch = collate([sample() for _ in range(samples)], pad_id=0, image_size=side).to(model.pixel_mean.device)
+    if features:
+        with torch.no_grad():
+            seen = torch.stack(model.features(model.encode(batch.pixels)), dim=1)
+        batch = replace(batch, pixels=seen)
+    return batch
