@@ -16,8 +16,10 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import wandb_server
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -30,6 +32,7 @@ from hive_scale.watch.log import StageLog
 from hive_scale.watch.metrics import Follower, read_metrics
 from hive_scale.watch.sinks import replay, wandb_id
 
+ROOT = Path(__file__).parents[1]
 WORLD = World(0, 1, torch.device("cpu"))
 OFF = LogConfig(wandb="off")
 
@@ -148,6 +151,46 @@ def test_wandb_segments_share_one_id_and_are_replayed_as_one(tmp_path: Path, mon
     assert sorted(segments[name]) == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8], [5, 6, 7, 8]]
     written = b"".join(path.read_bytes() for path in run.rglob("*") if path.is_file())
     assert b"0123456789" * 4 not in written
+
+
+def test_a_server_gets_each_step_once_whatever_was_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb's own client on a wire of ours; offline segments are sent the same way."""
+    online = LogConfig(wandb="online")
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    with wandb_server.serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        run = run_dir(tmp_path / "run")
+        train(run / "joint", 1, 6, online)
+        name = wandb_id(run, "joint")
+        assert server.steps(name) == [1, 2, 3, 4, 5, 6]
+        train(run / "joint", 5, 8, online)  # from the checkpoint of step 4
+        assert server.steps(name) == [1, 2, 3, 4, 5, 6, 7, 8]
+        train(run / "joint", 9, 9, LogConfig())  # on a node without a network
+        assert server.steps(name)[-1] == 8
+        for _ in range(2):
+            sync = [sys.executable, str(ROOT / "launchers/visualize.py"), "sync", str(run)]
+            subprocess.run(sync, check=True, capture_output=True, timeout=120)
+        assert server.steps(name) == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+        assert set(server.history) == {name}
+
+
+def test_a_server_that_goes_away_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    with wandb_server.serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        run = run_dir(tmp_path / "run")
+        train(run / "joint", 1, 3, LogConfig(wandb="online"))
+    monkeypatch.setattr(mirror, "PATIENCE", 3.0)
+    train(run / "joint", 4, 6, LogConfig(wandb="online"))  # nobody answers now
+    [left] = [one for one in psutil.Process().children() if "hive_scale.watch.sinks" in one.cmdline()]
+    for process in (*left.children(recursive=True), left):  # it would try for hours
+        process.kill()
+    assert [line["step"] for line in read_metrics(run / "joint" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert sum("wandb" in record.message for record in caplog.records) == 1
 
 
 def test_a_mirror_that_dies_harms_nothing_and_is_told_once(
