@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.data.order import Stream
-from hive_scale.data.rooms import NONE, Layout, Rooms, allocate
+from hive_scale.data.rooms import NONE, Layout, Rooms
 from hive_scale.data.samples import Samples
 from hive_scale.data.scan import Fault
 
@@ -50,7 +50,7 @@ class Batches(Dataset[Loaded]):
         self.order = order
         config = samples.config
         number = held + 1 + 2 * config.workers  # torch asks each worker for two ahead
-        self.rooms = Rooms(_layout(samples), max(1, size), number, shared=config.workers > 0)
+        self.rooms = Rooms(_layout(samples), max(1, size), number)
         self.threads = config.threads
         # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
         rows = max(1, config.workers) * self.threads
@@ -91,7 +91,7 @@ class Batches(Dataset[Loaded]):
     def _place(self, room: int, samples: int) -> Tensor:
         if room == NONE:
             layout = self.rooms.layout
-            return layout.over(allocate(layout.bytes(samples), shared=get_worker_info() is not None), samples)
+            return layout.over(torch.empty(layout.bytes(samples), dtype=torch.uint8), samples)
         return (self.rooms.fill if get_worker_info() else self.rooms.lend)(room, samples)
 
     @cached_property

@@ -113,6 +113,7 @@ class Loader(Samples):
             sampler=batches.requests(slots),
             num_workers=self.config.workers,
             worker_init_fn=ignore_signals,
+            multiprocessing_context="fork" if self.config.workers else None,  # which shares the rooms
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # its own, so that loading does not move the model's random numbers
         )

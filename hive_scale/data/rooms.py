@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from math import prod
+from mmap import mmap
 from typing import Any
 from weakref import WeakValueDictionary, finalize
 
@@ -40,15 +41,17 @@ class Layout:
 
 
 class Rooms:
-    """`number` rooms for up to `samples` samples each; with `shared`, workers can write into them.
+    """`number` rooms for up to `samples` samples each, shared with processes that are forked later.
 
     Who asks for a batch takes a room for it, whoever makes the batch fills it, and the batch is `lent` where it is
     used: the room is free again when the last tensor on it is gone, so that nobody's batch is ever written over.
     """
 
-    def __init__(self, layout: Layout, samples: int, number: int, *, shared: bool) -> None:
+    def __init__(self, layout: Layout, samples: int, number: int) -> None:
         self.layout = layout
-        self._memory = [allocate(layout.bytes(samples), shared) for _ in range(number)]  # not touched before its use
+        # anonymous: nothing is there before its use, and none of it is of /dev/shm, which containers keep small
+        maps = (mmap(-1, layout.bytes(samples)) for _ in range(number))
+        self._memory = [torch.frombuffer(one, dtype=torch.uint8) for one in maps]
         self._free = deque(range(number))
         self._number = next(_numbers)
         _here[self._number] = self
@@ -84,11 +87,3 @@ class _Sent:
 
 def _received(rooms: int, room: int, samples: int) -> Tensor:
     return _here[rooms].lend(room, samples)
-
-
-def allocate(size: int, shared: bool) -> Tensor:
-    """`size` bytes, flat."""
-    if not shared:
-        return torch.empty(size, dtype=torch.uint8)
-    # as torch's own collating does
-    return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))  # type: ignore[no-untyped-call]
