@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
 from threading import Thread, local
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -37,6 +39,19 @@ class Loaded:
 
     def pin_memory(self) -> Loaded:
         return Loaded(self.batch and self.batch.pin(), self.bad)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Small tensors go through the pipe: for each torch would make a file, and pass it by a socket of its own."""
+        if self.batch is None:
+            return Loaded, (None, self.bad)
+        fields = vars(self.batch)
+        small = {name: fields[name].numpy() for name in ("has_image", "tokens", "target_rows", "target_ids")}
+        return _arrived, (fields | small, self.bad)
+
+
+def _arrived(fields: dict[str, Any], bad: list[Fault]) -> Loaded:
+    tensors = {name: torch.from_numpy(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
+    return Loaded(Batch(**fields | tensors), bad)
 
 
 class Batches(Dataset[Loaded]):
