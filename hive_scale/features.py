@@ -39,8 +39,8 @@ def kept_features(
     model = build.eyes(config.model, weights, world.device, dtype)
     told = [_digest(model), model.encoder_depths, str(dtype), loader.config.image, loader.fingerprint]
     path = Path(config.feature_cache).expanduser() / xxhash.xxh3_64_hexdigest(repr(told).encode())
-    shape = len(model.encoder_depths), model.num_patches, model.vision.config.hidden_size
-    kept, missing = open_kept(world, path, np.arange(len(loader.index)), len(loader.index), shape, dtype)
+    numbers = np.arange(len(loader.index))
+    kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
     parts = np.array_split(missing, max(1, -(-len(missing) // AT_ONCE)))
     mine = [part.tolist() for part in parts[world.rank :: world.size]]
     mine += [[] for _ in range(-(-len(parts) // world.size) - len(mine))]  # as many for each: they meet at every one

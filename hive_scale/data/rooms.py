@@ -1,7 +1,6 @@
 """Memory for the pictures of batches, used again once nobody holds them.
 
-Fresh memory costs a page fault every 4 kB, and that of workers a file and a mapping each time: together a tenth of
-decoding.
+Fresh memory costs a page fault every 4 kB, and that of workers a file and a mapping each time.
 """
 
 from __future__ import annotations

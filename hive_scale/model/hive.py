@@ -150,6 +150,11 @@ class Hive(nn.Module):
         side: int = self.vision.config.image_size // self.vision.config.patch_size
         return side * side
 
+    @property
+    def features_shape(self) -> tuple[int, int, int]:
+        """(S, V, C) of one picture's features: depths, visual tokens, the encoder's width."""
+        return len(self.encoder_depths), self.num_patches, self.vision.config.hidden_size
+
     def dormant(self) -> set[str]:
         """Names of parameters that the forward never reads: encoder blocks above the deepest depth, its head."""
         names = (name for name, _ in self.vision.named_parameters())

@@ -77,13 +77,12 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     units = _units(model, params)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     frozen = not any(param.trained for param in params if param.name.startswith("vision."))
-    features = len(model.encoder_depths), model.num_patches, model.vision.config.hidden_size
-    cached = frozen and config.feature_cache
+    cached = frozen and config.feature_cache and not config.data.blank
     seeing = count(model).components(1, num_tokens, 0)["vision"].forward if cached else 0.0
     size = build.image_size(config.model)
-    picture = (features, dtype) if cached else ((3, size, size), torch.uint8)
+    picture = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, picture, config.engine.checkpointing, saves_inputs)
-    return Facts(params, units, modules, traced, frozen * prod(features), seeing)
+    return Facts(params, units, modules, traced, frozen * prod(model.features_shape), seeing)
 
 
 def _units(model: Any, params: list[Param]) -> Units:

@@ -42,7 +42,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return max(self.computing + self.updating, self.communicating + self.updating, self.reading)
+        return max(max(self.computing, self.communicating) + self.updating, self.reading)
 
 
 def step_time(

@@ -182,9 +182,8 @@ def _real_peak(config: Config, world: World) -> int:
 
     (stage,) = config.stages.values()
     random = torch.Generator().manual_seed(world.rank)
-    size, skeleton = build.image_size(config.model), build.skeleton(config.model)
+    size, seen = build.image_size(config.model), build.skeleton(config.model).features_shape
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    seen = len(skeleton.encoder_depths), skeleton.num_patches, skeleton.vision.config.hidden_size
 
     def sample() -> Sample:
         pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=random)
