@@ -3,8 +3,10 @@ browser: every plot there, text that can be selected, light, dark, and on a phon
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -15,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 from PIL import Image
+from torch.cuda._memory_viz import segsum
+from torch.cuda._memory_viz import trace as trace_of
 
 from hive_scale import config as configs
 from hive_scale import presets
@@ -33,6 +38,8 @@ from hive_scale.show.curves import History, by_component, thin
 from hive_scale.show.gradient_map import concentration, gradient_maps
 from hive_scale.train import run_pipeline
 from hive_scale.watch.gauge import gauge, layer_of
+from hive_scale.watch.profiler import ROWS
+from hive_scale.watch.terminal import console
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM = tiny.language(vocab_size=259, hidden_size=32)
@@ -49,7 +56,7 @@ def small(output: Path, fusion: str, *names: str, **changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """A profiled HIVE and a baseline, trained for two steps a stage, with a dozen pictures to look at."""
+    """A HIVE and a baseline, trained for two steps a stage, with a dozen pictures to look at."""
     import webdataset
 
     folder = tmp_path_factory.mktemp("runs")
@@ -68,8 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
         ):
             config = small(folder / name, fusion, *names)
             data = replace(config.data, heldout=[str(folder / "some.tar")])
-            config = replace(config, data=data, profile=configs.ProfileConfig("2:3" if name == "hive" else ""))
-            run_pipeline(config, world)
+            run_pipeline(replace(config, data=data), world)
             made.append(Run(folder / name))
     return made
 
@@ -134,13 +140,39 @@ def test_curves_of_stages_follow_each_other_and_long_ones_are_averaged() -> None
     assert thin([(float(i), float(i)) for i in range(8)], most=2) == ([1.5, 5.5], [1.5, 5.5])
 
 
-def test_a_profiled_step_leaves_a_trace_by_component(runs: list[Run]) -> None:
-    import gzip
+def _profiled(world: World, folder: str) -> str:
+    """What rank 0 shows of two steps on several ranks, the second profiled."""
+    run = small(Path(folder), "cross_attention", "joint")
+    with console.capture() as shown:
+        run_pipeline(replace(run, profile=configs.ProfileConfig("2:3")), world)
+    return shown.get()
 
-    (path,) = (runs[0].dir / "joint" / "profile").glob("trace_rank_*.json.gz")
-    names = {event.get("name") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]}
-    assert {"hive_scale: vision", "hive_scale: fusion", "hive_scale: language"} <= names
-    assert "[memory]" in names
+
+def test_a_profiled_step_leaves_trace_and_snapshot_per_rank_and_shows_ten_operators(tmp_path: Path) -> None:
+    shown, nothing = ranks.run(_profiled, 2, str(tmp_path))
+    shown = shown[shown.index("time of its own") :]
+    assert re.search(r"^│ (vision|fusion|language) +│ forward +│ FSDP::all_gather", shown, re.MULTILINE)
+    assert shown.count("%") == ROWS
+    assert not nothing
+    folder = tmp_path / "joint" / "profile"
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((folder / f"trace_rank_{rank:05d}.json.gz").read_bytes()))["traceEvents"]
+        names = {event.get("name") for event in trace}
+        assert {"hive_scale: vision", "hive_scale: fusion", "hive_scale: language", "[memory]"} <= names
+        snapshot = pickle.loads((folder / f"memory_rank_{rank:05d}.pickle").read_bytes())
+        (events,) = snapshot["device_traces"]
+        alive: dict[int, int] = {}
+        for event in events:
+            if event["action"] == "alloc":
+                alive[event["addr"]] = event["size"]
+            elif event["action"] == "free_completed":
+                alive.pop(event["addr"], None)
+        assert {segment["address"]: segment["total_size"] for segment in snapshot["segments"]} == alive
+        assert f"segments: {len(alive)}\n" in segsum(snapshot)  # as torch itself reads it
+        assert f"{len(events)} entries\n" in trace_of(snapshot)
+        around = [" ".join(frame["name"] for frame in event["frames"]) for event in events]
+        for name in ("hive_scale: vision", "hive_scale: fusion", "Backward0"):
+            assert any(name in names for names in around)
 
 
 def test_two_runs_beside_each_other(runs: list[Run], tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hive_scale.config import ProfileConfig
@@ -28,9 +30,9 @@ def profiling(
 ) -> Iterator[Callable[[int], None]]:
     """Within, call what this yields with a step's number when it begins; the steps asked for are profiled.
 
-    Leaves `folder`/trace_rank_00000.json.gz (Perfetto, chrome://tracing) and, where there is a GPU,
-    memory_rank_00000.pickle (pytorch.org/memory_viz); on a host the trace holds the allocations. Rank 0 prints
-    the operators that took most time of their own, by component of `blocks`.
+    Every rank leaves in `folder` its trace_rank_00000.json.gz (Perfetto, chrome://tracing) and its
+    memory_rank_00000.pickle (pytorch.org/memory_viz). Rank 0 prints the operators that took most time of their own,
+    by component of `blocks`.
     """
     first, end = config.window()
     running: list[_Profile] = []
@@ -74,14 +76,19 @@ class _Profile:
         self.folder.mkdir(parents=True, exist_ok=True)
         rank = f"rank_{self.world.rank:05d}"
         self.profile.export_chrome_trace(str(self.folder / f"trace_{rank}.json.gz"))
-        if self.on_gpu:
-            snapshot = str(self.folder / f"memory_{rank}.pickle")
-            torch.cuda.memory._dump_snapshot(snapshot)  # type: ignore[no-untyped-call]
-            torch.cuda.memory._record_memory_history(enabled=None)
+        self._snapshot(self.folder / f"memory_{rank}.pickle")
         if self.world.is_main:
             events = self.profile.events()  # type: ignore[no-untyped-call]
             console.print(summary(events, self.on_gpu))
             console.print(f"traces: {self.folder}", soft_wrap=True, markup=False)
+
+    def _snapshot(self, path: Path) -> None:
+        if self.on_gpu:
+            torch.cuda.memory._dump_snapshot(str(path))  # type: ignore[no-untyped-call]
+            torch.cuda.memory._record_memory_history(enabled=None)
+        else:
+            kineto: Any = self.profile.profiler
+            path.write_bytes(pickle.dumps(host_snapshot(kineto.kineto_results.experimental_event_tree())))
 
 
 def _mark(name: str, modules: Sequence[nn.Module]) -> Iterator[Any]:
@@ -98,8 +105,56 @@ def _mark(name: str, modules: Sequence[nn.Module]) -> Iterator[Any]:
         open_marks.pop().__exit__(None, None, None)
 
     for module in modules:
-        yield module.register_forward_pre_hook(enter)
+        yield module.register_forward_pre_hook(enter, prepend=True)  # what engines gather for it is its, too
         yield module.register_forward_hook(leave)
+
+
+def host_snapshot(tree: Iterable[Any]) -> dict[str, Any]:
+    """What `torch.cuda.memory` dumps of a GPU's allocator, of a host's: all that was taken and given back.
+
+    `tree` holds kineto's events, which know of an allocation the operators around it and so the component. torch's
+    own way from there gives up at collectives. What was there before and stays is not in it.
+    """
+    history: list[dict[str, Any]] = []
+    alive: dict[int, dict[str, Any]] = {}
+    found = (event for event in _all(tree) if event.tag == _EventType.Allocation and event.extra_fields.alloc_size)
+    for event in sorted(found, key=lambda event: event.start_time_ns):
+        size, address = event.extra_fields.alloc_size, event.extra_fields.ptr
+        one = {"addr": address, "size": abs(size), "stream": 0, "time_us": event.start_time_ns // 1000}
+        one["frames"] = [{"filename": "", "line": 0, "name": name} for name in _around(event)]
+        if size > 0:
+            history.append(one | {"action": "alloc"})
+            alive[address] = one
+        else:
+            history += (one | {"action": action} for action in ("free_requested", "free_completed"))
+            alive.pop(address, None)
+    return {"device_traces": [history], "segments": [_segment(one) for one in alive.values()]}
+
+
+def _all(tree: Iterable[Any]) -> Iterator[Any]:
+    for event in tree:
+        yield event
+        yield from _all(event.children)
+
+
+def _around(event: Any) -> Iterator[str]:
+    while (event := event.parent) is not None:
+        yield event.name
+
+
+def _segment(one: Mapping[str, Any]) -> dict[str, Any]:
+    """A host has no pools: each block is a segment of its own."""
+    size, frames = one["size"], one["frames"]
+    block = {
+        "address": one["addr"],
+        "size": size,
+        "requested_size": size,
+        "state": "active_allocated",
+        "frames": frames,
+    }
+    sizes = {"total_size": size, "allocated_size": size, "active_size": size, "requested_size": size}
+    place = {"device": 0, "address": one["addr"], "stream": 0, "segment_type": "large", "frames": frames}
+    return place | sizes | {"blocks": [block]}
 
 
 def summary(events: Any, on_gpu: bool) -> Table:
