@@ -89,11 +89,11 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
         shape = len(samples), 3, image_size, image_size
         # decoded pictures are channels-last: the same layout makes the copy below a plain one
         pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-    for b, sample in enumerate(samples):
+    for sample, place in zip(samples, pixels, strict=True):
         if sample.pixels is None:
-            pixels[b] = BLANK
-        elif sample.pixels.data_ptr() != pixels[b].data_ptr():
-            pixels[b] = sample.pixels
+            place.fill_(BLANK)
+        elif sample.pixels.data_ptr() != place.data_ptr():
+            place.copy_(sample.pixels)
     has_image = torch.tensor([sample.pixels is not None for sample in samples])
     return Batch(
         keys=tuple(sample.key for sample in samples),

@@ -23,6 +23,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import DataConfig, TokenizerConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.order import Order
+from hive_scale.data.samples import Read
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
 
@@ -273,14 +274,14 @@ def test_dealing_by_length_shortens_what_the_model_computes(shards: list[str], t
 def test_a_dead_worker_names_the_sample(
     shards: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    read = Loader.sample
+    decode = Loader.decoded
 
-    def die(loader: Loader, i: int) -> object:
-        if loader.index.key(i) == "1-4":
+    def die(loader: Loader, read: Read, out: torch.Tensor) -> object:
+        if read.text.key == "1-4":
             os._exit(1)
-        return read(loader, i)
+        return decode(loader, read, out)
 
-    monkeypatch.setattr(Loader, "sample", die)
+    monkeypatch.setattr(Loader, "decoded", die)
     with pytest.raises(RuntimeError, match=r"while reading .*1-4"):
         _steps(_loader(shards, tokenizer, workers=2, threads=threads), 1, 1, 0, 2)
 

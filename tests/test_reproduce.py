@@ -50,7 +50,7 @@ def test_the_path_is_whole_and_goes_on_where_it_stopped(
     assert set(figures) == {"base", "sa", "hive"}
     for rows in figures.values():
         assert rows.keys() == {
-            *("emoji, attentive", "emoji, linear", "easy-vqa", "easy-vqa, named", "minutes", "peak GB")
+            *("emoji, attentive", "emoji, linear", "easy-vqa", "easy-vqa, named", "core minutes", "peak GB")
         }
         assert all(0 <= value[0] <= 100 for value in rows.values())
     assert len(list((tmp_path / "out" / "steps").glob("*.json"))) == 1 + 2 + 3 + 3 + 3

@@ -24,7 +24,7 @@ from hive_scale.data.tokenizer import caption_sample, open_tokenizer
 from hive_scale.data.transform import _draws, _random_part, augmented, decode, picture
 
 MANY = 10**8
-SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97)]
+SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97), (32, 32)]
 
 
 @pytest.mark.parametrize("width_height", SIZES)
@@ -38,6 +38,10 @@ def test_pixels_equal_the_processors(width_height: tuple[int, int], format: str)
     for mode, processor in (("resize", siglip), ("crop", clip)):
         expected = processor(image, return_tensors="pt").pixel_values[0]
         assert torch.equal(picture(data, 32, mode, MANY), expected)
+        batch = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        picture(data, 32, mode, MANY, out=batch[0])
+        assert torch.equal(batch[0], expected)
+        assert not batch[1].any()
 
 
 def test_padding_is_grey_and_keeps_the_shape_inside() -> None:

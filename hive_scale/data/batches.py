@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
+from mmap import mmap
 from threading import Thread, local
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ from torch.utils.data import Dataset, get_worker_info
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.data.order import Stream
 from hive_scale.data.rooms import NONE, Layout, Rooms
-from hive_scale.data.samples import Samples
+from hive_scale.data.samples import Read, Samples
 from hive_scale.data.scan import Fault
 
+Made = TypeVar("Made")
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
 Request = tuple[Slots, int]  # and the room for its pictures
 
@@ -69,7 +71,8 @@ class Batches(Dataset[Loaded]):
         self.threads = config.threads
         # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
         rows = max(1, config.workers) * self.threads
-        self.reading = torch.zeros(rows, 2, dtype=torch.long).share_memory_()  # type: ignore[no-untyped-call]
+        self._thread = local()
+        self.reading = np.frombuffer(mmap(-1, rows * 16), np.int64).reshape(rows, 2)
 
     def watch(self, loaded: Iterable[Loaded]) -> Iterator[Loaded]:
         """`loaded` by workers, whose sudden death (out of memory, a crashing decoder) is told with its sample."""
@@ -89,7 +92,10 @@ class Batches(Dataset[Loaded]):
     def __getitem__(self, request: Request) -> Loaded:
         slots, room = request
         pixels = self._place(room, max(1, len(slots)))
-        filled = list((self._pool.map if self.threads > 1 else map)(self._fill, slots, pixels))
+        over = self._pool.map if self.threads > 1 else map
+        # all are read before the first is decoded: after each picture the caches would have to be filled again
+        read = list(over(self._read, (i for _, i in slots)))
+        filled = list(over(self._fill, slots, read, pixels))
         bad = [fault for _, faults in filled for fault in faults]
         samples = [sample for sample, _ in filled if sample is not None]
         if self.order is not None and len(samples) < len(slots):
@@ -112,29 +118,36 @@ class Batches(Dataset[Loaded]):
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         """Made in the process that reads, never before a fork."""
-        numbers, self._thread = count(), local()
+        numbers = count()
         return ThreadPoolExecutor(self.threads, initializer=lambda: vars(self._thread).update(number=next(numbers)))
 
-    def _fill(self, slot: tuple[int, int], pixels: Tensor) -> tuple[Sample | None, list[Fault]]:
+    def _fill(self, slot: tuple[int, int], read: Read | Fault, pixels: Tensor) -> tuple[Sample | None, list[Fault]]:
         """The sample of a slot, its picture put into `pixels`, and those that could not be used instead."""
         position, first = slot
         bad: list[Fault] = []
-        for i in chain([first], self.order.substitutes(position) if self.order else ()):
-            self._note(i)
-            try:
-                sample = self.samples.sample(i)
-            except ValueError as error:
-                bad.append(Fault(self.samples.index.shard(i), self.samples.index.key(i), str(error)))
-                continue
-            if sample.pixels is not None:  # while it is in the cache, and its own memory given back
-                sample = replace(sample, pixels=pixels.copy_(sample.pixels))
-            return sample, bad
+        substitutes = self.order.substitutes(position) if self.order else ()
+        for i, one in chain([(first, read)], ((i, self._read(i)) for i in substitutes)):
+            found = one if isinstance(one, Fault) else self._try(i, self.samples.decoded, one, pixels)
+            if not isinstance(found, Fault):
+                return found, bad
+            bad.append(found)
         return None, bad
+
+    def _read(self, i: int) -> Read | Fault:
+        return self._try(i, self.samples.read, i)
+
+    def _try(self, i: int, do: Callable[..., Made], *arguments: Any) -> Made | Fault:
+        """What `do` makes of sample i, which is noted, or why it cannot be used."""
+        self._note(i)
+        try:
+            return do(*arguments)
+        except ValueError as error:
+            return Fault(self.samples.index.shard(i), self.samples.index.key(i), str(error))
 
     def _note(self, sample: int) -> None:
         if worker := get_worker_info():
-            thread = self._thread.number if self.threads > 1 else 0
-            self.reading[worker.id * self.threads + thread] = torch.tensor([os.getpid(), sample])
+            thread = getattr(self._thread, "number", 0)
+            self.reading[worker.id * self.threads + thread] = os.getpid(), sample
 
 
 def _layout(samples: Samples) -> Layout:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hive_scale.batch import Sample
+from hive_scale.batch import BLANK, Sample
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.chat import chat_sample
@@ -23,6 +22,13 @@ from hive_scale.data.shards import ShardReader
 from hive_scale.data.tokenizer import Tokenizer, caption_sample
 from hive_scale.data.transform import blank, check_size, picture
 from hive_scale.data.turns import turns_of
+
+
+class Read(NamedTuple):
+    """A sample as a disk gives it: the text made ready, the picture as it lies."""
+
+    text: Sample  # without pixels
+    picture: bytes | Tensor | None  # encoded, or what an encoder has made of it, or nothing where all are blank
 
 
 class Samples:
@@ -40,21 +46,38 @@ class Samples:
 
     def sample(self, i: int) -> Sample:
         """Sample number i, ready for the model. Raises ValueError if it is broken."""
+        return self.decoded(self.read(i))
+
+    def read(self, i: int) -> Read:
+        """Sample number i but for the decoding of its picture. Raises ValueError if it is broken."""
         width, height = self.index.picture_sizes[i].tolist()
         check_size(width, height, self.config.max_pixels)
         key, max_tokens = self.index.key(i), self.config.max_tokens
         if self.config.text == "conversation":
-            sample = chat_sample(key, None, turns_of(self.record(i)), self.tokenizer, max_tokens)
+            text = chat_sample(key, None, turns_of(self.record(i)), self.tokenizer, max_tokens)
         else:
-            sample = caption_sample(key, None, self.caption(i), self.tokenizer, max_tokens)
+            text = caption_sample(key, None, self.caption(i), self.tokenizer, max_tokens)
         kept = self.features.get(i) if self.features else None
-        return replace(sample, pixels=self.pixels(i) if kept is None else kept)
+        return Read(text, self._lying(i) if kept is None else kept)
+
+    def decoded(self, read: Read, out: Tensor | None = None) -> Sample:
+        """The whole sample, its picture in `out` if that is given. Raises ValueError if it cannot be decoded."""
+        text, lying = read
+        return Sample(text.key, self._pixels(lying, out), text.tokens, text.is_target)
 
     def pixels(self, i: int) -> Tensor:
         """The picture of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
-        if self.config.blank:
-            return blank(self.image_size)
-        return picture(self.encoded(i), self.image_size, self.config.image, self.config.max_pixels)
+        return self._pixels(self._lying(i))
+
+    def _lying(self, i: int) -> bytes | None:
+        return None if self.config.blank else self.encoded(i)
+
+    def _pixels(self, lying: bytes | Tensor | None, out: Tensor | None = None) -> Tensor:
+        if lying is None:
+            return blank(self.image_size) if out is None else out.fill_(BLANK)
+        if isinstance(lying, Tensor):
+            return lying if out is None else out.copy_(lying)
+        return picture(lying, self.image_size, self.config.image, self.config.max_pixels, out)
 
     @property
     def text_bytes(self) -> NDArray[np.integer]:

@@ -28,13 +28,21 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"the picture of {width} x {height} has more than data.max_pixels={max_pixels}")
 
 
-def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int) -> Tensor:
+def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, out: Tensor | None = None) -> Tensor:
     """Decode `data` to uint8 (3, image_size, image_size), resized (bicubic, antialiased) as the HF processors do.
 
     `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds grey to the shorter side.
-    Transparency becomes white. Raises ValueError for what is not a whole JPEG, PNG or WebP of at most `max_pixels`.
+    Transparency becomes white. `out`, if there is one, is filled and returned. Raises ValueError for what is not a
+    whole JPEG, PNG or WebP of at most `max_pixels`.
     """
-    return fitted(decode(data, max_pixels), image_size, mode)
+    pixels = decode(data, max_pixels)
+    if out is None:
+        return fitted(pixels, image_size, mode)
+    if mode != "resize" or pixels.shape == out.shape:
+        return out.copy_(fitted(pixels, image_size, mode))
+    # what torchvision's resize comes down to, but for the copy from there to a batch
+    torch.ops.aten._upsample_bicubic2d_aa.out(pixels[None], out.shape[1:], False, None, None, out=out[None])
+    return out
 
 
 def fitted(pixels: Tensor, image_size: int, mode: ImageMode) -> Tensor:
