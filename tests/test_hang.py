@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import ranks
+import torch
 
 from hive_scale import presets
 from hive_scale.data.batches import Batches
-from hive_scale.distributed import TRY_AGAIN, session
+from hive_scale.distributed import TRY_AGAIN, World, session
 from hive_scale.engine.native import NativeEngine
 from hive_scale.train import run_pipeline
+from hive_scale.watch.hang import HangWatch
 
 FAULTS = ("sleeps in its forward", "is killed in its forward", "waits for its data", "is killed, and is rank 0")
 
@@ -83,3 +85,32 @@ def test_what_stands_still_is_named_and_the_job_ends(tmp_path: Path, fault: str)
     assert "none missing" in both
     assert "time.sleep(1000)" in said[1]  # its stack
     assert "samples " in said[0]
+
+
+def stopped(seconds: float, ready: Any) -> None:
+    """A process whose step takes so long after it was stopped."""
+    world = World(0, 1, torch.device("cpu"))
+    with HangWatch(world, deadline=8):
+        world.pulse.enter("forward")
+        ready.set()
+        time.sleep(1)  # in which it is stopped
+        time.sleep(seconds)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(1, 0), (20, TRY_AGAIN)])
+def test_a_suspended_job_goes_on_and_is_watched_as_before(seconds: float, code: int) -> None:
+    ready = ranks.CONTEXT.Event()
+    process = ranks.CONTEXT.Process(target=stopped, args=(seconds, ready))
+    process.start()
+    try:
+        assert ready.wait(60)
+        pid = process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(10)
+        os.kill(pid, signal.SIGCONT)
+        process.join(60)
+        assert process.exitcode == code
+    finally:
+        process.kill()

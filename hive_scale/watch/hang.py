@@ -27,7 +27,10 @@ CALL = "hive_scale/roll_call"
 
 
 class HangWatch(AbstractContextManager["HangWatch"]):
-    """Watches this process while the context lasts. A deadline of 0 watches nothing."""
+    """Watches this process while the context lasts. A deadline of 0 watches nothing.
+
+    Time in which the process itself was stopped (by Slurm's suspend, or SIGSTOP) is nobody's fault.
+    """
 
     def __init__(self, world: World, deadline: float) -> None:
         self.world, self.deadline = world, deadline
@@ -49,7 +52,12 @@ class HangWatch(AbstractContextManager["HangWatch"]):
 
     def _watch(self) -> None:
         pulse = self.world.pulse
+        looked = resumed = time.monotonic()
         while not self._stopped.wait(min(POLL, self.deadline / 4)):
+            now = time.monotonic()
+            if now - looked > self.deadline / 2:
+                resumed = now
+            looked = now
             try:
                 called = self._store is not None and self._store.check([CALL])
             except RuntimeError:
@@ -58,7 +66,7 @@ class HangWatch(AbstractContextManager["HangWatch"]):
                 self._answer()
                 time.sleep(ANSWER + POLL)
                 os._exit(TRY_AGAIN)
-            late = time.monotonic() - pulse.since
+            late = now - max(pulse.since, resumed)
             if late > self.deadline and pulse.phase != "start":
                 self._call_roll(f"step {pulse.step} has been in its {pulse.phase} for {late:.0f} s")
 
