@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
     caption = f"{describe_machine()}; {pictures}; {arguments.rounds} rounds"
     columns = ("samples", "loader", "workers", "samples/s", "CPU us / sample", "ratio", "quartiles")
     show(columns, costs, caption, arguments.markdown)
+    print()
     resumed = [f"resume at {position:,}, s" for position in arguments.positions]
     columns = ("loader", *resumed, "2 -> 1 -> 3 ranks: lost", "repeated")
     show(columns, states, f"{describe_machine()}; {number:,} small pictures", arguments.markdown)
