@@ -68,10 +68,9 @@ class Batches(Dataset[Loaded]):
         config = samples.config
         number = held + 1 + 2 * config.workers  # torch asks each worker for two ahead
         self.rooms = Rooms(_layout(samples), max(1, size), number)
-        self.threads = config.threads
+        self.threads, self._thread = config.threads, local()
         # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
         rows = max(1, config.workers) * self.threads
-        self._thread = local()
         self.reading = np.frombuffer(mmap(-1, rows * 16), np.int64).reshape(rows, 2)
 
     def watch(self, loaded: Iterable[Loaded]) -> Iterator[Loaded]:
