@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  python launchers/reproduce.py --scale small              about two hours on two cores, by estimate
+  python launchers/reproduce.py --scale small              about 160 minutes on two cores
   python launchers/reproduce.py --scale small --seeds 1    a third of it, without deviations
   python launchers/reproduce.py --scale paper --world 8 --gpu h100     the commands of Tables 1 and 2, with hours
   python launchers/reproduce.py --scale paper --submit --profile one_node slurm.account=vision
