@@ -52,12 +52,11 @@ class HangWatch(AbstractContextManager["HangWatch"]):
 
     def _watch(self) -> None:
         pulse = self.world.pulse
-        looked = resumed = time.monotonic()
+        asleep = resumed = time.monotonic()
         while not self._stopped.wait(min(POLL, self.deadline / 4)):
             now = time.monotonic()
-            if now - looked > self.deadline / 2:
+            if now - asleep > self.deadline / 2:  # stopped in its sleep; a store that does not answer is another matter
                 resumed = now
-            looked = now
             try:
                 called = self._store is not None and self._store.check([CALL])
             except RuntimeError:
@@ -66,9 +65,10 @@ class HangWatch(AbstractContextManager["HangWatch"]):
                 self._answer()
                 time.sleep(ANSWER + POLL)
                 os._exit(TRY_AGAIN)
-            late = now - max(pulse.since, resumed)
+            late = time.monotonic() - max(pulse.since, resumed)
             if late > self.deadline and pulse.phase != "start":
                 self._call_roll(f"step {pulse.step} has been in its {pulse.phase} for {late:.0f} s")
+            asleep = time.monotonic()
 
     def _call_roll(self, reason: str) -> None:
         """Say what is wrong, hear who is there, name who is not, and end this process."""
