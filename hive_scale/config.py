@@ -269,7 +269,8 @@ class Config:
 
 
 T = TypeVar("T")  # Config, or another dataclass of settings
-LITERAL = re.compile(r"=(\d+:\d+|on|off)$")  # YAML would take 10:13 for 613, as minutes and seconds, and off for false
+# YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
+LITERAL = re.compile(r"=(\d+:\d+|on|off|)$")
 
 
 def resolve(base: T, *layers: Any) -> T:

@@ -115,3 +115,4 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_its_minimum() -> None:
 def test_words_say_what_they_say() -> None:
     run = presets.load("debug", None, ["log.wandb=off", "engine.offload=on", "engine.compile=off", "profile.steps=3:4"])
     assert (run.log.wandb, run.engine.offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
+    assert presets.load("paper_siglip", None, ["model.vision.path="]).model.vision.path == ""
