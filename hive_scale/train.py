@@ -75,6 +75,7 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
         stage_dir = config.run_dir / name
         if not is_done(stage_dir):
             checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
+            memory.release()
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
                 with published(stage_dir / "encoder") as folder:

@@ -1,7 +1,11 @@
-"""A run in two parts is the run in one, bit by bit, under every engine: weights, losses, samples and random numbers."""
+"""A run in two parts is the run in one, bit by bit, under every engine: weights, losses, samples and random numbers.
+
+And what one stage held is free when the next begins.
+"""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import ranks
 import tiny
 import torch
 
-from hive_scale import presets
+from hive_scale import presets, train
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS
 from hive_scale.config import Config, EngineConfig, PartConfig
@@ -78,3 +82,32 @@ def test_a_run_in_two_parts_is_the_run_in_one(engines: dict[str, EngineConfig], 
         for name, (whole, parts) in found.items():
             assert len(whole[1]) == len(whole[2]) == STEPS
             assert whole == parts, name
+
+
+def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[str, list[int]]:
+    """Of each engine: bytes of tensors alive when each of three stages opens its own."""
+    held: dict[str, list[int]] = {}
+    opening = train.open_engine
+    StageRun._look = lambda self: {}  # type: ignore[method-assign]
+    found: list[int] = []
+
+    def watched(*arguments: Any) -> Any:
+        tensors = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not one.is_meta]
+        found.append(sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in tensors}.values()))
+        return opening(*arguments)
+
+    train.open_engine = watched
+    for name, engine in engines.items():
+        held[name] = found = []
+        run = small(Path(folder, name), engine)
+        stages = presets.load("debug", None, []).stages
+        stages = {stage: replace(one, steps=2, global_batch=8, micro_batch=2) for stage, one in stages.items()}
+        run_pipeline(replace(run, stages=stages), world)
+    return held
+
+
+@pytest.mark.parametrize("engines", [ENGINES, ZERO_3], ids=["", "zero3"])
+def test_a_stage_leaves_nothing_behind(engines: dict[str, EngineConfig], tmp_path: Path) -> None:
+    for held in ranks.run(held_at_openings, 2, engines, str(tmp_path)):
+        for name, (first, *others) in held.items():
+            assert all(one - first < 10_000 for one in others), (name, first, others)  # a stage's states: 2 MB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -67,6 +68,7 @@ class ZeroEngine:
         self.engine, *_ = load_deepspeed().initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
+        weakref.finalize(self, _let_go, self.engine, self.optimizer).atexit = False
         if compute != torch.float32:
             self._restore_masters(weights)
 
@@ -189,3 +191,13 @@ class ZeroEngine:
         for flat, steps_behind in zip(self._masters(), self._steps_behind(), strict=True):
             if not self.engine.optimizer.state[flat]:
                 self.engine.optimizer.state[flat] = zero_state(flat, steps_behind)
+
+
+def _let_go(engine: Any, adamw: Any) -> None:
+    """Free what a past engine held. DeepSpeed never would: its hooks and tables keep engine and model for good."""
+    engine.destroy()
+    parameters = list(engine.module.parameters())
+    for holder in (adamw, engine.optimizer, *parameters):
+        vars(holder).clear()
+    for parameter in parameters:
+        parameter.data = torch.empty(0)
