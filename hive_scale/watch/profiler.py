@@ -164,7 +164,9 @@ def summary(events: Any, on_gpu: bool) -> Table:
     """
     spent, calls = defaultdict[tuple[str, str, str], float](float), defaultdict[tuple[str, str, str], int](int)
     owners: dict[int, str] = {}
-    ordered = sorted(events, key=lambda event: event.time_range.start)
+    # a GPU's kernels stand there a second time, as the time of the operators that launched them
+    by_host = (event for event in events if event.device_type.name == "CPU")
+    ordered = sorted(by_host, key=lambda event: event.time_range.start)
     for event in ordered:
         component = _enclosing(event, lambda outer: outer.name.removeprefix(MARK) if MARK in outer.name else None)
         if component and event.sequence_nr >= 0 and event.scope != BACKWARD:
