@@ -50,9 +50,15 @@ def find(name: str) -> Gpu:
     return GPUS[name]
 
 
-def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that `device` can reach; None for one that is not in the table, and for CPUs."""
+def this_gpu(device: torch.device) -> Gpu | None:
+    """The one that `device` is; None for one that is not in the table, and for CPUs."""
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((gpu.peak(precision) for gpu in GPUS.values() if gpu.title in name), None)
+    return next((gpu for gpu in GPUS.values() if gpu.title in name), None)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """FLOP/s that `device` can reach; None as of `this_gpu`."""
+    gpu = this_gpu(device)
+    return gpu.peak(precision) if gpu else None
