@@ -35,6 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[77], help="of a caption (77); CC3M has about 20")
     parser.add_argument("--micro_batch", type=int, default=2, help="(2)")
     parser.add_argument("--features", action="store_true", help="kept ones in place of pictures, as of feature_cache")
+    parser.add_argument("--compile", action="store_true", help="blocks of both sides, as engine.compile does")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="cost against resolution and text length, no timing")
 
 
@@ -50,18 +51,18 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.quick:
         arguments.preset = "debug"
     rows = []
-    contenders = {fusion: _build(arguments.preset, fusion) for fusion in arguments.fusions}
+    contenders = {fusion: _build(arguments.preset, fusion, arguments.compile) for fusion in arguments.fusions}
     for stage in arguments.stages:
         for tokens in arguments.tokens:
             rows += (found := _compare(contenders, stage, tokens, arguments))
             print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later one fail
     columns = ("stage", "tokens", "fusion", "GFLOP/sample", "of the baseline", "without encoder", "s/sample")
-    columns += ("times as fast", "quartiles", "FLOP limit", "of the limit", "memory, GB", "less memory")
+    columns += ("times as fast", "quartiles", "FLOP limit", "of the limit", "memory, GB", "less memory", "MFU")
     caption = f"{describe_machine()}; bf16, micro-batch {arguments.micro_batch}, {arguments.rounds} rounds; {PAPER}"
     show(columns, rows, caption, arguments.markdown)
 
 
-def _build(preset: str, fusion: str) -> tuple[Any, dict[str, StageConfig], int]:
+def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, StageConfig], int]:
     """A model of the preset's size in bf16, its stages, and its picture's side."""
     import torch
 
@@ -76,13 +77,22 @@ def _build(preset: str, fusion: str) -> tuple[Any, dict[str, StageConfig], int]:
         for layer in model.fusion.layers:
             if hasattr(layer, "gate"):
                 layer.gate.fill_(0.5)
+    if compiled:
+        for blocks in model.blocks().values():
+            for block in blocks:
+                block.compile()
     return model.to(device, torch.bfloat16), config.stages, build.image_size(config.model)
 
 
 def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: argparse.Namespace) -> list[list[str]]:
+    from hive_scale.plan.devices import peak_flops
     from hive_scale.plan.flops import count
     from hive_scale.stage import freeze
 
+    if arguments.compile:
+        import torch
+
+        torch.compiler.reset()  # or it would run the graphs made for what the stage before froze
     batch = arguments.micro_batch
     work: dict[str, dict[str, Flops]] = {}
     runs, peaks = {}, {}
@@ -99,7 +109,8 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
             began = perf_counter()
             step()
             seconds[fusion].append((perf_counter() - began) / batch)
-    return [_row(stage, tokens, fusion, work, seconds, peaks) for fusion in runs]
+    peak = peak_flops(contenders[arguments.fusions[0]][0].pixel_mean.device, "bf16")
+    return [_row(stage, tokens, fusion, work, seconds, peaks, peak) for fusion in runs]
 
 
 def _row(
@@ -109,18 +120,21 @@ def _row(
     work: dict[str, dict[str, Flops]],
     seconds: dict[str, list[float]],
     peaks: dict[str, int],
+    peak: float | None,
 ) -> list[str]:
     def total(name: str, *without: str) -> float:
         return sum(part.model for component, part in work[name].items() if component not in without)
 
     base = BASELINE if BASELINE in work else next(iter(work))
     faster = [b / a for a, b in zip(seconds[fusion], seconds[base], strict=True)]
+    speed = total(fusion) / median(seconds[fusion])
     share, limit = total(fusion) / total(base), total(base) / total(fusion)
     return [
         *(stage, str(tokens), fusion, f"{total(fusion) / 1e9:.1f}", f"{share:.3f}"),
         f"{total(fusion, 'vision') / total(base, 'vision'):.3f}",
-        *(f"{median(seconds[fusion]):.3f}", f"{median(faster):.2f}", spread(faster), f"{limit:.2f}"),
+        *(f"{median(seconds[fusion]):.4f}", f"{median(faster):.2f}", spread(faster), f"{limit:.2f}"),
         *(f"{median(faster) / limit:.2f}", f"{peaks[fusion] / 1e9:.2f}", f"{1 - peaks[fusion] / peaks[base]:.1%}"),
+        f"{speed / peak:.1%}" if peak else "-",
     ]
 
 

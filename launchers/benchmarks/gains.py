@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from time import perf_counter
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.table import describe_machine, peak_bytes, show, spread
 
 if TYPE_CHECKING:
+    from hive_scale.batch import Batch
     from hive_scale.config import ModelConfig
 
 HELP = "each means to a fast step, with it and without it"
 TEXT, SHORT = 77, 20  # tokens: the longest caption, and CC3M's usual one
+SIDE = 128  # of a picture
 Step = Callable[[], None]
 
 
@@ -38,19 +41,27 @@ def run(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     rows = []
-    size = Size(32, 2, 2) if arguments.quick else Size(256, 8, 8)
+    size = Size(32, 2, 2) if arguments.quick else Size(1024, 12, 128) if _device().type == "cuda" else Size(256, 8, 8)
     for name in arguments.only:
         for gain in GAINS[name](size):
             rows.append(_time(gain, arguments.rounds))
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)  # should a later one fail
             gc.collect()
     columns = ("what", "without, s", "with, s", "times as fast", "quartiles", "without, MB", "with, MB")
-    show(columns, rows, f"{describe_machine()}; fp32; {arguments.rounds} rounds", arguments.markdown)
+    what = f"{size.layers} layers of width {size.width}, micro-batch {size.micro_batch}, {size.precision}"
+    show(columns, rows, f"{describe_machine()}; {what}; {arguments.rounds} rounds", arguments.markdown)
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _time(gain: Gain, rounds: int) -> list[str]:
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     peaks = []
     for step in (gain.without, gain.having):
         step()  # the first of its kind allocates what stays
@@ -77,6 +88,11 @@ class Size:
     layers: int
     micro_batch: int
 
+    @property
+    def precision(self) -> str:
+        """As a GPU's users run it; CPUs have no matrix products in bf16 to speak of."""
+        return "bf16" if _device().type == "cuda" else "fp32"
+
     def config(self) -> ModelConfig:
         from hive_scale.config import ModelConfig, PartConfig
 
@@ -84,10 +100,10 @@ class Size:
             "hidden_size": self.width,
             "intermediate_size": 3 * self.width,
             "num_hidden_layers": self.layers,
-            "num_attention_heads": 4,
+            "num_attention_heads": max(4, self.width // 64),
         }
-        vision = {"model_type": "siglip_vision_model", "image_size": 128, "patch_size": 8, "vision_use_head": False}
-        language = {"model_type": "llama", "vocab_size": 8192, "num_key_value_heads": 4, "tie_word_embeddings": True}
+        vision = {"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": 8, "vision_use_head": False}
+        language = {"model_type": "llama", "vocab_size": 8192, "tie_word_embeddings": True}
         parts = PartConfig(config={**vision, **sizes}), PartConfig(config={**language, **sizes})
         return ModelConfig(*parts, density=0.5 if self.layers < 4 else 0.25)
 
@@ -100,12 +116,13 @@ class Size:
         from hive_scale.presets import three_stages
         from hive_scale.stage import freeze
 
-        model = assemble(self.config(), seed=0).to("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        model = assemble(self.config(), seed=0).to(_device(), dtype)
         freeze(model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.dormant())
         return model
 
-    def step(self, model: Any, lengths: list[int] | None = None, pixels: Any = None) -> Step:
-        """Forward and backward of one micro-batch, of captions as long as `lengths`, else of TEXT tokens."""
+    def batch(self, lengths: list[int] | None = None) -> Batch:
+        """One micro-batch, of captions as long as `lengths`, else of TEXT tokens."""
         import torch
 
         from hive_scale.batch import Sample, collate
@@ -113,12 +130,17 @@ class Size:
         random = torch.Generator().manual_seed(0)
 
         def sample(length: int) -> Sample:
-            pixels = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8, generator=random)
+            pixels = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8, generator=random)
             ids = torch.randint(3, 8192, (length,), generator=random).tolist()
             return Sample("", pixels, ids, [False] + [True] * (length - 1))
 
-        samples = [sample(length) for length in lengths or [TEXT] * self.micro_batch]
-        batch = collate(samples, pad_id=0, image_size=128).to(model.pixel_mean.device)
+        return collate([sample(length) for length in lengths or [TEXT] * self.micro_batch], pad_id=0, image_size=SIDE)
+
+    def step(self, model: Any, lengths: list[int] | None = None, pixels: Any = None) -> Step:
+        """Forward and backward of one micro-batch."""
+        import torch
+
+        batch = self.batch(lengths).to(_device())
         if pixels is not None:
             batch = replace(batch, pixels=pixels)
 
@@ -145,7 +167,7 @@ def encoder_depth(size: Size) -> Iterator[Gain]:
     import torch
 
     model = size.model("projector")
-    pixels = torch.randn(size.micro_batch, 3, 128, 128, device=model.pixel_mean.device)
+    pixels = torch.randn(size.micro_batch, 3, SIDE, SIDE).to(model.vision.device, model.vision.dtype)
 
     def whole() -> None:
         model.vision(pixels)
@@ -163,7 +185,7 @@ def kept(size: Size) -> Iterator[Gain]:
     import torch
 
     model = size.model("projector")
-    pixels = torch.randint(0, 256, (size.micro_batch, 3, 128, 128), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (size.micro_batch, 3, SIDE, SIDE), dtype=torch.uint8)
     pixels = pixels.to(model.pixel_mean.device)
     with torch.no_grad():
         features = torch.stack(model.features(model.encode(pixels)), dim=1)
@@ -178,7 +200,7 @@ def decoding(size: Size) -> Iterator[Gain]:
     from hive_scale.model.decode import generate
 
     model = size.model("projector")
-    pixels = torch.zeros(size.micro_batch, 3, 128, 128, dtype=torch.uint8, device=model.pixel_mean.device)
+    pixels = torch.zeros(size.micro_batch, 3, SIDE, SIDE, dtype=torch.uint8, device=model.pixel_mean.device)
     starts, never = [[1]] * size.micro_batch, -1
 
     @torch.no_grad()
@@ -214,11 +236,11 @@ def lengths(size: Size) -> Iterator[Gain]:
 def rows_with_targets(size: Size) -> Iterator[Gain]:
     import torch
 
-    width, vocabulary = size.width, 32000
-    head = torch.nn.Linear(width, vocabulary, bias=False)
-    hidden = torch.randn(1024, width, requires_grad=True)
-    rows, ids = torch.arange(0, 1024, 4), torch.randint(vocabulary, (256,))
-    everywhere = torch.full((1024,), -100).index_put((rows,), ids)
+    width, vocabulary, device = size.width, 32000, _device()
+    head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
+    hidden = torch.randn(1024, width, requires_grad=True, device=device)
+    rows, ids = torch.arange(0, 1024, 4, device=device), torch.randint(vocabulary, (256,), device=device)
+    everywhere = torch.full((1024,), -100, device=device).index_put((rows,), ids)
 
     def loss(states: Any, wanted: Any) -> None:
         torch.autograd.backward(torch.nn.functional.cross_entropy(head(states).float(), wanted, reduction="sum"))
@@ -232,7 +254,7 @@ def optimizer(size: Size) -> Iterator[Gain]:
     import torch
 
     def adamw(fused: bool) -> Step:
-        model = size.model("joint")
+        model = size.model("joint").float()  # as the masters are
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.full_like(parameter, 1e-3)
@@ -262,18 +284,28 @@ def compiled(size: Size) -> Iterator[Gain]:
 
 
 def copies(size: Size) -> Iterator[Gain]:
-    """Only where there is a device to copy to."""
+    """Only where there is a device to copy to: four micro-batches of a step, as it copies them."""
     import torch
 
-    if not torch.cuda.is_available():
+    if _device().type == "cpu":
         return
-    pageable = torch.randint(0, 256, (64, 3, 384, 384), dtype=torch.uint8)
-    pinned = pageable.pin_memory()
-    yield Gain(
-        "pictures copied from pinned memory",
-        lambda: cast_none(pageable.to("cuda")),
-        lambda: cast_none(pinned.to("cuda", non_blocking=True)),
-    )
+    model = size.model("projector")
+    pageable = [size.batch() for _ in range(4)]
+    pinned = [batch.pin() for batch in pageable]
+
+    def through(batches: Sequence[Batch]) -> Step:
+        def step() -> None:
+            for batch in batches:
+                torch.autograd.backward(model(**batch.to(_device()).inputs()))
+            model.zero_grad(set_to_none=True)
+
+        return step
+
+    def copied(batches: Sequence[Batch]) -> Step:
+        return lambda: cast_none([batch.to(_device()) for batch in batches])
+
+    yield Gain("copies of micro-batches from pinned memory, alone", copied(pageable), copied(pinned))
+    yield Gain("copies from pinned memory, which nothing waits for, in a step", through(pageable), through(pinned))
 
 
 GAINS: Mapping[str, Callable[[Size], Iterator[Gain]]] = {

@@ -1,7 +1,7 @@
 """The planner's peak beside the real one, and beside what DeepSpeed and Accelerate estimate.
 
-On a GPU the real peak is torch's own count. On a CPU a preloaded counter follows every block that torch
-allocates; batch and first weights, which were there before the engine, are not counted.
+On a GPU the real peak is torch's own count, and the time of a step is compared, too. On a CPU a preloaded counter
+follows every block that torch allocates; batch and first weights, which were there before the engine, are not counted.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.table import describe_machine, show
@@ -26,14 +29,18 @@ from benchmarks.workers import LAUNCHER
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.distributed import World
+    from hive_scale.plan.memory import Facts
 
 HELP = "the planner's peak beside the real one"
 SOURCE = Path(__file__).with_name("allocations.c")
-TOKENS, MICRO_BATCH = 48, 4
+TOKENS, MICRO_BATCH, VOCABULARY = 48, 4, 8192
+TIMED = 6  # steps
 FUSIONS, STAGES, RECOMPUTED = ("cross_attention", "concat"), ("projector", "language", "joint"), ("none", "full")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", help="a model in full size, as its stages run it (default: a small one)")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the preset's config")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["one", "fsdp", "zero2", "zero3"])
     parser.add_argument("--ranks", type=int, default=2, help="processes of every case but the first (default 2)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -56,6 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps(found))
         return
     errors = [row["plan"] / row["real"] - 1 for row in found]
+    timed = found[0]["seconds"] is not None
     columns = (
         "sharding",
         "fusion",
@@ -67,18 +75,20 @@ def run(arguments: argparse.Namespace) -> None:
         "DeepSpeed",
         "Accelerate",
     )
+    columns += ("real, s/step", "planned") if timed else ()
     rows = [
         [
             *(row["title"], row["fusion"], row["stage"], row["recompute"]),
             *(f"{row['real'] / 1e6:.1f}", f"{row['plan'] / 1e6:.1f}", f"{error:+.2%}"),
             *(_ratio(row[peer], row["real"]) for peer in ("deepspeed", "accelerate")),
+            *((f"{row['seconds']:.3f}", f"{row['planned_seconds'] or 0:.3f}") if timed else ()),
         ]
         for row, error in zip(found, errors, strict=True)
     ]
     worst = max(map(abs, errors))
     summary = f"median error {median(map(abs, errors)):.2%}, worst {worst:.2%} of {len(found)} cases"
-    machine = found[0]["machine"]
-    show(columns, rows, f"{machine}; {arguments.precision}; {summary}", arguments.markdown)
+    what = arguments.preset or arguments.precision
+    show(columns, rows, f"{found[0]['machine']}; {what}; {summary}", arguments.markdown)
 
 
 def _ratio(estimate: float | None, real: float) -> str:
@@ -95,6 +105,7 @@ def _launch(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         words = ["memory", "--worker", str(result), "--cases", case, "--stages", *arguments.stages]
         words += ["--fusions", *arguments.fusions, "--precision", arguments.precision]
         words += ["--accumulation", str(arguments.accumulation), *["--features"] * arguments.features]
+        words += ["--preset", arguments.preset, "--set", *arguments.set] if arguments.preset else []
         worker = ["env", f"LD_PRELOAD={library}", sys.executable, str(LAUNCHER), *words]
         command = [sys.executable, *torchrun, *worker] if ranks > 1 else worker
         env = {"OMP_NUM_THREADS": "1", **os.environ}
@@ -138,9 +149,11 @@ def _measure(arguments: argparse.Namespace) -> None:
     rows = []
     with session() as world:
         for config in _configs(arguments, world.size):
-            real = _real_peak(config, world)
+            real, seconds = _real(config, world)
             if world.is_main:
-                rows.append({**_planned(config, world), "real": real, "machine": describe_machine()})
+                found = {"real": real, "seconds": seconds, "machine": describe_machine()}
+                rows.append({**_planned(config, world), **found})
+                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
             world.barrier()
         if world.is_main:
             arguments.worker.write_text(json.dumps(rows))
@@ -150,13 +163,43 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _configs(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
+    if arguments.preset:
+        return _of_preset(arguments, world_size)
+    return _small(arguments, world_size)
+
+
+def _of_preset(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
+    """The preset's model from random weights, one stage each; of a global batch, `accumulation` micro-batches."""
+    from hive_scale import presets
+
+    title, shard, json_file = CASES[arguments.cases[0]]
+    for fusion in arguments.fusions:
+        config = presets.load(arguments.preset, None, [f"fusion={fusion}", *arguments.set])
+        parts = {name: replace(getattr(config.model, name), path="") for name in ("vision", "language")}
+        model, engine = replace(config.model, **parts), replace(config.engine, shard=shard, ds_config=json_file)
+        for name in arguments.stages:
+            stage = config.stages[name]
+            stage = replace(stage, global_batch=world_size * arguments.accumulation * stage.micro_batch)
+            cache = "features" * arguments.features
+            yield replace(config, name=title, model=model, stages={name: stage}, engine=engine, feature_cache=cache)
+
+
+def _small(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
     """A model of some 20 M parameters whose activations weigh about as much as its states."""
-    from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, PartConfig, StageConfig
+    from hive_scale.config import (
+        CheckpointingConfig,
+        Config,
+        DataConfig,
+        EngineConfig,
+        ModelConfig,
+        PartConfig,
+        StageConfig,
+    )
     from hive_scale.presets import three_stages
 
     sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4}
     vision = {"model_type": "siglip_vision_model", "image_size": 128, "patch_size": 8, "vision_use_head": False}
-    language = {"model_type": "llama", "vocab_size": 8192, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    language = {"model_type": "llama", "vocab_size": VOCABULARY, "num_key_value_heads": 2, "tie_word_embeddings": True}
     parts = PartConfig(config={**vision, **sizes}), PartConfig(config={**language, **sizes})
     title, shard, json_file = CASES[arguments.cases[0]]
     batch = world_size * arguments.accumulation * MICRO_BATCH
@@ -168,19 +211,22 @@ def _configs(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]
                 engine = EngineConfig(**vars(engine) | {"checkpointing": CheckpointingConfig(mode, mode, mode)})
                 model = ModelConfig(*parts, fusion=fusion, density=0.34)
                 cache = "features" * arguments.features  # nothing is read from it here
-                yield Config(title, model=model, stages={name: stage}, engine=engine, feature_cache=cache)
+                data = DataConfig(max_tokens=TOKENS)
+                yield Config(title, model=model, data=data, stages={name: stage}, engine=engine, feature_cache=cache)
 
 
-def _real_peak(config: Config, world: World) -> int:
-    """Most bytes of the third step: by then everything that is made once is there."""
+def _real(config: Config, world: World) -> tuple[int, float | None]:
+    """Most bytes of the third step: by then everything that is made once is there; a GPU's seconds of a later one."""
     import torch
 
     from hive_scale.batch import Sample, collate
     from hive_scale.engine import open_engine
+    from hive_scale.engine.memory import release
     from hive_scale.model import build
     from hive_scale.stage import freeze
 
     (stage,) = config.stages.values()
+    vocabulary, num_tokens = config.model.language.config["vocab_size"], config.data.max_tokens
     random = torch.Generator().manual_seed(world.rank)
     size, seen = build.image_size(config.model), build.skeleton(config.model).features_shape
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
@@ -189,15 +235,16 @@ def _real_peak(config: Config, world: World) -> int:
         pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=random)
         if config.feature_cache:
             pixels = torch.randn(seen, dtype=dtype, generator=random)
-        tokens = torch.randint(3, 8192, (TOKENS,), generator=random).tolist()
-        return Sample("", pixels, tokens, [False] + [True] * (TOKENS - 1))
+        tokens = torch.randint(3, vocabulary, (num_tokens,), generator=random).tolist()
+        return Sample("", pixels, tokens, [False] + [True] * (num_tokens - 1))
 
-    samples = [[sample() for _ in range(MICRO_BATCH)] for _ in range(stage.accumulation(world.size))]
-    room = torch.empty(MICRO_BATCH, *seen, dtype=dtype) if config.feature_cache else None
+    samples = [[sample() for _ in range(stage.micro_batch)] for _ in range(stage.accumulation(world.size))]
+    room = torch.empty(stage.micro_batch, *seen, dtype=dtype) if config.feature_cache else None
     batches = [collate(part, 0, size, room) for part in samples]
-    weights = dict(build.assemble(config.model, seed=0).named_parameters())
+    first = build.assemble(config.model, seed=0)
+    weights = dict(first.named_parameters())
     # what kernels keep for themselves from their first call on (oneDNN 20 MB, in bf16) is not the model's
-    plain = build.assemble(config.model, seed=0)
+    plain = deepcopy(first)
     freeze(plain, stage, plain.dormant())
     plain.to(world.device, dtype)
     torch.autograd.backward(plain(**batches[0].to(world.device).inputs()))
@@ -211,17 +258,31 @@ def _real_peak(config: Config, world: World) -> int:
         engine.step(batches, 1.0)
     meter.reset()
     engine.step(batches, 1.0)
-    return meter.peak() - before
+    peak = meter.peak() - before
+    seconds = []
+    for _ in range(TIMED if meter.cuda else 0):
+        began = perf_counter()
+        engine.step(batches, 1.0)  # its loss and norm wait for the GPU
+        seconds.append(perf_counter() - began)
+    del model, engine, batches
+    release()
+    return peak, median(seconds) if seconds else None
 
 
 def _planned(config: Config, world: World) -> dict[str, Any]:
+    from hive_scale.plan.devices import this_gpu
     from hive_scale.plan.memory import examine, measure
     from hive_scale.plan.run import zero_of
+    from hive_scale.plan.time import step_time
 
     ((name, stage),) = config.stages.items()
     zero = zero_of(config, stage, world.size)
-    facts = examine(config, stage, TOKENS, zero.get("stage") == 3)
-    plan = measure(facts, config.engine, zero, world.size, MICRO_BATCH, stage.accumulation(world.size))
+    facts = examine(config, stage, config.data.max_tokens, zero.get("stage") == 3)
+    plan = measure(facts, config.engine, zero, world.size, stage.micro_batch, stage.accumulation(world.size))
+    gpu = this_gpu(world.device)
+    time = gpu and step_time(
+        facts, config.engine, zero, gpu, world.size, stage.micro_batch, stage.accumulation(world.size)
+    )
     on_device = plan.batch if world.device.type == "cuda" else 0.0
     return {
         "title": config.name + (f", {world.size} ranks" if world.size > 1 else ""),
@@ -230,19 +291,22 @@ def _planned(config: Config, world: World) -> dict[str, Any]:
         "recompute": config.engine.checkpointing.language,
         "plan": plan.peak - plan.batch + on_device,
         "where": plan.moment.where,
-        "deepspeed": _deepspeed(facts.numel(), zero, world.size),
+        "planned_seconds": time and time.total,
+        "deepspeed": _deepspeed(facts, zero, world.size),
         "accelerate": _accelerate(config),
     }
 
 
-def _deepspeed(numel: int, zero: dict[str, Any], ranks: int) -> float | None:
-    """DeepSpeed's own estimator, which is told the number of parameters and no more."""
+def _deepspeed(facts: Facts, zero: dict[str, Any], ranks: int) -> float | None:
+    """DeepSpeed's own estimator, which is told numbers of parameters and no more."""
     if not zero:
         return None
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
+    numel = facts.numel()
     if zero["stage"] == 3:
-        return float(stage3.estimate_zero3_model_states_mem_needs(numel, 8192 * 256, ranks, cpu_offload=False)[1])
+        largest = max(param.numel for param in facts.params)  # it asks for the largest layer's
+        return float(stage3.estimate_zero3_model_states_mem_needs(numel, largest, ranks, cpu_offload=False)[1])
     return float(stage_1_and_2.estimate_zero2_model_states_mem_needs(numel, ranks, cpu_offload=False)[1])
 
 
