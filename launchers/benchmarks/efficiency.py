@@ -57,9 +57,30 @@ def run(arguments: argparse.Namespace) -> None:
             rows += (found := _compare(contenders, stage, tokens, arguments))
             print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later one fail
     columns = ("stage", "tokens", "fusion", "GFLOP/sample", "of the baseline", "without encoder", "s/sample")
-    columns += ("times as fast", "quartiles", "FLOP limit", "of the limit", "memory, GB", "less memory", "MFU")
+    columns += (
+        "times as fast",
+        "quartiles",
+        "FLOP limit",
+        "of the limit",
+        "memory, GB",
+        "less memory",
+        *["MFU"] * bool(_peak()),
+    )
     caption = f"{describe_machine()}; bf16, micro-batch {arguments.micro_batch}, {arguments.rounds} rounds; {PAPER}"
     show(columns, rows, caption, arguments.markdown)
+
+
+def _peak() -> float | None:
+    """FLOP/s of the GPU at hand, if it is one that the planner knows."""
+    from hive_scale.plan.devices import peak_flops
+
+    return peak_flops(_device(), "bf16")
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, StageConfig], int]:
@@ -72,7 +93,6 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
     config = presets.load(preset, None, [f"fusion={fusion}"])
     parts = {name: replace(getattr(config.model, name), path="") for name in ("vision", "language")}
     model = build.assemble(replace(config.model, **parts), seed=0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         for layer in model.fusion.layers:
             if hasattr(layer, "gate"):
@@ -81,11 +101,10 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
         for blocks in model.blocks().values():
             for block in blocks:
                 block.compile()
-    return model.to(device, torch.bfloat16), config.stages, build.image_size(config.model)
+    return model.to(_device(), torch.bfloat16), config.stages, build.image_size(config.model)
 
 
 def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: argparse.Namespace) -> list[list[str]]:
-    from hive_scale.plan.devices import peak_flops
     from hive_scale.plan.flops import count
     from hive_scale.stage import freeze
 
@@ -109,8 +128,7 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
             began = perf_counter()
             step()
             seconds[fusion].append((perf_counter() - began) / batch)
-    peak = peak_flops(contenders[arguments.fusions[0]][0].pixel_mean.device, "bf16")
-    return [_row(stage, tokens, fusion, work, seconds, peaks, peak) for fusion in runs]
+    return [_row(stage, tokens, fusion, work, seconds, peaks) for fusion in runs]
 
 
 def _row(
@@ -120,7 +138,6 @@ def _row(
     work: dict[str, dict[str, Flops]],
     seconds: dict[str, list[float]],
     peaks: dict[str, int],
-    peak: float | None,
 ) -> list[str]:
     def total(name: str, *without: str) -> float:
         return sum(part.model for component, part in work[name].items() if component not in without)
@@ -134,7 +151,7 @@ def _row(
         f"{total(fusion, 'vision') / total(base, 'vision'):.3f}",
         *(f"{median(seconds[fusion]):.4f}", f"{median(faster):.2f}", spread(faster), f"{limit:.2f}"),
         *(f"{median(faster) / limit:.2f}", f"{peaks[fusion] / 1e9:.2f}", f"{1 - peaks[fusion] / peaks[base]:.1%}"),
-        f"{speed / peak:.1%}" if peak else "-",
+        *([f"{speed / peak:.1%}"] if (peak := _peak()) else []),
     ]
 
 
