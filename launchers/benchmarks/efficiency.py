@@ -15,7 +15,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.table import describe_machine, peak_bytes, show, spread
+from benchmarks.table import describe_machine, peak_bytes, show, spread, this_device
 
 if TYPE_CHECKING:
     from hive_scale.batch import Batch
@@ -74,13 +74,7 @@ def _peak() -> float | None:
     """FLOP/s of the GPU at hand, if it is one that the planner knows."""
     from hive_scale.plan.devices import peak_flops
 
-    return peak_flops(_device(), "bf16")
-
-
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return peak_flops(this_device(), "bf16")
 
 
 def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, StageConfig], int]:
@@ -101,7 +95,7 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
         for blocks in model.blocks().values():
             for block in blocks:
                 block.compile()
-    return model.to(_device(), torch.bfloat16), config.stages, build.image_size(config.model)
+    return model.to(this_device(), torch.bfloat16), config.stages, build.image_size(config.model)
 
 
 def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: argparse.Namespace) -> list[list[str]]:

@@ -11,7 +11,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.table import describe_machine, peak_bytes, show, spread
+from benchmarks.table import describe_machine, peak_bytes, show, spread, this_device
 
 if TYPE_CHECKING:
     from hive_scale.batch import Batch
@@ -41,7 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     rows = []
-    size = Size(32, 2, 2) if arguments.quick else Size(1024, 12, 128) if _device().type == "cuda" else Size(256, 8, 8)
+    size = (
+        Size(32, 2, 2) if arguments.quick else Size(1024, 12, 128) if this_device().type == "cuda" else Size(256, 8, 8)
+    )
     for name in arguments.only:
         for gain in GAINS[name](size):
             rows.append(_time(gain, arguments.rounds))
@@ -52,16 +54,10 @@ def run(arguments: argparse.Namespace) -> None:
     show(columns, rows, f"{describe_machine()}; {what}; {arguments.rounds} rounds", arguments.markdown)
 
 
-def _device() -> Any:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def _time(gain: Gain, rounds: int) -> list[str]:
     import torch
 
-    device = _device()
+    device = this_device()
     peaks = []
     for step in (gain.without, gain.having):
         step()  # the first of its kind allocates what stays
@@ -91,7 +87,7 @@ class Size:
     @property
     def precision(self) -> str:
         """As a GPU's users run it; CPUs have no matrix products in bf16 to speak of."""
-        return "bf16" if _device().type == "cuda" else "fp32"
+        return "bf16" if this_device().type == "cuda" else "fp32"
 
     def config(self) -> ModelConfig:
         from hive_scale.config import ModelConfig, PartConfig
@@ -117,7 +113,7 @@ class Size:
         from hive_scale.stage import freeze
 
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        model = assemble(self.config(), seed=0).to(_device(), dtype)
+        model = assemble(self.config(), seed=0).to(this_device(), dtype)
         freeze(model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.dormant())
         return model
 
@@ -140,7 +136,7 @@ class Size:
         """Forward and backward of one micro-batch."""
         import torch
 
-        batch = self.batch(lengths).to(_device())
+        batch = self.batch(lengths).to(this_device())
         if pixels is not None:
             batch = replace(batch, pixels=pixels)
 
@@ -236,7 +232,7 @@ def lengths(size: Size) -> Iterator[Gain]:
 def rows_with_targets(size: Size) -> Iterator[Gain]:
     import torch
 
-    width, vocabulary, device = size.width, 32000, _device()
+    width, vocabulary, device = size.width, 32000, this_device()
     head = torch.nn.Linear(width, vocabulary, bias=False, device=device)
     hidden = torch.randn(1024, width, requires_grad=True, device=device)
     rows, ids = torch.arange(0, 1024, 4, device=device), torch.randint(vocabulary, (256,), device=device)
@@ -287,7 +283,7 @@ def copies(size: Size) -> Iterator[Gain]:
     """Only where there is a device to copy to: four micro-batches of a step, as it copies them."""
     import torch
 
-    if _device().type == "cpu":
+    if this_device().type == "cpu":
         return
     model = size.model("projector")
     pageable = [size.batch() for _ in range(4)]
@@ -296,13 +292,13 @@ def copies(size: Size) -> Iterator[Gain]:
     def through(batches: Sequence[Batch]) -> Step:
         def step() -> None:
             for batch in batches:
-                torch.autograd.backward(model(**batch.to(_device()).inputs()))
+                torch.autograd.backward(model(**batch.to(this_device()).inputs()))
             model.zero_grad(set_to_none=True)
 
         return step
 
     def copied(batches: Sequence[Batch]) -> Step:
-        return lambda: cast_none([batch.to(_device()) for batch in batches])
+        return lambda: cast_none([batch.to(this_device()) for batch in batches])
 
     yield Gain("copies of micro-batches from pinned memory, alone", copied(pageable), copied(pinned))
     yield Gain("copies from pinned memory, which nothing waits for, in a step", through(pageable), through(pinned))

@@ -8,7 +8,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.table import describe_machine, peak_bytes, show, spread
+from benchmarks.table import describe_machine, peak_bytes, show, spread, this_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.quick:
         arguments.rows, arguments.vocabularies, arguments.width = [64], [1000], 32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = this_device()
     rows = []
     for name in arguments.dtypes:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

@@ -44,6 +44,12 @@ def describe_machine() -> str:
     return f"{name}, torch {torch.__version__}"
 
 
+def this_device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def peak_bytes(run: Callable[[], None], device: Any) -> int:
     """The most that `run` adds to the memory of this process: torch's on a GPU, else what Linux counts."""
     import torch
