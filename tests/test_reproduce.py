@@ -18,7 +18,7 @@ from hive_scale.plan.devices import find
 from hive_scale.plan.run import Machine, plan_run
 from launchers.reproduce import main
 from launchers.reproduction import paper
-from launchers.reproduction.steps import Step, run
+from launchers.reproduction.steps import Step, record, run
 from slurm import resources, submit_pipeline, then
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +37,22 @@ def reproduce(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     """The command in this process, so that one server of forks does for two calls."""
     monkeypatch.setattr(sys, "argv", ["reproduce.py", *words])
     return main()
+
+
+def test_a_step_that_was_stopped_costs_what_all_its_attempts_cost(tmp_path: Path) -> None:
+    script = tmp_path / "stopped_once.py"
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "time.sleep(0.5)\n"
+        "seen = pathlib.Path(sys.argv[1]).exists()\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "sys.exit(0 if seen else 75)\n"
+    )
+    steps = [Step("one", (str(script), str(tmp_path / "seen")))]
+    with pytest.raises(ValueError, match="one failed"):
+        run(steps, tmp_path / "steps", jobs=1)
+    run(steps, tmp_path / "steps", jobs=1)
+    assert record(tmp_path / "steps", "one")["seconds"] >= 1.0
 
 
 def test_the_path_is_whole_and_goes_on_where_it_stopped(

@@ -72,15 +72,20 @@ def _work(step: Step, folder: Path, jobs: int) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     sys.argv = list(step.words)
+    done, stopped = folder / f"{step.name}.json", folder / f"{step.name}.stopped"
+    before = json.loads(stopped.read_text()) if stopped.exists() else {}
     began, code = time.monotonic(), 0
     try:
         runpy.run_path(step.words[0], run_name="__main__")
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    if code == 0:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        spent = {"seconds": time.monotonic() - began, "cpu_seconds": time.process_time(), "peak_gb": peak}
-        content = {"command": list(step.words), **spent}
-        (folder / f"{step.name}.json").write_text(json.dumps(content) + "\n")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    content = {
+        "command": list(step.words),
+        "seconds": before.get("seconds", 0.0) + time.monotonic() - began,
+        "cpu_seconds": before.get("cpu_seconds", 0.0) + time.process_time(),
+        "peak_gb": max(before.get("peak_gb", 0.0), peak),
+    }
+    (stopped if code else done).write_text(json.dumps(content) + "\n")  # what was spent on it so far counts
     sys.stdout.flush()
     os._exit(code)  # some libraries take seconds to tidy up
