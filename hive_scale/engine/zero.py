@@ -200,4 +200,4 @@ def _let_go(engine: Any, adamw: Any) -> None:
     for holder in (adamw, engine.optimizer, *parameters):
         vars(holder).clear()
     for parameter in parameters:
-        parameter.data = torch.empty(0)
+        parameter.data = parameter.data.new_empty(0)

@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.table import describe_machine, peak_bytes, show, spread, this_device
+from benchmarks.task import from_scratch
 
 if TYPE_CHECKING:
     from hive_scale.batch import Batch
@@ -57,15 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
             rows += (found := _compare(contenders, stage, tokens, arguments))
             print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later one fail
     columns = ("stage", "tokens", "fusion", "GFLOP/sample", "of the baseline", "without encoder", "s/sample")
-    columns += (
-        "times as fast",
-        "quartiles",
-        "FLOP limit",
-        "of the limit",
-        "memory, GB",
-        "less memory",
-        *["MFU"] * bool(_peak()),
-    )
+    columns += ("times as fast", "quartiles", "FLOP limit", "of the limit", "memory, GB", "less memory")
+    columns += ("MFU",) if _peak() else ()
     caption = f"{describe_machine()}; bf16, micro-batch {arguments.micro_batch}, {arguments.rounds} rounds; {PAPER}"
     show(columns, rows, caption, arguments.markdown)
 
@@ -81,20 +75,18 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
     """A model of the preset's size in bf16, its stages, and its picture's side."""
     import torch
 
-    from hive_scale import presets
+    from hive_scale.engine.activation import blocks_of
     from hive_scale.model import build
 
-    config = presets.load(preset, None, [f"fusion={fusion}"])
-    parts = {name: replace(getattr(config.model, name), path="") for name in ("vision", "language")}
-    model = build.assemble(replace(config.model, **parts), seed=0)
+    config = from_scratch(preset, [f"fusion={fusion}"])
+    model = build.assemble(config.model, seed=0)
     with torch.no_grad():
         for layer in model.fusion.layers:
             if hasattr(layer, "gate"):
                 layer.gate.fill_(0.5)
     if compiled:
-        for blocks in model.blocks().values():
-            for block in blocks:
-                block.compile()
+        for block in blocks_of(model):
+            block.compile()
     return model.to(this_device(), torch.bfloat16), config.stages, build.image_size(config.model)
 
 
@@ -138,14 +130,14 @@ def _row(
 
     base = BASELINE if BASELINE in work else next(iter(work))
     faster = [b / a for a, b in zip(seconds[fusion], seconds[base], strict=True)]
-    speed = total(fusion) / median(seconds[fusion])
+    speed, peak = total(fusion) / median(seconds[fusion]), _peak()
     share, limit = total(fusion) / total(base), total(base) / total(fusion)
     return [
         *(stage, str(tokens), fusion, f"{total(fusion) / 1e9:.1f}", f"{share:.3f}"),
         f"{total(fusion, 'vision') / total(base, 'vision'):.3f}",
         *(f"{median(seconds[fusion]):.4f}", f"{median(faster):.2f}", spread(faster), f"{limit:.2f}"),
         *(f"{median(faster) / limit:.2f}", f"{peaks[fusion] / 1e9:.2f}", f"{1 - peaks[fusion] / peaks[base]:.1%}"),
-        *([f"{speed / peak:.1%}"] if (peak := _peak()) else []),
+        *([f"{speed / peak:.1%}"] if peak else []),
     ]
 
 

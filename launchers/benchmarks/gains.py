@@ -41,9 +41,8 @@ def run(arguments: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     rows = []
-    size = (
-        Size(32, 2, 2) if arguments.quick else Size(1024, 12, 128) if this_device().type == "cuda" else Size(256, 8, 8)
-    )
+    usual = Size(1024, 12, 128) if this_device().type == "cuda" else Size(256, 8, 8)
+    size = Size(32, 2, 2) if arguments.quick else usual
     for name in arguments.only:
         for gain in GAINS[name](size):
             rows.append(_time(gain, arguments.rounds))
@@ -272,10 +271,11 @@ def attention(size: Size) -> Iterator[Gain]:
 
 
 def compiled(size: Size) -> Iterator[Gain]:
+    from hive_scale.engine.activation import blocks_of
+
     plain, compiled = size.model("joint"), size.model("joint")
-    for blocks in compiled.blocks().values():
-        for block in blocks:
-            block.compile()
+    for block in blocks_of(compiled):
+        block.compile()
     yield Gain("blocks compiled", size.step(plain), size.step(compiled))
 
 

@@ -23,7 +23,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.table import describe_machine, show
-from benchmarks.task import CASES
+from benchmarks.task import CASES, from_scratch
 from benchmarks.workers import LAUNCHER
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if arguments.features and "joint" in arguments.stages:
         raise ValueError("--features: in stage joint the encoder learns: give --stages projector language")
+    if arguments.set and not arguments.preset:
+        raise ValueError("--set: these are keys of a preset's config: give --preset, too")
     found = [row for case in arguments.cases for row in _launch(case, arguments)]
     if arguments.json:
         print(json.dumps(found))
@@ -163,25 +165,21 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _configs(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
-    if arguments.preset:
-        return _of_preset(arguments, world_size)
-    return _small(arguments, world_size)
+    cache = "features" * arguments.features  # nothing is read from it here
+    for config in (_of_preset if arguments.preset else _small)(arguments, world_size):
+        yield replace(config, feature_cache=cache)
 
 
 def _of_preset(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
     """The preset's model from random weights, one stage each; of a global batch, `accumulation` micro-batches."""
-    from hive_scale import presets
-
     title, shard, json_file = CASES[arguments.cases[0]]
     for fusion in arguments.fusions:
-        config = presets.load(arguments.preset, None, [f"fusion={fusion}", *arguments.set])
-        parts = {name: replace(getattr(config.model, name), path="") for name in ("vision", "language")}
-        model, engine = replace(config.model, **parts), replace(config.engine, shard=shard, ds_config=json_file)
+        config = from_scratch(arguments.preset, [f"fusion={fusion}", *arguments.set])
+        engine = replace(config.engine, shard=shard, ds_config=json_file)
         for name in arguments.stages:
             stage = config.stages[name]
             stage = replace(stage, global_batch=world_size * arguments.accumulation * stage.micro_batch)
-            cache = "features" * arguments.features
-            yield replace(config, name=title, model=model, stages={name: stage}, engine=engine, feature_cache=cache)
+            yield replace(config, name=title, stages={name: stage}, engine=engine)
 
 
 def _small(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
@@ -210,9 +208,8 @@ def _small(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
                 engine = EngineConfig(arguments.precision, shard, ds_config=json_file)
                 engine = EngineConfig(**vars(engine) | {"checkpointing": CheckpointingConfig(mode, mode, mode)})
                 model = ModelConfig(*parts, fusion=fusion, density=0.34)
-                cache = "features" * arguments.features  # nothing is read from it here
                 data = DataConfig(max_tokens=TOKENS)
-                yield Config(title, model=model, data=data, stages={name: stage}, engine=engine, feature_cache=cache)
+                yield Config(title, model=model, data=data, stages={name: stage}, engine=engine)
 
 
 def _real(config: Config, world: World) -> tuple[int, float | None]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
     from hive_scale.batch import Batch
-    from hive_scale.config import EngineConfig, ModelConfig, StageConfig
+    from hive_scale.config import Config, EngineConfig, ModelConfig, StageConfig
     from hive_scale.distributed import World
     from hive_scale.stage import ParamGroup
 
@@ -44,6 +44,15 @@ class Task:
 
         model = deepcopy(self.model)  # not made anew: Transformers would cut it up once it has heard of ZeRO-3
         return model, freeze(model, self.stage, model.dormant())
+
+
+def from_scratch(preset: str, words: Sequence[str]) -> Config:
+    """The preset's config with `words` (key=value), its model from random weights."""
+    from hive_scale import presets
+
+    config = presets.load(preset, None, list(words))
+    parts = {name: replace(getattr(config.model, name), path="") for name in ("vision", "language")}
+    return replace(config, model=replace(config.model, **parts))
 
 
 def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
