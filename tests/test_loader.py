@@ -277,7 +277,7 @@ def test_a_dead_worker_names_the_sample(
     decode = Loader.decoded
 
     def die(loader: Loader, read: Read, out: torch.Tensor) -> object:
-        if read.text.key == "1-4":
+        if read.key == "1-4":
             os._exit(1)
         return decode(loader, read, out)
 

@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImag
 
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.tokenizer import caption_sample, open_tokenizer
-from hive_scale.data.transform import _draws, _random_part, augmented, decode, picture
+from hive_scale.data.transform import Encoded, _draws, _random_part, augmented, decode, picture
 
 MANY = 10**8
 SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97), (32, 32)]
@@ -39,7 +39,7 @@ def test_pixels_equal_the_processors(width_height: tuple[int, int], format: str)
         expected = processor(image, return_tensors="pt").pixel_values[0]
         assert torch.equal(picture(data, 32, mode, MANY), expected)
         batch = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        picture(data, 32, mode, MANY, out=batch[0])
+        Encoded(data, MANY).decode_into(batch[0], mode)
         assert torch.equal(batch[0], expected)
         assert not batch[1].any()
 
@@ -191,6 +191,17 @@ def test_a_saved_tokenizer_starts_with_bos_or_else_eos(tmp_path: Path) -> None:
     assert (tokenizer.pad_id, tokenizer.vocab_size) == (0, 5)
     path = _saved(tmp_path / "eos", eos_token="</s>", pad_token="</s>")
     assert open_tokenizer(TokenizerConfig(path)).encode("horse", 77) == [1, 3, 1]
+
+
+def test_what_a_tokenizer_file_says_of_lengths_is_not_heeded(tmp_path: Path) -> None:
+    path = _saved(tmp_path, eos_token="</s>", pad_token="<unk>")
+    file = tmp_path / "tokenizer.json"
+    raw = RawTokenizer.from_file(str(file))
+    raw.enable_padding(length=6)
+    raw.enable_truncation(1)
+    raw.save(str(file))
+    tokenizer = open_tokenizer(TokenizerConfig(path))
+    assert tokenizer.encode_all(["horse", "rider horse"], 77) == [[1, 3, 1], [1, 4, 3, 1]]
 
 
 def test_a_tokenizer_that_will_not_do_names_the_remedy(tmp_path: Path) -> None:

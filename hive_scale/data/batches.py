@@ -24,7 +24,7 @@ from torch.utils.data import Dataset, get_worker_info
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.data.order import Stream
 from hive_scale.data.rooms import NONE, Layout, Rooms
-from hive_scale.data.samples import Read, Samples
+from hive_scale.data.samples import Decoded, Read, Samples
 from hive_scale.data.scan import Fault
 
 Made = TypeVar("Made")
@@ -96,10 +96,11 @@ class Batches(Dataset[Loaded]):
         read = list(over(self._read, (i for _, i in slots)))
         filled = list(over(self._fill, slots, read, pixels))
         bad = [fault for _, faults in filled for fault in faults]
-        samples = [sample for sample, _ in filled if sample is not None]
-        if self.order is not None and len(samples) < len(slots):
+        decoded = [one for one, _ in filled if one is not None]
+        if self.order is not None and len(decoded) < len(slots):
             return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
         tokenizer = self.samples.tokenizer
+        samples = self.samples.finished(decoded)
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
         # their pictures lie there already, and move up if some before them were left out
@@ -120,7 +121,7 @@ class Batches(Dataset[Loaded]):
         numbers = count()
         return ThreadPoolExecutor(self.threads, initializer=lambda: vars(self._thread).update(number=next(numbers)))
 
-    def _fill(self, slot: tuple[int, int], read: Read | Fault, pixels: Tensor) -> tuple[Sample | None, list[Fault]]:
+    def _fill(self, slot: tuple[int, int], read: Read | Fault, pixels: Tensor) -> tuple[Decoded | None, list[Fault]]:
         """The sample of a slot, its picture put into `pixels`, and those that could not be used instead."""
         position, first = slot
         bad: list[Fault] = []

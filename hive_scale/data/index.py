@@ -10,10 +10,12 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,11 @@ class Index:
         return self.arrays["members"]
 
     @cached_property
-    def _shard_ends(self) -> Ints:
-        return np.cumsum(self.shard_sizes)
+    def _shard_ends(self) -> list[int]:
+        return list(accumulate(self.shard_sizes.tolist()))
 
     def shard_of(self, sample: int) -> int:
-        return int(np.searchsorted(self._shard_ends, sample, side="right"))
+        return bisect_right(self._shard_ends, sample)
 
     def shard(self, sample: int) -> str:
         return self.shards[self.shard_of(sample)]

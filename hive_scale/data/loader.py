@@ -102,7 +102,7 @@ class Loader(Samples):
         while True:
             ids = order.ids(start, global_batch)
             for places in deal(self.text_bytes[ids], world.size, accumulation)[world.rank]:
-                yield [(start + int(place), int(ids[place])) for place in places]
+                yield list(zip((start + places).tolist(), ids[places].tolist(), strict=True))
             start += global_batch
 
     def _load(self, slots: Iterable[Slots], order: Stream | None, size: int, held: int) -> Iterator[Batch]:

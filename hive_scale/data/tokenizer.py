@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import accumulate
@@ -27,11 +28,18 @@ CHAT_TEMPLATE = (
 TEMPLATE_WORDS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
 
 
+# data workers tokenize, side by side: threads of the tokenizer's own would be too many, and do not survive their fork
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 class Tokenizer:
     """Text to token ids and back; start is the beginning-of-text token, or the end token where there is none."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        if tokenizer.is_fast:  # what its file says of lengths is for who asks it directly
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
         self.pad_id: int = tokenizer.pad_token_id
         self.eos_id: int = tokenizer.eos_token_id
         bos_id = tokenizer.bos_token_id
@@ -48,15 +56,18 @@ class Tokenizer:
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
         """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
-        return [self.start_id, *self._ids(text)[: max_tokens - 2], self.eos_id]
+        return self.encode_all([text], max_tokens)[0]
 
-    def _ids(self, text: str) -> list[int]:
+    def encode_all(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
+        """What `encode` makes of each, in half the time."""
+        return [[self.start_id, *ids[: max_tokens - 2], self.eos_id] for ids in self._ids(texts)]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """As the tokenizer's own `encode` without special tokens, in a fraction of its time."""
-        if self._tokenizer.is_fast:
-            found: list[int] = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-        else:
-            found = self._tokenizer.encode(text, add_special_tokens=False)
-        return found
+        if not self._tokenizer.is_fast:
+            return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        found = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
@@ -136,5 +147,9 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 def caption_sample(key: str, pixels: Tensor | None, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
     """A picture with its caption: every token but the start is a target."""
-    tokens = tokenizer.encode(text, max_tokens)
+    return captioned(key, pixels, tokenizer.encode(text, max_tokens))
+
+
+def captioned(key: str, pixels: Tensor | None, tokens: Sequence[int]) -> Sample:
+    """A picture with the tokens of its caption, as `Tokenizer.encode` makes them."""
     return Sample(key, pixels, tokens, [False] + [True] * (len(tokens) - 1))

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from time import perf_counter, process_time
+from time import perf_counter, process_time, sleep
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.table import describe_machine, show, spread
@@ -118,18 +118,23 @@ def raw_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]
 
 
 def decoded_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]]:
-    """Throughput beside that of as many processes that do nothing but decode what they hold in memory."""
+    """Throughput beside that of as many processes that do nothing but decode what they hold in memory.
+
+    Each loader takes turns with those, since a machine's speed changes from one second to the next.
+    """
     rows = []
+    held = list(islice(peers[0].raw(), arguments.samples))
     for workers in arguments.workers:
-        costs: dict[str, list[Cost]] = {name: [] for name in (BARE, *(peer.name for peer in peers))}
-        for _ in range(arguments.rounds):
-            costs[BARE].append(_bare(peers[0], max(1, workers), arguments.samples))
-            for peer in peers:
-                costs[peer.name].append(_decoded(peer, workers, arguments.samples))
-        base = [wall for wall, _ in costs[BARE]]
-        for name, found in costs.items():
-            ratios = [other / one[0] for one, other in zip(found, base, strict=True)]
-            rows.append(_row("decoded", name, workers, found, ratios))
+        costs: dict[str, list[Cost]] = {BARE: []}
+        ratios: dict[str, list[float]] = {BARE: [1.0]}
+        for peer in peers:
+            costs[peer.name], ratios[peer.name] = [], []
+            for cost in islice(_decoded(peer, workers, arguments.samples), arguments.rounds):
+                costs[peer.name].append(cost)
+                _await_rest()
+                costs[BARE].append(_bare(held, max(1, workers)))
+                ratios[peer.name].append(costs[BARE][-1][0] / cost[0])
+        rows += [_row("decoded", name, workers, found, ratios[name]) for name, found in costs.items()]
     return rows
 
 
@@ -146,16 +151,25 @@ def _row(what: str, name: str, workers: int, costs: list[Cost], ratios: list[flo
     ]
 
 
-def _decoded(peer: Peer, workers: int, count: int) -> Cost:
+def _decoded(peer: Peer, workers: int, count: int) -> Iterator[Cost]:
     batches = peer.batches(workers)
     size = len(next(batches))
-    for _ in range(2 * workers):  # as many as are fetched ahead, so that what is timed was made while it was
-        next(batches)
-    return _cost((None for batch in batches for _ in range(len(batch))), count // size * size)
+    while True:
+        for _ in range(2 * workers):  # as many as are fetched ahead, so that what is timed was made while it was
+            next(batches)
+        yield _cost((None for batch in batches for _ in range(len(batch))), count // size * size)
 
 
-def _bare(peer: Peer, processes: int, count: int) -> Cost:
-    held = list(islice(peer.raw(), count))
+def _await_rest() -> None:
+    """Until the workers have fetched ahead what they may."""
+    used = -1.0
+    while (now := _processor_seconds()) > used + 0.005:
+        used = now
+        sleep(0.05)
+
+
+def _bare(held: list[Raw], processes: int) -> Cost:
+    count = len(held)
     if processes == 1:
         return _cost(_decode(held), count)
     context = get_context("fork")
@@ -209,15 +223,26 @@ def _processor_seconds() -> float:
 
 def state_row(peer: Peer, positions: list[int], number: int) -> list[str]:
     """Seconds to the first sample after each position; of `number` samples, those lost and repeated in an epoch."""
+    return [peer.name, *(_seconds_to_first(peer, position) for position in positions), *_exact(peer, number)]
+
+
+def _seconds_to_first(peer: Peer, position: int) -> str:
+    """The median of three, of one if that takes long."""
+    found: list[float] = []
+    try:
+        peer.save(position)
+        while sum(found) < 10 and len(found) < 3:
+            began = perf_counter()
+            next(peer.resumed(position))
+            found.append(perf_counter() - began)
+    except NotImplementedError:
+        return "-"
+    return f"{median(found):.3f}"
+
+
+def _exact(peer: Peer, number: int) -> list[str]:
     from benchmarks.data_peers import GLOBAL
 
-    row = [peer.name]
-    for position in positions:
-        try:
-            # the better of two, for the first may have to get there before it can save where it is
-            row.append(f"{min(_seconds_to_first(peer, position) for _ in range(2)):.3f}")
-        except NotImplementedError:
-            row.append("-")
     total = number // GLOBAL
     keys: list[str] = []
     state = None
@@ -226,14 +251,8 @@ def state_row(peer: Peer, positions: list[int], number: int) -> list[str]:
             seen, state = peer.part(state, world, steps)
             keys += seen
     except NotImplementedError:
-        return [*row, "-", "-"]
+        return ["-", "-"]
     except Exception as error:  # a peer's, of any kind: what it says is the result
-        return [*row, f"{type(error).__name__}", "-"]
+        return [type(error).__name__, "-"]
     counts = Counter(keys)
-    return [*row, str(number - len(counts)), str(sum(counts.values()) - len(counts))]
-
-
-def _seconds_to_first(peer: Peer, position: int) -> float:
-    began = perf_counter()
-    next(peer.resumed(position))
-    return perf_counter() - began
+    return [str(number - len(counts)), str(sum(counts.values()) - len(counts))]

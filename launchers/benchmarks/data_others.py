@@ -161,26 +161,26 @@ class Energon(Peer):
 
         return iter(get_loader(self._set(True, BATCH, workers=workers)))
 
-    def resumed(self, position: int) -> Iterator[Raw]:
+    def save(self, position: int) -> None:
+        import torch
         from megatron.energon import get_savable_loader
 
-        saved = self.folder.parent / f"energon-{position}.pt"
-        if not saved.exists():
-            import torch
-
+        if not self._saved(position).exists():
             loader = get_savable_loader(self._set(False, BATCH))
             for _ in islice(loader, position // BATCH):
                 pass
-            torch.save(loader.save_state_rank(), saved)
-        return self._restored(saved)
+            torch.save(loader.save_state_rank(), self._saved(position))
 
-    def _restored(self, saved: Path) -> Iterator[Raw]:
+    def resumed(self, position: int) -> Iterator[Raw]:
         import torch
         from megatron.energon import get_savable_loader
 
         loader = get_savable_loader(self._set(False, BATCH))
-        loader.restore_state_rank(torch.load(saved, weights_only=False))  # our own file
+        loader.restore_state_rank(torch.load(self._saved(position), weights_only=False))  # our own file
         return chain.from_iterable(loader)
+
+    def _saved(self, position: int) -> Path:
+        return self.folder.parent / f"energon-{position}.pt"
 
     def part(self, state: Any, world: int, steps: int) -> tuple[list[str], Any]:
         from megatron.energon import get_savable_loader

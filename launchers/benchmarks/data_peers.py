@@ -41,8 +41,11 @@ class Peer(ABC):
     def batches(self, workers: int) -> Iterator[Batch]:
         """Decoded and collated batches, endlessly."""
 
+    def save(self, position: int) -> None:  # noqa: B027 most find any position
+        """Leave in the folder what `resumed` needs, as a run does that has come to `position`; not timed."""
+
     def resumed(self, position: int) -> Iterator[Raw]:
-        """What comes after `position` samples, to a fresh process that knows what it saved there."""
+        """What comes after `position` samples, to a fresh process that knows what was saved there."""
         raise NotImplementedError
 
     def part(self, state: Any, world: int, steps: int) -> tuple[list[str], Any]:
