@@ -83,7 +83,7 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
     is_text = np.arange(lengths.max()) < lengths[:, None]
     tokens, is_target = np.full(is_text.shape, pad_id), np.zeros(is_text.shape, bool)
     tokens[is_text] = np.fromiter(chain.from_iterable(sample.tokens for sample in samples), np.int64)
-    is_target[is_text] = np.fromiter(chain.from_iterable(sample.is_target for sample in samples), bool)
+    is_target[is_text] = np.frombuffer(bytes(chain.from_iterable(sample.is_target for sample in samples)), bool)
     targets = np.flatnonzero(is_target)
     if pixels is None:
         shape = len(samples), 3, image_size, image_size

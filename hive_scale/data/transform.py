@@ -51,20 +51,19 @@ class Encoded:
     """
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
-        self._data = data
         with _told():
             self._image = Image.open(BytesIO(data), formats=FORMATS)
-            check_size(*self._image.size, max_pixels)
+        check_size(*self._image.size, max_pixels)
+        self._jpeg: Tensor | None = None
+        if self._image.format == "JPEG" and self._image.mode == "RGB":  # the same a quarter sooner than through PIL
+            self._jpeg = torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
     def decode(self) -> Tensor:
         """uint8 (3, H, W). Raises ValueError if it is not whole."""
         pixels: Tensor
         with _told():
-            if self._image.format == "JPEG" and self._image.mode == "RGB":  # the same a quarter sooner than through PIL
-                pixels = decode_jpeg(torch.frombuffer(bytearray(self._data), dtype=torch.uint8))
-            else:
-                pixels = vision.pil_to_tensor(_on_white(self._image))
-            return pixels
+            pixels = vision.pil_to_tensor(_on_white(self._image)) if self._jpeg is None else decode_jpeg(self._jpeg)
+        return pixels
 
     def decode_into(self, out: Tensor, mode: ImageMode) -> Tensor:
         """`out`, uint8 (3, S, S), filled with what `picture` makes of it. Raises ValueError if it is not whole."""

@@ -7,6 +7,7 @@ import random
 import resource
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from io import BytesIO
 from itertools import islice
 from multiprocessing import get_context
@@ -120,22 +121,31 @@ def raw_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]
 def decoded_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]]:
     """Throughput beside that of as many processes that do nothing but decode what they hold in memory.
 
-    Each loader takes turns with those, since a machine's speed changes from one second to the next.
+    Each loader takes turns with those, since a machine's speed changes from one second to the next, and in a process
+    of its own, since some leave threads behind.
     """
     rows = []
-    held = list(islice(peers[0].raw(), arguments.samples))
     for workers in arguments.workers:
-        costs: dict[str, list[Cost]] = {BARE: []}
-        ratios: dict[str, list[float]] = {BARE: [1.0]}
+        bare: list[Cost] = []
+        others = []
         for peer in peers:
-            costs[peer.name], ratios[peer.name] = [], []
-            for cost in islice(_decoded(peer, workers, arguments.samples), arguments.rounds):
-                costs[peer.name].append(cost)
-                _await_rest()
-                costs[BARE].append(_bare(held, max(1, workers)))
-                ratios[peer.name].append(costs[BARE][-1][0] / cost[0])
-        rows += [_row("decoded", name, workers, found, ratios[name]) for name, found in costs.items()]
+            with ProcessPoolExecutor(1, get_context("fork")) as alone:
+                turns = alone.submit(_turns, peer, workers, arguments.samples, arguments.rounds).result()
+            bare += [other for _, other in turns]
+            ratios = [other[0] / cost[0] for cost, other in turns]
+            others.append(_row("decoded", peer.name, workers, [cost for cost, _ in turns], ratios))
+        rows += [_row("decoded", BARE, workers, bare, [1.0, 1.0]), *others]
     return rows
+
+
+def _turns(peer: Peer, workers: int, count: int, rounds: int) -> list[tuple[Cost, Cost]]:
+    """What `count` samples cost the loader and the bare loop, `rounds` times."""
+    held = list(islice(peer.raw(), count))
+    turns = []
+    for cost in islice(_decoded(peer, workers, count), rounds):
+        _await_rest()
+        turns.append((cost, _bare(held, max(1, workers))))
+    return turns
 
 
 def _row(what: str, name: str, workers: int, costs: list[Cost], ratios: list[float]) -> list[str]:
@@ -155,15 +165,18 @@ def _decoded(peer: Peer, workers: int, count: int) -> Iterator[Cost]:
     batches = peer.batches(workers)
     size = len(next(batches))
     while True:
-        for _ in range(2 * workers):  # as many as are fetched ahead, so that what is timed was made while it was
+        for _ in range(2 * workers + 2):  # those fetched ahead, made before what is timed was, and two to warm up
             next(batches)
         yield _cost((None for batch in batches for _ in range(len(batch))), count // size * size)
 
 
 def _await_rest() -> None:
-    """Until the workers have fetched ahead what they may."""
+    """Until the workers have fetched ahead what they may, or seem to do something else."""
     used = -1.0
-    while (now := _processor_seconds()) > used + 0.005:
+    for _ in range(60):
+        now = _workers_seconds()
+        if now <= used + 0.01:
+            return
         used = now
         sleep(0.05)
 
@@ -211,11 +224,15 @@ def _cost(samples: Iterator[object], count: int) -> Cost:
 
 def _processor_seconds() -> float:
     """Of this process and its workers so far, those that have ended included."""
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return process_time() + ended.ru_utime + ended.ru_stime + _workers_seconds()
+
+
+def _workers_seconds() -> float:
     import psutil
 
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    workers = [one.cpu_times() for one in psutil.Process().children(recursive=True)]
-    return process_time() + ended.ru_utime + ended.ru_stime + sum(time.user + time.system for time in workers)
+    times = (one.cpu_times() for one in psutil.Process().children(recursive=True))
+    return sum(time.user + time.system for time in times)
 
 
 # -- what a stop costs ----------------------------------------------------------------------------------------
