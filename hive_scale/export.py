@@ -22,8 +22,7 @@ from hive_scale.config import Config, ModelConfig, PartConfig
 from hive_scale.data.tokenizer import CHAT_TEMPLATE, open_tokenizer
 from hive_scale.model import build, export
 from hive_scale.model.hive import Hive
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from hive_scale.precision import DTYPES
 
 
 def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:

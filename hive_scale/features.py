@@ -19,6 +19,7 @@ from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
+from hive_scale.precision import DTYPES
 
 AT_ONCE = 32  # pictures that run through the encoder together
 
@@ -35,7 +36,7 @@ def kept_features(
     trains = any(parameter.requires_grad for parameter in stage.vision.parameters())
     if not config.feature_cache or trains or loader.config.blank:
         return None
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.engine.precision]
     model = build.eyes(config.model, weights, world.device, dtype)
     told = [_digest(model), model.encoder_depths, str(dtype), loader.config.image, loader.fingerprint]
     path = Path(config.feature_cache).expanduser() / xxhash.xxh3_64_hexdigest(repr(told).encode())

@@ -94,14 +94,13 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]
 
 def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
     """Where answers go, and who gives them."""
-    import torch
-
     from hive_scale.evaluate.answering import HiveAnswerer, LlavaAnswerer
     from hive_scale.model.llava import StockLlava
+    from hive_scale.precision import DTYPES
     from hive_scale.runs import open_hive
 
     path: Path = arguments.model
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    dtype = DTYPES[arguments.precision]
     answerer: Answerer
     if (path / "config.json").is_file():
         answerer = LlavaAnswerer(StockLlava(path, world.device, dtype))

@@ -46,17 +46,17 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    import torch
     from rich.console import Console
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.features import Encoder
     from hive_scale.evaluate.probing import Bench, read_results, save
+    from hive_scale.precision import DTYPES
     from hive_scale.runs import find_encoder
 
     path = find_encoder(arguments.encoder)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    dtype = DTYPES[arguments.precision]
     sets = _sets(arguments)
     with session() as world:
         say = Console().print if world.is_main else lambda text: None

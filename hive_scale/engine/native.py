@@ -25,6 +25,7 @@ from hive_scale.engine import Layout, StepOutput
 from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.precision import DTYPES
 from hive_scale.stage import ParamGroup
 
 
@@ -67,7 +68,7 @@ class NativeEngine:
     def _shard(self, config: EngineConfig, shard: int) -> None:
         shape = self.world.size // shard, shard
         mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        compute = DTYPES[config.precision]
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),

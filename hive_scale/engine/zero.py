@@ -21,6 +21,7 @@ from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, sitting_out, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
+from hive_scale.precision import DTYPES
 from hive_scale.stage import ParamGroup
 
 
@@ -56,7 +57,7 @@ class ZeroEngine:
         if world.device.type == "cpu":
             os.environ.setdefault("LOCAL_SIZE", str(world.size))  # or it starts numactl to count, in every step
         load_deepspeed().init_distributed(auto_mpi_discovery=False)  # adopts the group that exists
-        compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        compute = DTYPES[config.precision]
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
         self.layout = Layout(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)

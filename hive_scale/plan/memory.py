@@ -17,6 +17,7 @@ from hive_scale.plan.fsdp import MASTER, Fsdp, Param, Plain, Units
 from hive_scale.plan.timeline import Moment
 from hive_scale.plan.trace import Trace, trace
 from hive_scale.plan.zero import Zero3, Zero12
+from hive_scale.precision import DTYPES
 from hive_scale.stage import freeze
 
 MOMENTS = 2 * MASTER
@@ -75,7 +76,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
         if any(True for _ in module.parameters(recurse=False))
     }
     units = _units(model, params)
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.engine.precision]
     frozen = not any(param.trained for param in params if param.name.startswith("vision."))
     cached = frozen and config.feature_cache and not config.data.blank
     seeing = count(model).components(1, num_tokens, 0)["vision"].forward if cached else 0.0
@@ -100,7 +101,7 @@ def measure(
     facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: int, micro_batch: int, accumulation: int
 ) -> Memory:
     """What one of `world` processes needs; `zero` is the resolved ``zero_optimization``, empty for FSDP2."""
-    itemsize = 2 if engine.precision == "bf16" else 4
+    itemsize = DTYPES[engine.precision].itemsize
     if zero:
         return _deepspeed(facts, zero, world, itemsize, micro_batch, accumulation > 1)
     return _native(facts, engine, world, itemsize, micro_batch, accumulation > 1)

@@ -11,6 +11,7 @@ from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import Facts, Memory, examine, measure
 from hive_scale.plan.time import DISK, PRODUCTS, StepTime, checkpoint_bytes, offloads, step_time
+from hive_scale.precision import DTYPES
 
 # What a GPU's memory does not give to tensors: the CUDA context with its libraries, and fragmentation.
 CONTEXT, FRAGMENTATION = 0.8e9, 0.05
@@ -106,7 +107,7 @@ def plan_stage(
     micro_batch = stage.global_batch // machine.world // accumulation
     memory = measure(facts, engine, zero, machine.world, micro_batch, accumulation)
     time = step_time(facts, engine, zero, machine.gpu, machine.world, micro_batch, accumulation)
-    kept = num_samples * facts.features * (2.0 if engine.precision == "bf16" else 4.0)
+    kept = num_samples * facts.features * DTYPES[engine.precision].itemsize
     useful = stage.global_batch * (facts.trace.flops["forward"] + facts.trace.flops["backward"])
     return StagePlan(
         stage=name,

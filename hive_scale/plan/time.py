@@ -16,6 +16,7 @@ from typing import Any
 from hive_scale.config import EngineConfig
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import Facts, offloaded
+from hive_scale.precision import DTYPES
 
 PRODUCTS, MEMORY, LAUNCH, LATENCY = 0.6, 0.8, 5e-5, 2e-5
 ADAMW = 28  # bytes read and written per trained number: gradient, master, two moments
@@ -80,7 +81,7 @@ def volume(facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: i
     """Rings: a gather or a scatter of n bytes over r ranks sends n (r - 1) / r, an all-reduce twice that."""
     if world == 1:
         return Volume(0.0, 0)
-    itemsize = 2 if engine.precision == "bf16" else 4
+    itemsize = DTYPES[engine.precision].itemsize
     every, trained = facts.numel(), facts.numel(True)
     share = (world - 1) / world
     if not zero:

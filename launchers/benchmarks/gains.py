@@ -104,14 +104,13 @@ class Size:
 
     def model(self, stage: str) -> Any:
         """A model on the device, frozen as `stage` says."""
-        import torch
-
         from hive_scale.config import StageConfig
         from hive_scale.model.build import assemble
+        from hive_scale.precision import DTYPES
         from hive_scale.presets import three_stages
         from hive_scale.stage import freeze
 
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        dtype = DTYPES[self.precision]
         model = assemble(self.config(), seed=0).to(this_device(), dtype)
         freeze(model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.dormant())
         return model

@@ -25,14 +25,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import torch
+    from hive_scale.precision import DTYPES
 
     if arguments.quick:
         arguments.rows, arguments.vocabularies, arguments.width = [64], [1000], 32
     device = this_device()
     rows = []
     for name in arguments.dtypes:
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+        dtype = DTYPES[name]
         for vocabulary in arguments.vocabularies:
             for number in arguments.rows:
                 found = time_losses(number, vocabulary, arguments.width, dtype, device, arguments.rounds)

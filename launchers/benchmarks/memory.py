@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the preset's config")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["one", "fsdp", "zero2", "zero3"])
     parser.add_argument("--ranks", type=int, default=2, help="processes of every case but the first (default 2)")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="(default: all)")
     parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=FUSIONS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--accumulation", type=int, default=1)
@@ -56,10 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.worker:
         _measure(arguments)
         return
-    if arguments.features and "joint" in arguments.stages:
-        raise ValueError("--features: in stage joint the encoder learns: give --stages projector language")
     if arguments.set and not arguments.preset:
         raise ValueError("--set: these are keys of a preset's config: give --preset, too")
+    arguments.stages = _stages(arguments)
     found = [row for case in arguments.cases for row in _launch(case, arguments)]
     if arguments.json:
         print(json.dumps(found))
@@ -91,6 +90,18 @@ def run(arguments: argparse.Namespace) -> None:
     summary = f"median error {median(map(abs, errors)):.2%}, worst {worst:.2%} of {len(found)} cases"
     what = arguments.preset or arguments.precision
     show(columns, rows, f"{found[0]['machine']}; {what}; {summary}", arguments.markdown)
+
+
+def _stages(arguments: argparse.Namespace) -> list[str]:
+    """Those asked for. Raises ValueError if there is none such, or none that takes kept features."""
+    stages = from_scratch(arguments.preset, arguments.set).stages if arguments.preset else dict.fromkeys(STAGES)
+    asked: list[str] = arguments.stages or list(stages)
+    for name in asked:
+        if name not in stages:
+            raise ValueError(f"--stages {name}: no such stage: there are {', '.join(stages)}")
+    if arguments.features and "joint" in asked:
+        raise ValueError("--features: in stage joint the encoder learns: give --stages projector language")
+    return asked
 
 
 def _ratio(estimate: float | None, real: float) -> str:
@@ -220,13 +231,14 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
     from hive_scale.engine import open_engine
     from hive_scale.engine.memory import release
     from hive_scale.model import build
+    from hive_scale.precision import DTYPES
     from hive_scale.stage import freeze
 
     (stage,) = config.stages.values()
     vocabulary, num_tokens = config.model.language.config["vocab_size"], config.data.max_tokens
     random = torch.Generator().manual_seed(world.rank)
     size, seen = build.image_size(config.model), build.skeleton(config.model).features_shape
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    dtype = DTYPES[config.engine.precision]
 
     def sample() -> Sample:
         pixels = torch.randint(0, 256, (3, size, size), dtype=torch.uint8, generator=random)

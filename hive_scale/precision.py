@@ -1,0 +1,7 @@
+"""What the config's precisions are to torch."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
