@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import resource
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,9 +30,9 @@ Cost = tuple[float, float]  # seconds and processor seconds per sample
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=2000, help="in the set that is timed (2000)")
+    parser.add_argument("--pictures", type=int, default=300, help="in the set that is timed (300)")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="worker processes (0 1 2)")
-    parser.add_argument("--samples", type=int, default=512, help="decoded per timed round (512)")
+    parser.add_argument("--samples", type=int, default=1024, help="decoded per timed round (1024)")
     parser.add_argument("--positions", nargs="+", type=int, default=[100_000, 1_000_000], help="to resume from")
     parser.add_argument("--folder", type=Path, help="keeps the sets that are made, to be used again")
 
@@ -50,13 +51,13 @@ def run(arguments: argparse.Namespace) -> None:
         stamps = make_set(root / "stamps", number, (16, 16), detail=4)
         peers, small = open_peers(photos, root / "photos_as"), open_peers(stamps, root / "stamps_as")
         costs = raw_rows(peers, arguments) + decoded_rows(peers, arguments)
-        states = [state_row(peer, arguments.positions, number) for peer in small]
         kilobytes = sum(path.stat().st_size for path in photos) / arguments.pictures / 1e3
-    pictures = f"{arguments.pictures:,} JPEGs of 448 x 336, {kilobytes:.0f} kB a sample, decoded to 384 x 384"
-    caption = f"{describe_machine()}; {pictures}; {arguments.rounds} rounds"
-    columns = ("samples", "loader", "workers", "samples/s", "CPU us / sample", "ratio", "quartiles")
-    show(columns, costs, caption, arguments.markdown)
-    print()
+        pictures = f"{arguments.pictures:,} JPEGs of 448 x 336, {kilobytes:.0f} kB a sample, decoded to 384 x 384"
+        caption = f"{describe_machine()}; {pictures}; {arguments.rounds} rounds"
+        columns = ("samples", "loader", "workers", "samples/s", "CPU us / sample", "ratio", "quartiles")
+        show(columns, costs, caption, arguments.markdown)
+        print(flush=True)  # the rest may take half an hour
+        states = [state_row(peer, arguments.positions, number) for peer in small]
     resumed = [f"resume at {position:,}, s" for position in arguments.positions]
     columns = ("loader", *resumed, "2 -> 1 -> 3 ranks: lost", "repeated")
     show(columns, states, f"{describe_machine()}; {number:,} small pictures", arguments.markdown)
@@ -96,7 +97,7 @@ def open_peers(tars: list[Path], folder: Path) -> list[Peer]:
         try:
             found.append(peer(tars, folder / peer.__name__))
         except ImportError as error:
-            print(f"{peer.name} is left out: {error}")
+            print(f"{peer.name} is left out: {error}", file=sys.stderr)
     return found
 
 
@@ -134,6 +135,7 @@ def decoded_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[
             bare += [other for _, other in turns]
             ratios = [other[0] / cost[0] for cost, other in turns]
             others.append(_row("decoded", peer.name, workers, [cost for cost, _ in turns], ratios))
+            print(" | ".join(others[-1]), file=sys.stderr, flush=True)
         rows += [_row("decoded", BARE, workers, bare, [1.0, 1.0]), *others]
     return rows
 
@@ -240,7 +242,9 @@ def _workers_seconds() -> float:
 
 def state_row(peer: Peer, positions: list[int], number: int) -> list[str]:
     """Seconds to the first sample after each position; of `number` samples, those lost and repeated in an epoch."""
-    return [peer.name, *(_seconds_to_first(peer, position) for position in positions), *_exact(peer, number)]
+    row = [peer.name, *(_seconds_to_first(peer, position) for position in positions), *_exact(peer, number)]
+    print(" | ".join(row), file=sys.stderr, flush=True)
+    return row
 
 
 def _seconds_to_first(peer: Peer, position: int) -> str:
