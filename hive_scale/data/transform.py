@@ -51,18 +51,20 @@ class Encoded:
     """
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
-        with _told():
-            self._image = Image.open(BytesIO(data), formats=FORMATS)
-        check_size(*self._image.size, max_pixels)
-        self._jpeg: Tensor | None = None
-        if self._image.format == "JPEG" and self._image.mode == "RGB":  # the same a quarter sooner than through PIL
-            self._jpeg = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        with _told(), _opened(data) as image:
+            check_size(*image.size, max_pixels)
+            is_jpeg = image.format == "JPEG" and image.mode == "RGB"
+        self._data = torch.frombuffer(bytearray(data), dtype=torch.uint8) if is_jpeg else data
 
     def decode(self) -> Tensor:
         """uint8 (3, H, W). Raises ValueError if it is not whole."""
         pixels: Tensor
         with _told():
-            pixels = vision.pil_to_tensor(_on_white(self._image)) if self._jpeg is None else decode_jpeg(self._jpeg)
+            if isinstance(self._data, Tensor):  # the same pixels a quarter sooner than through PIL
+                pixels = decode_jpeg(self._data)
+            else:
+                with _opened(self._data) as image:
+                    pixels = vision.pil_to_tensor(_on_white(image))
         return pixels
 
     def decode_into(self, out: Tensor, mode: ImageMode) -> Tensor:
@@ -73,6 +75,10 @@ class Encoded:
         # what torchvision's resize comes down to, but for the copy from there to a batch
         torch.ops.aten._upsample_bicubic2d_aa.out(pixels[None], out.shape[1:], False, None, None, out=out[None])
         return out
+
+
+def _opened(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data), formats=FORMATS)
 
 
 @contextmanager
