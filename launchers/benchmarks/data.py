@@ -146,7 +146,7 @@ def _turns(peer: Peer, workers: int, count: int, rounds: int) -> list[tuple[Cost
     turns = []
     for cost in islice(_decoded(peer, workers, count), rounds):
         _await_rest()
-        turns.append((cost, _bare(held, max(1, workers))))
+        turns.append((cost, _bare(held, workers)))
     return turns
 
 
@@ -184,8 +184,9 @@ def _await_rest() -> None:
 
 
 def _bare(held: list[Raw], processes: int) -> Cost:
+    """In processes of their own, as workers are, if in any: a forked one is slower than its parent."""
     count = len(held)
-    if processes == 1:
+    if not processes:
         return _cost(_decode(held), count)
     context = get_context("fork")
     ready = context.Barrier(processes + 1)
