@@ -184,7 +184,7 @@ def _await_rest() -> None:
 
 
 def _bare(held: list[Raw], processes: int) -> Cost:
-    """In processes of their own, as workers are, if in any: a forked one is slower than its parent."""
+    """In processes of their own if in any, as workers are."""
     count = len(held)
     if not processes:
         return _cost(_decode(held), count)
@@ -203,6 +203,8 @@ def _bare(held: list[Raw], processes: int) -> Cost:
 
 
 def _decode_all(held: list[Raw], ready: Any) -> None:
+    for _ in _decode(held[:64]):  # as warm as a worker, which has been at it for long
+        pass
     ready.wait()
     for _ in _decode(held):
         pass
