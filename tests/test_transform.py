@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImag
 
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.tokenizer import caption_sample, open_tokenizer
-from hive_scale.data.transform import Encoded, _draws, _random_part, augmented, decode, picture
+from hive_scale.data.transform import _draws, _random_part, augmented, decode, decode_indexed, fit_into, picture
 
 MANY = 10**8
 SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97), (32, 32)]
@@ -39,7 +39,7 @@ def test_pixels_equal_the_processors(width_height: tuple[int, int], format: str)
         expected = processor(image, return_tensors="pt").pixel_values[0]
         assert torch.equal(picture(data, 32, mode, MANY), expected)
         batch = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        Encoded(data, MANY).decode_into(batch[0], mode)
+        fit_into(batch[0], decode(data, MANY), mode)
         assert torch.equal(batch[0], expected)
         assert not batch[1].any()
 
@@ -61,7 +61,9 @@ def test_other_colour_modes_become_three_channels(mode: str, format: str) -> Non
     image = Image.new("I;16", (8, 8)) if mode == "I;16" else Image.new("RGB", (8, 8), "white").convert(mode)
     buffer = BytesIO()
     image.save(buffer, format)
-    assert decode(buffer.getvalue(), MANY).shape == (3, 8, 8)
+    pixels = decode(buffer.getvalue(), MANY)
+    assert pixels.shape == (3, 8, 8)
+    assert torch.equal(decode_indexed(buffer.getvalue(), (8, 8), MANY), pixels)
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
@@ -102,6 +104,14 @@ def test_what_cannot_be_used_is_a_value_error_of_one_line(data: bytes, message: 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_an_indexed_picture_is_the_same_or_refused_where_its_size_has_changed(format: str) -> None:
+    data = picture_bytes(24, 16, format=format)
+    assert torch.equal(decode_indexed(data, (24, 16), MANY), decode(data, MANY))
+    with pytest.raises(ValueError, match="not of 16 x 24"):
+        decode_indexed(data, (16, 24), MANY)
+
+
 def test_random_damage_never_escapes_as_another_error() -> None:
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "WEBP"):
@@ -112,6 +122,8 @@ def test_random_damage_never_escapes_as_another_error() -> None:
                 data[at] = rng.integers(256)
             with suppress(ValueError):
                 assert picture(bytes(data), 16, "pad", 10**6).shape == (3, 16, 16)
+            with suppress(ValueError):
+                assert decode_indexed(bytes(data), (24, 16), 10**6).shape == (3, 16, 24)
 
 
 def test_augmentation_is_a_pure_function_of_its_key() -> None:

@@ -21,7 +21,7 @@ from hive_scale.data.index import Index
 from hive_scale.data.kept import KeptFeatures
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tokenizer import Tokenizer, captioned
-from hive_scale.data.transform import Encoded, blank, check_size
+from hive_scale.data.transform import blank, check_size, decode_indexed, fit_into
 from hive_scale.data.turns import turns_of
 
 Text = str | Sample  # a caption, or what a conversation makes: a sample but for its pixels
@@ -32,7 +32,8 @@ class Read(NamedTuple):
 
     key: str
     text: Text
-    picture: Encoded | Tensor | None  # or what an encoder has made of it, or nothing where all are blank
+    picture: bytes | Tensor | None  # or what an encoder has made of it, or nothing where all are blank
+    size: tuple[int, int]  # (width, height) of the picture, as the index has it
 
 
 class Decoded(NamedTuple):
@@ -62,8 +63,7 @@ class Samples:
 
     def read(self, i: int) -> Read:
         """Sample number i, its picture not yet decoded. Raises ValueError if it is broken."""
-        width, height = self.index.picture_sizes[i].tolist()
-        check_size(width, height, self.config.max_pixels)
+        size = self._size(i)
         key = self.index.key(i)
         text: Text
         if self.config.text == "conversation":
@@ -71,11 +71,11 @@ class Samples:
         else:
             text = self.caption(i)
         kept = self.features.get(i) if self.features else None
-        return Read(key, text, self._lying(i) if kept is None else kept)
+        return Read(key, text, self._lying(i) if kept is None else kept, size)
 
     def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
         """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be."""
-        return Decoded(read.key, read.text, self._pixels(read.picture, out))
+        return Decoded(read.key, read.text, self._pixels(read.picture, read.size, out))
 
     def finished(self, decoded: Sequence[Decoded]) -> list[Sample]:
         """Samples ready for the model. Captions are tokenized all at once, which takes half the time."""
@@ -90,17 +90,25 @@ class Samples:
 
     def pixels(self, i: int) -> Tensor:
         """The picture of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
-        return self._pixels(self._lying(i))
+        return self._pixels(self._lying(i), self._size(i))
 
-    def _lying(self, i: int) -> Encoded | None:
-        return None if self.config.blank else Encoded(self.encoded(i), self.config.max_pixels)
+    def _size(self, i: int) -> tuple[int, int]:
+        """(width, height) of its picture. Raises ValueError if that would take too much memory."""
+        width, height = self.index.picture_sizes[i].tolist()
+        check_size(width, height, self.config.max_pixels)
+        return width, height
 
-    def _pixels(self, lying: Encoded | Tensor | None, out: Tensor | None = None) -> Tensor:
+    def _lying(self, i: int) -> bytes | None:
+        return None if self.config.blank else self.encoded(i)
+
+    def _pixels(self, lying: bytes | Tensor | None, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
         if isinstance(lying, Tensor):
             return lying if out is None else out.copy_(lying)
         if out is None:
             out = blank(self.image_size)
-        return out.fill_(BLANK) if lying is None else lying.decode_into(out, self.config.image)
+        if lying is None:
+            return out.fill_(BLANK)
+        return fit_into(out, decode_indexed(lying, size, self.config.max_pixels), self.config.image)
 
     @property
     def text_bytes(self) -> NDArray[np.integer]:
