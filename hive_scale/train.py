@@ -38,6 +38,7 @@ from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.log import StageLog
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.profiler import profiling
+from hive_scale.watch.starvation import Starvation
 from hive_scale.watch.throughput import Throughput
 
 
@@ -108,6 +109,7 @@ class StageRun:
         self.at = Progress(self.store, self.engine, self.guard, origin, known)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
         self.cadence = Cadence(config.save_interval, config.failures_per_day, config.grace_seconds)
+        self.starvation, self.waited = Starvation(config.data.workers), 0.0
 
     def run(self) -> Path:
         """Train to the end; the last checkpoint."""
@@ -144,26 +146,28 @@ class StageRun:
                 pulse.enter("data")
                 began = perf_counter()
                 micro_batches = next(batches)
-                waited = perf_counter() - began
+                self.waited = perf_counter() - began
                 pulse.keys = tuple(key for batch in micro_batches for key in batch.keys)
                 seed_step(stage.seed, at.step, self.world.rank)
                 factor = lr_factor(at.step, self.num_steps, stage.warmup, stage.min_lr)
                 output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._votes)
-                stop, save = output.votes  # any rank's request stops them all, at the same step
+                stop, save, *waits = output.votes  # any rank's request stops them all, at the same step
+                self.starvation.stepped(waits, perf_counter() - began)
                 if output.taken:
                     at.take(output.num_tokens)
                     self.guard.accept(output.loss)
                     rates = {name: group.lr * factor for name, group in stage.groups.items()}
-                    metrics = output.metrics() | {"lr": rates, "data_seconds": waited}
+                    metrics = output.metrics() | {"lr": rates, "data_seconds": round(max(waits), 6)}
                     metrics |= meter.step(micro_batches, output.num_tokens) | self._look()
                     log.step(at.step, at.step * stage.global_batch, metrics | self.goodput.line())
                 else:
                     self._leave_out(output, log)
-                    self.goodput.leave_out(perf_counter() - began - waited)
+                    self.goodput.leave_out(perf_counter() - began - self.waited)
                     if self.guard.refuse():
                         return False
                 self.cadence.stepped(self.store.write_seconds)
                 log.say(self.cadence.warning())
+                log.say(self.starvation.warning())
                 if stop or save:
                     self._save(wait=bool(stop))
                 if stop and at.step < self.num_steps:
@@ -178,12 +182,14 @@ class StageRun:
         self.at.save(self.stage.global_batch, wait)
         self.cadence.saved(perf_counter() - began)
 
-    def _votes(self) -> tuple[float, float]:
-        """(stop, save), as far as this rank is asked; one clock is enough for all."""
-        stop = self.interrupt.requested()
-        if not self.world.is_main:
-            return stop, False
-        return stop or self.cadence.time_is_up(), self.cadence.due(self.at.step + 1)
+    def _votes(self) -> tuple[float, ...]:
+        """(stop, save), as far as this rank is asked, and how long each has waited for data, as far as it knows."""
+        stop, save = self.interrupt.requested(), False
+        if self.world.is_main:  # one clock is enough for all
+            stop, save = stop or self.cadence.time_is_up(), self.cadence.due(self.at.step + 1)
+        waits = [0.0] * self.world.size
+        waits[self.world.rank] = self.waited
+        return stop, save, *waits
 
     def _look(self) -> dict[str, Any]:
         """The mean loss per target token over all held-out pairs, in nats, and the gauges, if it is time."""

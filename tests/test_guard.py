@@ -109,7 +109,7 @@ def run(output: Path, *words: str) -> Config:
 def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[StageRun], object]) -> None:
     votes = StageRun._votes
 
-    def harmed(self: StageRun) -> tuple[float, float]:
+    def harmed(self: StageRun) -> tuple[float, ...]:
         harm(self)
         return votes(self)
 

@@ -10,7 +10,7 @@ Schema 1. Always there:
     grad_norm     L2 norm over all trainable parameters, before clipping
     lr            {group: learning rate}
     seconds       from the end of the step before, looks at held-out data included
-    data_seconds  of these, waited for data
+    data_seconds  of these, waited for data, by the rank that waited longest: all keep step
     memory_gb     peak of rank 0 so far: allocated on its GPU, or resident on the host, in 1e9 bytes
     time          when the line was written, seconds since 1970, UTC
     restarts      how often the stage had been started again by then
