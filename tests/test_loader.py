@@ -59,7 +59,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _loader(shards: list[str], tokenizer: Tokenizer, bad: Path | None = None, **config: object) -> Loader:
-    return Loader(DataConfig(window=9, **config), shards, tokenizer, image_size=16, bad_samples=bad)
+    return Loader(DataConfig(**{"window": 9} | config), shards, tokenizer, image_size=16, bad_samples=bad)
 
 
 def _steps(loader: Loader, world_size: int, accumulation: int, start: int, count: int) -> list[list[Batch]]:
@@ -75,22 +75,31 @@ def _keys(steps: list[list[Batch]]) -> list[list[str]]:
     return [sorted(key for batch in step for key in batch.keys) for step in steps]
 
 
+# (ranks, micro-batches, workers); each rank of a part opens a loader of its own, with workers of its own
+PARTS = [(1, 1, 0), (1, 1, 2), (1, 4, 0), (2, 3, 0), (2, 3, 1), (3, 1, 0), (4, 1, 0), (6, 2, 0)]
+
+
 @pytest.mark.parametrize("which", ["shards", "broken"])
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    stops=st.lists(
-        st.tuples(st.sampled_from([(1, 1), (1, 4), (2, 3), (3, 1), (4, 1), (6, 2)]), st.integers(1, 3)), max_size=4
-    )
+    parts=st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 3)), max_size=4),
+    some=st.sets(st.integers(0, 2), min_size=1),
+    window=st.sampled_from([4, 9, 64]),
 )
-def test_any_worlds_and_stops_see_the_uninterrupted_stream(
-    which: str, stops: list[tuple[tuple[int, int], int]], request: pytest.FixtureRequest, tokenizer: Tokenizer
+def test_any_worlds_workers_and_stops_see_the_uninterrupted_stream(
+    which: str,
+    parts: list[tuple[tuple[int, int, int], int]],
+    some: set[int],
+    window: int,
+    request: pytest.FixtureRequest,
+    tokenizer: Tokenizer,
 ) -> None:
-    shards = request.getfixturevalue(which)
-    total = sum(count for _, count in stops)
-    whole = _steps(_loader(shards, tokenizer), 1, 1, 0, total)
+    shards = [request.getfixturevalue(which)[i] for i in some]
+    whole = _steps(_loader(shards, tokenizer, window=window), 1, 1, 0, sum(count for _, count in parts))
     start, seen = 0, []
-    for (world_size, accumulation), count in stops:  # each part a fresh start, as after an interruption
-        part = _steps(_loader(shards, tokenizer), world_size, accumulation, start * 12, count)
+    for (world_size, accumulation, workers), count in parts:  # each a fresh start, as after an interruption
+        loader = _loader(shards, tokenizer, window=window, workers=workers)
+        part = _steps(loader, world_size, accumulation, start * 12, count)
         assert {len(batch) for step in part for batch in step} == {12 // world_size // accumulation}
         start, seen = start + count, seen + part
     assert _keys(seen) == _keys(whole)
