@@ -1,17 +1,13 @@
-"""A run from start to end. Read this first: everything else serves one of these lines."""
+"""One stage from start to end. Read this first: everything else serves one of these lines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from hive_scale.checkpoint.files import published
-from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
-from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.moments import Moments
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.store import Store
@@ -19,12 +15,10 @@ from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import StepOutput, memory, open_engine
 from hive_scale.features import kept_features
-from hive_scale.initial import assemble
 from hive_scale.model import build
-from hive_scale.model.export import export_encoder
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import count
-from hive_scale.preparation import Data, check, claim, open_all, same_data
+from hive_scale.preparation import Data
 from hive_scale.progress import Progress
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
@@ -34,7 +28,7 @@ from hive_scale.watch.gauge import gauge
 from hive_scale.watch.goodput import Goodput
 from hive_scale.watch.guard import BAD_BATCHES, Guard
 from hive_scale.watch.hang import HangWatch
-from hive_scale.watch.interrupt import Interrupt, listening
+from hive_scale.watch.interrupt import Interrupt
 from hive_scale.watch.log import StageLog
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.profiler import profiling
@@ -44,45 +38,6 @@ from hive_scale.watch.throughput import Throughput
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved what it needs to go on."""
-
-
-def run_pipeline(
-    config: Config, world: World, overwrite: bool = False, until: str | None = None, patience: float = 0.0
-) -> None:
-    """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
-
-    `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
-    training starts, RuntimeError if another run is at work in the same directory and does not leave it within
-    `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
-    """
-    with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
-        claim(config, world, overwrite)
-        names = list(config.stages)
-        wanted = names[: names.index(until) + 1] if until else names
-        if not all(is_done(config.run_dir / name) for name in wanted):
-            _run_stages(config, wanted, world, interrupt)
-
-
-def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt) -> None:
-    data = open_all(config)
-    check(config, data, world.size)
-    same_data(config, data, world)
-    weights = config.run_dir / "initial" / WEIGHTS
-    if world.is_main and not find_weights(weights):
-        model = assemble(config.model, seed=next(iter(config.stages.values())).seed)
-        write_weights(weights, dict(model.named_parameters()))
-    world.barrier()
-    for name in wanted:
-        stage_dir = config.run_dir / name
-        if not is_done(stage_dir):
-            checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
-            memory.release()
-            if world.is_main:
-                build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
-                with published(stage_dir / "encoder") as folder:
-                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data.image)
-            world.barrier()
-        weights = stage_dir / WEIGHTS
 
 
 class StageRun:

@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace, encoder: Path) -> Config:
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import launch
-    from hive_scale.train import run_pipeline
+    from hive_scale.pipeline import run_pipeline
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)

@@ -48,7 +48,7 @@ def main() -> int:
 def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import launch
     from hive_scale.outcome import blank_twin, show
-    from hive_scale.train import run_pipeline
+    from hive_scale.pipeline import run_pipeline
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)

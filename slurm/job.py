@@ -85,7 +85,8 @@ class StageJob(ChainJob):
 
     def _run(self, began: datetime, asked: list[int]) -> int:
         from hive_scale.distributed import session
-        from hive_scale.train import Stopped, run_pipeline
+        from hive_scale.pipeline import run_pipeline
+        from hive_scale.train import Stopped
 
         code, stop_file = 0, self.config.run_dir / "STOP"
         with session() as world:

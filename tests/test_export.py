@@ -30,7 +30,7 @@ from hive_scale.export import from_pretrained, save_pretrained
 from hive_scale.model import export
 from hive_scale.model.build import assemble, materialise
 from hive_scale.model.hive import Hive
-from hive_scale.train import run_pipeline
+from hive_scale.pipeline import run_pipeline
 from launchers.export import main
 
 NUM_VISUAL = (tiny.IMAGE // tiny.SIGLIP["patch_size"]) ** 2

@@ -20,9 +20,9 @@ from hive_scale.data.kept import open_kept
 from hive_scale.distributed import World, session
 from hive_scale.features import kept_features
 from hive_scale.model import build
+from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_data
 from hive_scale.stage import freeze
-from hive_scale.train import run_pipeline
 from hive_scale.watch.metrics import read_metrics
 
 JSONS = Path(__file__).resolve().parents[1] / "ds_configs"

@@ -22,7 +22,8 @@ from hive_scale.config import Config, GuardConfig
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World, session
 from hive_scale.engine import Engine
-from hive_scale.train import StageRun, run_pipeline
+from hive_scale.pipeline import run_pipeline
+from hive_scale.train import StageRun
 from hive_scale.watch.guard import LEAST, Guard
 from hive_scale.watch.metrics import read_metrics
 

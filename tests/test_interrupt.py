@@ -16,7 +16,8 @@ import torch
 
 from hive_scale import presets
 from hive_scale.distributed import World
-from hive_scale.train import Stopped, run_pipeline
+from hive_scale.pipeline import run_pipeline
+from hive_scale.train import Stopped
 from hive_scale.watch import interrupt as interrupts
 from hive_scale.watch.interrupt import SIGNALS, STOP, listening
 from hive_scale.watch.log import StageLog

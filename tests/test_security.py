@@ -23,8 +23,8 @@ from hive_scale import presets
 from hive_scale.checkpoint.store import Store
 from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import World, session
+from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_data
-from hive_scale.train import run_pipeline
 
 SECRETS = {
     "WANDB_API_KEY": "0123secretwandb",

@@ -32,11 +32,11 @@ from hive_scale.gallery import looks
 from hive_scale.gallery import report as reports
 from hive_scale.gallery.runs import Run, pairs_of
 from hive_scale.model.build import assemble
+from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_data
 from hive_scale.show.attention_map import choose, words_at
 from hive_scale.show.curves import History, by_component, thin
 from hive_scale.show.gradient_map import concentration, gradient_maps
-from hive_scale.train import run_pipeline
 from hive_scale.watch.gauge import gauge, layer_of
 from hive_scale.watch.profiler import ROWS
 from hive_scale.watch.terminal import console

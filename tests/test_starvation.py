@@ -18,7 +18,7 @@ from hive_scale import presets
 from hive_scale.config import Config, PartConfig
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
-from hive_scale.train import run_pipeline
+from hive_scale.pipeline import run_pipeline
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.starvation import ENOUGH, Starvation
 from hive_scale.watch.terminal import console

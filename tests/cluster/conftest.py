@@ -16,7 +16,7 @@ from chains import recipe
 
 from hive_scale.config import Config
 from hive_scale.distributed import session
-from hive_scale.train import run_pipeline
+from hive_scale.pipeline import run_pipeline
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 

@@ -1,0 +1,57 @@
+"""A run: its stages one after the other, each from the weights of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hive_scale.checkpoint.files import published
+from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
+from hive_scale.checkpoint.lock import locked
+from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
+from hive_scale.config import Config
+from hive_scale.distributed import World
+from hive_scale.engine import memory
+from hive_scale.initial import assemble
+from hive_scale.model.export import export_encoder
+from hive_scale.preparation import check, claim, open_all, same_data
+from hive_scale.train import StageRun
+from hive_scale.watch.interrupt import Interrupt, listening
+
+
+def run_pipeline(
+    config: Config, world: World, overwrite: bool = False, until: str | None = None, patience: float = 0.0
+) -> None:
+    """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
+
+    `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
+    training starts, RuntimeError if another run is at work in the same directory and does not leave it within
+    `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
+    """
+    with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
+        claim(config, world, overwrite)
+        names = list(config.stages)
+        wanted = names[: names.index(until) + 1] if until else names
+        if not all(is_done(config.run_dir / name) for name in wanted):
+            _run_stages(config, wanted, world, interrupt)
+
+
+def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt) -> None:
+    data = open_all(config)
+    check(config, data, world.size)
+    same_data(config, data, world)
+    weights = config.run_dir / "initial" / WEIGHTS
+    if world.is_main and not find_weights(weights):
+        model = assemble(config.model, seed=next(iter(config.stages.values())).seed)
+        write_weights(weights, dict(model.named_parameters()))
+    world.barrier()
+    for name in wanted:
+        stage_dir = config.run_dir / name
+        if not is_done(stage_dir):
+            checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
+            memory.release()
+            if world.is_main:
+                build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
+                with published(stage_dir / "encoder") as folder:
+                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data.image)
+            world.barrier()
+        weights = stage_dir / WEIGHTS
