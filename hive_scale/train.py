@@ -111,6 +111,7 @@ class StageRun:
                 if output.taken:
                     at.take(output.num_tokens)
                     self.guard.accept(output.loss)
+                    self.goodput.held_up(max(waits) - self.waited)
                     rates = {name: group.lr * factor for name, group in stage.groups.items()}
                     metrics = output.metrics() | {"lr": rates, "data_seconds": round(max(waits), 6)}
                     metrics |= meter.step(micro_batches, output.num_tokens) | self._look()

@@ -73,5 +73,8 @@ def test_another_ranks_waiting_is_measured_and_named(tmp_path: Path) -> None:
     shown = ranks.run(slow_on_rank_1, 2, tmp_path / "run")[0]
     lines = read_metrics(tmp_path / "run" / "projector" / "metrics.jsonl")
     assert all(SLOW <= line["data_seconds"] < line["seconds"] for line in lines[1:])
+    spent = lines[-1]["spent"]  # rank 0's, who has all its data at once
+    assert spent["data"] >= len(lines) * SLOW
+    assert 0 < spent["steps"] < sum(line["seconds"] for line in lines) - len(lines) * SLOW
     assert shown.count("training waits for data") == 1
     assert "rank 1 the longest: raise data.workers (now 0)" in " ".join(shown.split())

@@ -36,8 +36,12 @@ class Goodput:
 
     def leave_out(self, seconds: float) -> None:
         """So many seconds went into a step that was not taken."""
-        self._move(seconds)
+        self._move(seconds, "lost")
         self.lost_steps += 1
+
+    def held_up(self, seconds: float) -> None:
+        """So many seconds of a step this rank waited for another's data."""
+        self._move(seconds, "data")
 
     def line(self) -> dict[str, Any]:
         """What a line of metrics tells, from which the next attempt goes on."""
@@ -60,12 +64,12 @@ class Goodput:
         dropped = [line for line in lines if line["step"] > step]
         if dropped:
             kept = [line["spent"]["steps"] for line in lines if line["step"] <= step]
-            self._move(dropped[-1]["spent"]["steps"] - (kept[-1] if kept else 0.0))
+            self._move(dropped[-1]["spent"]["steps"] - (kept[-1] if kept else 0.0), "lost")
             self.lost_steps += len(dropped)
 
-    def _move(self, seconds: float) -> None:
+    def _move(self, seconds: float, account: str) -> None:
         self._before["steps"] -= seconds
-        self._before["lost"] += seconds
+        self._before[account] += seconds
 
 
 def share(spent: Mapping[str, float]) -> float:
