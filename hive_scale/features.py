@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,7 @@ def kept_features(
     weights, depths, precision, transform and set: the features of another encoder are never read for these.
     Raises ValueError if the disk has no room for them.
     """
-    trains = any(parameter.requires_grad for parameter in stage.vision.parameters())
-    if not config.feature_cache or trains or loader.config.blank:
+    if not _are_kept(config, stage, loader):
         return None
     dtype = DTYPES[config.engine.precision]
     model = build.eyes(config.model, weights, world.device, dtype)
@@ -65,6 +66,30 @@ def kept_features(
             kept.give_up(broken)
     world.barrier()
     return kept
+
+
+def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
+    """Raises ValueError if what `kept_features` would keep is more than the disk can hold.
+
+    Features that are there may be those wanted: only the stage's weights, which a stage before may yet have to make,
+    tell which.
+    """
+    if not _are_kept(config, stage, loader):
+        return
+    folder = Path(config.feature_cache).expanduser().absolute()
+    disk = next(place for place in (folder, *folder.parents) if place.exists())
+    there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
+    needed = len(loader.index) * prod(stage.features_shape) * DTYPES[config.engine.precision].itemsize
+    if needed > (room := shutil.disk_usage(disk).free + there):
+        raise ValueError(
+            f"feature_cache={config.feature_cache}: features of {len(loader.index):,} pictures are {needed / 1e9:.1f} "
+            f"GB, {room / 1e9:.1f} GB are free or hold features: name another disk, or keep none"
+        )
+
+
+def _are_kept(config: Config, stage: Hive, loader: Loader) -> bool:
+    trains = any(parameter.requires_grad for parameter in stage.vision.parameters())
+    return bool(config.feature_cache) and not trains and not loader.config.blank
 
 
 def _digest(model: Hive) -> str:

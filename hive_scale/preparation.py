@@ -14,6 +14,7 @@ from hive_scale.config import Config
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
+from hive_scale.features import check_disk
 from hive_scale.model import build
 from hive_scale.stage import freeze
 
@@ -53,6 +54,7 @@ def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
             freeze(model, stage, model.dormant())
             stage.accumulation(world_size)
             stage.num_steps(data[name].train.num_samples)
+            check_disk(config, model, data[name].train)
             _try_some(data[name].train)
         except ValueError as error:
             raise ValueError(f"stages.{name}: {error}") from None

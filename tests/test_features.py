@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from hive_scale.checkpoint.handoff import Weights, read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
 from hive_scale.data.kept import open_kept
 from hive_scale.distributed import World, session
-from hive_scale.features import kept_features
+from hive_scale.features import check_disk, kept_features
 from hive_scale.model import build
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_data
@@ -125,3 +126,17 @@ def test_a_disk_without_room_is_met_before_the_first_picture(tmp_path: Path, wor
         open_kept(world, tmp_path / "large", some, len(some), shape, torch.bfloat16)
     _, missing = open_kept(world, tmp_path / "large", some[:3], len(some), shape, torch.bfloat16)
     assert missing.tolist() == [0, 1, 2]
+
+
+def test_features_beyond_the_disk_are_refused_before_the_run(shard: str, tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "not" / "yet"))
+    loader = copy(open_data(config).train)
+    model = build.skeleton(config.model)
+    freeze(model, config.stages["projector"])
+    check_disk(config, model, loader)
+    loader.index = replace(loader.index, arrays={"caption_bytes": np.broadcast_to(np.int8(0), 10**12)})
+    with pytest.raises(ValueError, match=r"1,000,000,000,000 pictures are 4096000.0 GB, .* name another disk"):
+        check_disk(config, model, loader)
+    check_disk(replace(config, feature_cache=""), model, loader)
+    freeze(model, config.stages["joint"])
+    check_disk(config, model, loader)  # whose encoder trains: nothing is kept
