@@ -51,10 +51,10 @@ def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[st
     seen: list[Any] = []
     votes, half = StageRun._votes, False
 
-    def watch_and_stop(self: StageRun) -> tuple[float, float]:
+    def watch_and_stop(self: StageRun) -> tuple[float, ...]:
         seen.append((self.at.step, world.pulse.keys, torch.get_rng_state().numpy().tobytes()))
-        stop, save = votes(self)
-        return stop or (half and self.at.step == STEPS // 2 - 1), save
+        stop, *others = votes(self)
+        return stop or (half and self.at.step == STEPS // 2 - 1), *others
 
     StageRun._votes = watch_and_stop  # type: ignore[method-assign]
     StageRun._look = lambda self: {}  # type: ignore[method-assign]
