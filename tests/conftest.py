@@ -2,5 +2,9 @@
 
 import os
 
+from hypothesis import settings
+
 os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; and the other cores have tests of their own
+settings.register_profile("shared", deadline=None)  # a busy machine's seconds say nothing of a property
+settings.load_profile("shared")

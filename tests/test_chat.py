@@ -70,7 +70,7 @@ words = st.text("abé ?\n1", min_size=1, max_size=12).map(str.strip).filter(bool
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(said=st.lists(st.tuples(words, words), min_size=1, max_size=3), system=st.sampled_from(["", "Say a."]))
 def test_the_targets_are_the_answers_and_the_prompt_is_what_precedes_the_last(
     name: str, said: list[tuple[str, str]], system: str
@@ -142,7 +142,7 @@ def test_limits_and_templates_that_will_not_do_say_so() -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece", "no system role"])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(text=st.text("abé\U0001f600 ?\n1", max_size=30))
 def test_captions_are_encoded_as_the_tokenizer_does(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]

@@ -77,7 +77,7 @@ def restored(directory: Path) -> int:
 # ----------------------------------------------------------------------- who writes what
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_ranks_share_all_ranges_and_overlap_nowhere(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 5))

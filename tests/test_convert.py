@@ -236,7 +236,7 @@ def interrupted(source: Source, after: int) -> Source:
     return replace(source, items=items)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(stops=st.lists(st.integers(1, 9), max_size=3), damage=st.sampled_from(["", "line", "tar", "part"]))
 def test_a_conversion_that_was_stopped_gives_the_same_tars(
     tmp_path_factory: pytest.TempPathFactory, stops: list[int], damage: str
@@ -322,7 +322,7 @@ def test_what_is_no_list_of_records_or_wholly_useless_stops_with_one_line(
     assert all(message in error for message, error in zip(expected, errors, strict=True))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     records=st.lists(st.dictionaries(st.text("ab[]{},", max_size=3), st.text('é"\\[{,', max_size=9)), max_size=6),
     lines=st.booleans(),

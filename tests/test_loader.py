@@ -80,7 +80,7 @@ PARTS = [(1, 1, 0), (1, 1, 2), (1, 4, 0), (2, 3, 0), (2, 3, 1), (3, 1, 0), (4, 1
 
 
 @pytest.mark.parametrize("which", ["shards", "broken"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     parts=st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 3)), max_size=4),
     some=st.sets(st.integers(0, 2), min_size=1),
