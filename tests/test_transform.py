@@ -21,7 +21,16 @@ from transformers import CLIPImageProcessor, PreTrainedTokenizerFast, SiglipImag
 
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.tokenizer import caption_sample, open_tokenizer
-from hive_scale.data.transform import _draws, _random_part, augmented, decode, decode_indexed, fit_into, picture
+from hive_scale.data.transform import (
+    _draws,
+    _jpeg_size,
+    _random_part,
+    augmented,
+    decode,
+    decode_indexed,
+    fit_into,
+    picture,
+)
 
 MANY = 10**8
 SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97), (32, 32)]
@@ -110,6 +119,33 @@ def test_an_indexed_picture_is_the_same_or_refused_where_its_size_has_changed(fo
     assert torch.equal(decode_indexed(data, (24, 16), MANY), decode(data, MANY))
     with pytest.raises(ValueError, match="not of 16 x 24"):
         decode_indexed(data, (16, 24), MANY)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"comment": b"x" * 300}, {"exif": b"Exif\0\0" + bytes(70)}]
+)
+def test_the_size_in_a_jpegs_header_is_pils(options: dict[str, object]) -> None:
+    data = resaved(24, 16, "RGB", **options)
+    assert _jpeg_size(data) == (24, 16)
+    assert not any(_jpeg_size(data[:cut]) for cut in range(data.index(b"\0\x10\0\x18") + 5))
+    assert _jpeg_size(resaved(24, 16, "L", **options)) is None
+    assert _jpeg_size(picture_bytes(24, 16, format="PNG")) is None
+
+
+def test_a_header_that_hides_its_size_is_left_to_pil() -> None:
+    data = resaved(24, 16, "RGB")
+    large = b"\xff\xc0\0\x11\x08\xff\xdc\xff\xdc\x03"  # a frame of 65,500 x 65,500
+    for before in (b"\xff\x01", b"\xff\xd0", b"\xff\xff", b"\0"):  # without a length, or padding
+        assert _jpeg_size(data[:2] + before + large + data[2:]) is None
+    assert _jpeg_size(data[:2] + large + data[2:]) == (65_500, 65_500), "the first frame is the one that is decoded"
+    with pytest.raises(ValueError, match="cannot be decoded"):  # PIL goes by the last frame, libjpeg by none
+        decode_indexed(data[:2] + large + data[2:], (24, 16), 10**6)
+
+
+def resaved(width: int, height: int, mode: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    Image.open(BytesIO(picture_bytes(width, height))).convert(mode).save(buffer, "JPEG", **options)
+    return buffer.getvalue()
 
 
 def test_random_damage_never_escapes_as_another_error() -> None:
