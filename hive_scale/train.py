@@ -64,7 +64,7 @@ class StageRun:
         self.at = Progress(self.store, self.engine, self.guard, origin, known)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
         self.cadence = Cadence(config.save_interval, config.failures_per_day, config.grace_seconds)
-        self.starvation, self.waited = Starvation(config.data.workers), 0.0
+        self.starvation, self.waited = Starvation(data.train.config.workers), 0.0
 
     def run(self) -> Path:
         """Train to the end; the last checkpoint."""

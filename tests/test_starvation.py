@@ -66,7 +66,8 @@ def small(output: Path) -> Config:
     run = presets.load("debug", None, [*words, "stages.projector.global_batch=4", "stages.projector.micro_batch=2"])
     language = tiny.language(vocab_size=259, hidden_size=32)
     model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=language), density=0.5)
-    return replace(run, model=model)
+    stage = replace(run.stages["projector"], data=run.data)  # whose workers count, not the run's
+    return replace(run, model=model, stages={"projector": stage}, data=replace(run.data, workers=2))
 
 
 def test_another_ranks_waiting_is_measured_and_named(tmp_path: Path) -> None:
