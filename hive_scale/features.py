@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
-from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import Config
 from hive_scale.data.batches import ignore_signals
-from hive_scale.data.kept import KeptFeatures, open_kept
+from hive_scale.data.kept import KeptFeatures, open_kept, room_in, size_of
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
@@ -76,11 +74,8 @@ def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
     """
     if not _are_kept(config, stage, loader):
         return
-    folder = Path(config.feature_cache).expanduser().absolute()
-    disk = next(place for place in (folder, *folder.parents) if place.exists())
-    there = sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
-    needed = len(loader.index) * prod(stage.features_shape) * DTYPES[config.engine.precision].itemsize
-    if needed > (room := shutil.disk_usage(disk).free + there):
+    needed = size_of(len(loader.index), stage.features_shape, DTYPES[config.engine.precision])
+    if needed > (room := room_in(Path(config.feature_cache).expanduser())):
         raise ValueError(
             f"feature_cache={config.feature_cache}: features of {len(loader.index):,} pictures are {needed / 1e9:.1f} "
             f"GB, {room / 1e9:.1f} GB are free or hold features: name another disk, or keep none"

@@ -30,7 +30,7 @@ class KeptFeatures:
         self._path = path
         values, state = path.with_suffix(".features"), path.with_suffix(".state")
         path.parent.mkdir(parents=True, exist_ok=True)
-        size = count * prod(shape) * dtype.itemsize
+        size = size_of(count, shape, dtype)
         if values.exists() and values.stat().st_size != size:
             state.unlink(missing_ok=True)  # cut or copied in part: what it holds is not known
         make(state, count)
@@ -65,6 +65,17 @@ class KeptFeatures:
         return KeptFeatures, (self._path, self.count, self.shape, self.dtype)  # the files are opened again
 
 
+def size_of(count: int, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+    """Bytes of the features of `count` pictures."""
+    return count * prod(shape) * dtype.itemsize
+
+
+def room_in(folder: Path) -> int:
+    """Bytes that features may take in `folder`, which need not be there yet: free, or features' already."""
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(disk).free + sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
+
+
 def make(file: Path, size: int) -> None:
     """A file of `size` bytes, zeros where nothing has been written; one that is there stays as it is."""
     with file.open("ab") as opened:
@@ -83,7 +94,7 @@ def open_kept(
     world.barrier()
     kept = KeptFeatures(path, count, shape, dtype)
     missing = np.intersect1d(kept.missing(), wanted)
-    needed, free = len(missing) * prod(shape) * dtype.itemsize, shutil.disk_usage(path.parent).free
+    needed, free = size_of(len(missing), shape, dtype), shutil.disk_usage(path.parent).free
     world.barrier()  # all have looked before one begins to change it
     if needed > free:
         raise ValueError(

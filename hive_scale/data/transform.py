@@ -54,7 +54,7 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 
 def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tensor:
-    """`decode` for a picture whose (width, height) its index has: that of a JPEG is read in a tenth of PIL's time.
+    """`decode` for a picture whose (width, height) its index has: that of a JPEG is read in a twentieth of PIL's time.
 
     Raises ValueError if it has another size now.
     """
