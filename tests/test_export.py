@@ -33,6 +33,7 @@ from hive_scale.model.build import assemble, materialise
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import run_pipeline
 
+pytestmark = pytest.mark.contract
 NUM_VISUAL = (tiny.IMAGE // tiny.SIGLIP["patch_size"]) ** 2
 TEXT = "two red kites"
 BYTES = open_tokenizer(TokenizerConfig()).stock

@@ -175,8 +175,8 @@ def _float32(config: Any) -> PretrainedConfig:
 
 def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None:
     """Hugging Face configs take any field and ignore it; a typo must not pass."""
-    # the last three are understood though not listed
-    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim"}
+    # understood, though some releases do not list them
+    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim", "vision_use_head"}
     for field in fields:
         if field not in known:
             near = get_close_matches(field, known, n=1)
