@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # requires-python of pyproject.toml
+INSTALL = "pip install -r requirements.lock (make install) gives versions that were tried together"
 
 
 def main() -> int:
@@ -35,9 +36,7 @@ def run(command: str, words: list[str] | None = None, program: str | None = None
 
         near = get_close_matches(command, COMMANDS, n=1)
         return _refuse(f"no command '{command}': " + (f"did you mean {near[0]}?" if near else _usage()))
-    from hive_scale.requirements import problem
-
-    if found := problem():
+    if found := _missing():
         return _refuse(found)
     if words is not None:
         sys.argv[1:] = words
@@ -46,6 +45,16 @@ def run(command: str, words: list[str] | None = None, program: str | None = None
 
     code: int = import_module(f"hive_scale.commands.{command}").main()
     return code
+
+
+def _missing() -> str | None:
+    """What the environment lacks, in one line, with the remedy."""
+    try:
+        from hive_scale.requirements import problem
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed: {INSTALL}"
+    found = problem()
+    return f"{found}: {INSTALL}" if found else None
 
 
 def _usage() -> str:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-REMEDY = "pip install -r requirements.lock (make install) gives a set that was tested together"
-
 
 def requirements() -> list[Requirement]:
     """What the package needs at run time: of this checkout where it is one, else as installed."""
@@ -23,7 +21,7 @@ def requirements() -> list[Requirement]:
 
 
 def problem() -> str | None:
-    """One line on every requirement that is missing or of another version; None where there is nothing to say."""
+    """Every requirement that is missing or of another version, in one line; None where there is none."""
     wrong = []
     for requirement in requirements():
         try:
@@ -34,4 +32,4 @@ def problem() -> str | None:
         # a local build such as 2.14.1+cu130 counts as its release, a pre-release as what it precedes
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} is {version}, {requirement.specifier} was tried")
-    return f"{'; '.join(wrong)}: {REMEDY}" if wrong else None
+    return "; ".join(wrong) or None

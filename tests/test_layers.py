@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "checkpoint": {"engine"},
     "evaluate": {"model", "data"},
     "initial": {"model", "checkpoint"},
-    "preparation": {"model", "data", "checkpoint", "features"},
+    "preparation": {"model", "data", "engine", "checkpoint", "features"},
     "features": {"model", "data"},
     "progress": {"engine", "watch", "checkpoint"},
     "train": {"model", "data", "engine", "plan", "watch", "checkpoint", "preparation", "features", "progress"},
