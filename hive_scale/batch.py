@@ -27,6 +27,7 @@ class Sample:
     pixels: Tensor | None
     tokens: Sequence[int]
     is_target: Sequence[bool]
+    image_slot: int = 1  # number of tokens before the picture
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Batch:
     target_rows: Tensor  # int64 (N,)
     target_ids: Tensor  # int64 (N,)
     all_images: bool  # has_image.all(), known without asking the device
+    image_slots: Tensor | None = None  # int64 (B,), number of tokens before each picture; None: 1
 
     @property
     def num_tokens(self) -> int:
@@ -61,6 +63,7 @@ class Batch:
             "target_rows": self.target_rows,
             "target_ids": self.target_ids,
             "has_image": None if self.all_images else self.has_image,
+            "image_slots": self.image_slots,
         }
 
     def to(self, device: torch.device) -> Batch:
@@ -94,6 +97,7 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
             place.fill_(BLANK)
         elif sample.pixels.data_ptr() != place.data_ptr():
             place.copy_(sample.pixels)
+    slots = [sample.image_slot for sample in samples]
     has_image = torch.tensor([sample.pixels is not None for sample in samples])
     return Batch(
         keys=tuple(sample.key for sample in samples),
@@ -103,4 +107,5 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
         target_rows=torch.from_numpy(targets - 1),  # each is predicted at the position before it
         target_ids=torch.from_numpy(tokens.flatten()[targets]),
         all_images=all(sample.pixels is not None for sample in samples),
+        image_slots=torch.tensor(slots) if set(slots) != {1} else None,
     )

@@ -47,7 +47,7 @@ def test_forward_backward_and_decoding_with_a_cache(fusion: str, llm: str) -> No
     model.eval()
     prompts = [[1, 5, 9], [1, 7], [1, 8, 3, 4]]
     pictures, about = batch.pixels[1:3], [0, None, 1]
-    cached = generate(model, pictures, about, prompts, eos_id=2, max_tokens=6)
+    cached = generate(model, pictures, about, prompts, end_ids=2, max_tokens=6)
     for prompt, picture, answer in zip(prompts, about, cached, strict=True):
         written = list(prompt)
         for token in answer:

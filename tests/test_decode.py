@@ -68,10 +68,10 @@ def test_greedy_text_ends_where_it_should(fusion: str) -> None:
         for _ in range(6):
             text.append(int(anew(hive, text, about).argmax()))
         expected.append(text[len(prompt) :])
-    assert generate(hive, PICTURES, ABOUT, PROMPTS, eos_id=-1, max_tokens=6) == expected
+    assert generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=-1, max_tokens=6) == expected
     eos = expected[0][2]
     cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in expected]
-    assert generate(hive, PICTURES, ABOUT, PROMPTS, eos_id=eos, max_tokens=6) == cut
+    assert generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=eos, max_tokens=6) == cut
 
 
 def test_each_picture_is_seen_and_projected_once() -> None:
@@ -80,5 +80,5 @@ def test_each_picture_is_seen_and_projected_once() -> None:
     layer = hive.fusion.layers[0]
     layer.k_proj.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     hive.projector[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    generate(hive, PICTURES, ABOUT, PROMPTS, eos_id=-1, max_tokens=5)
+    generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=-1, max_tokens=5)
     assert rows == [2, 2]  # two pictures, whatever the number of texts and tokens

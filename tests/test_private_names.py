@@ -31,7 +31,7 @@ class Use(NamedTuple):
     why: str
 
 
-DEEPSPEED = "0.19.0 to 0.19.8"
+DEEPSPEED = "0.19.8"
 TORCH = "2.11 to 2.14"
 USES = {
     "_hp_mapping": Use("deepspeed", DEEPSPEED, "engine/zero.py", "where a parameter lies in ZeRO-1/2's masters"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.precision import DTYPES
 from hive_scale.stage import ParamGroup
+
+# torch 2.14 has renamed it, and warns of the old name
+_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
 
 
 class NativeEngine:
@@ -59,7 +67,8 @@ class NativeEngine:
                 block.compile()
         self._forward: Callable[..., Tensor] = model
         if plain and world.size > 1:
-            self._forward = DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+            options: dict[str, Any] = {_BUFFERS: False}  # the same on all ranks from the start
+            self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         # gradients that wait for more micro-batches wait uncut
         gradient_ranks = shard if stage.accumulation(world.size) == 1 else 1
         self.layout = Layout(4, shard, 4, gradient_ranks, 8, shard)

@@ -5,8 +5,9 @@ Shapes: P pictures, B texts of up to T tokens, D LLM width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -19,11 +20,21 @@ from hive_scale.model.hive import Hive
 class Decoder:
     """Texts padded on the right, of which every call returns the logits (B, vocabulary) of the token that follows."""
 
-    def __init__(self, model: Hive, pixels_PCHW: Tensor, picture_of_B: Tensor, has_image_B: Tensor) -> None:
-        """Text b is about picture ``picture_of[b]``, if ``has_image[b]``; `pixels` uint8, at least one picture."""
-        self.model = model
+    def __init__(
+        self,
+        model: Hive,
+        pixels_PCHW: Tensor,
+        picture_of_B: Tensor,
+        has_image_B: Tensor,
+        slots_B: Tensor | None = None,
+    ) -> None:
+        """Text b is about picture ``picture_of[b]``, if ``has_image[b]``; `pixels` uint8, at least one picture.
+
+        ``slots[b]`` tokens come before it; None: one.
+        """
+        self.model, self.slots = model, slots_B
         seen = model.see(pixels_PCHW)
-        self.memory = [(key[picture_of_B], value[picture_of_B]) for key, value in model.fusion.remember(seen)]
+        self.memory = model.fusion.remember(seen, picture_of_B, slots_B)
         # what has become keys and values is not read any more, but for its shape
         self.visual = [one[picture_of_B] if not self.memory else one[:1] for one in seen]
         self.has_image = None if bool(has_image_B.all()) else has_image_B
@@ -32,7 +43,7 @@ class Decoder:
         """Run the texts, of which the first ``lengths[b]`` tokens count: by causality the others change nothing."""
         self.lengths, self.width, self.made, self.cache = lengths_B, tokens_BT.shape[1], 0, DynamicCache()
         text = self.model.language.model.embed_tokens(tokens_BT)
-        hidden, context = self.model.fusion.enter(text, self.visual, self.has_image)
+        hidden, context = self.model.fusion.enter(text, self.visual, self.has_image, self.slots)
         self.context = replace(context, memory=self.memory or None)
         texts = self.model.fusion.leave(self._run(hidden, self.context), self.context)
         return self.model.logits(texts[torch.arange(len(texts), device=texts.device), lengths_B - 1])
@@ -63,24 +74,34 @@ def generate(
     pixels_PCHW: Tensor,
     picture_of: Sequence[int | None],
     prompts: Sequence[Sequence[int]],
-    eos_id: int,
+    end_ids: int | Collection[int],
     max_tokens: int,
+    slots: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of `prompts` (token ids), each about one of the pictures or none; the end left out."""
+    """Greedy continuations of prompts.
+
+    Args:
+        pixels_PCHW: uint8, at least one picture.
+        picture_of: which picture each prompt is about, or None.
+        prompts: token ids.
+        end_ids: the tokens that end a text; they are left out of it.
+        max_tokens: of each continuation.
+        slots: how many tokens of each prompt come before its picture; None: one.
+    """
     device = pixels_PCHW.device
+    ends = {end_ids} if isinstance(end_ids, int) else set(end_ids)
+    end = torch.tensor(sorted(ends), device=device)
     picture = torch.tensor([index or 0 for index in picture_of], device=device)
     has_image = torch.tensor([index is not None for index in picture_of], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    decoder = Decoder(model, pixels_PCHW, picture, has_image)
+    slot = None if slots is None else torch.tensor(slots, device=device)
+    decoder = Decoder(model, pixels_PCHW, picture, has_image, slot)
     following = decoder.begin(tokens.to(device), lengths).argmax(-1)
-    written, ended = [following], following == eos_id
+    written, ended = [following], torch.isin(following, end)
     while len(written) < max_tokens and not ended.all():
         following = decoder.go_on(following).argmax(-1)
         written.append(following)
-        ended |= following == eos_id
-    return [_until(row, eos_id) for row in torch.stack(written, dim=1).tolist()]
-
-
-def _until(ids: list[int], eos_id: int) -> list[int]:
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+        ended |= torch.isin(following, end)
+    rows = torch.stack(written, dim=1).tolist()
+    return [list(takewhile(lambda token: token not in ends, row)) for row in rows]

@@ -4,7 +4,10 @@
   its encoder depth, with a softmax of its own and behind a gate that starts shut.
 * `JointAttention` (the authors' released code): the host layer's own attention also sees visual keys and
   values; one softmax over both, no new layer, no gate.
-* `Concat` (the self-attention baseline, LLaVA): visual tokens join the sequence after its start token.
+* `Concat` (the self-attention baseline, LLaVA): visual tokens join the sequence where the text has its image.
+
+A text's image has a slot: the number of text tokens before it. A caption's is 1, behind the start token; a
+conversation's is where its first question begins. Row i of what a fusion returns predicts text token i + 1.
 
 Shapes: B samples, T text tokens, V visual tokens, N tokens in the stream (T, or T + V), D LLM width,
 K key-value heads, h head width.
@@ -25,7 +28,7 @@ from torch import Tensor, nn
 from hive_scale.config import ModelConfig
 from hive_scale.model.attention import KeyValue, causal, softmax_scores
 
-SLOT = 1  # the picture's place in the text: right after the start token
+SLOT = 1  # of every text for which no other is given
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Context:
     visual: Sequence[Tensor]  # phi(F_l), (B, V, D) for each fused depth
     has_image: Tensor | None  # bool (B,); None when every sample has a picture
     positions: Tensor  # of the stream's N tokens, (B or 1, N)
+    slots: Tensor | None = None  # int (B,): of each text's image; None: SLOT
     mask: Tensor | None = None  # bool (B or 1, 1, N, keys): who may attend to whom; None: causal
     text_mask: Tensor | None = None  # the same for layers that see no picture, where that differs
     memory: Sequence[KeyValue] | None = None  # of each fused layer, where they are known already
@@ -48,27 +52,29 @@ class Fusion(nn.Module):
         self.depths = tuple(depths)
         self.layers = nn.ModuleList()
 
-    def enter(self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None) -> tuple[Tensor, Context]:
+    def enter(
+        self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         """The hidden states (B, N, D) that the first layer sees, and the context of all layers."""
         positions = torch.arange(text_BTD.shape[1], device=text_BTD.device)[None]
-        return text_BTD, Context(visual, has_image, positions)
+        return text_BTD, Context(visual, has_image, positions, slots)
 
     def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states for host layer `depth`, and the keyword arguments of its attention (`attention.attend`)."""
         return hidden_BND, {"attention_mask": context.mask}
 
     def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
-        """The text's rows, (B, T, D), of the last hidden states."""
+        """Of the last hidden states those that predict the text's next tokens, (B, T, D)."""
         return hidden_BND
 
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """(B, heads, T, V): what each text token's attention in layer `depth` gives to each patch."""
+        """(B, heads, T, V): what the attention of each row in layer `depth` gives to each patch."""
         raise NotImplementedError
 
-    def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
-        """Keys and values of each fused layer: all that later tokens need of the pictures."""
+    def remember(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+        """Keys and values of each fused layer for texts about images `picture_of`: all that later tokens need."""
         return []
 
     def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
@@ -138,9 +144,10 @@ class CrossAttention(Fusion):
             hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image, memory)
         return hidden_BND, {"attention_mask": context.mask}
 
-    def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
+    def remember(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         layers: Any = self.layers
-        return [layer.remember(one) for layer, one in zip(layers, visual, strict=True)]
+        made = (layer.remember(one) for layer, one in zip(layers, visual, strict=True))
+        return [(key[picture_of_B], value[picture_of_B]) for key, value in made]
 
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
@@ -169,17 +176,23 @@ class VisualKeyValue(nn.Module):
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", inverse_frequencies.clone(), persistent=False)
 
-    def forward(self, visual_BVD: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value, (B, K, V, h) each; keys rotated to their place in the picture."""
+    def forward(self, visual_BVD: Tensor, slots: Tensor | None = None) -> KeyValue:
+        """Key and value, (B, K, V, h) each; keys rotated to their place in the image, counted from its slot."""
         normed = self.norm(visual_BVD)
         key = self.k_norm(_heads(self.k_proj(normed), self.head_dim))
+        places = _visual_positions(key.shape[2], len(self.inverse_frequencies), self.grid, key.device)
+        if slots is not None:
+            places = places + (slots - SLOT)[:, None, None, None]
         # not views, which FSDP2 warns of: hooks hang on what a unit returns
-        return self._rotate(key), _heads(self.v_proj(normed), self.head_dim).contiguous()
+        return self._rotate(key, places), _heads(self.v_proj(normed), self.head_dim).contiguous()
 
-    def _rotate(self, key_BKVh: Tensor) -> Tensor:
-        frequencies = self.inverse_frequencies  # (h / 2,)
-        places = _visual_positions(key_BKVh.shape[2], len(frequencies), self.grid, key_BKVh.device)
-        angles = places * frequencies
+    def move(self, key_BKVh: Tensor, slots: Tensor | None) -> Tensor:
+        """Keys of images at `slots`, of those that `forward` has made for SLOT."""
+        return key_BKVh if slots is None else self._rotate(key_BKVh, (slots - SLOT)[:, None, None, None])
+
+    def _rotate(self, key_BKVh: Tensor, places: Tensor) -> Tensor:
+        """`places`: the positions by which pairs of channels turn, (V, pairs) or (B, 1, V or 1, pairs or 1)."""
+        angles = places * self.inverse_frequencies  # (h / 2,)
         cos, sin = (torch.cat([part, part], dim=-1).to(key_BKVh) for part in (angles.cos(), angles.sin()))
         first, second = key_BKVh.chunk(2, dim=-1)
         return key_BKVh * cos + torch.cat([-second, first], dim=-1) * sin
@@ -193,26 +206,33 @@ class JointAttention(Fusion):
         self.grid = config.positions == "grid"
         self.layers.extend(VisualKeyValue(hosts[depth], frequencies, config) for depth in depths)
 
-    def enter(self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None) -> tuple[Tensor, Context]:
+    def enter(
+        self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
         extent = _side(num_visual) if self.grid else num_visual
-        # text before the slot cannot see the picture
-        sees_picture = (torch.arange(length, device=device) >= SLOT)[None, :, None].expand(1, length, num_visual)
+        # text before the slot cannot see the image: a caption's first token, which the start token predicts, is
+        # predicted blindly, as in the authors' code
+        behind = torch.arange(length, device=device) >= _column(slots, device)
+        sees_picture = behind[:, :, None].expand(-1, length, num_visual)
         if has_image is not None:
             sees_picture = sees_picture & has_image[:, None, None]
         sees_text = causal(length, device).expand(len(sees_picture), length, length)
         mask = torch.cat([sees_picture, sees_text], dim=-1)[:, None]
-        return text_BTD, Context(visual, has_image, _text_positions(length, extent, has_image, device), mask)
+        positions = _text_positions(length, extent, has_image, slots, device)
+        return text_BTD, Context(visual, has_image, positions, slots, mask)
 
     def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth not in self.depths:
             return hidden_BND, {"attention_mask": context.text_mask}
         index = self.depths.index(depth)
-        memory = context.memory[index] if context.memory else self.layers[index](context.visual[index])
+        memory = context.memory[index] if context.memory else self.layers[index](context.visual[index], context.slots)
         return hidden_BND, {"attention_mask": context.mask, "visual": memory}
 
-    def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
-        return [layer(one) for layer, one in zip(self.layers, visual, strict=True)]
+    def remember(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+        layers: Any = self.layers
+        made = ((layer, *layer(one)) for layer, one in zip(layers, visual, strict=True))
+        return [(layer.move(key[picture_of_B], slots), value[picture_of_B]) for layer, key, value in made]
 
     def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         num_visual = context.visual[0].shape[1]
@@ -239,35 +259,68 @@ class Concat(Fusion):
     def __init__(self) -> None:
         super().__init__(())
 
-    def enter(self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None) -> tuple[Tensor, Context]:
+    def enter(
+        self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
         num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
-        hidden = torch.cat([text_BTD[:, :SLOT], visual[0].to(text_BTD), text_BTD[:, SLOT:]], dim=1)
-        text = _text_positions(length, num_visual, has_image, device)
-        slots = (SLOT + torch.arange(num_visual, device=device)).expand(len(text), num_visual)
-        positions = torch.cat([text[:, :SLOT], slots, text[:, SLOT:]], dim=1)
+        text = _text_positions(length, num_visual, has_image, slots, device)
+        of_image = _column(slots, device) + torch.arange(num_visual, device=device)
+        context = Context(visual, has_image, torch.empty(0), slots)
+        positions = _merge(text, of_image.expand(len(text), num_visual), context)
+        context = replace(context, positions=positions)
+        hidden = _merge(text_BTD, visual[0].to(text_BTD), context)
         if has_image is None:
-            return hidden, Context(visual, None, positions)
-        seen = torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)
-        seen[:, SLOT : SLOT + num_visual] = has_image[:, None]
-        mask = causal(hidden.shape[1], device) & seen[:, None]
-        return hidden, Context(visual, has_image, positions, mask[:, None])
+            return hidden, context
+        mask = causal(hidden.shape[1], device) & _seen(torch.ones_like(text, dtype=torch.bool), context)[:, None]
+        return hidden, replace(context, mask=mask[:, None])
 
     def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
-        num_visual = context.visual[0].shape[1]
-        return torch.cat([hidden_BND[:, :SLOT], hidden_BND[:, SLOT + num_visual :]], dim=1)
+        if context.has_image is None and context.slots is None:
+            return hidden_BND[:, context.visual[0].shape[1] :]  # the start token's row is the last visual token's
+        return hidden_BND.take_along_dim(self._rows(hidden_BND, context)[:, :, None], dim=1)
 
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         seen = _host_weights(host, rotary, *self.fuse(depth, hidden_BND, context))
-        end = SLOT + context.visual[0].shape[1]
-        return torch.cat([seen[:, :, :SLOT, SLOT:end], seen[:, :, end:, SLOT:end]], dim=2)
+        seen = seen.take_along_dim(self._rows(hidden_BND, context)[:, None, :, None], dim=2)
+        places = _column(context.slots, seen.device) + torch.arange(context.visual[0].shape[1], device=seen.device)
+        return seen.take_along_dim(places[:, None, None], dim=3)
 
     def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
-        num_visual = context.visual[0].shape[1]
-        pictured = _pictured(context, seen_BN)
-        mask = torch.cat([seen_BN[:, :SLOT], pictured.expand(-1, num_visual), seen_BN[:, SLOT:]], dim=1)
-        return replace(context, positions=position_B1 + num_visual * pictured, mask=mask[:, None, None])
+        length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `enter` was given
+        mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
+        shift = context.visual[0].shape[1] * _pictured(context, seen_BN)
+        return replace(context, positions=position_B1 + shift, mask=mask[:, None, None])
+
+    def _rows(self, hidden_BND: Tensor, context: Context) -> Tensor:
+        """int (B or 1, T): where in the stream the next text token is predicted.
+
+        At the text's own token, or where the image comes next at its last visual token, as in LLaVA.
+        """
+        num_visual, device = context.visual[0].shape[1], hidden_BND.device
+        text = torch.arange(hidden_BND.shape[1] - num_visual, device=device)[None]
+        is_seen = 1 if context.has_image is None else context.has_image[:, None].long()
+        return text + num_visual * (text >= _column(context.slots, device) - is_seen)
+
+
+def _merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
+    """(B, T, ...) and (B, V, ...) in the stream's order, (B, N, ...): each image at its text's slot."""
+    if context.slots is None:
+        return torch.cat([text[:, :SLOT], visual, text[:, SLOT:]], dim=1)
+    length, num_visual = text.shape[1], visual.shape[1]
+    place = torch.arange(length + num_visual, device=text.device)
+    begin = context.slots[:, None]
+    behind = torch.where(place < begin + num_visual, length + place - begin, place - num_visual)
+    order = torch.where(place < begin, place, behind)  # (B, N), into text and visual one after the other
+    both = torch.cat([text.expand(len(order), *text.shape[1:]), visual], dim=1)
+    return both.take_along_dim(order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
+
+
+def _seen(text_BT: Tensor, context: Context) -> Tensor:
+    """bool (B, N): which of the stream's keys count, given which of the text's do."""
+    visual = _pictured(context, text_BT).expand(-1, context.visual[0].shape[1])
+    return _merge(text_BT.expand(len(visual), -1), visual, context)
 
 
 def _pictured(context: Context, like_BN: Tensor) -> Tensor:
@@ -306,10 +359,17 @@ def _side(num_visual: int) -> int:
     return math.isqrt(num_visual)
 
 
-def _text_positions(length: int, extent: int, has_image: Tensor | None, device: torch.device) -> Tensor:
-    """(B or 1, T): text after the slot is moved on by the picture's extent."""
+def _column(slots: Tensor | None, device: torch.device) -> Tensor:
+    """int (B or 1, 1)."""
+    return torch.tensor([[SLOT]], device=device) if slots is None else slots[:, None]
+
+
+def _text_positions(
+    length: int, extent: int, has_image: Tensor | None, slots: Tensor | None, device: torch.device
+) -> Tensor:
+    """(B or 1, T): text behind the slot is moved on by the image's extent."""
     steps = torch.arange(length, device=device)[None]
-    shift = extent * (steps >= SLOT)
+    shift = extent * (steps >= _column(slots, device))
     return steps + (shift if has_image is None else shift * has_image[:, None])
 
 

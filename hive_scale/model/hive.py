@@ -70,14 +70,16 @@ class Hive(nn.Module):
         target_rows: Tensor,
         target_ids: Tensor,
         has_image: Tensor | None = None,
+        image_slots: Tensor | None = None,
     ) -> Tensor:
         """Sum of the token losses (paper eq. 1), a float32 scalar, in nats.
 
         Args: `pixels` as `see` takes them; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
-        that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has a picture.
+        that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has a picture; `image_slots` int
+        (B,), the number of text tokens before each image, None when that is 1 everywhere.
         """
         visual = self.see(pixels)
-        hidden = self.read(visual, tokens, has_image)
+        hidden = self.read(visual, tokens, has_image, image_slots)
         return self.token_loss(hidden.flatten(0, 1)[target_rows], target_ids).sum()
 
     def see(self, pixels: Tensor) -> list[Tensor]:
@@ -104,10 +106,16 @@ class Hive(nn.Module):
     def _project(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [project(feature) for project, feature in zip(self.projector, features, strict=True)]
 
-    def read(self, visual: Sequence[Tensor], tokens_BT: Tensor, has_image: Tensor | None = None) -> Tensor:
-        """Last hidden states (B, T, D) of the text, before the final norm."""
+    def read(
+        self,
+        visual: Sequence[Tensor],
+        tokens_BT: Tensor,
+        has_image: Tensor | None = None,
+        image_slots: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, T, D), before the final norm: row i predicts the text's token i + 1."""
         text = self.language.model.embed_tokens(tokens_BT)
-        hidden, context = self.fusion.enter(text, visual, has_image)
+        hidden, context = self.fusion.enter(text, visual, has_image, image_slots)
         rotary = self.language.model.rotary_emb(hidden, context.positions)
         for depth, layer in enumerate(self.language.model.layers):
             hidden, given = self.fusion.fuse(depth, hidden, context)

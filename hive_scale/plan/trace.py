@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hive_scale.config import CheckpointingConfig
 from hive_scale.engine.activation import checkpoint_blocks
@@ -155,18 +155,24 @@ class _Recorder(TorchDispatchMode):
             self.result.flops["recompute" if again else self.phase] += formula(*args, **kwargs, out_val=out) / SAMPLES
 
 
-def _flash_for_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two products of (B, heads, queries, keys); shapes (B, heads, N, h), fewer heads of keys under GQA."""
+    samples, heads, queries, width = query
+    keys, value_width = key[2], value[3]
+    return int(2 * samples * heads * queries * keys * (width + value_width))
 
 
-def _flash_for_cpu_backward(out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(out, query, key, value))  # type: ignore[no-untyped-call]
+def _attention_backward_flops(out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Five: the scores once more, and the gradients of scores, queries, keys and values."""
+    samples, heads, queries, width = query
+    keys, value_width = key[2], value[3]
+    return int(2 * samples * heads * queries * keys * (3 * width + 2 * value_width))
 
 
-# torch has no formula, in shapes, for the CPU's attention, and would count none
+# torch has no formula for the CPU's attention, and would count none
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flash_for_cpu,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_for_cpu_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
 FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
     operator: shape_wrapper(formula)  # type: ignore[no-untyped-call]
