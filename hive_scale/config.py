@@ -25,6 +25,7 @@ Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
 TextMode = Literal["caption", "conversation"]
+ImagePosition = Literal["user", "start"]
 Wandb = Literal["online", "offline", "off"]
 
 
@@ -76,6 +77,8 @@ class DataConfig:
     heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     text: TextMode = "caption"  # or the record's conversation in the LLM's chat template, its answers as targets
+    # of a conversation: at the head of the first question, as LLaVA and its users ask, or behind the start token
+    image_position: ImagePosition = "user"
     max_tokens: int = 77  # texts are cut here, start and end included (paper, appendix 7)
     image: ImageMode = "resize"
     blank: bool = False  # feed blank pictures: the control that shows what the pictures add

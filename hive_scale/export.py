@@ -19,7 +19,7 @@ from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.runs import Run
 from hive_scale.checkpoint.seal import Source
 from hive_scale.config import Config, ModelConfig, PartConfig
-from hive_scale.data.tokenizer import CHAT_TEMPLATE, open_tokenizer
+from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.model import build, export
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
@@ -86,9 +86,8 @@ def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch
 
 
 def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    tokenizer = _tokenizer(config)
-    tokenizer.chat_template = tokenizer.chat_template or CHAT_TEMPLATE  # what it was fine-tuned with
-    export.export_llava(config.model, weights, path, tokenizer, config.data.image, dtype)
+    data = config.data
+    export.export_llava(config.model, weights, path, _tokenizer(config), data.image, dtype, data.image_position)
 
 
 KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {

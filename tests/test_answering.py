@@ -17,6 +17,7 @@ import tiny
 import torch
 
 from hive_scale.config import DataConfig, PartConfig
+from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.distributed import World
 from hive_scale.evaluate import easyvqa
 from hive_scale.evaluate.answering import (
@@ -142,10 +143,11 @@ def test_an_exported_llava_answers_as_the_model_it_came_from(tmp_path: Path) -> 
     """Ours with its cache and padding on the right, transformers' with its own on the left: the same words."""
     language = tiny.language(vocab_size=259, bos_token_id=1, eos_token_id=1)
     config = replace(tiny.model_config("concat"), language=PartConfig(config=language))
-    made = tiny.sighted(build.assemble(config, seed=2).eval(), 3)
+    made = tiny.sighted(build.assemble(config, seed=4).eval(), 4)
     answerer = HiveAnswerer(made, DataConfig(image="pad"), ALONE.device)
     stock = answerer.tokenizer.stock
     stock.chat_template = CHAT
+    answerer.tokenizer = Tokenizer(stock)
     weights = {name: parameter.detach() for name, parameter in made.named_parameters()}
     export_llava(config, weights, tmp_path / "llava", stock, "pad")
     questions = ask(tmp_path)

@@ -81,7 +81,7 @@ def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str
     assert inputs.input_ids.shape[1] == NUM_VISUAL + tokens.shape[1]
     theirs = llava.eval()(**inputs).logits
     expected = ours.logits(ours.read(ours.see(pixels_of(image)), tokens))
-    found = torch.cat([theirs[:, :1], theirs[:, 1 + NUM_VISUAL :]], dim=1)[..., : expected.shape[-1]]
+    found = theirs[:, NUM_VISUAL:, : expected.shape[-1]]  # from the last visual token on, which predicts the first word
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     plain = llava(input_ids=tokens).logits[..., : expected.shape[-1]]  # the picture counts
     assert (plain - expected).abs().max() > 1e-3

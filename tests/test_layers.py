@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
-LEAVES = {"config", "batch", "distributed", "pulse", "stage", "schedule", "precision", "randomness"}
+LEAVES = {"chat_template", "config", "batch", "distributed", "pulse", "stage", "schedule", "precision", "randomness"}
 # a room and what it may read besides the leaves
 ROOMS: dict[str, set[str]] = {
     "presets": set(),

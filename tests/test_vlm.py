@@ -129,7 +129,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     elif what == "two pictures":
         shards = several(tmp_path)
     elif what == "a template":
-        monkeypatch.setattr("hive_scale.data.tokenizer.CHAT_TEMPLATE", REFUSES)
+        monkeypatch.setattr("hive_scale.chat_template.CHAT_TEMPLATE", REFUSES)
     elif what == "a processor":
         path = another_size(encoder, tmp_path)
     elif what == "a shape":

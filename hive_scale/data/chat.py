@@ -2,64 +2,61 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor
 
 from hive_scale.batch import Sample
+from hive_scale.chat_template import IMAGE, Turns
+from hive_scale.config import ImagePosition
 from hive_scale.data.tokenizer import Tokenizer
-from hive_scale.data.turns import Turns
 
 
-def chat_sample(key: str, pixels: Tensor | None, turns: Turns, tokenizer: Tokenizer, max_tokens: int) -> Sample:
+def chat_sample(
+    key: str,
+    pixels: Tensor | None,
+    turns: Turns,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    image: ImagePosition | None = "user",
+) -> Sample:
     """The conversation `turns` about a picture: the targets are the assistant's words and the end of its turns.
 
+    `image` says where the picture stands: at the head of the first question, behind the start token, or nowhere.
     Raises ValueError if the first `max_tokens` tokens, which are kept, hold no word of an answer.
     """
-    tokens, is_target = tokenizer.encode_parts(_parts(turns, tokenizer))
+    tokens, is_target, slot = tokenizer.encode_parts(_parts(turns, tokenizer, image))
     if not any(is_target[:max_tokens]):
         raise ValueError(f"the first answer begins after data.max_tokens={max_tokens}")
-    return Sample(key, pixels, tokens[:max_tokens], is_target[:max_tokens])
+    return Sample(key, pixels, tokens[:max_tokens], is_target[:max_tokens], slot)
 
 
-def prompt(turns: Turns, tokenizer: Tokenizer) -> list[int]:
+def prompt(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None = "user") -> list[int]:
     """Tokens of `turns`, the last of which is the user's, up to where the assistant's answer begins."""
-    return tokenizer.encode_parts(_parts([*turns, {"role": "assistant", "content": "?"}], tokenizer)[:1])[0]
+    return prompt_with_slot(turns, tokenizer, image)[0]
 
 
-def _parts(turns: Turns, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The conversation's text in parts, each with whether it is a target.
+def prompt_with_slot(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
+    """The tokens of `prompt`, and how many of them come before the picture."""
+    asked = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)[:1]
+    tokens, _, slot = tokenizer.encode_parts(asked)
+    return tokens, slot
 
-    Which text is an answer is found by rendering the template around marks in the answers' place: some templates
-    drop, trim or add to earlier turns, so that the text of fewer turns need not begin the text of more.
-    """
+
+def _parts(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
+    """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
+    template = tokenizer.template
     for turn in turns:
-        if special := tokenizer.special_in(turn["content"]):
+        if special := template.special_in(turn["content"]):
             raise ValueError(f"a turn of the conversation holds the tokenizer's special token {special}")
+    if image == "user":
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+        asked = {**turns[first], "content": f"{IMAGE}\n{turns[first]['content']}"}
+        turns = [*turns[:first], asked, *turns[first + 1 :]]
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
-    marks = [f"\ue000{i}\ue001" for i in range(len(answers))]
-    left = iter(marks)
-    marked = [turn | {"content": next(left)} if turn["role"] == "assistant" else turn for turn in turns]
-    between = re.split("\ue000\\d+\ue001", _render(marked, tokenizer))
-    if len(between) != len(answers) + 1:
-        raise ValueError("the tokenizer's chat template does not show each answer once")
+    between = template.around_answers(turns)
     parts, before = [], between[0]
     for answer, after in zip(answers, between[1:], strict=True):
-        end = tokenizer.end_of_turn(after)
-        asked = before.rstrip(" ")  # in most vocabularies a space is a piece of the word behind it
-        parts += [(asked, False), (before[len(asked) :] + answer + after[:end], True)]
+        end = template.end_of_turn(after)
+        asked_text = before.rstrip(" ")  # in most vocabularies a space is a piece of the word behind it
+        parts += [(asked_text, False), (before[len(asked_text) :] + answer + after[:end], True)]
         before = after[end:]
     return [*parts, (before, False)]
-
-
-def _render(turns: Turns, tokenizer: Tokenizer) -> str:
-    """`turns` in the tokenizer's template; one that knows no system role gets its text before the first question."""
-    text = tokenizer.render(turns)
-    system = [turn["content"] for turn in turns if turn["role"] == "system"]
-    if text is None or not all(content in text for content in system):
-        first, *rest = turns[len(system) :]
-        content = "\n\n".join([*system, first["content"]])
-        text = tokenizer.render([first | {"content": content}, *rest])
-    if text is None:
-        raise ValueError("the tokenizer's chat template refuses a conversation of user and assistant")
-    return text

@@ -65,13 +65,13 @@ class Samples:
         """Sample number i, its picture not yet decoded. Raises ValueError if it is broken."""
         size = self._size(i)
         key = self.index.key(i)
-        text: Text
-        if self.config.text == "conversation":
-            text = chat_sample(key, None, turns_of(self.record(i)), self.tokenizer, self.config.max_tokens)
-        else:
-            text = self.caption(i)
+        text: Text = self._conversation(key, i) if self.config.text == "conversation" else self.caption(i)
         kept = self.features.get(i) if self.features else None
         return Read(key, text, self._lying(i) if kept is None else kept, size)
+
+    def _conversation(self, key: str, i: int) -> Sample:
+        config, turns = self.config, turns_of(self.record(i))
+        return chat_sample(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
 
     def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
         """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be."""

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hive_scale.batch import Sample
+from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
-
-# for tokenizers that come without a chat template: base models, bytes
-CHAT_TEMPLATE = (
-    "{{ bos_token | default(eos_token) }}{% for message in messages %}"
-    "{% if message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
-    "{% else %}{{ 'USER: ' if message.role == 'user' }}{{ message.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-# what templates ask for besides the turns: no hidden thoughts, and no date of today, which would change the prompt
-TEMPLATE_WORDS = {"enable_thinking": False, "date_string": "26 Jul 2024"}
-
 
 # data workers tokenize, side by side: threads of the tokenizer's own would be too many, and do not survive their fork
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -45,9 +34,7 @@ class Tokenizer:
         bos_id = tokenizer.bos_token_id
         self.start_id: int = self.eos_id if bos_id is None else bos_id
         self.vocab_size: int = len(tokenizer)
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)))
+        self.template = ChatTemplate(tokenizer)
 
     @property
     def stock(self) -> Any:
@@ -74,44 +61,36 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
-    def render(self, turns: Sequence[dict[str, str]]) -> str | None:
-        """`turns` ({role, content}) in the tokenizer's chat template; None if the template refuses them."""
-        template = self._tokenizer.chat_template or CHAT_TEMPLATE
-        try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(turns), chat_template=template, tokenize=False, **TEMPLATE_WORDS
-            )
-        except TemplateError:
-            return None
-        return text
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end an answer or a caption."""
+        return self.template.end_ids
 
-    def special_in(self, text: str) -> str:
-        """The first special token that `text` spells, or nothing."""
-        found = self._special.search(text)
-        return found[0] if found else ""
+    @cached_property
+    def _with_image(self) -> Any:
+        """A copy that takes IMAGE for a token, as the processor of an exported model does, and cuts text there."""
+        return with_image_token(self._tokenizer)
 
-    def end_of_turn(self, text: str) -> int:
-        """Where the special token ends that `text`, what a chat template puts after an answer, begins with.
+    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool], int]:
+        """(token ids, flags, slot) of the parts' joined text: a token has the flag of the part that it ends in.
 
-        Raises ValueError if there is none: who has learned from such turns never stops.
+        The slot is how many tokens come before IMAGE, which itself is left out; 1 where there is none.
         """
-        blank = len(text) - len(text.lstrip())
-        found = self._special.match(text, blank)
-        if not found:
-            raise ValueError("the tokenizer's chat template ends answers without a special token: use another")
-        return found.end()
-
-    def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-        """(token ids, flags) of the parts' joined text: a token has the flag of the part that it ends in."""
-        texts = [text for text, _ in parts]
-        if not self._tokenizer.is_fast:  # which cannot say where a token lies
-            pieces = [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        texts, tokenizer = [text for text, _ in parts], self._with_image
+        image = tokenizer.convert_tokens_to_ids(IMAGE)
+        if not tokenizer.is_fast:  # which cannot say where a token lies
+            pieces = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
             flags = [flag for piece, (_, flag) in zip(pieces, parts, strict=True) for _ in piece]
-            return [token for piece in pieces for token in piece], flags
-        found = self._tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
-        ends = list(accumulate(map(len, texts)))
-        places = np.searchsorted(ends, [end for _, end in found["offset_mapping"]])
-        return found["input_ids"], [parts[place][1] for place in places]
+            ids = [token for piece in pieces for token in piece]
+        else:
+            found = tokenizer("".join(texts), add_special_tokens=False, return_offsets_mapping=True)
+            ends = list(accumulate(map(len, texts)))
+            places = np.searchsorted(ends, [end for _, end in found["offset_mapping"]])
+            ids, flags = found["input_ids"], [parts[place][1] for place in places]
+        if image not in ids:
+            return ids, flags, 1
+        slot = ids.index(image)
+        return ids[:slot] + ids[slot + 1 :], flags[:slot] + flags[slot + 1 :], slot
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:

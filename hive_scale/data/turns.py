@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import cycle, takewhile
 from typing import Any
 
-IMAGE = "<image>"  # where LLaVA's records put the picture; visual tokens never enter the text here
+from hive_scale.chat_template import IMAGE
+
 SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA adds to questions with short answers
 Turns = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from hive_scale.config import DataConfig
-from hive_scale.data.chat import prompt
+from hive_scale.data.chat import prompt_with_slot
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.data.transform import blank, decode, picture
 from hive_scale.distributed import World
@@ -44,7 +44,8 @@ class HiveAnswerer:
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         """Raises ValueError for a prompt that leaves an answer no room in the LLM's context."""
-        prompts = [prompt([{"role": "user", "content": one.prompt}], self.tokenizer) for one in questions]
+        asked = [self._prompt(one) for one in questions]
+        prompts, slots = [tokens for tokens, _ in asked], [slot for _, slot in asked]
         for question, tokens in zip(questions, prompts, strict=True):
             if len(tokens) + max_tokens > self.longest:
                 raise ValueError(
@@ -57,8 +58,13 @@ class HiveAnswerer:
         device = self.model.pixel_mean.device
         pixels = torch.stack(seen or [blank(self.image_size)]).to(device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            made = generate(self.model, pixels, places, prompts, self.tokenizer.eos_id, max_tokens)
+            made = generate(self.model, pixels, places, prompts, self.tokenizer.end_ids, max_tokens, slots)
         return [Answer(self.tokenizer.decode(ids).strip(), len(ids) == max_tokens) for ids in made]
+
+    def _prompt(self, question: Question) -> tuple[list[int], int]:
+        """Tokens, and how many of them come before the picture."""
+        turns = [{"role": "user", "content": question.prompt}]
+        return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.picture else None)
 
 
 class LlavaAnswerer:

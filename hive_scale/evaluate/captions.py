@@ -42,5 +42,5 @@ def write(model: Hive, tokenizer: Tokenizer, pictures: Sequence[Tensor]) -> list
     """The caption that the model writes of each picture, uint8 (3, H, W)."""
     pixels = torch.stack(list(pictures)).to(model.pixel_mean.device)
     starts = [[tokenizer.start_id]] * len(pixels)
-    written = generate(model, pixels, range(len(pixels)), starts, tokenizer.eos_id, max_tokens=40)
+    written = generate(model, pixels, range(len(pixels)), starts, tokenizer.end_ids, max_tokens=40)
     return [tokenizer.decode(ids) for ids in written]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -21,12 +21,12 @@ from transformers import (
     SiglipImageProcessor,
 )
 
-from hive_scale.config import ImageMode, ModelConfig
+from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
+from hive_scale.config import ImageMode, ImagePosition, ModelConfig
+from hive_scale.model import portable
 from hive_scale.model.build import VISION, language_config, on_meta, vision_config
-from hive_scale.model.pretrained import quiet
 from hive_scale.model.vision import PIXEL_STATISTICS
 
-IMAGE_TOKEN = "<image>"
 # parameters of LlavaForConditionalGeneration, and ours
 LLAVA = {
     "model.vision_tower.": "vision.",
@@ -43,7 +43,7 @@ def export_encoder(
 ) -> None:
     """A SiglipVisionModel or CLIPVisionModel directory, with its image processor."""
     vision = vision_config(config.vision)
-    _save(lambda: VISION[vision.model_type](vision), weights, {"": "vision."}, path, dtype)
+    _save(lambda: VISION[vision.model_type](vision), weights, {"": "vision."}, portable.ENCODER_FILE, path, dtype)
     image_processor(vision, mode).save_pretrained(path)
 
 
@@ -53,8 +53,9 @@ def export_llm(
     """The causal LM alone, with its tokenizer: what it says without a picture, whatever the fusion."""
     language = language_config(config.language)
     auto: Any = AutoModelForCausalLM
-    _save(lambda: auto.from_config(language), weights, {"": "language."}, path, dtype)
-    tokenizer.save_pretrained(path)
+    ends = _generation(tokenizer, ChatTemplate(tokenizer).end_ids)
+    _save(lambda: auto.from_config(language), weights, {"": "language."}, portable.LLM_FILE, path, dtype, ends)
+    portable.save_tokenizer(tokenizer, path)
 
 
 def export_llava(
@@ -64,18 +65,20 @@ def export_llava(
     tokenizer: Any,
     mode: ImageMode,
     dtype: torch.dtype = torch.float32,
+    position: ImagePosition = "user",
 ) -> None:
     """The `concat` model as LlavaForConditionalGeneration, with its processor.
 
     The token ``<image>``, which LLaVA wants in the vocabulary, gets a row of zeros unless there is one to spare,
-    and is never generated. Raises ValueError for another fusion.
+    and is never generated. The chat template asks as training did, with the image at `position`. Raises ValueError
+    for another fusion.
     """
     if config.fusion != "concat":
         raise ValueError(f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat")
     vision, language = vision_config(config.vision), language_config(config.language)
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
-    image_id: int = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    template = ChatTemplate(tokenizer)
+    tokenizer = _asking(tokenizer, template, position)
+    image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
     language.vocab_size = max(language.vocab_size, image_id + 1)
     has_class_token = vision.model_type == "clip_vision_model"
     strategy: Any = "default" if has_class_token else "full"
@@ -88,45 +91,61 @@ def export_llava(
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=language.tie_word_embeddings,
     )
-    generation = cast(Any, GenerationConfig)(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=[image_id],
-    )
+    generation = _generation(tokenizer, template.end_ids, suppress_tokens=[image_id])
     longer = _lengthened(weights, language.vocab_size)
-    _save(lambda: LlavaForConditionalGeneration(settings), longer, LLAVA, path, dtype, generation)
+    _save(lambda: LlavaForConditionalGeneration(settings), longer, LLAVA, portable.LLAVA_FILE, path, dtype, generation)
+    images = image_processor(vision, mode)
     cast(Any, LlavaProcessor)(
-        image_processor=image_processor(vision, mode),
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=strategy,
-        image_token=IMAGE_TOKEN,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
         num_additional_image_tokens=int(has_class_token),
     ).save_pretrained(path)
+    images.save_pretrained(path)  # in a file of its own, where version 4 of transformers looks
+    portable.mend_tokenizer(path)
+
+
+def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> Any:
+    """A copy of `tokenizer` with which others ask as training did, whichever way they take."""
+    chat_template, end = template.exported(position), tokenizer.convert_ids_to_tokens(template.end_ids[0])
+    tokenizer = with_image_token(tokenizer)
+    tokenizer.chat_template = chat_template
+    tokenizer.eos_token = end  # what many tools stop at, whatever generation_config.json says
+    if tokenizer.is_fast:  # the start token is the template's to write; some tools would get two
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    for name in ("add_bos_token", "add_eos_token"):
+        if hasattr(tokenizer, name):
+            setattr(tokenizer, name, False)
+    return tokenizer
+
+
+def _generation(tokenizer: Any, end_ids: list[int], **more: Any) -> GenerationConfig:
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(**ids, **more)  # type: ignore[no-untyped-call]
 
 
 def _save(
     make: Callable[[], Any],
     weights: Weights,
     prefixes: Mapping[str, str],
+    file_names: Mapping[str, str],
     path: Path,
     dtype: torch.dtype,
     generation: GenerationConfig | None = None,
 ) -> None:
-    """Build on the meta device, take over the tensors by name, write. `prefixes`: the module's to ours."""
-    module = on_meta(make)
+    """Take over the tensors of a module on the meta device by name. `prefixes`: the module's to ours."""
+    module: Any = on_meta(make)
     module.tie_weights()
     tensors = {}
     for name, _ in module.named_parameters():
         theirs, ours = next((a, b) for a, b in prefixes.items() if name.startswith(a))
-        tensors[name] = weights[ours + name.removeprefix(theirs)].to(dtype)
-    module.load_state_dict(tensors, strict=False, assign=True)
-    module.tie_weights()
+        tensors[name] = weights[ours + name.removeprefix(theirs)].detach().to(dtype)
+    portable.save_model(module, tensors, file_names, path)
     if generation:
-        module.generation_config = generation
-    quiet()
-    cast(Any, module).save_pretrained(path)
+        generation.save_pretrained(path)
 
 
 def _lengthened(weights: Weights, vocab_size: int) -> Weights:

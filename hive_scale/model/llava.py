@@ -28,9 +28,10 @@ class StockLlava:
             raise ValueError(f"{path}: the processor makes pictures of {made} pixels, the encoder takes {wanted}")
         self.processor, self.model, self.device = processor, model.to(device).eval(), device
         self.tokenizer = processor.tokenizer
-        self.end_ids = {id for id in (self.tokenizer.eos_token_id, model.generation_config.eos_token_id) if id}
+        stops = model.generation_config.eos_token_id
+        self.end_ids = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
         self.start: str = self.tokenizer.bos_token or self.tokenizer.eos_token
-        # LLaVA's own templates say where the picture goes; those of plain chat models know only text
+        # templates of models that see take content parts; those of plain chat models know only text
         try:
             parts = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
         except TypeError:  # some of these add the content to other text
@@ -59,11 +60,7 @@ class StockLlava:
         if self.places_pictures:
             picture = [{"type": "image"}] if has_picture else []
             return self._render([*picture, {"type": "text", "text": question}])
-        text = self._render(question)
-        if not has_picture:
-            return text
-        start = self.start if text.startswith(self.start) else ""  # after which our models have their picture
-        return start + str(self.processor.image_token) + text.removeprefix(start)
+        return self._render(f"{self.processor.image_token}\n{question}" if has_picture else question)
 
     def _render(self, content: Any) -> str:
         text: str = self.tokenizer.apply_chat_template(

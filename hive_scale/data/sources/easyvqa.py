@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hive_scale.chat_template import IMAGE
 from hive_scale.data.convert.sources import table
 from hive_scale.data.convert.writer import Layout, convert
 from hive_scale.data.sources.packages import Package, fetch, members
-from hive_scale.data.turns import IMAGE, SHORT
+from hive_scale.data.turns import SHORT
 
 WHEEL = Package("pypi", "easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f")
 _ROOT = "easy_vqa/data/"
