@@ -22,7 +22,7 @@ from PIL import Image
 
 from hive_scale.data.cache import locked
 from hive_scale.data.convert.sources import Item, Source
-from hive_scale.data.scan import FORMATS
+from hive_scale.data.images import FORMATS
 from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.records import write_shard
 
@@ -141,9 +141,10 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
                 "__key__": f"{number:09d}",
                 _extension(picture): picture,
                 "txt": item.caption.encode(),
-                "json": json.dumps(item.record, ensure_ascii=False, default=str).encode(),
+                # of what is no text, escapes: JSON has one for half a character
+                "json": json.dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
             }
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             skipped.append((f"{number:09d}", str(error)))
 
 
