@@ -10,6 +10,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of files that are taken for pictures
 LOCAL_HEADER = 30  # bytes before the name, of a file inside a zip
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
@@ -69,7 +70,10 @@ class InParquet:
     row: int
 
     def read(self) -> bytes:
-        cell = _column(self.file, self.column, self.group)[self.row].as_py()
+        try:
+            cell = _column(self.file, self.column, self.group)[self.row].as_py()
+        except Exception as error:  # pyarrow has errors of its own for what is damaged
+            raise ValueError(f"the pictures of row group {self.group} of {parquet_error(self.file, error)}") from None
         if isinstance(cell, list) and len(cell) == 1:
             cell = cell[0]
         if isinstance(cell, list) and len(cell) > 1:
@@ -78,6 +82,24 @@ class InParquet:
         if not isinstance(data, bytes) or not data:
             raise ValueError("no picture: text alone" if not cell else f"no bytes in column '{self.column}'")
         return data
+
+
+def class_folders(root: Path) -> list[Path]:
+    """A folder's folders, each for a class; hidden ones, which desktops and notebooks leave behind, are none."""
+    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def class_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(pictures, other files) of a class, at any depth; hidden files, such as .DS_Store and ._1.jpg, are neither."""
+    found = sorted(folder.rglob("*"))
+    seen = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    pictures = [path for path in seen if path.suffix.lower() in ENDINGS]
+    return pictures, [path for path in seen if path.suffix.lower() not in ENDINGS and path.is_file()]
+
+
+def parquet_error(path: Path, error: Exception) -> str:
+    """What pyarrow's error says of a file, in one line."""
+    return f"{path} cannot be read as parquet: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 @lru_cache(maxsize=1)  # a shard's rows are neighbours
@@ -105,7 +127,7 @@ class Pictures:
         inside(name, self.root)
         if self.root.is_dir():
             path = self.root / name
-            return InFile(path) if path.is_file() else None
+            return InFile(path) if os.path.isfile(path) else None  # which takes names that no file can have
         info = self._members.get(name) or self._members.get(self._top + name)
         if info is None:
             return None
@@ -117,7 +139,7 @@ class Pictures:
         try:
             with zipfile.ZipFile(self.root) as archive:
                 members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile raises what it likes on a directory that is damaged
             raise ValueError(f"{self.root} is cut short or damaged ({error}): fetch it again") from None
         for name in members:
             inside(name, self.root)
