@@ -6,12 +6,13 @@ from pathlib import Path
 
 from hive_scale.data.turns import SHORT
 from hive_scale.evaluate.answers import plain_normal
-from hive_scale.evaluate.files import beside, nothing_in, read_json
+from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json
 from hive_scale.evaluate.question import Answered, Question, Task
 
 SOURCE = "the PyPI package easy-vqa (launchers/prepare_data.py easy_vqa)"
 
 
+@published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
     """The package's own layout: test/questions.json, [question, answer, picture number] each, and test/images/."""
     path = folder / "test" / "questions.json"
