@@ -27,7 +27,7 @@ from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.records import write_shard
 
 JOURNAL = "conversion.jsonl"
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG with more behind it
 SPLITS = ("train", "heldout")
 
 Numbered = tuple[int, Item]

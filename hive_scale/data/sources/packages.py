@@ -114,6 +114,9 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process.stdout
+        process.stdout.read()  # what may be behind tar's end mark: one that cannot write all of it fails
+    if process.returncode:
+        raise ValueError(f"{archive} cannot be read to its end: delete it, it is fetched again")
 
 
 def _download_command(package: Package) -> list[str]:
