@@ -47,6 +47,8 @@ class InZip:
         if self.method not in METHODS:
             raise ValueError(f"{self.name} is packed in a way that is not supported: use stored or deflated members")
         with self.archive.open("rb") as file:
+            if not 0 <= self.offset < self.offset + self.size + LOCAL_HEADER <= os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{self.name} is said to lie outside of {self.archive.name}, which is damaged")
             header = os.pread(file.fileno(), LOCAL_HEADER, self.offset)
             name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
             data = os.pread(file.fileno(), self.size, self.offset + LOCAL_HEADER + name + extra)
