@@ -361,7 +361,7 @@ def test_files_of_another_shape_are_refused_with_the_place_to_get_them(
 def test_a_record_of_another_shape_is_told_with_its_folder(tmp_path: Path) -> None:
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "questions.json").write_text('[["what?", "red"]]')
-    with pytest.raises(ValueError, match="not enough values to unpack"):
+    with pytest.raises(ValueError, match="a record is not as published"):
         find_task("easyvqa").read(tmp_path)
     (tmp_path / "test" / "questions.json").write_text("[" * 99_999)
     with pytest.raises(ValueError, match=r"questions\.json cannot be read as JSON"):

@@ -18,9 +18,10 @@ def read(folder: Path) -> list[Question]:
     path = folder / "test" / "questions.json"
     if not path.is_file():
         raise nothing_in(folder, "test/questions.json", SOURCE)
+    images = path.parent / "images"
     return [
-        Question(str(place), asked + SHORT, beside(path.parent / "images" / f"{number}.png"), {"answer": answer})
-        for place, (asked, answer, number) in enumerate(read_json(path))
+        Question(str(place), one[0] + SHORT, beside(images / f"{one[2]}.png"), {"answer": one[1]})
+        for place, one in enumerate(read_json(path))
     ]
 
 
