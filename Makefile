@@ -3,17 +3,44 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
+UV = .venv-uv/bin/uv
 CLUSTER = /tmp/hive-slurm
 
-.PHONY: install debug demo figures slurm-demo test lint faults clean
+.PHONY: install lock debug demo figures slurm-demo test test-newest test-oldest lint faults clean
 
+# exactly the versions of the lock, which were tested together
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --upgrade pip
-	$(VENV)/bin/pip install --quiet --editable '.[dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
+
+# after a change of pyproject.toml; UPGRADE=--upgrade takes the newest of everything
+lock: $(UV)
+	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-emit-index-url \
+		--custom-compile-command 'make lock' --quiet $(UPGRADE) --output-file requirements.lock
+
+# the contract with every dependency, at both ends of what pyproject.toml admits
+test-newest:
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	.venv-newest/bin/python -m pytest -m contract 
+
+test-oldest: $(UV)
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	$(UV) pip compile pyproject.toml --extra dev --resolution lowest-direct --python .venv-oldest --no-emit-index-url \
+		--quiet --output-file .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --requirement .venv-oldest/requirements.txt
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	.venv-oldest/bin/python -m pytest -m contract
+
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install --quiet --disable-pip-version-check uv
 
 # three stages on the shipped pictures, on CPU or one GPU
 debug: install
@@ -57,4 +84,4 @@ faults: install
 	$(RUN) tests/faults/sweep.py --trials 100 --markdown
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-uv runs build *.egg-info

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from itertools import islice
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -31,18 +34,47 @@ def blank_twin(config: Config) -> Config:
 
 
 def show(config: Config, device: torch.device) -> None:
-    """Print the outcome of a finished run, and keep it in `<output>/outcome.txt`. Works on this process alone."""
+    """Print the outcome of a finished run, and keep it in `<output>/outcome.txt`. Works on this process alone.
+
+    The run is trained and saved by then: what cannot be shown of it is said in a line, and raises nothing.
+    """
     kept = config.run_dir / "outcome.txt"
     if not kept.exists():
         with console.capture() as text:
-            _tell(config, device)
+            whole = all([_losses(config), _looks(config, device), _files(config)])
+        if not whole:  # the next start tries again
+            console.out(text.get(), end="")
+            return
         kept.write_text(text.get())
     console.out(kept.read_text(), end="")
 
 
-def _tell(config: Config, device: torch.device) -> None:
-    losses = heldout_losses(config)
-    console.print(_losses_table(config, losses))
+def _told(what: Callable[..., None]) -> Callable[..., bool]:
+    """A part of the outcome that says in a line why it is missing. Returns whether it is there."""
+
+    @wraps(what)
+    def part(*arguments: Any) -> bool:
+        try:
+            what(*arguments)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = f"training is done and saved, but not all of it can be shown: {type(error).__name__}: {reason}"
+            console.print(text, markup=False, soft_wrap=True)
+            return False
+        return True
+
+    return part
+
+
+@_told
+def _losses(config: Config) -> None:
+    console.print(_losses_table(config, heldout_losses(config)))
+    console.print(_time(config), soft_wrap=True)
+
+
+@_told
+def _looks(config: Config, device: torch.device) -> None:
+    """Does the model use the picture? Its captions beside the true ones."""
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
     model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
@@ -50,12 +82,16 @@ def _tell(config: Config, device: torch.device) -> None:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
         share = matched_share(model, (batch.to(device) for batch in batches))
         console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
-        console.print(_gain(config, losses))
-    console.print(_time(config), soft_wrap=True)
+        console.print(_gain(config, heldout_losses(config)))
     if pairs := list(data.heldout.spread(3)):
         written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
         for (_, truth), text in zip(pairs, written, strict=True):
             console.print(f"  truth: {truth}\n  model: {text}", markup=False)
+
+
+@_told
+def _files(config: Config) -> None:
+    stage_dir = config.run_dir / list(config.stages)[-1]
     console.print(
         f"weights  {stage_dir / WEIGHTS}\n"
         f"encoder  {stage_dir / 'encoder'}  (loads with transformers' from_pretrained)\n"

@@ -14,6 +14,7 @@ from hive_scale.config import Config
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
+from hive_scale.engine import check_compiler
 from hive_scale.features import check_disk
 from hive_scale.model import build
 from hive_scale.stage import freeze
@@ -49,6 +50,7 @@ def open_all(config: Config) -> dict[str, Data]:
 
 def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
     """Meet every error of any stage now, not in the night. Raises ValueError."""
+    check_compiler(config.engine)
     model = build.skeleton(config.model)
     for name, stage in config.stages.items():
         try:

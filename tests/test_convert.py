@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import Members, pair, picture_bytes, write_tar
 
+from hive_scale.commands import prepare_data
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.convert import sources
 from hive_scale.data.convert.sources import Item, Source, json_records
@@ -28,7 +29,6 @@ from hive_scale.data.convert.writer import JOURNAL, Layout, Shard, _samples, con
 from hive_scale.data.index import open_index
 from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.packages import members
-from launchers import prepare_data
 
 CACHE = ShardCache(10**9)
 PAIRS = Layout(shard_size=4, heldout=0.0)

@@ -22,6 +22,7 @@ from hive_scale.model.fusion import _visual_positions
 from hive_scale.model.vision import encoder_depths, group_ends, hidden_states, patches
 from hive_scale.presets import load
 
+pytestmark = pytest.mark.contract
 FUSIONS = ("cross_attention", "joint_attention", "concat")
 FAMILIES = ("llama", "qwen2", "qwen3")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,6 +266,25 @@ def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: Wo
     assert (config.run_dir / "outcome.txt").read_text() == text
     for word in (*config.stages, "truth:", "model:", "own picture", "blank pictures", "encoder", "next"):
         assert word in text, word
+
+
+def test_an_outcome_that_cannot_be_shown_whole_shows_the_rest(tmp_path: Path, world: World) -> None:
+    """Training is done: a disk that went away since must not end the run in a traceback."""
+    shard = Path(shutil.copy(SOME, tmp_path))
+    config = small(tmp_path / "run", steps=2)
+    config = replace(config, data=replace(config.data, heldout=[str(shard)]))
+    run_pipeline(config, world)
+    away = shard.rename(tmp_path / "away")
+    with console.capture() as shown:
+        show(config, world.device)
+    text = shown.get()
+    assert "training is done and saved, but not all of it can be shown: ValueError: " in text
+    for word in (*config.stages, "weights  ", "encoder  ", "next  "):
+        assert word in text, word
+    away.rename(shard)
+    with console.capture() as shown:
+        show(config, world.device)
+    assert "truth:" in shown.get()
 
 
 def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -13,6 +15,8 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.stage import ParamGroup
+
+COMPILERS = ("g++", "clang++", "c++")
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,15 @@ class Engine(Protocol):
     def refresh(self, num_steps: int) -> None:
         """After the fragments were overwritten: renew compute copies, set the stage's count of optimizer steps."""
         ...
+
+
+def check_compiler(config: EngineConfig) -> None:
+    """Raises ValueError where blocks are to be compiled on a machine that cannot: torch says so within a step."""
+    if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
+        raise ValueError(
+            "engine.compile=true needs a C++ compiler, and there is none here: install g++, name one in CXX, or set "
+            "engine.compile=false (all else works without)"
+        )
 
 
 def open_engine(

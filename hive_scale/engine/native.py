@@ -184,8 +184,8 @@ def _local_range(tensor: Tensor) -> tuple[Tensor, int]:
     """This rank's part of a parameter as a flat view, and where it begins in the flattened whole."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().view(-1), 0
-    # the protocol by which torch.distributed.checkpoint itself asks
-    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    local = tensor.to_local()
-    offset = chunk.offsets[0] * tensor.shape[1:].numel() if local.numel() else 0
+    local, mesh = tensor.to_local(), tensor.device_mesh
+    (dim,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    rows = math.ceil(tensor.shape[0] / mesh.size(dim))  # of every rank but the last ones, as torch.chunk cuts
+    offset = mesh.get_local_rank(dim) * rows * tensor.shape[1:].numel() if local.numel() else 0
     return local.view(-1), offset

@@ -113,7 +113,7 @@ def vocabulary_size(config: ModelConfig) -> int:
 
 def _language_from(config: PretrainedConfig) -> nn.Module:
     auto: Any = AutoModelForCausalLM
-    return cast(nn.Module, auto.from_config(config, attn_implementation="sdpa"))
+    return cast(nn.Module, auto.from_config(config))
 
 
 def _language_class(config: PretrainedConfig) -> Any:
@@ -134,7 +134,6 @@ def vision_config(part: PartConfig) -> PretrainedConfig:
             f"model.vision: image_size {config.image_size} has no room for a patch of {config.patch_size}: "
             "use a larger image_size or a smaller patch_size"
         )
-    config._attn_implementation = "sdpa"
     return config
 
 
@@ -182,8 +181,8 @@ def _float32(config: Any) -> PretrainedConfig:
 
 def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None:
     """Hugging Face configs take any field and ignore it; a typo must not pass."""
-    # the last three are understood though not listed
-    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim"}
+    # understood, though some releases do not list them
+    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim", "vision_use_head"}
     for field in fields:
         if field not in known:
             near = get_close_matches(field, known, n=1)

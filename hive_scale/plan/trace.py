@@ -178,15 +178,13 @@ def _fake(model: nn.Module, dtype: torch.dtype) -> None:
     """Give `model` parameters and buffers that have a device and no memory; tied ones stay tied."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if parameter not in made:
-                    fake = torch.empty(parameter.shape, dtype=dtype, device="cpu")
-                    made[parameter] = nn.Parameter(fake, parameter.requires_grad)
-                module._parameters[name] = made[parameter]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter not in made:
+                fake = torch.empty(parameter.shape, dtype=dtype, device="cpu")
+                made[parameter] = nn.Parameter(fake, parameter.requires_grad)
+            setattr(module, name, made[parameter])
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
 def _inputs(num_tokens: int, shape: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:

@@ -1,0 +1,85 @@
+"""A wrong environment is told in one line that says what to change, not by a traceback from deep inside.
+
+Why: a Python or torch outside the range, or a package that is not there, is the first thing a newcomer meets.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+
+from hive_scale import __main__ as front
+
+ROOT = Path(__file__).resolve().parents[1]
+LAUNCHER = ROOT / "launchers" / "pretrain.py"
+OTHER_PYTHONS = [  # whatever of them this machine has
+    *(found for name in ("3.8", "3.9", "3.10", "3.14") for found in Path("/usr/bin").glob(f"python{name}")),
+    *(
+        found
+        for name in ("3.8", "3.9", "3.10", "3.14")
+        for found in Path.home().glob(f".pyenv/versions/{name}.*/bin/python")
+    ),
+]
+
+
+def told(*command: str, path: Path | None = None) -> str:
+    """The one line of an error."""
+    env = {"PYTHONPATH": str(path)} if path else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("version", ["2.3.0", "3.0.0"])
+def test_a_torch_outside_the_range(version: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"torch-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    line = told(sys.executable, str(LAUNCHER), path=tmp_path)
+    assert f"torch is {version}, <2.15,>=2.11 was tried" in line
+    assert "requirements.lock" in line
+
+
+def test_nothing_installed() -> None:
+    line = told(sys.executable, "-S", str(LAUNCHER))
+    assert "packaging is not installed" in line
+    assert "requirements.lock" in line
+
+
+@pytest.mark.skipif(not OTHER_PYTHONS, reason="no other Python on this machine")
+def test_a_python_outside_the_range() -> None:
+    for python in OTHER_PYTHONS:
+        assert "hive_scale needs Python 3.11 to 3.13, and this is 3." in told(str(python), str(LAUNCHER))
+
+
+def test_what_an_old_python_reads_it_can_parse() -> None:
+    for path in (LAUNCHER, ROOT / "slurm" / "submit_pipeline.py", ROOT / "hive_scale" / "__main__.py"):
+        ast.parse(path.read_text(), feature_version=(3, 8))
+    ast.parse((ROOT / "hive_scale" / "__init__.py").read_text(), feature_version=(3, 8))
+
+
+def test_the_pythons_told_are_those_of_the_project() -> None:
+    asked = SpecifierSet(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"])
+    within = [minor for minor in range(5, 30) if asked.contains(f"3.{minor}.1")]
+    assert (within[0], within[-1]) == (front.OLDEST[1], front.NEWEST[1])
+
+
+def test_an_unknown_command_names_the_nearest() -> None:
+    assert "did you mean pretrain?" in told(sys.executable, "-m", "hive_scale", "pretain", path=ROOT)
+
+
+def test_compilation_without_a_compiler_is_refused_before_training(tmp_path: Path) -> None:
+    words = ["--preset", "debug", "engine.compile=true", f"output={tmp_path / 'run'}", "log.wandb=off"]
+    command = [sys.executable, str(LAUNCHER), *words]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)}, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "engine.compile=true needs a C++ compiler" in done.stderr
+    assert "Traceback" not in done.stderr
