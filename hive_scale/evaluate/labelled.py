@@ -27,7 +27,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
-from hive_scale.data.convert.pictures import ENDINGS, InFile, class_files, class_folders
+from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
 from hive_scale.data.images import upright_rgb
 from hive_scale.data.index import Index, open_index
 from hive_scale.data.shards import ShardReader, all_shards, expand
@@ -166,7 +166,11 @@ def _folders(name: str, known: Known, root: Path) -> Labelled | None:
             notes.append(f"{part}: {len(others):,} files that are no {', '.join(ENDINGS)}, such as {others[0]}")
 
         def read(i: int) -> tuple[Tensor, int]:
-            return decode(InFile(paths[i][0]).read(), MAX_PIXELS), paths[i][1]
+            path, label = paths[i]
+            try:
+                return decode(path.read_bytes(), MAX_PIXELS), label
+            except OSError as error:  # a link to nowhere, or a file of another user
+                raise ValueError(f"{path} cannot be read ({error.strerror})") from None
 
         return _split(name, part, len(paths), read)
 

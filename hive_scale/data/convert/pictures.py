@@ -10,7 +10,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of files that are taken for pictures
 LOCAL_HEADER = 30  # bytes before the name, of a file inside a zip
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
@@ -84,19 +83,6 @@ class InParquet:
         if not isinstance(data, bytes) or not data:
             raise ValueError("no picture: text alone" if not cell else f"no bytes in column '{self.column}'")
         return data
-
-
-def class_folders(root: Path) -> list[Path]:
-    """A folder's folders, each for a class; hidden ones, which desktops and notebooks leave behind, are none."""
-    return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def class_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(pictures, other files) of a class, at any depth; hidden files, such as .DS_Store and ._1.jpg, are neither."""
-    found = sorted(folder.rglob("*"))
-    seen = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    pictures = [path for path in seen if path.suffix.lower() in ENDINGS]
-    return pictures, [path for path in seen if path.suffix.lower() not in ENDINGS and path.is_file()]
 
 
 def parquet_error(path: Path, error: Exception) -> str:

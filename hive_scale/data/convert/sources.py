@@ -11,16 +11,8 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from hive_scale.data.convert.pictures import (
-    ENDINGS,
-    InFile,
-    InParquet,
-    Pictures,
-    Place,
-    class_files,
-    class_folders,
-    parquet_error,
-)
+from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
+from hive_scale.data.convert.pictures import InFile, InParquet, Pictures, Place, parquet_error
 from hive_scale.data.turns import is_text, turns_of
 
 if TYPE_CHECKING:
