@@ -102,7 +102,7 @@ def test_what_desktops_leave_in_class_folders_is_no_picture(tmp_path: Path) -> N
     assert [data.train.read(i)[1] for i in range(2)] == [0, 1]
     [note] = data.notes
     assert note.startswith("train: 2 files that are no .jpg, .jpeg, .png, .webp, such as ")
-    assert note.endswith("Thumbs.db")
+    assert note.endswith("Thumbs.db'")
 
 
 def test_a_broken_picture_is_named_once_and_the_next_one_stands_in(

@@ -145,16 +145,23 @@ def _run(file: IO[bytes], start: int, total: int) -> Iterator[tuple[str, Range, 
 
 
 def _next_header(file: IO[bytes], at: int, total: int) -> int | None:
-    """Where the first sound header at or behind byte `at` begins."""
+    """Where the first sound header at or behind byte `at` begins.
+
+    Looked for in every block, and at every place with a header's magic: in a file that has lost or gained some bytes
+    no block is where it was, and the oldest tars have no magic.
+    """
     if at + BLOCK > total:
         return None
+    first = magic = at
     with mmap.mmap(file.fileno(), total, access=mmap.ACCESS_READ) as content:
-        while 0 <= at <= total - BLOCK:
+        while at <= total - BLOCK:
             try:
                 tarfile.TarInfo.frombuf(content[at : at + BLOCK], "utf-8", "surrogateescape")
             except (tarfile.HeaderError, ValueError):
-                # not in steps of a block: what has lost or gained some bytes lies at odd places
-                at = content.find(MAGIC, at + 1 + MAGIC_AT) - MAGIC_AT
+                if magic <= at:
+                    found = content.find(MAGIC, at + 1 + MAGIC_AT)
+                    magic = total if found < 0 else found - MAGIC_AT
+                at = min(magic, at + BLOCK - (at - first) % BLOCK)
             else:
                 return at
     return None

@@ -163,7 +163,7 @@ def _folders(name: str, known: Known, root: Path) -> Labelled | None:
         found = [class_files(root / part / one) for one in classes]
         paths = [(path, label) for label, (pictures, _) in enumerate(found) for path in pictures]
         if others := [path for _, rest in found for path in rest]:
-            notes.append(f"{part}: {len(others):,} files that are no {', '.join(ENDINGS)}, such as {others[0]}")
+            notes.append(f"{part}: {len(others):,} files that are no {', '.join(ENDINGS)}, such as {str(others[0])!r}")
 
         def read(i: int) -> tuple[Tensor, int]:
             path, label = paths[i]
