@@ -211,6 +211,8 @@ def test_json_that_ends_early_or_goes_on_is_refused_and_a_bad_line_is_named(tmp_
         "no {...}, but a list",
         "no {...}, but a int",
     ]
+    deep = f'{{"image": "a.jpg", "caption": "c", "more": {"[" * 900 + "]" * 900}}}'
+    assert captions(items_of(tmp_path / "t.json", tmp_path, f"[{deep}, {good}]")) == ["nested more than 64 deep", "c"]
     lines = [good, good[:-9], "null", "", "[" * 100_000, good]
     assert captions(items_of(tmp_path / "t.jsonl", tmp_path, "\n".join(lines))) == [
         "c",
@@ -492,6 +494,8 @@ def test_what_is_no_list_of_records_or_wholly_useless_stops_with_one_line(
 ) -> None:
     command = ["llava", str(llava / "chat.json"), str(llava / "images"), "--output", str(llava / "out")]
     assert prepare_data.main(["llava", str(llava / "no.json"), *command[2:]]) == 2
+    (llava / "empty.json").write_text("[]")
+    assert prepare_data.main(["llava", str(llava / "empty.json"), *command[2:]]) == 2
     (llava / "chat.json").write_text('[{"image": "a"}, {"image": b}]')
     assert prepare_data.main(command) == 2
     (llava / "chat.json").write_text("[1, 2]")
@@ -501,11 +505,12 @@ def test_what_is_no_list_of_records_or_wholly_useless_stops_with_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare_data.py")]
     expected = (
         "is not there",
+        "there is no record in the source",
         "is not JSON at character 27",
         "none of the first 2 records can be used: no {...}, but a int",
         "none of the first 1 records",
     )
-    assert len(errors) == 4
+    assert len(errors) == 5
     assert all(message in error for message, error in zip(expected, errors, strict=True))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**20  # characters of JSON read at a time
 LONGEST_ROW = 2**20  # characters of a CSV or TSV within which a quotation mark must be closed
+DEEPEST = 64  # objects and lists within each other, in a record that is used
 CAPTIONS = ("caption", "text", "txt")  # columns that hold one, in the order in which they are looked for
 
 
@@ -152,8 +153,8 @@ def classes(folder: Path) -> Source:
 def json_records(file: BinaryIO, path: Path) -> Iterator[Record]:
     """The objects of a JSON array, or of JSON lines, one by one: such files reach gigabytes.
 
-    What is no object, and a line that is no JSON, is named in its place. Raises ValueError for an array that is no
-    JSON or does not end, since it cannot be told where its next record begins.
+    What is no object, and a line that is no JSON, is named in its place. Raises ValueError for an array that does not
+    end, or with a record that is no JSON: it cannot be told where the next one begins.
     """
     text = _decoded(file)
     try:
@@ -185,7 +186,15 @@ def _line(line: str) -> Record:
 
 
 def _object(value: Any) -> Record:
-    return value if isinstance(value, dict) else Unreadable(f"no {{...}}, but a {type(value).__name__}")
+    if not isinstance(value, dict):
+        return Unreadable(f"no {{...}}, but a {type(value).__name__}")
+    return value if _is_shallow(value, DEEPEST) else Unreadable(f"nested more than {DEEPEST} deep")
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    """Whether `value` can be sent to another process and written: both go down into it by recursion."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not inner or (levels > 0 and all(_is_shallow(one, levels - 1) for one in inner))
 
 
 class _Scanner:

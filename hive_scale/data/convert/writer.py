@@ -69,8 +69,8 @@ def convert(
 
     Pictures keep their bytes. Records whose picture or text cannot be used are left out, and named in
     ``conversion.jsonl``. The same call again goes on after the shards that are whole. `advance` hears how far the
-    source is and how many samples have been written. Raises ValueError if `output` holds another set, and if the
-    first shard comes out empty.
+    source is and how many samples have been written. Raises ValueError if `output` holds another set, if there is no
+    record, and if the first shard comes out empty.
     """
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock"):
@@ -98,6 +98,8 @@ def convert(
                     if not future.cancelled() and not future.exception():
                         journal.add(future.result())
                 raise
+        if not journal.done:
+            raise ValueError("there is no record in the source: is the file empty, or cut behind its header?")
         return list(journal.done.values())
 
 
