@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import chain, islice
@@ -49,7 +49,7 @@ class Split:
     name: str
     size: int
     read: Read
-    broken: NDArray[np.uint8]
+    broken: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
