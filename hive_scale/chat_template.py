@@ -90,11 +90,11 @@ class ChatTemplate:
         self.source: str = own or CHAT_TEMPLATE
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {IMAGE}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def special_in(self, text: str) -> str:
         """The first special token that `text` spells, or nothing."""
-        found = self._special.search(text)
+        found = self.special.search(text)
         return found[0] if found else ""
 
     def render(self, turns: Turns) -> str:
@@ -127,7 +127,7 @@ class ChatTemplate:
         Raises ValueError if there is none: who has learned from such turns never stops.
         """
         blank = len(text) - len(text.lstrip())
-        found = self._special.match(text, blank)
+        found = self.special.match(text, blank)
         if not found:
             raise ValueError("the tokenizer's chat template ends answers without a special token: use another")
         return found.end()
@@ -159,7 +159,7 @@ class ChatTemplate:
         for name in ("bos_token", "eos_token"):  # the exported tokenizer's may be others
             if value := getattr(self._tokenizer, name):
                 settings[name] = str(value)
-        start = self._special.match(self.render([{"role": "user", "content": "?"}]))
+        start = self.special.match(self.render([{"role": "user", "content": "?"}]))
         if position == "start" and not start:
             raise ValueError("the chat template begins without a special token: set data.image_position=user")
         source = self.source.removesuffix("\n")  # jinja drops one at a template's end

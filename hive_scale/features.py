@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import Config
+from hive_scale.data import transform
 from hive_scale.data.batches import ignore_signals
 from hive_scale.data.kept import KeptFeatures, open_kept, room_in, size_of
 from hive_scale.data.loader import Loader
@@ -37,7 +38,8 @@ def kept_features(
         return None
     dtype = DTYPES[config.engine.precision]
     model = build.eyes(config.model, weights, world.device, dtype)
-    told = [_digest(model), model.encoder_depths, str(dtype), loader.config.image, loader.fingerprint]
+    pixels = loader.config.image, loader.pad_colour, transform.VERSION
+    told = [_digest(model), model.encoder_depths, str(dtype), pixels, loader.fingerprint]
     path = Path(config.feature_cache).expanduser() / xxhash.xxh3_64_hexdigest(repr(told).encode())
     numbers = np.arange(len(loader.index))
     kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)

@@ -31,12 +31,13 @@ def open_data(config: Config, stage: str = "") -> Data:
     """The data of `stage`; without, the run's."""
     data = (config.stages[stage].data if stage else None) or config.data
     tokenizer = open_tokenizer(data.tokenizer)
-    size, bad = build.image_size(config.model), config.run_dir / "bad_samples.jsonl"
-    return Data(
-        tokenizer,
-        Loader(data, data.train, tokenizer, image_size=size, bad_samples=bad),
-        Loader(data, data.heldout, tokenizer, image_size=size, bad_samples=bad),
-    )
+    bad = config.run_dir / "bad_samples.jsonl"
+
+    def loader(shards: list[str]) -> Loader:
+        size, colour = build.image_size(config.model), build.pad_colour(config.model)
+        return Loader(data, shards, tokenizer, image_size=size, pad_colour=colour, bad_samples=bad)
+
+    return Data(tokenizer, loader(data.train), loader(data.heldout))
 
 
 def open_all(config: Config) -> dict[str, Data]:

@@ -132,6 +132,28 @@ def test_missing_and_cut_answers_are_counted(tmp_path: Path) -> None:
     assert made == {"scores": {"accuracy": 25.0, "named": 25.0}, "questions": 4, "missing": 2, "cut": 1}
 
 
+def test_a_broken_picture_costs_its_own_questions_and_is_named(tmp_path: Path) -> None:
+    questions = ask(tmp_path, count=8)  # 1 and 5 are about picture 1
+    expected = {q.id: Counting().answerer.answer([q], LIMIT)[0].text for q in questions}
+    broken = tmp_path / "test" / "images" / "1.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:-60])
+    answer_all(questions, Counting(), LIMIT, tmp_path / "out", ALONE, batch_size=3)
+    lines = read_predictions(tmp_path / "out")
+    assert {id for id, line in lines.items() if "broken" in line} == {"1", "5"}
+    assert answers(tmp_path / "out") == expected | {"1": "", "5": ""}
+    made = result(easyvqa.TASK, questions, lines)
+    assert (made["questions"], made["missing"]) == (8, 2)
+    assert made["broken"].keys() == {"1", "5"}
+    assert f"{broken}: the picture cannot be decoded" in made["broken"]["5"]
+    broken.write_bytes(whole)  # mended, they are asked again, and they alone
+    counting = Counting()
+    answer_all(questions, counting, LIMIT, tmp_path / "out", ALONE, batch_size=3)
+    assert sorted(counting.asked) == ["1", "5"]
+    assert answers(tmp_path / "out") == expected
+    assert "broken" not in result(easyvqa.TASK, questions, read_predictions(tmp_path / "out"))
+
+
 def test_a_question_that_leaves_no_room_is_named(tmp_path: Path) -> None:
     (question,) = ask(tmp_path, count=1)
     answerer = HiveAnswerer(model(), DataConfig(), ALONE.device)

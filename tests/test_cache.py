@@ -32,6 +32,8 @@ class Remote:
     ranges: bool = True
     drop_after: int = 0  # bytes, after which each connection closes
     fail_first: int = 0  # requests answered with 503
+    wrong_range: int = 0  # bytes by which an asked part is off
+    short_range: bool = False  # parts are at most 1000 bytes, and say so
     requests: list[str] = field(default_factory=list)
 
 
@@ -51,7 +53,8 @@ def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
             start, end = 0, total
             if ranged:
                 first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-                start, end = int(first), min(total, int(last) + 1 if last else total)
+                start, end = int(first) + state.wrong_range, min(total, int(last) + 1 if last else total)
+                end = min(end, start + 1000) if state.short_range else end
             self.send_response(206 if ranged else 200)
             self.send_header("Content-Length", str(end - start))
             if ranged:
@@ -102,6 +105,14 @@ def test_a_dropped_connection_goes_on_where_it_broke(remote: Remote, ranges: boo
             _cache().open(f"{remote.address}/a.tar")
         remote.drop_after = 0
         assert _read(_cache(), f"{remote.address}/a.tar") == remote.files["a.tar"]
+
+
+def test_a_server_that_sends_another_part_or_less_than_the_whole_is_not_believed(remote: Remote) -> None:
+    remote.files["a.tar"], remote.drop_after, remote.wrong_range = os.urandom(5000), 1500, 7
+    with pytest.raises(OSError, match="asked for what is behind byte 1500, the server sends it from byte 1507 on"):
+        _cache().open(f"{remote.address}/a.tar")
+    remote.wrong_range, remote.short_range = 0, True  # parts whose own length is right, of a whole that is longer
+    assert _read(_cache(), f"{remote.address}/a.tar") == remote.files["a.tar"]
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(remote: Remote) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.chat import chat_sample, prompt
@@ -114,6 +114,8 @@ def test_the_picture_has_no_place_in_the_text_and_odd_layouts_are_read() -> None
         (record("Q", "  "), "an answer of the conversation is empty"),
         (record("<image> and <image>?", "A"), "about 2 pictures: only one"),
         (record("<image>", "A", image=["a.jpg", "b.jpg", "c.jpg"]), "about 3 pictures: only one"),
+        (record("what \ud83d?", "A"), "half a character"),
+        ({"conversations": [{"from": ["human"], "value": "Q"}]}, "is not {from: human or gpt"),
     ],
 )
 def test_a_conversation_that_cannot_be_used_says_why(wrong: dict[str, Any], message: str) -> None:
@@ -139,6 +141,32 @@ def test_limits_and_templates_that_will_not_do_say_so() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             chat_sample("k", None, turns, fast(template), 99)
+
+
+def words_alone(special: str) -> Tokenizer:
+    """A tokenizer whose vocabulary has its special token among its words, too."""
+    raw = RawTokenizer(models.WordLevel({"<unk>": 0, special: 1, "horse": 2, "<": 3, "/s>": 4}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=special, pad_token="<unk>"))
+
+
+@settings(max_examples=60)
+@given(parts=st.lists(st.sampled_from([*SPECIAL, "<pad>", "horse", " ", "/s", "<", "x"]), max_size=8))
+@pytest.mark.parametrize("tokenizer", [*TOKENIZERS.values(), Tokenizer(ByT5Tokenizer())], ids=[*TOKENIZERS, "slow"])
+def test_special_tokens_that_a_caption_spells_are_text(tokenizer: Tokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    asked = tokenizer._tokenizer(text, add_special_tokens=False).input_ids
+    tokens = tokenizer.encode(text, 10_000)
+    assert (tokens[0], tokens[-1]) == (tokenizer.start_id, tokenizer.eos_id)
+    special = {*tokenizer.stock.all_special_ids} - {tokenizer.stock.unk_token_id}
+    assert special.isdisjoint(tokens[1:-1])
+    assert tokenizer.decode(tokens).strip() == text.strip()
+    assert tokenizer._tokenizer(text, add_special_tokens=False).input_ids == asked, "conversations are read as before"
+
+
+def test_a_special_token_that_is_also_a_word_is_cut_in_two() -> None:
+    tokenizer = words_alone("</s>")
+    assert tokenizer.encode("horse </s> horse", 77) == [1, 2, 3, 4, 2, 1]
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece", "no system role"])

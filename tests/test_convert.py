@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tars import Members, pair, picture_bytes, write_tar
 
@@ -22,8 +25,9 @@ from hive_scale.commands import prepare_data
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.convert import sources
 from hive_scale.data.convert.sources import Item, Source, json_records
-from hive_scale.data.convert.writer import JOURNAL, Layout, Shard, convert
+from hive_scale.data.convert.writer import JOURNAL, Layout, Shard, _samples, convert
 from hive_scale.data.index import open_index
+from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.packages import members
 
 CACHE = ShardCache(10**9)
@@ -138,6 +142,186 @@ def test_tables_of_captions_of_any_columns(tmp_path: Path, ending: str) -> None:
     assert [json.loads(one["json"]) for one in found.values()] == rows
 
 
+def items_of(path: Path, images: Path, text: str | bytes) -> list[Item]:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return list(sources.table(path, images).items())
+
+
+def captions(items: list[Item]) -> list[str]:
+    """Caption of each record, or the reason for which there is none."""
+    return [item.caption or item.reason for item in items]
+
+
+def test_an_unquoted_tsv_keeps_its_quotation_marks_and_its_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    said = ['"Hello', "plain", 'a 5" nail', '"all"', '"begins" and goes on', 'ends"', 'the "last']
+    rows = "image\tcaption\n" + "".join(f"a.jpg\t{text}\n" for text in said)
+    found = captions(items_of(tmp_path / "t.tsv", tmp_path, rows))
+    assert found == [text if text != '"all"' else "all" for text in said]  # which of the two cannot be told
+    assert captions(items_of(tmp_path / "t.tsv", tmp_path, rows.replace("\n", "\r\n"))) == found
+
+
+def test_a_quoted_field_of_several_lines_is_one_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    for ending, mark in (("csv", ","), ("tsv", "\t")):
+        rows = f'image{mark}caption\na.jpg{mark}"one\n\nand ""two"" , 3"\n\na.jpg{mark}next\n'
+        found = captions(items_of(tmp_path / f"t.{ending}", tmp_path, rows))
+        assert found == ['one\n\nand "two" , 3', "next"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_row_that_does_not_add_up_is_named_and_the_next_one_read(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    mark = {"csv": ",", "tsv": "\t"}[ending]
+    rows = [
+        "image|caption",
+        "a.jpg|one",
+        "a.jpg",
+        "a.jpg|two|3",
+        '"a.jpg|three',
+        "a.jpg|four",
+        'a.jpg|"five" six',
+        "a.jpg|seven",
+    ]
+    found = captions(items_of(tmp_path / f"t.{ending}", tmp_path, "\n".join(rows).replace("|", mark)))
+    assert found[:1] + found[-1:] == ["one", "seven"]
+    assert "four" in found
+    wrong = [text for text in found if text.startswith("not 2 fields as in the header")]
+    assert len(found) == 7
+    assert len(wrong) == {"csv": 4, "tsv": 2}[ending]  # what a TSV cannot quote is no mistake
+
+
+def test_json_that_ends_early_or_goes_on_is_refused_and_a_bad_line_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    good = '{"image": "a.jpg", "caption": "c"}'
+    for text, message in (
+        (f"[{good}, {good}", "its list does not end: the file was cut short"),
+        (f"[{good},", "its list does not end"),
+        (f"[{good}] [{good}]", "more follows behind the end of its list"),
+        (f"[{good} {good}]", "',' or ']' is missing"),
+        (f"[{good}, {good[:-9]}", "is not JSON at character"),
+        (f"[{good}, {'[' * 100_000}]", "nested too deeply"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            items_of(tmp_path / "t.json", tmp_path, text)
+    assert captions(items_of(tmp_path / "t.json", tmp_path, "[]")) == []
+    assert captions(items_of(tmp_path / "t.json", tmp_path, f"[null, {good}, [3], 12]")) == [
+        "no {...}, but a NoneType",
+        "c",
+        "no {...}, but a list",
+        "no {...}, but a int",
+    ]
+    deep = f'{{"image": "a.jpg", "caption": "c", "more": {"[" * 900 + "]" * 900}}}'
+    assert captions(items_of(tmp_path / "t.json", tmp_path, f"[{deep}, {good}]")) == ["nested more than 64 deep", "c"]
+    lines = [good, good[:-9], "null", "", "[" * 100_000, good]
+    assert captions(items_of(tmp_path / "t.jsonl", tmp_path, "\n".join(lines))) == [
+        "c",
+        "its line is not JSON: Invalid control character at",
+        "no {...}, but a NoneType",
+        "its line is not JSON that can be read: a number too long, or nested too deeply",
+        "c",
+    ]
+
+
+def test_bytes_that_are_no_text_cost_their_record_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    record = json.dumps({"image": "a.jpg", "caption": "fine", "author": "\ud83d"}).encode()
+    lines = record + b"\n" + record.replace(b"fine", b"caf\xe9") + b"\n" + record.replace(b"a.jpg", b"\xe9.jpg")
+    (tmp_path / "t.jsonl").write_bytes(lines)
+    convert(sources.table(tmp_path / "t.jsonl", tmp_path), tmp_path / "out", PAIRS, workers=1)
+    [found] = read(tmp_path / "out").values()
+    assert found["txt"] == b"fine"
+    assert json.loads(found["json"])["author"] == "\ud83d"
+    assert [reason.encode(errors="replace") for reason in skipped(tmp_path / "out").values()] == [
+        b"the caption is no UTF-8",
+        f"there is no ?.jpg in {tmp_path}".encode(),
+    ]
+
+
+PIECES = (
+    *(b"image", b"caption", b"a.jpg", b"c", b"null", b'"', b"\t", b",", b"\n", b"\r", b"{", b"}", b"[", b"]", b":"),
+    *(b'{"image": "a.jpg", "caption": "c"}', b'{"image": "' + b"a" * 300 + b'"}', b'"\\ud83d"'),
+    *(b"\xff", b"\xef\xbb\xbf", b"\0"),
+)
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join),
+    ending=st.sampled_from(["csv", "tsv", "json", "jsonl"]),
+)
+def test_any_table_is_read_or_refused(tmp_path: Path, content: bytes, ending: str) -> None:
+    path = tmp_path / f"t.{ending}"
+    path.write_bytes(content)
+    with suppress(ValueError):
+        items = list(sources.table(path, tmp_path).items())
+        skips: list[tuple[str, str]] = []
+        written = list(_samples(list(enumerate(items)), skips))
+        assert len(written) + len(skips) == len(items)
+        assert all(split_of(item.group) for item in items)
+
+
+def damaged(draw: Any, whole: bytes) -> bytes:
+    content = bytearray(whole)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(content)))
+        content[at : at + draw(st.integers(0, 40))] = draw(st.binary(max_size=20))
+    return bytes(content)
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), method=st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
+def test_a_damaged_zip_is_refused_or_its_damaged_members_named(tmp_path: Path, data: Any, method: int) -> None:
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for i in range(3):
+            archive.writestr(f"{i}.jpg", picture_bytes(seed=i))
+    (tmp_path / "a.zip").write_bytes(damaged(data.draw, buffer.getvalue()))
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"image": "{i}.jpg", "caption": "c"}}\n' for i in range(3)))
+    with suppress(ValueError):
+        items = list(sources.table(tmp_path / "t.jsonl", tmp_path / "a.zip").items())
+        written = list(_samples(list(enumerate(items)), skips := []))
+        assert len(written) + len(skips) == 3
+        assert all(one["jpg"] == picture_bytes(seed=int(str(one["__key__"]))) for one in written)
+
+
+def rows_of_parquet(folder: Path, rows: int = 8) -> Path:
+    cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} for i in range(rows)])
+    texts = pa.array([f"caption number {i} " * 9 for i in range(rows)])
+    pq.write_table(
+        pa.table({"image": cells, "caption": texts}), folder / "a.parquet", row_group_size=2, use_dictionary=False
+    )
+    return folder / "a.parquet"
+
+
+def test_a_damaged_row_group_is_named_row_by_row_and_the_others_read(tmp_path: Path) -> None:
+    path = rows_of_parquet(tmp_path)
+    content = path.read_bytes()
+    group = pq.ParquetFile(path).metadata.row_group(1)
+    at = next(group.column(i) for i in range(3) if "caption" in group.column(i).path_in_schema).data_page_offset
+    path.write_bytes(content[:at] + b"\xff" * 60 + content[at + 60 :])
+    convert(sources.parquet([path]), tmp_path / "out", PAIRS, workers=1)
+    assert sorted(read(tmp_path / "out")) == [f"{i:09d}" for i in (0, 1, 4, 5, 6, 7)]
+    reasons = skipped(tmp_path / "out")
+    assert list(reasons) == ["000000002", "000000003"]
+    assert all("row group 1 of" in reason and "cannot be read as parquet" in reason for reason in reasons.values())
+    path.write_bytes(content[:-40])
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
+        sources.parquet([path])
+
+
+def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -> None:
+    feature = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} for i in range(4)])
+    table = pa.table({"image": cells, "label": pa.array([1, -1, 7, 0])})
+    hub = {"huggingface": json.dumps({"info": {"features": feature}})}
+    pq.write_table(table.replace_schema_metadata(hub), tmp_path / "a.parquet")
+    reason = "neither a conversation nor a caption"
+    assert captions(list(sources.parquet([tmp_path / "a.parquet"]).items())) == ["dog", reason, reason, "cat"]
+    pq.write_table(table.replace_schema_metadata({"huggingface": "[3]"}), tmp_path / "a.parquet")
+    assert captions(list(sources.parquet([tmp_path / "a.parquet"]).items())) == [reason] * 4
+
+
 def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
     turns = pa.array([talk("", "Q", f"answer {i}", "Q", "B")["conversations"] for i in range(6)])
     cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} if i != 2 else None for i in range(6)])
@@ -169,7 +353,8 @@ def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
 
 
 def test_class_folders_and_an_empty_one_refused(tmp_path: Path) -> None:
-    for name in ("b/x.jpg", "b/deep/y.JPEG", "a_dog/z.png", "a_dog/notes.txt"):
+    junk = (".DS_Store", "a_dog/.DS_Store", "b/._x.jpg", ".ipynb_checkpoints/x.jpg")
+    for name in ("b/x.jpg", "b/deep/y.JPEG", "a_dog/z.png", "a_dog/notes.txt", "b/Thumbs.db", *junk):
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture_bytes(format="PNG" if name.endswith("png") else "JPEG"))
@@ -179,6 +364,10 @@ def test_class_folders_and_an_empty_one_refused(tmp_path: Path) -> None:
     )
     found = [(one["txt"].decode(), json.loads(one["json"])["label"]) for one in read(tmp_path / "out").values()]
     assert found == [("a dog", 0), ("b", 1), ("b", 1)]
+    assert list(skipped(tmp_path / "out").values()) == [
+        "notes.txt is no .jpg, .jpeg, .png, .webp",
+        "Thumbs.db is no .jpg, .jpeg, .png, .webp",
+    ]
     with pytest.raises(ValueError, match="holds no class folders"):
         sources.classes(tmp_path / "train" / "a_dog")
 
@@ -305,20 +494,23 @@ def test_what_is_no_list_of_records_or_wholly_useless_stops_with_one_line(
 ) -> None:
     command = ["llava", str(llava / "chat.json"), str(llava / "images"), "--output", str(llava / "out")]
     assert prepare_data.main(["llava", str(llava / "no.json"), *command[2:]]) == 2
+    (llava / "empty.json").write_text("[]")
+    assert prepare_data.main(["llava", str(llava / "empty.json"), *command[2:]]) == 2
     (llava / "chat.json").write_text('[{"image": "a"}, {"image": b}]')
     assert prepare_data.main(command) == 2
     (llava / "chat.json").write_text("[1, 2]")
-    assert prepare_data.main(command) == 2
+    assert prepare_data.main([*command, "--overwrite"]) == 2
     (llava / "chat.json").write_text(json.dumps([talk("missing.jpg", "Q", "A")]))
     assert prepare_data.main([*command, "--overwrite"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare_data.py")]
     expected = (
         "is not there",
+        "there is no record in the source",
         "is not JSON at character 27",
-        "is not a list of records",
+        "none of the first 2 records can be used: no {...}, but a int",
         "none of the first 1 records",
     )
-    assert len(errors) == 4
+    assert len(errors) == 5
     assert all(message in error for message, error in zip(expected, errors, strict=True))
 
 

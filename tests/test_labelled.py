@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,13 @@ import numpy as np
 import pytest
 import tars
 import torch
+from PIL import Image
 from test_tasks import picture, write
+from torch.utils.data import DataLoader
 
-from hive_scale.evaluate.labelled import open_labelled
+from hive_scale.evaluate import labelled
+from hive_scale.evaluate.features import Pictures
+from hive_scale.evaluate.labelled import KNOWN, open_labelled
 
 
 def rows(count: int, image: str, label: str, first: int = 0) -> list[dict[str, Any]]:
@@ -83,6 +89,85 @@ def test_class_folders(tmp_path: Path) -> None:
     (tmp_path / "val" / "cow").mkdir()
     with pytest.raises(ValueError, match="the class 'cow', which"):
         open_labelled("folder", tmp_path)
+
+
+def test_what_desktops_leave_in_class_folders_is_no_picture(tmp_path: Path) -> None:
+    junk = ("train/.DS_Store", "train/.ipynb_checkpoints/1.jpg", "train/cat/.DS_Store", "test/cat/._1.jpg")
+    named = ("train/cat/Thumbs.db", "train/dog/notes.txt")
+    for path in ("train/cat/1.jpg", "train/dog/deep/2.PNG", "test/cat/1.webp", *junk, *named):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(tars.picture_bytes())
+    data = open_labelled("folder", tmp_path)
+    assert (data.num_classes, data.train.size, data.test.size) == (2, 2, 1)
+    assert [data.train.read(i)[1] for i in range(2)] == [0, 1]
+    [note] = data.notes
+    assert note.startswith("train: 2 files that are no .jpg, .jpeg, .png, .webp, such as ")
+    assert note.endswith("Thumbs.db'")
+
+
+def test_a_broken_picture_is_named_once_and_the_next_one_stands_in(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        for i in range(4):
+            path = tmp_path / split / "ab"[i % 2] / f"{i}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            whole = tars.picture_bytes(seed=i)
+            path.write_bytes(whole if split == "test" or i != 2 else whole[:-80])  # 2 is the second of class a
+    (tmp_path / "test" / "b" / "3.jpg").write_bytes(b"<html>")
+    data = open_labelled("folder", tmp_path)
+    assert [data.train.read(i)[1] for i in range(4)] == [0, 1, 1, 1]
+    assert torch.equal(data.train.read(1)[0], data.train.read(2)[0])
+    assert data.test.read(3)[1] == 0, "behind the last one the first"
+    assert data.num_broken == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    assert told[0].startswith("folder, train split: picture 1 is left out (the picture cannot be decoded")
+    loader = DataLoader(Pictures(data.train, 8, "resize"), batch_sampler=[[0, 1], [2, 3]], num_workers=2)
+    assert [labels.tolist() for _, labels in loader] == [[0, 1], [1, 1]]
+    for path in (tmp_path / "test").rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="test split: no picture from number 0 on can be decoded"):
+        data.test.read(0)
+
+
+def test_rows_and_records_without_picture_or_label_are_left_out_and_counted(tmp_path: Path) -> None:
+    made = rows(4, "image", "label")
+    made[1]["image"], made[2]["label"] = None, None
+    for part in ("train", "test"):
+        save(tmp_path / "hub" / f"{part}-0.parquet", "image", made)
+    data = open_labelled("pets", tmp_path / "hub")
+    assert [data.train.read(i)[1] for i in range(data.train.size)] == [0, 3]
+    assert data.notes[0] == "train: 2 rows without a picture or a label are left out"
+    records = [b'{"category": "food"}', b"[]", b"null", b"{", b'{"category": ["x"]}', b"[" * 9999, b'{"category": "a"}']
+    pairs = [(str(i), tars.pair(i) | {"json": one}) for i, one in enumerate(records)]
+    for part in ("train", "heldout"):
+        tars.write_tar(tmp_path / "tars" / f"{part}-00000.tar", [*pairs, ("broken", {"jpg": b"", "txt": b"x"})])
+    data = open_labelled("emoji", tmp_path / "tars")
+    assert [data.train.read(i)[1] for i in range(data.train.size)] == [1, 0]
+    assert "5 samples whose records have no 'category' are left out" in data.notes[1]
+    assert "1 faults in its tars" in data.notes[0]
+
+
+def test_probes_see_pictures_upright_and_in_eight_bits(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    shown = Image.open(BytesIO(tars.picture_bytes(24, 16)))
+    buffer = BytesIO()
+    shown.save(buffer, "JPEG", exif=exif)
+    for split in ("train", "test"):
+        save(
+            tmp_path / f"{split}-0.parquet",
+            "image",
+            [{"image": {"bytes": buffer.getvalue(), "path": None}, "label": 0}],
+        )
+    assert open_labelled("pets", tmp_path).test.read(0)[0].shape == (3, 24, 16)
+    grey = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
+    known = replace(KNOWN["pets"], torchvision=lambda root: ([(shown, 0), (grey, 1)], [(None, 0), (grey, 1)]))
+    data = labelled._torchvision("pets", known, tmp_path)
+    assert data is not None
+    assert int(data.train.read(1)[0].max()) == 0x80
+    assert data.test.read(0)[1] == 1, "what torchvision cannot open is broken, too"
 
 
 def test_fashion_mnist_as_torchvision_lays_it_out(tmp_path: Path) -> None:

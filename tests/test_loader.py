@@ -143,6 +143,50 @@ def test_memory_of_pictures_is_used_again_only_when_nobody_holds_it(
             assert torch.equal(picture, loader.pixels(i)), key
 
 
+def nested(depth: int) -> bytes:
+    return b'{"conversations": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("a<image>\ud83d/s\x00", max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["from", "value", "role", "content", "image"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+turns = st.fixed_dictionaries({"from": st.sampled_from(["human", "gpt", "owl"]), "value": values})
+records = st.dictionaries(st.sampled_from(["conversations", "messages", "image"]), values | st.lists(turns, max_size=4))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    record=st.binary(max_size=20)
+    | (values | records).map(lambda value: json.dumps(value).encode())
+    | st.sampled_from([b"null", b"[]", b"1" * 5000, nested(900), nested(100_000)])
+)
+def test_any_json_beside_a_picture_is_a_sample_or_a_bad_one(
+    tmp_path: Path, tokenizer: Tokenizer, record: bytes
+) -> None:
+    sound = b'{"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]}'
+    samples = [(str(i), pair(i) | {"json": record if i == 1 else sound}) for i in range(3)]
+    (tmp_path / "bad.jsonl").unlink(missing_ok=True)
+    loader = _loader(
+        [write_tar(tmp_path / "a.tar", samples)], tokenizer, tmp_path / "bad.jsonl", text="conversation", max_tokens=200
+    )
+    [step] = _steps(loader, 1, 1, 0, 1)
+    reason = ""
+    try:
+        loader.sample(1)
+    except ValueError as error:
+        reason = str(error)
+    assert {key for batch in step for key in batch.keys} == ({"0", "2"} if reason else {"0", "1", "2"})
+    told = (tmp_path / "bad.jsonl").read_text() if reason else ""
+    assert [(line["key"], line["reason"]) for line in map(json.loads, told.splitlines())] == [("1", reason)] * bool(
+        reason
+    )
+
+
 def test_loading_leaves_the_random_state_alone(shards: list[str], tokenizer: Tokenizer) -> None:
     before = torch.get_rng_state()
     _steps(_loader(shards, tokenizer), 1, 1, 0, 1)

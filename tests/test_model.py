@@ -4,6 +4,7 @@ where they belong, and the sizes of the published parts."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ def test_a_sample_without_picture_is_plain_text(fusion: str, llm: str) -> None:
     torch.testing.assert_close(mixed[1], model.language(batch.tokens).logits[1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(alone[1], mixed[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", [tiny.SIGLIP, tiny.CLIP])
+@pytest.mark.parametrize("fusion", FUSIONS)
+@torch.no_grad()
+def test_a_side_that_the_patch_does_not_divide_is_rounded_down_as_by_transformers(family: Any, fusion: str) -> None:
+    base = tiny.model_config(fusion)
+    config = replace(base, vision=PartConfig(config=family | {"image_size": 37}))
+    model = assemble(config, seed=0).eval()
+    pixels = torch.randint(0, 256, (2, 3, 37, 37), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    seen = model.see(pixels)
+    assert [one.shape[1] for one in seen] == [model.num_patches] * len(seen) == [16] * len(seen)
+    assert model.features_shape[1] == 16
+    stock = model.vision((pixels - model.pixel_mean) / model.pixel_std, output_hidden_states=True).hidden_states
+    found = patches(model.vision, stock[model.encoder_depths[-1]])
+    torch.testing.assert_close(model.features(model.encode(pixels))[-1], found, atol=1e-5, rtol=0)
+    tokens = torch.tensor([[1, 5, 6]] * 2)
+    assert model.read(seen, tokens).shape == (2, 3, 48)
+    edge = pixels.clone()
+    edge[..., 32:] = 255 - edge[..., 32:]  # a part that no patch covers
+    assert torch.equal(model.read(model.see(edge), tokens), model.read(seen, tokens))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -239,7 +261,7 @@ def test_materialise_gives_the_assembled_model_back() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vision": PartConfig(config=tiny.SIGLIP | {"patch_size": 7})}, "patch_size 7: use 28"),
+        ({"vision": PartConfig(config=tiny.SIGLIP | {"patch_size": 33})}, "has no room for a patch of 33"),
         ({"vision": PartConfig(config=tiny.SIGLIP | {"hiden_size": 7})}, "did you mean hidden_size"),
         ({"vision": PartConfig(config=tiny.language())}, "supported are siglip_vision_model, clip_vision_model"),
         ({"language": PartConfig(config={"model_type": "gpt2"})}, "of type gpt2: supported are .*llama"),

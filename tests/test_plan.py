@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hive_scale import presets
-from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, StageConfig
+from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, PartConfig, StageConfig
 from hive_scale.engine.activation import checkpoint_blocks
 from hive_scale.model.build import assemble, skeleton
 from hive_scale.plan import complexity
@@ -69,6 +69,18 @@ def test_the_trace_counts_the_same_flops() -> None:
     found = examine(config, stage, 12).trace.flops
     assert found["forward"] == pytest.approx(want.forward, rel=0.001)
     assert found["backward"] == pytest.approx(want.backward + want.recompute, rel=0.001)
+
+
+def test_a_side_that_the_patch_does_not_divide_counts_whole_patches() -> None:
+    def counted(side: int) -> float:
+        base = tiny.model_config()
+        return (
+            count(skeleton(replace(base, vision=PartConfig(config=tiny.SIGLIP | {"image_size": side}))))
+            .total(2, 9, 8)
+            .forward
+        )
+
+    assert counted(39) == counted(32) < counted(40)
 
 
 def test_the_papers_formulas_are_the_counted_flops() -> None:

@@ -15,17 +15,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import ranks
 import tiny
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.cuda._memory_viz import segsum
 from torch.cuda._memory_viz import trace as trace_of
 
 from hive_scale import config as configs
 from hive_scale import presets
+from hive_scale.batch import Sample, collate
 from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import Fragment, World, session
 from hive_scale.gallery import looks
@@ -34,8 +37,9 @@ from hive_scale.gallery.runs import Run, pairs_of
 from hive_scale.model.build import assemble
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_data
-from hive_scale.show.attention_map import choose, words_at
+from hive_scale.show.attention_map import attention_maps, choose, words_at
 from hive_scale.show.curves import History, by_component, thin
+from hive_scale.show.figure import bare, draw
 from hive_scale.show.gradient_map import concentration, gradient_maps
 from hive_scale.watch.gauge import gauge, layer_of
 from hive_scale.watch.profiler import ROWS
@@ -103,6 +107,35 @@ def test_concentration_of_an_even_and_a_single_patch() -> None:
     found = concentration(norms)
     assert found["entropy"] == pytest.approx([1.0, 0.0], abs=1e-5)
     assert found["top_tenth"] == pytest.approx([2 / 16, 1.0])
+
+
+def test_dollars_in_captions_are_no_mathematics_and_odd_characters_no_broken_file() -> None:
+    text = "from $5 to $10 or $x^2$"
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        bare(axes, text + " \x08\ud83d")
+        axes.set_ylabel(text)
+        axes.plot([1, 2], [1e-5, 1.0], label=f"run {text}")
+        axes.set_yscale("log")
+        figure.legend(loc="outside lower center")
+
+    svg = ElementTree.fromstring(draw(3, 3, paint))
+    written = ["".join(one.itertext()).strip() for one in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert {text + " \ufffd\ufffd", text, f"run {text}"} <= {*written}
+    assert not [one for one in written if "mathdefault" in one], "the ticks of the axis are set as powers"
+
+
+@pytest.mark.parametrize("side", [32, 37])
+def test_maps_lie_on_the_part_of_the_picture_that_patches_cover(side: int) -> None:
+    config = tiny.model_config()
+    config = replace(config, vision=PartConfig(config=tiny.SIGLIP | {"image_size": side}))
+    model, pixels = assemble(config, seed=0), torch.zeros(3, side, side, dtype=torch.uint8)
+    shown = attention_maps(model, pixels, [1, 2, 3], [("word", [1, 2])], "word")
+    assert shown.pixels.shape == (3, 32, 32)
+    assert {len(weights) for maps in shown.maps.values() for weights in maps} == {16}
+    batch = collate([Sample("k", pixels, [1, 2, 3], [False, True, True])], 0, side)
+    assert gradient_maps("run", model, batch).pixels.shape == (1, 3, 32, 32)
 
 
 def test_words_find_their_tokens_and_a_missing_one_lists_those_there_are() -> None:

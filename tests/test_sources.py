@@ -255,6 +255,32 @@ def test_members_reads_what_is_wanted(tmp_path: Path, suffix: str) -> None:
     assert members(path, lambda name: False) == {}
 
 
+@pytest.mark.parametrize("suffix", ["tgz", "deb"])
+def test_an_archive_that_was_cut_is_refused_wherever_the_cut_lies(tmp_path: Path, suffix: str) -> None:
+    if suffix == "deb" and shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is not installed")
+    tree, whole = tmp_path / "tree", tmp_path / f"a.{suffix}"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: a\nVersion: 1\nArchitecture: all\nMaintainer: a <a@example.org>\nDescription: a\n"
+    )
+    noise = np.random.default_rng(0)
+    for number in range(9):
+        (tree / str(number)).write_bytes(noise.bytes(40_000))
+    if suffix == "deb":
+        subprocess.run(["dpkg-deb", "--build", "-Zgzip", tree, whole], check=True, capture_output=True)
+    else:
+        with tarfile.open(whole, "w:gz") as tar:
+            tar.add(tree, "tree")
+    found = members(whole, lambda name: name[-1].isdigit())
+    assert [len(found[name]) for name in sorted(found)] == [40_000] * 9
+    content, cut = whole.read_bytes(), tmp_path / f"cut.{suffix}"
+    for share in range(5, 100, 10):
+        cut.write_bytes(content[: len(content) * share // 100])
+        with pytest.raises(ValueError, match=r"cut\.(tgz|deb)"):
+            members(cut, lambda name: True)
+
+
 def test_a_missing_client_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="npm is not installed: install Node"):

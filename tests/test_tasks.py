@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import tars
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hive_scale.evaluate import easyvqa, gqa, mme, okvqa, scienceqa
 from hive_scale.evaluate.answers import choice_letter, plain_normal, vqa_normal, yes_or_no
-from hive_scale.evaluate.question import Picture, Question
+from hive_scale.evaluate.files import rows
+from hive_scale.evaluate.question import BrokenPicture, Picture, Question, decoded
 from hive_scale.evaluate.tasks import TASKS, find_task
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -322,6 +327,68 @@ def test_a_file_that_is_cut_is_named(tmp_path: Path) -> None:
     (tmp_path / "val2014-0.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(ValueError, match=r"val2014-0\.parquet cannot be read as parquet"):
         okvqa.read(tmp_path)
+
+
+FILES = {  # of each official layout
+    "mme": ["OCR/1.txt"],
+    "gqa": ["testdev_balanced_questions.json"],
+    "okvqa": [okvqa.ASKED, okvqa.ANSWERED],
+    "scienceqa": ["problems.json", "pid_splits.json"],
+    "easyvqa": ["test/questions.json"],
+}
+NAMES = ("test", "question", "questions", "annotations", "question_id", "image_id", "answers", "answer", "choices")
+values = st.recursive(
+    st.none() | st.integers() | st.text("ab\ud83d", max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=9,
+)
+contents = st.binary(max_size=9) | values.map(lambda value: json.dumps(value).encode())
+
+
+@pytest.mark.parametrize("name", FILES)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=contents)
+def test_files_of_another_shape_are_refused_with_the_place_to_get_them(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    for file in FILES[name]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(content)
+    with suppress(ValueError):
+        assert isinstance(find_task(name).read(tmp_path), list)
+
+
+def test_a_record_of_another_shape_is_told_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "questions.json").write_text('[["what?", "red"]]')
+    with pytest.raises(ValueError, match="a record is not as published"):
+        find_task("easyvqa").read(tmp_path)
+    (tmp_path / "test" / "questions.json").write_text("[" * 99_999)
+    with pytest.raises(ValueError, match=r"questions\.json cannot be read as JSON"):
+        find_task("easyvqa").read(tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text('{"1": {"question": "?"}}')
+    with pytest.raises(ValueError, match=r"a record is not as published \(KeyError: 'answer'\); the files are at http"):
+        find_task("gqa").read(tmp_path)
+
+
+def test_a_column_of_bare_bytes_is_no_column_of_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"image": pa.array([b"bytes"]), "question": pa.array(["?"])}), path)
+    with pytest.raises(ValueError, match="column 'image' holds no pictures as the hub has them"):
+        rows([path], "image", ["question"])
+
+
+def test_a_damaged_row_group_of_pictures_is_a_broken_picture(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"question": "?", "image": picture(i)} for i in range(4)])
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    column = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    at = next(column.column(i) for i in range(3) if column.column(i).path_in_schema == "image.bytes").data_page_offset
+    content[at : at + 50] = b"\xff" * 50
+    (tmp_path / "a.parquet").write_bytes(content)
+    found = rows([tmp_path / "a.parquet"], "image", ["question"])
+    assert found[2]["picture"].read() == picture(2)["bytes"]
+    with pytest.raises(BrokenPicture, match=r"a\.parquet:0:1: .*cannot be read as parquet"):
+        decoded(found[1]["picture"], lambda data: torch.zeros(1))
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest() -> None:

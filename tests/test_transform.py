@@ -57,10 +57,10 @@ def test_padding_is_grey_and_keeps_the_shape_inside() -> None:
     buffer = BytesIO()
     Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
     pixels = picture(buffer.getvalue(), 16, "pad", MANY)
-    assert (pixels[:, :4] == 127).all()
-    assert (pixels[:, 12:] == 127).all()
-    assert (pixels[0, 4:12] == 255).all()
-    assert (pixels[1:, 4:12] == 0).all()
+    assert (pixels[:, :2] == 127).all()
+    assert (pixels[:, 14:] == 127).all()
+    assert (pixels[0, 6:10] == 255).all()
+    assert (pixels[1:, 6:10] == 0).all()
 
 
 @pytest.mark.parametrize(

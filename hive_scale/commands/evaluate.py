@@ -138,6 +138,10 @@ def _show(results: dict[str, Any]) -> None:
         for place, (what, value) in enumerate(one["scores"].items()):
             table.add_row(*((name, what, f"{value:.2f}", *counts) if place == 0 else ("", what, f"{value:.2f}")))
     Console().print(table)
+    for name, one in results.items():
+        if broken := one.get("broken"):
+            id, reason = next(iter(broken.items()))
+            print(f"{name}: {len(broken)} questions have a broken picture and no answer, such as {id}: {reason}")
 
 
 def _tasks(names: str) -> list[Task]:

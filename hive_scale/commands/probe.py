@@ -65,9 +65,13 @@ def _probe(arguments: argparse.Namespace) -> int:
             if results is None:
                 sizes = f"{data.train.size} pictures to train, {data.test.size} to test"
                 say(f"{data.name}: {data.num_classes} classes, {sizes}")
+                for note in data.notes:
+                    say(f"{data.name}, {note}")
                 results = Bench(encoder, data, plan, world, output / "features").run(say)
                 if world.is_main:
                     save(file, plan, encoder, data, results)
+                if data.num_broken:
+                    say(f"{data.name}: {data.num_broken} pictures could not be decoded; others stood in for them")
             if world.is_main:
                 _show(results)
                 print(f"results  {file}")

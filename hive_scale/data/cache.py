@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -102,13 +103,19 @@ def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None]]:
         with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60) as response:
             start = start if response.status == 206 else 0  # a server without ranges sends all again
             length = response.headers["Content-Length"]
-            yield response, start, start + int(length) if length else None
+            total = start + int(length) if length else None
+            told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers["Content-Range"] or "")
+            if told and response.status == 206:
+                if int(told[1]) != start:
+                    raise OSError(f"asked for what is behind byte {start}, the server sends it from byte {told[1]} on")
+                total = total if told[2] == "*" else int(told[2])
+            yield response, start, total
     else:
         import fsspec  # s3://, gs:// and others, each with its own package
 
         with fsspec.open(url) as file:
             file.seek(start)
-            yield file, start, file.size
+            yield file, start, getattr(file, "size", None)
 
 
 @contextmanager

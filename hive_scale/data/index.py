@@ -31,7 +31,7 @@ from hive_scale.data.scan import Fault, ShardTable, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.data.sources.packages import cache_dir
 
-VERSION = 1
+VERSION = 2  # raised when a scan finds other things in the same tars
 LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
 
 Ints = NDArray[np.int64]
@@ -62,7 +62,7 @@ class Index:
 
     @property
     def picture_sizes(self) -> NDArray[np.int32]:
-        """(width, height) of each picture in pixels: int32 (N, 2)."""
+        """(width, height) of each picture in pixels, as it is seen upright: int32 (N, 2)."""
         return self.arrays["picture_sizes"]
 
     @property
@@ -180,7 +180,7 @@ def _load_fresh(path: Path, shards: Sequence[str]) -> Index | None:
         metadata = _header(path)[0]
         if metadata.get("version") == VERSION and metadata["stamps"] == _stamps(shards):
             return _load(path, tuple(shards))
-    except (OSError, ValueError, KeyError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError):
         pass  # missing, of another making or damaged: made again
     return None
 

@@ -66,5 +66,5 @@ def _locked(path: Path) -> Iterator[TextIO]:
 def _read(file: TextIO) -> Iterator[Fault]:
     file.seek(0)
     for line in file:
-        with suppress(ValueError, TypeError):  # a line cut off when a run was killed
+        with suppress(ValueError, TypeError, RecursionError):  # a line cut off when a run was killed
             yield Fault(**json.loads(line))

@@ -25,6 +25,7 @@ from hive_scale.data.order import Mixture, Order, Stream, cut, deal
 from hive_scale.data.samples import Samples
 from hive_scale.data.shards import all_shards, expand
 from hive_scale.data.tokenizer import Tokenizer
+from hive_scale.data.transform import GREY, Colour
 from hive_scale.distributed import World
 
 
@@ -42,11 +43,12 @@ class Loader(Samples):
         tokenizer: Tokenizer,
         *,
         image_size: int,
+        pad_colour: Colour = GREY,
         bad_samples: Path | None = None,
     ) -> None:
         self.sets = expand(shards)
         cache = ShardCache(round(config.cache_gb * 1e9))
-        super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size)
+        super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size, pad_colour)
         self.num_samples = self.stream(0).num_samples  # in an epoch
         self.fingerprint = self.index.fingerprint
         self._ledger = Ledger(bad_samples, config.max_bad_samples)

@@ -21,7 +21,7 @@ from hive_scale.data.index import Index
 from hive_scale.data.kept import KeptFeatures
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tokenizer import Tokenizer, captioned
-from hive_scale.data.transform import blank, check_size, decode_indexed, fit_into
+from hive_scale.data.transform import GREY, Colour, blank, check_size, decode_indexed, fit_into
 from hive_scale.data.turns import turns_of
 
 Text = str | Sample  # a caption, or what a conversation makes: a sample but for its pixels
@@ -45,15 +45,25 @@ class Decoded(NamedTuple):
 
 
 class Samples:
-    """Random access to the samples of `index`; numbers below len(index)."""
+    """Random access to the samples of `index`; numbers below len(index).
+
+    `pad_colour` is what ``data.image=pad`` adds beside a picture (see `build.pad_colour`).
+    """
 
     def __init__(
-        self, config: DataConfig, index: Index, cache: ShardCache, tokenizer: Tokenizer, image_size: int
+        self,
+        config: DataConfig,
+        index: Index,
+        cache: ShardCache,
+        tokenizer: Tokenizer,
+        image_size: int,
+        pad_colour: Colour = GREY,
     ) -> None:
         self.config = config
         self.index = index
         self.tokenizer = tokenizer
         self.image_size = image_size
+        self.pad_colour = pad_colour
         self.features: KeptFeatures | None = None  # read in place of pictures, where there are any
         self._reader = ShardReader(index.shards, cache)
 
@@ -108,7 +118,7 @@ class Samples:
             out = blank(self.image_size)
         if lying is None:
             return out.fill_(BLANK)
-        return fit_into(out, decode_indexed(lying, size, self.config.max_pixels), self.config.image)
+        return fit_into(out, decode_indexed(lying, size, self.config.max_pixels), self.config.image, self.pad_colour)
 
     @property
     def text_bytes(self) -> NDArray[np.integer]:
@@ -137,8 +147,13 @@ class Samples:
         return self._read(i, 1).decode().strip()
 
     def record(self, i: int) -> dict[str, Any]:
-        """What else is known of sample i: its .json member, or nothing."""
-        record: dict[str, Any] = json.loads(self._read(i, 2) or b"{}")
+        """What else is known of sample i: its .json member, or nothing. Raises ValueError if that is no JSON object."""
+        try:
+            record = json.loads(self._read(i, 2) or b"{}")
+        except RecursionError:
+            raise ValueError("its .json is nested too deeply") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"its .json holds no object, but a {type(record).__name__}")
         return record
 
     def _read(self, i: int, member: int) -> bytes:

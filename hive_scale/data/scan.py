@@ -1,26 +1,37 @@
-"""One tar's samples, from its headers alone: nothing is decoded."""
+"""One tar's samples, from its headers alone: nothing is decoded.
+
+The walk goes on behind damage, at the next header whose checksum is right, and accounts for every byte: what leads to
+no sample is a fault of the shard.
+"""
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hive_scale.data.cache import ShardCache
+from hive_scale.data.cache import ShardCache, is_remote
+from hive_scale.data.images import FORMATS, upright_size
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
-FORMATS = ("JPEG", "PNG", "WEBP")  # what is opened; rarer formats have rarer, less tested decoders
 PICTURE_HEADER = 4096  # bytes in which a picture usually tells its size
+BLOCK = tarfile.BLOCKSIZE
+MAGIC, MAGIC_AT = b"ustar", 257  # in a header, of every format since 1988
+PIECE = 2**20  # bytes that are looked through at a time
 
 Range = tuple[int, int]  # (start, length) in bytes
+NO_FILE: Range = (-1, 0)  # of a member without content of its own, such as a link
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,17 @@ class ShardTable:
 
 
 def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
-    """Every sample of the tar `shard`; a tar that is cut short gives those before the cut.
+    """Every sample of the tar `shard`; of one that is cut short or damaged, those before and behind the damage.
 
     A sample is a run of members with one key (the path up to the first dot of the file name): a picture
     (jpg, png, webp), a caption (txt) and perhaps a record (json), in any order.
     """
     faults: list[Fault] = []
+    gaps: list[Range] = []
     rows: list[tuple[str, list[Range], Range, int]] = []
     seen: set[str] = set()
     with os.fdopen(cache.open(shard), "rb") as file:
-        for key, members in _groups(file, shard, faults):
+        for key, members in _groups(_files(file, gaps)):
             try:
                 if key in seen:
                     raise ValueError("duplicate key: the first one is used")
@@ -67,6 +79,9 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
                 rows.append((key, *_examine(file.fileno(), members)))
             except ValueError as error:
                 faults.append(Fault(shard, key, str(error)))
+        reasons = [_damage(file, gaps), _missing(shard, len(seen))]
+    if reason := "; ".join(filter(None, reasons)):
+        faults.append(Fault(shard, "", reason))
     return ShardTable(
         keys=[row[0] for row in rows],
         members=np.array([row[1] for row in rows], np.int64).reshape(-1, 3, 2),
@@ -76,10 +91,10 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     )
 
 
-def _groups(file: IO[bytes], shard: str, faults: list[Fault]) -> Iterator[tuple[str, dict[str, Range]]]:
+def _groups(files: Iterator[tuple[str, Range]]) -> Iterator[tuple[str, dict[str, Range]]]:
     """Runs of members that share a key, as {extension: byte range}."""
     current, members = "", dict[str, Range]()
-    for name, where in _files(file, shard, faults):
+    for name, where in files:
         directory, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
@@ -94,23 +109,108 @@ def _groups(file: IO[bytes], shard: str, faults: list[Fault]) -> Iterator[tuple[
         yield current, members
 
 
-def _files(file: IO[bytes], shard: str, faults: list[Fault]) -> Iterator[tuple[str, Range]]:
+def _files(file: IO[bytes], gaps: list[Range]) -> Iterator[tuple[str, Range]]:
+    """(name, byte range) of each member, directories without a name; bytes that belong to none are added to `gaps`.
+
+    The last gap reaches to the end of the file: zeros alone, where all is well.
+    """
     total = os.fstat(file.fileno()).st_size
+    understood = at = 0  # where the last member ended, and where the next header is looked for
+    while (start := _next_header(file, at, total)) is not None:
+        at = start + BLOCK
+        for name, where, end in _run(file, start, total):
+            if start > understood:
+                gaps.append((understood, start - understood))
+            start = understood = at = end
+            yield name, where
+    gaps.append((understood, total - understood))
+
+
+def _run(file: IO[bytes], start: int, total: int) -> Iterator[tuple[str, Range, int]]:
+    """(name, byte range, end) of members from the header at `start` on, up to the first that is not sound."""
+    file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             for member in tar:
                 vars(tar)["members"] = []  # tarfile keeps every header it has met, for searches that never come
-                if member.offset_data + member.size > total:
-                    raise EOFError(f"{member.name} should end at byte {member.offset_data + member.size} of {total}")
-                if member.isreg() and not member.issparse():
-                    yield member.name, (member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
-        faults.append(Fault(shard, "", f"the tar is cut short or damaged ({error}): the samples before are used"))
+                is_file = member.isreg() and not member.issparse()
+                if not start < tar.offset or (is_file and not 0 <= member.size <= total - member.offset_data):
+                    return
+                start = tar.offset
+                # bytes that are no UTF-8 are spelled out: names are printed, and written to files
+                name = member.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                yield "" if member.isdir() else name, (member.offset_data, member.size) if is_file else NO_FILE, start
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError):
+        return  # tarfile believes much of what an extended header says
+
+
+def _next_header(file: IO[bytes], at: int, total: int) -> int | None:
+    """Where the first sound header at or behind byte `at` begins.
+
+    Looked for in every block, and at every place with a header's magic: in a file that has lost or gained some bytes
+    no block is where it was, and the oldest tars have no magic.
+    """
+    if at + BLOCK > total:
+        return None
+    first = magic = at
+    with mmap.mmap(file.fileno(), total, access=mmap.ACCESS_READ) as content:
+        while at <= total - BLOCK:
+            try:
+                tarfile.TarInfo.frombuf(content[at : at + BLOCK], "utf-8", "surrogateescape")
+            except (tarfile.HeaderError, ValueError):
+                if magic <= at:
+                    found = content.find(MAGIC, at + 1 + MAGIC_AT)
+                    magic = total if found < 0 else found - MAGIC_AT
+                at = min(magic, at + BLOCK - (at - first) % BLOCK)
+            else:
+                return at
+    return None
+
+
+def _damage(file: IO[bytes], gaps: list[Range]) -> str:
+    """What is wrong with a tar whose bytes in `gaps` belong to no member; nothing if that is its end mark alone."""
+    *between, (end, rest) = gaps
+    if not between and not end:
+        return "no member is in it: it is empty, compressed (unpack it then), or no tar"
+    holes = [gap for gap in between if _is_zero(file, gap)]  # may be the end mark of a tar before another
+    lost = [gap for gap in gaps if gap not in holes and not _is_zero(file, gap)]
+    wrong = [
+        _told(lost, "bytes that belong to no member"),
+        _told(holes, "zeros between members (a hole, or several tars end to end)"),
+        f"no end mark at byte {end + rest:,}" if rest < BLOCK and gaps[-1] not in lost else "",
+    ]
+    if not any(wrong):
+        return ""
+    return f"the tar is cut short or damaged: {', '.join(filter(None, wrong))}; samples before and behind are used"
+
+
+def _told(gaps: list[Range], what: str) -> str:
+    size = sum(length for _, length in gaps)
+    return f"{size:,} {what}, the first at byte {gaps[0][0]:,}" if gaps else ""
+
+
+def _is_zero(file: IO[bytes], gap: Range) -> bool:
+    start, end = gap[0], sum(gap)
+    return not any(os.pread(file.fileno(), min(PIECE, end - at), at).strip(b"\0") for at in range(start, end, PIECE))
+
+
+def _missing(shard: str, found: int) -> str:
+    """What img2dataset's statistics beside the tar count and the tar does not hold; nothing where there are none."""
+    if is_remote(shard):
+        return ""
+    try:
+        told = json.loads(Path(f"{shard.removesuffix('.tar')}_stats.json").read_bytes())
+        promised = int(told["successes"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return f"{found:,} samples, where its _stats.json counts {promised:,}" if found < promised else ""
 
 
 def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], Range, int]:
     """(byte ranges of picture, caption and record; picture size; caption length). Raises ValueError."""
     picture = next((members[extension] for extension in PICTURES if extension in members), None)
+    if links := [extension for extension, where in members.items() if where == NO_FILE]:
+        raise ValueError(f"its .{links[0]} is a link or another special file: make the tar with the files themselves")
     found = "only " + " and ".join(f".{extension}" for extension in members)
     if picture is None:
         raise ValueError(f"no picture (.jpg, .png or .webp) beside its caption: {found}")
@@ -128,11 +228,11 @@ def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], R
 
 
 def _picture_size(descriptor: int, start: int, length: int) -> Range:
-    """(width, height), from the first bytes if they tell; long metadata may stand before the size."""
+    """(width, height) of the upright picture, from its first bytes if they tell: long metadata may come before."""
     for piece in (min(PICTURE_HEADER, length), length):
         try:
             with Image.open(BytesIO(os.pread(descriptor, piece, start)), formats=FORMATS) as picture:
-                return picture.size
+                return upright_size(picture)
         except Exception as error:  # PIL's decoders raise what they like on broken input
             reason = f"the picture cannot be opened ({type(error).__name__})"
     raise ValueError(reason)

@@ -35,6 +35,7 @@ class Tokenizer:
         self.start_id: int = self.eos_id if bos_id is None else bos_id
         self.vocab_size: int = len(tokenizer)
         self.template = ChatTemplate(tokenizer)
+        self._special_ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
 
     @property
     def stock(self) -> Any:
@@ -50,11 +51,29 @@ class Tokenizer:
         return [[self.start_id, *ids[: max_tokens - 2], self.eos_id] for ids in self._ids(texts)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """As the tokenizer's own `encode` without special tokens, in a fraction of its time."""
+        """As the tokenizer's own `encode` without special tokens, in a fraction of its time.
+
+        A special token that a text spells is text like any other: it would end, or begin, the caption in its middle.
+        """
+        found = self._plain(texts)
+        return [
+            ids if self._special_ids.isdisjoint(ids) else self._cut(text)
+            for text, ids in zip(texts, found, strict=True)
+        ]
+
+    def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         if not self._tokenizer.is_fast:
-            return [self._tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        found = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [one.ids for one in found]
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            return [self._tokenizer.encode(text, **options) for text in texts]
+        backend = self._tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True  # set anew each time, since the tokenizer's other calls set it back
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _cut(self, text: str) -> list[int]:
+        """For vocabularies in which a special token is also a word: each that `text` spells is cut in two."""
+        cuts = [match.start() + 1 for match in self.template.special.finditer(text)]
+        parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
+        return [id for ids in self._plain(parts) for id in ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""

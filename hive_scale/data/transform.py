@@ -17,12 +17,23 @@ from torchvision.transforms.v2 import functional as vision
 
 from hive_scale.batch import BLANK
 from hive_scale.config import ImageMode
-from hive_scale.data.scan import FORMATS
+from hive_scale.data.images import FORMATS, orientation, upright_rgb
 
+VERSION = 2  # raised when the same bytes become other pixels: what was made of the old ones is made again
 MAX_ASPECT = 100
+Colour = tuple[int, int, int]  # red, green, blue: 0 to 255
+GREY: Colour = (BLANK, BLANK, BLANK)
+STRIP = 2**25  # bytes that an image may take while it is padded
 # of a JPEG: what may stand before the frame's size (tables, metadata), and in which frames libjpeg knows it
 SEGMENTS, FRAMES = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}, {0xC0, 0xC1, 0xC2}
 HEADER = Struct(">xBHBHHB")  # marker, length, bits, height, width, channels
+APP1 = 0xE1  # the segment of EXIF and XMP
+# how an orientation is written there (EXIF in either byte order, XMP), and how it goes on where the image is upright
+ORIENTATIONS = (
+    (b"\x01\x12", b"\0\x03\0\0\0\x01\0\x01"),
+    (b"\x12\x01", b"\x03\0\x01\0\0\0\x01\0"),
+    (b"tiff:Orientation", b'="1"'),
+)
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
@@ -33,22 +44,23 @@ def check_size(width: int, height: int, max_pixels: int) -> None:
         raise ValueError(f"the picture of {width} x {height} has more than data.max_pixels={max_pixels}")
 
 
-def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int) -> Tensor:
+def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pad_colour: Colour = GREY) -> Tensor:
     """Decode `data` to uint8 (3, image_size, image_size), resized (bicubic, antialiased) as the HF processors do.
 
-    `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds grey to the shorter side.
-    Transparency becomes white. Raises ValueError for what is not a whole JPEG, PNG or WebP of at most `max_pixels`.
+    `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds `pad_colour` beside the shorter side
+    (LLaVA). Transparency becomes white, and EXIF's orientation is undone. Raises ValueError for what is not a whole
+    JPEG, PNG or WebP of at most `max_pixels`.
     """
-    return fitted(decode(data, max_pixels), image_size, mode)
+    return fitted(decode(data, max_pixels), image_size, mode, pad_colour)
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
-    """uint8 (3, H, W). Raises ValueError, before decoding if the picture is too large."""
+    """uint8 (3, H, W), upright. Raises ValueError, before decoding if the picture is too large."""
     with _told():
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, max_pixels)
-            if image.format != "JPEG" or image.mode != "RGB":
-                pixels: Tensor = vision.pil_to_tensor(_on_white(image))
+            if image.format != "JPEG" or image.mode != "RGB" or orientation(image) != 1:
+                pixels: Tensor = vision.pil_to_tensor(upright_rgb(image))
                 return pixels
         return _decode_jpeg(data)
 
@@ -69,16 +81,21 @@ def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tenso
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG of three channels; None for all else, and where its header is not plain (T.81, B.2)."""
+    """(width, height) of an upright JPEG of three channels (T.81, B.2); None for all else that PIL must look at."""
     at = 2
     while data.startswith(b"\xff", at) and at + 10 <= len(data):
         marker, length, _, height, width, channels = HEADER.unpack_from(data, at)
         if marker in FRAMES:
             return (width, height) if channels == 3 else None
-        if marker not in SEGMENTS:
+        if marker not in SEGMENTS or (marker == APP1 and _may_be_turned(data, at, at + 2 + length)):
             break
         at += 2 + length
     return None
+
+
+def _may_be_turned(data: bytes, start: int, end: int) -> bool:
+    """Whether the segment [start, end) of `data` has what looks like an orientation other than upright."""
+    return any(data.count(tag, start, end) != data.count(tag + one, start, end) for tag, one in ORIENTATIONS)
 
 
 def _decode_jpeg(data: bytes) -> Tensor:
@@ -99,16 +116,16 @@ def _told() -> Iterator[None]:
         raise ValueError(f"the picture cannot be decoded: {reason}") from None
 
 
-def fit_into(out: Tensor, pixels: Tensor, mode: ImageMode) -> Tensor:
+def fit_into(out: Tensor, pixels: Tensor, mode: ImageMode, pad_colour: Colour = GREY) -> Tensor:
     """`out`, uint8 (3, image_size, image_size), filled with what `fitted` makes of `pixels`."""
     if mode != "resize" or pixels.shape == out.shape:
-        return out.copy_(fitted(pixels, out.shape[-1], mode))
+        return out.copy_(fitted(pixels, out.shape[-1], mode, pad_colour))
     # what torchvision's resize comes down to, but for the copy from there to a batch
     torch.ops.aten._upsample_bicubic2d_aa.out(pixels[None], out.shape[1:], False, None, None, out=out[None])
     return out
 
 
-def fitted(pixels: Tensor, image_size: int, mode: ImageMode) -> Tensor:
+def fitted(pixels: Tensor, image_size: int, mode: ImageMode, pad_colour: Colour = GREY) -> Tensor:
     """uint8 (3, H, W) to (3, image_size, image_size), as `picture` describes."""
     if mode == "resize":
         return _resize(pixels, [image_size, image_size])
@@ -116,7 +133,7 @@ def fitted(pixels: Tensor, image_size: int, mode: ImageMode) -> Tensor:
         pixels = _resize(pixels, [image_size])  # the shorter side
         top, left = ((side - image_size) // 2 for side in pixels.shape[-2:])  # HF rounds down, torchvision to even
         return pixels[:, top : top + image_size, left : left + image_size]
-    return _padded(pixels, image_size)
+    return _padded(pixels, image_size, pad_colour)
 
 
 def augmented(pixels: Tensor, image_size: int, *key: int) -> Tensor:
@@ -167,18 +184,17 @@ def _resize(pixels: Tensor, size: list[int]) -> Tensor:
     return resized
 
 
-def _padded(pixels: Tensor, image_size: int) -> Tensor:
-    longest = max(pixels.shape[-2:])
-    height, width = (max(1, round(side * image_size / longest)) for side in pixels.shape[-2:])
-    left, top = (image_size - width) // 2, (image_size - height) // 2
-    square = blank(image_size)
-    square[:, top : top + height, left : left + width] = _resize(pixels, [height, width])
-    return square
+def _padded(pixels: Tensor, image_size: int, colour: Colour) -> Tensor:
+    """Padded to a square, then resized, as `LlavaImageProcessor` does, bit for bit; but in strips.
 
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB")
+    The square of a long and narrow image would be a hundred times its size. Resizing goes by rows first, then by
+    columns, so that no strip depends on another.
+    """
+    height, width = pixels.shape[-2:]
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    strips = torch.split(pixels, max(1, STRIP // (3 * side)), dim=1)
+    square_rows = (vision.pad(strip, [left, 0, side - width - left, 0], fill=list(colour)) for strip in strips)
+    narrow = torch.cat([_resize(rows, [rows.shape[1], image_size]) for rows in square_rows], dim=1)
+    square = vision.pad(narrow, [0, top, 0, side - height - top], fill=list(colour))
+    return _resize(square, [image_size, image_size])

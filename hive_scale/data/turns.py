@@ -42,10 +42,20 @@ def turns_of(record: Mapping[str, Any]) -> Turns:
     return [*system, *rest]
 
 
+def is_text(words: str) -> bool:
+    """Whether `words` can be written as UTF-8: JSON can spell a lone surrogate, half of a character."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _turn(said: Any) -> dict[str, str]:
     if isinstance(said, dict):
-        role = ROLES.get(str(said.get("from", said.get("role"))))
-        content = said.get("value", said.get("content"))
-        if role and isinstance(content, str):
-            return {"role": role, "content": content}
+        name, content = said.get("from", said.get("role")), said.get("value", said.get("content"))
+        if isinstance(name, str) and name in ROLES and isinstance(content, str):
+            if not is_text(content):
+                raise ValueError("a turn of the conversation holds half a character (a lone surrogate)")
+            return {"role": ROLES[name], "content": content}
     raise ValueError("a turn of the conversation is not {from: human or gpt, value: text}")

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from hive_scale.config import DataConfig
 from hive_scale.data.chat import prompt_with_slot
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.data.transform import blank, decode, picture
 from hive_scale.distributed import World
-from hive_scale.evaluate.question import Question, Task
+from hive_scale.evaluate.question import BrokenPicture, Question, Task, decoded
 from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
 from hive_scale.model.llava import StockLlava
+from hive_scale.model.vision import mean_colour
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -30,7 +33,8 @@ class Answer:
 
 
 class Answerer(Protocol):
-    def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]: ...
+    def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
+        """Raises BrokenPicture if one of the pictures cannot be decoded."""
 
 
 class HiveAnswerer:
@@ -54,7 +58,7 @@ class HiveAnswerer:
                 )
         pictures = list(dict.fromkeys(one.picture for one in questions if one.picture))
         places = [pictures.index(one.picture) if one.picture else None for one in questions]
-        seen = [picture(one.read(), self.image_size, self.data.image, self.data.max_pixels) for one in pictures]
+        seen = [decoded(one, self._pixels) for one in pictures]
         device = self.model.pixel_mean.device
         pixels = torch.stack(seen or [blank(self.image_size)]).to(device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -66,6 +70,10 @@ class HiveAnswerer:
         turns = [{"role": "user", "content": question.prompt}]
         return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.picture else None)
 
+    def _pixels(self, data: bytes) -> Tensor:
+        colour = mean_colour(self.model.vision.config.model_type)
+        return picture(data, self.image_size, self.data.image, self.data.max_pixels, colour)
+
 
 class LlavaAnswerer:
     """A stock LLaVA directory, asked as its own processor asks."""
@@ -75,7 +83,8 @@ class LlavaAnswerer:
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         asked = [
-            (one.prompt, decode(one.picture.read(), self.max_pixels) if one.picture else None) for one in questions
+            (one.prompt, decoded(one.picture, partial(decode, max_pixels=self.max_pixels)) if one.picture else None)
+            for one in questions
         ]
         return [Answer(*made) for made in self.model.answer(asked, max_tokens)]
 
@@ -92,18 +101,19 @@ def answer_all(
     """Put to `answerer` every question that `folder`'s predictions have no answer to, and write them there.
 
     A collective. Ranks append to files of their own, which are joined at the end, and at the beginning if an
-    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now.
+    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now. A question whose
+    picture is broken gets a line that says so in place of an answer, and is tried again by the next attempt.
     """
     if world.is_main:
         _join(folder, questions)
     world.barrier()
     known = read_predictions(folder)
-    due = [one for one in questions if one.id not in known]
+    due = [one for one in questions if one.id not in known or "broken" in known[one.id]]
     advance(len(questions) - len(due))
     with (folder / f"predictions.{world.rank}.part").open("a", encoding="utf-8") as part:
         for batch in batches(due, batch_size)[world.rank :: world.size]:
-            for question, answer in zip(batch, answerer.answer(batch, max_tokens), strict=True):
-                line = {"id": question.id, "prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
+            for question, answer in _answers(batch, answerer, max_tokens):
+                line = {"id": question.id, "prompt": question.prompt, **answer}
                 part.write(json.dumps(line, ensure_ascii=False) + "\n")
             part.flush()
             advance(len(batch) * world.size)
@@ -111,6 +121,25 @@ def answer_all(
     if world.is_main:
         _join(folder, questions)
     world.barrier()
+
+
+def _answers(
+    batch: Sequence[Question], answerer: Answerer, max_tokens: int
+) -> Iterator[tuple[Question, dict[str, Any]]]:
+    """Each question of `batch` with its answer, or with what is wrong with its picture."""
+    left = list(batch)
+    while left:
+        try:
+            answers = answerer.answer(left, max_tokens)
+        except BrokenPicture as error:
+            for question in left:
+                if question.picture == error.picture:
+                    yield question, {"answer": "", "cut": False, "broken": str(error)}
+            left = [question for question in left if question.picture != error.picture]
+        else:
+            for question, answer in zip(left, answers, strict=True):
+                yield question, {"answer": answer.text, "cut": answer.cut}
+            return
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
@@ -133,14 +162,18 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def result(task: Task, questions: Sequence[Question], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Scores of a task, and how many answers are missing (they count as wrong) or were cut at the limit."""
+    """Scores of a task, and how many answers are missing (they count as wrong) or were cut at the limit.
+
+    Those that are missing for a broken picture are named under "broken", where there are any.
+    """
+    broken = {one.id: predictions[one.id]["broken"] for one in questions if "broken" in predictions.get(one.id, {})}
     answered = [(one, str(predictions.get(one.id, {}).get("answer", ""))) for one in questions]
     return {
         "scores": task.score(answered),
         "questions": len(questions),
-        "missing": sum(one.id not in predictions for one in questions),
+        "missing": sum(one.id not in predictions or one.id in broken for one in questions),
         "cut": sum(bool(predictions.get(one.id, {}).get("cut")) for one in questions),
-    }
+    } | ({"broken": broken} if broken else {})
 
 
 def _join(folder: Path, questions: Sequence[Question]) -> None:

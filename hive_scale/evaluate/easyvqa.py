@@ -6,20 +6,22 @@ from pathlib import Path
 
 from hive_scale.data.turns import SHORT
 from hive_scale.evaluate.answers import plain_normal
-from hive_scale.evaluate.files import beside, nothing_in, read_json
+from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json
 from hive_scale.evaluate.question import Answered, Question, Task
 
 SOURCE = "the PyPI package easy-vqa (launchers/prepare_data.py easy_vqa)"
 
 
+@published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
     """The package's own layout: test/questions.json, [question, answer, picture number] each, and test/images/."""
     path = folder / "test" / "questions.json"
     if not path.is_file():
         raise nothing_in(folder, "test/questions.json", SOURCE)
+    images = path.parent / "images"
     return [
-        Question(str(place), asked + SHORT, beside(path.parent / "images" / f"{number}.png"), {"answer": answer})
-        for place, (asked, answer, number) in enumerate(read_json(path))
+        Question(str(place), one[0] + SHORT, beside(images / f"{one[2]}.png"), {"answer": one[1]})
+        for place, one in enumerate(read_json(path))
     ]
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
 from hive_scale.data.kept import make, open_kept
-from hive_scale.data.transform import augmented, fitted
+from hive_scale.data.transform import VERSION, augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
 from hive_scale.model import build
@@ -121,7 +121,8 @@ class Cache:
     def __init__(self, folder: Path, key: str, source: Source, numbers: Numbers, world: World) -> None:
         """Make what is missing of those pictures, each rank its share. A collective."""
         encoder, split = source.encoder, source.split
-        what = [encoder.identity, encoder.depth, encoder.mode, str(encoder.dtype), key, split.name, split.size]
+        pixels = f"{encoder.mode} {VERSION}"
+        what = [encoder.identity, encoder.depth, pixels, str(encoder.dtype), key, split.name, split.size]
         path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
         shape = 1, encoder.num_tokens, encoder.width
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet as parquet
 
-from hive_scale.evaluate.question import Picture
+from hive_scale.evaluate.question import Picture, Question
 
 Row = dict[str, Any]
+Reader = Callable[[Path], list[Question]]
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
+
+
+def published_at(source: str) -> Callable[[Reader], Reader]:
+    """For a task's `read`: files whose records are of another shape than it expects are a ValueError, too."""
+
+    def told(read: Reader) -> Reader:
+        @wraps(read)
+        def wrapped(folder: Path) -> list[Question]:
+            try:
+                return read(folder)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                what = f"a record is not as published ({type(error).__name__}: {error})"
+                raise ValueError(f"{folder}: {what}; the files are at {source}") from None
+
+        return wrapped
+
+    return told
 
 
 def rows(paths: Iterable[Path], picture_column: str, columns: Sequence[str]) -> list[Row]:
@@ -24,23 +44,39 @@ def rows(paths: Iterable[Path], picture_column: str, columns: Sequence[str]) -> 
     """
     found: list[Row] = []
     for path in paths:
-        try:
+        with _told(path):
             file = parquet.ParquetFile(path)
-        except Exception as error:  # pyarrow raises errors of its own for what is cut or no parquet
-            raise ValueError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from None
         known = file.schema_arrow.names
         wanted = [picture_column, *columns] if picture_column else [*columns]
         if missing := [name for name in wanted if name not in known]:
             raise ValueError(f"{path} has no column '{missing[0]}': its columns are {', '.join(known)}")
+        if picture_column and not _holds_pictures(file.schema_arrow.field(picture_column).type):
+            raise ValueError(f"{path}: column '{picture_column}' holds no pictures as the hub has them (bytes, path)")
         # of the pictures only the path, which says where there is one
         light = [*columns, f"{picture_column}.path"] if picture_column else [*columns]
         for group in range(file.num_row_groups):
-            for index, row in enumerate(file.read_row_group(group, columns=light).to_pylist()):
+            with _told(path):
+                read = file.read_row_group(group, columns=light).to_pylist()
+            for index, row in enumerate(read):
                 held = row.pop(picture_column, None) if picture_column else None
                 row["picture"] = None if held is None else _inside(path, group, index, picture_column)
                 found.append(row)
         file.close()
     return found
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A ValueError for the errors of its own that pyarrow raises for what is cut, damaged or no parquet."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} cannot be read as parquet: {reason}") from None
+
+
+def _holds_pictures(column: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_struct(column) and {"bytes", "path"} <= {field.name for field in column}
 
 
 def _inside(path: Path, group: int, index: int, column: str) -> Picture:
@@ -56,7 +92,7 @@ def _cell(path: Path, group: int, index: int, column: str) -> bytes:
 
 @lru_cache(maxsize=2)
 def _group(path: Path, group: int, column: str) -> Any:
-    with parquet.ParquetFile(path) as file:
+    with _told(path), parquet.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).combine_chunks()
 
 
@@ -75,7 +111,7 @@ def pictures_by_stem(folder: Path) -> dict[str, Path]:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from hive_scale.data.turns import SHORT
 from hive_scale.evaluate.answers import plain_normal
-from hive_scale.evaluate.files import beside, nothing_in, read_json, rows
+from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json, rows
 from hive_scale.evaluate.question import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/GQA or https://cs.stanford.edu/people/dorarad/gqa"
 
 
+@published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
     """The hub's parquet files, or the official testdev_balanced_questions.json with images/<imageId>.jpg."""
     asked = sorted(folder.glob("testdev_balanced_instructions/*.parquet"))

@@ -2,39 +2,54 @@
 
 A folder holds parquet files (the hub's), a folder per class under train/ and test/ (or val/), what torchvision
 downloads, or tars of this toolkit whose records carry the label.
+
+In the place of a picture that cannot be decoded stands the next one that can, with its own label.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
+from itertools import chain, islice
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torchvision
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
-from hive_scale.data.index import open_index
+from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
+from hive_scale.data.images import upright_rgb
+from hive_scale.data.index import Index, open_index
 from hive_scale.data.shards import ShardReader, all_shards, expand
 from hive_scale.data.transform import decode
 from hive_scale.evaluate.files import nothing_in, rows
 
 MAX_PIXELS = DataConfig().max_pixels
+TRIES = 100  # pictures in a row that cannot be decoded: the set is damaged, or its disk is gone
+Read = Callable[[int], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures with labels, by number: `read(i)` gives uint8 (3, H, W) and the label."""
+    """Pictures with labels, by number: `read(i)` gives uint8 (3, H, W) and the label.
+
+    `broken` has a 1 for each picture that was found broken, by this process or by one that it forked: uint8 (size,).
+    """
 
     name: str
     size: int
-    read: Callable[[int], tuple[Tensor, int]]
+    read: Read
+    broken: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,12 @@ class Labelled:
     test: Split
     validation: Split | None
     where: str = ""  # the folder it was read from
+    notes: tuple[str, ...] = ()  # what in it is no picture with a label
+
+    @property
+    def num_broken(self) -> int:
+        """Pictures that were met and could not be decoded so far."""
+        return sum(int(one.broken.sum()) for one in (self.train, self.test, self.validation) if one)
 
 
 @dataclass(frozen=True)
@@ -115,29 +136,48 @@ def _parquet(name: str, known: Known, root: Path) -> Labelled | None:
         if not files:
             return None
         found = rows(files, known.picture, [known.label])
-        labels = [row[known.label] - known.first for row in found]
-        _check(name, part, labels, known.num_classes)
-        return Split(part, len(found), lambda i: (decode(found[i]["picture"].read(), MAX_PIXELS), labels[i]))
+        labels = _labels(name, part, [row[known.label] for row in found], known)
+        whole = [i for i, row in enumerate(found) if row["picture"] is not None and labels[i] is not None]
+        if len(whole) < len(found):
+            notes.append(f"{part}: {len(found) - len(whole):,} rows without a picture or a label are left out")
 
-    return _assemble(name, known, split, known.num_classes)
+        def read(i: int) -> tuple[Tensor, int]:
+            return decode(found[whole[i]]["picture"].read(), MAX_PIXELS), labels[whole[i]]
+
+        return _split(name, part, len(whole), read)
+
+    notes: list[str] = []
+    return _assemble(name, known, split, known.num_classes, notes)
 
 
 def _folders(name: str, known: Known, root: Path) -> Labelled | None:
     if not (root / "train").is_dir():
         return None
-    classes = sorted(path.name for path in (root / "train").iterdir() if path.is_dir())
+    classes = [path.name for path in class_folders(root / "train")]
 
     def split(part: str) -> Split | None:
         if not (root / part).is_dir():
             return None
-        if new := {path.name for path in (root / part).iterdir() if path.is_dir()} - set(classes):
+        if new := {path.name for path in class_folders(root / part)} - set(classes):
             raise ValueError(f"{root / part} has the class '{min(new)}', which {root / 'train'} does not have")
-        paths = [(path, label) for label, one in enumerate(classes) for path in sorted((root / part / one).glob("*"))]
-        return Split(part, len(paths), lambda i: (decode(paths[i][0].read_bytes(), MAX_PIXELS), paths[i][1]))
+        found = [class_files(root / part / one) for one in classes]
+        paths = [(path, label) for label, (pictures, _) in enumerate(found) for path in pictures]
+        if others := [path for _, rest in found for path in rest]:
+            notes.append(f"{part}: {len(others):,} files that are no {', '.join(ENDINGS)}, such as {str(others[0])!r}")
+
+        def read(i: int) -> tuple[Tensor, int]:
+            path, label = paths[i]
+            try:
+                return decode(path.read_bytes(), MAX_PIXELS), label
+            except OSError as error:  # a link to nowhere, or a file of another user
+                raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+
+        return _split(name, part, len(paths), read)
 
     if known.num_classes and len(classes) != known.num_classes:
         raise ValueError(f"{root / 'train'} has {len(classes)} classes, {name} has {known.num_classes}")
-    return _assemble(name, known, split, len(classes))
+    notes: list[str] = []
+    return _assemble(name, known, split, len(classes), notes)
 
 
 def _tars(name: str, known: Known, root: Path) -> Labelled | None:
@@ -145,6 +185,7 @@ def _tars(name: str, known: Known, root: Path) -> Labelled | None:
         return None
     cache = ShardCache(round(DataConfig().cache_gb * 1e9))
     names: list[str] = []  # classes are those of the training pictures
+    notes: list[str] = []
 
     def split(part: str) -> Split | None:
         files = sorted(root.glob(f"{part}-*.tar"))
@@ -153,26 +194,41 @@ def _tars(name: str, known: Known, root: Path) -> Labelled | None:
         index = open_index(all_shards(expand([str(path) for path in files])), cache)
         reader = ShardReader(index.shards, cache)
 
-        def member(i: int, which: int) -> bytes:
-            start, length = index.members[i, which].tolist()
-            return reader.read(index.shard_of(i), start, length)
-
-        told = [json.loads(member(i, 2) or b"{}").get(known.label) for i in range(len(index))]
-        if None in told:
+        told = [_label(_member(index, reader, i, 2), known.label) for i in range(len(index))]
+        if not any(told):
             raise ValueError(f"{files[0].parent}: the records of {part}-*.tar have no '{known.label}'")
         if part == "train":
-            names.extend(sorted(set(told)))
-        usable = [i for i, one in enumerate(told) if one in names]
-        return Split(
-            part,
-            len(usable),
-            lambda i: (decode(member(usable[i], 0), MAX_PIXELS), names.index(told[usable[i]])),
-        )
+            names.extend(sorted({one for one in told if one}))
+        usable = [(i, names.index(one)) for i, one in enumerate(told) if one in names]
+        if index.faults:
+            notes.append(f"{part}: {len(index.faults):,} faults in its tars, such as {index.faults[0].describe()}")
+        if unlabelled := told.count(""):
+            notes.append(f"{part}: {unlabelled:,} samples whose records have no '{known.label}' are left out")
+
+        def read(i: int) -> tuple[Tensor, int]:
+            number, label = usable[i]
+            return decode(_member(index, reader, number, 0), MAX_PIXELS), label
+
+        return _split(name, part, len(usable), read)
 
     train, test = split("train"), split("heldout")
     if train is None or test is None:
         raise ValueError(f"{root} has no heldout-*.tar: prepare the set again")
-    return Labelled(name, len(names), train, test, None)
+    return Labelled(name, len(names), train, test, None, notes=tuple(notes))
+
+
+def _member(index: Index, reader: ShardReader, i: int, which: int) -> bytes:
+    start, length = index.members[i, which].tolist()
+    return reader.read(index.shard_of(i), start, length)
+
+
+def _label(record: bytes, name: str) -> str:
+    """The label called `name` in a sample's record, or nothing."""
+    try:
+        label = json.loads(record)[name]
+    except (ValueError, TypeError, LookupError, RecursionError):  # no JSON, no object, or no such key
+        return ""
+    return str(label) if isinstance(label, str | int) else ""
 
 
 def _torchvision(name: str, known: Known, root: Path) -> Labelled | None:
@@ -185,25 +241,53 @@ def _torchvision(name: str, known: Known, root: Path) -> Labelled | None:
 
     def split(part: str, found: Any) -> Split:
         def read(i: int) -> tuple[Tensor, int]:
-            image, label = found[i]
-            return vision.pil_to_tensor(image.convert("RGB")), int(label)
+            try:
+                image, label = found[i]
+                return vision.pil_to_tensor(upright_rgb(image)), int(label)
+            except Exception as error:  # PIL's decoders raise what they like on broken input
+                raise ValueError(f"picture {i} cannot be decoded: {error}") from None
 
-        return Split(part, len(found), read)
+        return _split(name, part, len(found), read)
 
     return Labelled(name, known.num_classes, split("train", train), split("test", test), None)
 
 
-def _assemble(name: str, known: Known, split: Callable[[str], Split | None], num_classes: int) -> Labelled | None:
+def _split(name: str, part: str, size: int, read: Read) -> Split:
+    """A split whose `read` gives the next sound picture for a broken one, and names each broken one once."""
+    # in memory that forked data workers share: they forget what they met, and meet it again in the next epoch
+    broken = np.frombuffer(mmap(-1, max(1, size)), np.uint8)[:size]
+
+    def sound(i: int) -> tuple[Tensor, int]:
+        reason = ""
+        for place in islice(chain(range(i, size), range(i)), TRIES):
+            try:
+                return read(place)
+            except ValueError as error:
+                reason = str(error)
+                if not broken[place]:
+                    broken[place] = 1
+                    print(f"{name}, {part} split: picture {place} is left out ({reason})", file=sys.stderr)
+        raise ValueError(f"{name}, {part} split: no picture from number {i} on can be decoded; the last: {reason}")
+
+    return Split(part, size, sound, broken)
+
+
+def _assemble(
+    name: str, known: Known, split: Callable[[str], Split | None], num_classes: int, notes: Sequence[str]
+) -> Labelled | None:
     train = split("train")
     if train is None:
         return None
     found = [one for part in known.tests if (one := split(part))]
     if not found:
         raise ValueError(f"{name}: there is a train split, but none of {', '.join(known.tests)}; see {known.source}")
-    return Labelled(name, num_classes, train, found[0], found[1] if len(found) > 1 else None)
+    return Labelled(name, num_classes, train, found[0], found[1] if len(found) > 1 else None, notes=tuple(notes))
 
 
-def _check(name: str, part: str, labels: Sequence[int], num_classes: int) -> None:
-    for place, label in enumerate(labels):
-        if not 0 <= label < num_classes:
-            raise ValueError(f"{name}, {part} split, row {place}: label {label} is not below {num_classes}, or below 0")
+def _labels(name: str, part: str, found: Sequence[Any], known: Known) -> list[Any]:
+    """Labels from 0, None where there is none. Raises ValueError for one out of range: it is another set."""
+    for place, label in enumerate(found):
+        if label is not None and not (isinstance(label, int) and 0 <= label - known.first < known.num_classes):
+            wrong = f"label {label} is not below {known.num_classes + known.first}, or below {known.first}"
+            raise ValueError(f"{name}, {part} split, row {place}: {wrong}")
+    return [label if label is None else label - known.first for label in found]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hive_scale.data.turns import SHORT
 from hive_scale.evaluate.answers import yes_or_no
-from hive_scale.evaluate.files import beside, nothing_in, pictures_by_stem, rows
+from hive_scale.evaluate.files import beside, nothing_in, pictures_by_stem, published_at, rows
 from hive_scale.evaluate.question import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/MME"
@@ -18,6 +18,7 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
+@published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
     """The hub's parquet files, or the official release: a folder per subtask, pictures and "question<tab>answer"."""
     files = sorted(folder.rglob("test-*.parquet"))

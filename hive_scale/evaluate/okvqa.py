@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hive_scale.data.turns import SHORT
 from hive_scale.evaluate.answers import vqa_normal
-from hive_scale.evaluate.files import beside, nothing_in, read_json, rows
+from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json, rows
 from hive_scale.evaluate.question import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/OK-VQA or https://okvqa.allenai.org"
@@ -15,6 +15,7 @@ UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswe
 ASKED, ANSWERED = "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_annotations.json"
 
 
+@published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
     """The hub's parquet files, or the official questions and annotations with COCO's val2014 pictures."""
     files = sorted(folder.rglob("val2014-*.parquet"))

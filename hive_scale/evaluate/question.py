@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -14,6 +16,22 @@ class Picture:
 
     key: str
     read: Callable[[], bytes] = field(compare=False, repr=False)
+
+
+class BrokenPicture(ValueError):
+    """A picture that cannot be decoded: the questions about it stay without an answer, the others go on."""
+
+    def __init__(self, picture: Picture, reason: str) -> None:
+        super().__init__(f"{picture.key}: {reason}")
+        self.picture = picture
+
+
+def decoded(picture: Picture, decode: Callable[[bytes], Tensor]) -> Tensor:
+    """What `decode` makes of the picture's bytes. Raises BrokenPicture for the ValueError of either."""
+    try:
+        return decode(picture.read())
+    except ValueError as error:
+        raise BrokenPicture(picture, str(error)) from None
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hive_scale.evaluate.answers import choice_letter
-from hive_scale.evaluate.files import beside, nothing_in, read_json, rows
+from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json, rows
 from hive_scale.evaluate.question import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/ScienceQA or https://scienceqa.github.io"
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
+@published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
     """The hub's parquet files (ScienceQA-FULL, else ScienceQA-IMG), or the official problems.json, pid_splits.json
     and images/test/<id>/image.png."""

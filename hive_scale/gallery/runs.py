@@ -46,9 +46,10 @@ class Run(runs.Run):
 
     def read_picture(self, path: Path) -> Tensor:
         """As the model sees it. Raises ValueError for what is not a picture."""
-        data = self.config.data
+        data, model = self.config.data, self.config.model
+        size, colour = build.image_size(model), build.pad_colour(model)
         try:
-            return picture(path.read_bytes(), build.image_size(self.config.model), data.image, data.max_pixels)
+            return picture(path.read_bytes(), size, data.image, data.max_pixels, colour)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
 

@@ -24,6 +24,7 @@ from transformers import (
 from hive_scale.config import ModelConfig, PartConfig, holds_weights_alone, run_of
 from hive_scale.model import pretrained
 from hive_scale.model.hive import Hive
+from hive_scale.model.vision import mean_colour
 
 VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
 LANGUAGE = ("llama", "qwen2", "qwen3")
@@ -100,6 +101,11 @@ def image_size(config: ModelConfig) -> int:
     return size
 
 
+def pad_colour(config: ModelConfig) -> tuple[int, int, int]:
+    """What ``data.image=pad`` adds beside a picture: the encoder's mean colour, as the exported processor does."""
+    return mean_colour(vision_config(config.vision).model_type)
+
+
 def vocabulary_size(config: ModelConfig) -> int:
     size: int = language_config(config.language).vocab_size
     return size
@@ -123,10 +129,10 @@ def vision_config(part: PartConfig) -> PretrainedConfig:
     config = _config(part, "vision")
     config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds its tower's
     _known(config.model_type, tuple(VISION), part, "vision")
-    if config.image_size % config.patch_size:
+    if not 0 < config.patch_size <= config.image_size:
         raise ValueError(
-            f"model.vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}: "
-            f"use {config.image_size - config.image_size % config.patch_size}"
+            f"model.vision: image_size {config.image_size} has no room for a patch of {config.patch_size}: "
+            "use a larger image_size or a smaller patch_size"
         )
     return config
 

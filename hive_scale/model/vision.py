@@ -19,6 +19,12 @@ PIXEL_STATISTICS = {
 }
 
 
+def mean_colour(model_type: str) -> tuple[int, int, int]:
+    """Mean (red, green, blue) of a family's pixels, 0 to 255, rounded down as `LlavaImageProcessor` does."""
+    red, green, blue = (int(255 * mean) for mean in PIXEL_STATISTICS[model_type][0])
+    return red, green, blue
+
+
 def group_ends(num_layers: int, num_groups: int) -> tuple[int, ...]:
     """Last index of each of `num_groups` nearly equal runs of ``range(num_layers)``, the longer runs first."""
     size, longer = divmod(num_layers, num_groups)
@@ -55,6 +61,13 @@ def patches(vision: nn.Module, hidden: Tensor) -> Tensor:
     """Of a hidden state, or its gradient, what belongs to patches: (B, V, C), the class token dropped."""
     tower: Any = vision
     return hidden[:, 1:] if hasattr(tower.embeddings, "class_embedding") else hidden
+
+
+def covered(vision: nn.Module) -> int:
+    """Side in pixels of what the patches cover of a picture: a rest at its right and lower edges is never read."""
+    config: Any = vision.config
+    side: int = config.image_size - config.image_size % config.patch_size
+    return side
 
 
 def reached(name: str, depths: Sequence[int]) -> bool:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from hive_scale.model.hive import Hive
+from hive_scale.model.vision import covered
 from hive_scale.show.figure import draw, overlay, picture
 
 MOST = 8  # words shown when none are named
@@ -22,7 +23,10 @@ MOST = 8  # words shown when none are named
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """`maps` by LLM layer (from 1), then word: (V,) shares of attention to the patches of `pixels` uint8 (3, H, W)."""
+    """`maps` by LLM layer (from 1), then word: (V,) shares of attention to the patches, which cover `pixels`.
+
+    `pixels` is uint8 (3, H, W).
+    """
 
     pixels: Tensor
     text: str
@@ -83,7 +87,8 @@ def attention_maps(
     for layer, given in weights.items():
         of_tokens = given[0].mean(0) if head is None else given[0, head]  # (T, V)
         maps[layer + 1] = [_normal(of_tokens[positions].mean(0)).cpu() for _, positions in words]
-    return AttentionMaps(pixels, text, [word for word, _ in words], maps)
+    side = covered(model.vision)
+    return AttentionMaps(pixels[:, :side, :side], text, [word for word, _ in words], maps)
 
 
 def attention_figure(shown: AttentionMaps) -> str:

@@ -11,7 +11,9 @@ from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 # Stand-ins that matplotlib draws with; the page's variables take their place.
 INK, FAINT = "#010101", "#020202"
@@ -45,6 +47,7 @@ STYLE: dict[str, Any] = {
 } | dict.fromkeys(
     ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK
 )
+NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _numbers = count()
 
 
@@ -53,6 +56,7 @@ def draw(width: float, height: float, paint: Callable[[Figure], None]) -> str:
     with matplotlib.rc_context(cast(Any, STYLE)):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
+        _set_as_written(figure)
         text = StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     svg = text.getvalue()
@@ -63,6 +67,22 @@ def draw(width: float, height: float, paint: Callable[[Figure], None]) -> str:
     own = f"f{next(_numbers)}-"  # several figures share a page, and their names must not
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{own}", svg)
     return re.sub(r'<svg ([^>]*?)width="[^"]*pt" ', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)
+
+
+def _set_as_written(figure: Figure) -> None:
+    """Captions, words and names may hold any character: two $ are no mathematics, and what XML forbids is replaced.
+
+    The ticks of logarithmic axes are mathematics.
+    """
+    ticks = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in _labels(axis)}
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist not in ticks):
+        assert isinstance(text, Text)
+        text.set_parse_math(False)
+        text.set_text(NO_XML.sub("\N{REPLACEMENT CHARACTER}", text.get_text()))
+
+
+def _labels(axis: Axis) -> list[Text]:
+    return [*axis.get_ticklabels(), *axis.get_ticklabels(minor=True)]
 
 
 def save(svg: str, path: Path) -> None:

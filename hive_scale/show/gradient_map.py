@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hive_scale.batch import Batch
 from hive_scale.model.hive import Hive
-from hive_scale.model.vision import patches
+from hive_scale.model.vision import covered, patches
 from hive_scale.show.figure import draw, overlay, picture
 
 PER_ROW = 6  # layers beside each other
@@ -43,7 +43,8 @@ def gradient_maps(name: str, model: Hive, batch: Batch) -> GradientMaps:
     loss = model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids).sum()
     gradients = torch.autograd.grad(loss, states[1:])
     norms = torch.stack([patches(model.vision, gradient).norm(dim=-1) for gradient in gradients], dim=1)
-    return GradientMaps(name, batch.pixels.cpu(), norms.detach().cpu())
+    side = covered(model.vision)
+    return GradientMaps(name, batch.pixels[..., :side, :side].cpu(), norms.detach().cpu())
 
 
 def concentration(norms: Tensor) -> dict[str, list[float]]:

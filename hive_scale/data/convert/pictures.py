@@ -46,6 +46,8 @@ class InZip:
         if self.method not in METHODS:
             raise ValueError(f"{self.name} is packed in a way that is not supported: use stored or deflated members")
         with self.archive.open("rb") as file:
+            if not 0 <= self.offset < self.offset + self.size + LOCAL_HEADER <= os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{self.name} is said to lie outside of {self.archive.name}, which is damaged")
             header = os.pread(file.fileno(), LOCAL_HEADER, self.offset)
             name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
             data = os.pread(file.fileno(), self.size, self.offset + LOCAL_HEADER + name + extra)
@@ -69,7 +71,10 @@ class InParquet:
     row: int
 
     def read(self) -> bytes:
-        cell = _column(self.file, self.column, self.group)[self.row].as_py()
+        try:
+            cell = _column(self.file, self.column, self.group)[self.row].as_py()
+        except Exception as error:  # pyarrow has errors of its own for what is damaged
+            raise ValueError(f"the pictures of row group {self.group} of {parquet_error(self.file, error)}") from None
         if isinstance(cell, list) and len(cell) == 1:
             cell = cell[0]
         if isinstance(cell, list) and len(cell) > 1:
@@ -78,6 +83,11 @@ class InParquet:
         if not isinstance(data, bytes) or not data:
             raise ValueError("no picture: text alone" if not cell else f"no bytes in column '{self.column}'")
         return data
+
+
+def parquet_error(path: Path, error: Exception) -> str:
+    """What pyarrow's error says of a file, in one line."""
+    return f"{path} cannot be read as parquet: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 @lru_cache(maxsize=1)  # a shard's rows are neighbours
@@ -105,7 +115,7 @@ class Pictures:
         inside(name, self.root)
         if self.root.is_dir():
             path = self.root / name
-            return InFile(path) if path.is_file() else None
+            return InFile(path) if os.path.isfile(path) else None  # which takes names that no file can have
         info = self._members.get(name) or self._members.get(self._top + name)
         if info is None:
             return None
@@ -117,7 +127,7 @@ class Pictures:
         try:
             with zipfile.ZipFile(self.root) as archive:
                 members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile raises what it likes on a directory that is damaged
             raise ValueError(f"{self.root} is cut short or damaged ({error}): fetch it again") from None
         for name in members:
             inside(name, self.root)

@@ -22,12 +22,12 @@ from PIL import Image
 
 from hive_scale.data.cache import locked
 from hive_scale.data.convert.sources import Item, Source
-from hive_scale.data.scan import FORMATS
+from hive_scale.data.images import FORMATS
 from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.records import write_shard
 
 JOURNAL = "conversion.jsonl"
-EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG with more behind it
 SPLITS = ("train", "heldout")
 
 Numbered = tuple[int, Item]
@@ -69,8 +69,8 @@ def convert(
 
     Pictures keep their bytes. Records whose picture or text cannot be used are left out, and named in
     ``conversion.jsonl``. The same call again goes on after the shards that are whole. `advance` hears how far the
-    source is and how many samples have been written. Raises ValueError if `output` holds another set, and if the
-    first shard comes out empty.
+    source is and how many samples have been written. Raises ValueError if `output` holds another set, if there is no
+    record, and if the first shard comes out empty.
     """
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock"):
@@ -98,6 +98,8 @@ def convert(
                     if not future.cancelled() and not future.exception():
                         journal.add(future.result())
                 raise
+        if not journal.done:
+            raise ValueError("there is no record in the source: is the file empty, or cut behind its header?")
         return list(journal.done.values())
 
 
@@ -141,9 +143,10 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
                 "__key__": f"{number:09d}",
                 _extension(picture): picture,
                 "txt": item.caption.encode(),
-                "json": json.dumps(item.record, ensure_ascii=False, default=str).encode(),
+                # of what is no text, escapes: JSON has one for half a character
+                "json": json.dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
             }
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             skipped.append((f"{number:09d}", str(error)))
 
 

@@ -92,7 +92,7 @@ def merge(concepts: Iterable[str], pictures: Iterable[bytes]) -> dict[str, str]:
 
 def fraction(name: str) -> float:
     """A number in [0, 1) that depends on `name` alone: the same on any machine, in any order, for ever."""
-    digest = hashlib.sha256(name.encode()).digest()
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # file names may be of any bytes
     return int.from_bytes(digest[:8], "big") / 2**64
 
 

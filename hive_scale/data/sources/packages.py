@@ -14,6 +14,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,15 +73,19 @@ def fetch(package: Package, cache: Path) -> Path:
 def members(archive: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Name -> content of the regular files in a .tgz, .whl or .deb whose name is `wanted`.
 
-    Raises ValueError for a name that points out of the archive's folder: no package that means well has one.
+    Raises ValueError for an archive that does not end as it should, and for a name that points out of its folder: no
+    package that means well has one.
     """
     found = {}
-    for name, read in _entries(archive):
-        path = PurePosixPath(name.replace("\\", "/"))
-        if path.is_absolute() or ".." in path.parts:
-            raise ValueError(f"{archive.name} holds the path '{name}', which leaves its folder: not reading it")
-        if wanted(str(path)):
-            found[str(path)] = read()
+    try:
+        for name, read in _entries(archive):
+            path = PurePosixPath(name.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts:
+                raise ValueError(f"{archive.name} holds the path '{name}', which leaves its folder: not reading it")
+            if wanted(str(path)):
+                found[str(path)] = read()
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ValueError(f"{archive} is cut short or damaged ({error}): delete it, and it is fetched again") from None
     return found
 
 
@@ -114,6 +119,9 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process.stdout
+        process.stdout.read()  # what may be behind tar's end mark: one that cannot write all of it fails
+    if process.returncode:
+        raise ValueError(f"{archive} cannot be read to its end: delete it, and it is fetched again")
 
 
 def _download_command(package: Package) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # what the sources hold; no other decoder is ever reached
+from hive_scale.data.images import FORMATS, upright_rgb
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,17 @@ def to_jpeg(data: bytes, recipe: Jpeg) -> bytes:
 
 
 def on_white(data: bytes, max_pixels: int) -> Image.Image:
-    """The RGB picture in `data`, transparent parts white. Raises ValueError as `to_jpeg` does."""
+    """The RGB picture in `data`, upright, transparent parts white. Raises ValueError as `to_jpeg` does."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:  # reads the header only
             width, height = opened.size
             if width * height > max_pixels:
                 raise ValueError(f"{width}x{height} pixels are more than the {max_pixels} allowed")
-            layer = opened.convert("RGBA")
+            return upright_rgb(opened)
     except Image.DecompressionBombError:  # Pillow's own limit, at the header too
         raise ValueError(f"more pixels than the {max_pixels} allowed") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"not a readable {', '.join(FORMATS)} picture ({error})") from None
-    canvas = Image.new("RGBA", layer.size, "white")
-    canvas.alpha_composite(layer)
-    return canvas.convert("RGB")
 
 
 def _fit(picture: Image.Image, size: int) -> Image.Image:
