@@ -56,6 +56,7 @@ def mend_tokenizer(path: Path) -> None:
     with _edited(path / "tokenizer_config.json") as fields:
         if fields.get("tokenizer_class") == "TokenizersBackend":  # version 5's name of the same class
             fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+        fields.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 would add a third
         extra = fields.get("extra_special_tokens")
         if isinstance(extra, list):  # which version 4 takes for a table by name
             fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
