@@ -36,7 +36,7 @@ def prompt(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None = "us
 
 def prompt_with_slot(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
     """The tokens of `prompt`, and how many of them come before the picture."""
-    asked = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)[:1]
+    *asked, _, _ = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)  # but for answer and end
     tokens, _, slot = tokenizer.encode_parts(asked)
     return tokens, slot
 
