@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ examples:
 Files are read from --data/<task>, in the layout of the hub's lmms-lab sets or of the official release. The same
 command again goes on where it stopped. Exit codes: 0 done, 2 something to change.
 """
+# others of its tasks are asked for by its own names
 LMMS_TASKS = {"mme": "mme", "gqa": "gqa", "okvqa": "ok_vqa_val2014", "scienceqa": "scienceqa,scienceqa_img"}
+LMMS_RESULTS = "*_results.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,18 +154,30 @@ def _tasks(names: str) -> list[Task]:
 
 
 def _lmms_eval(arguments: argparse.Namespace) -> int:
-    """Hand the model to lmms-eval, which fetches the sets itself."""
-    if find_spec("lmms_eval") is None:
-        raise ValueError("lmms-eval is not installed: pip install lmms-eval, or leave --backend out")
-    if not (arguments.model / "config.json").is_file():
-        raise ValueError(f"lmms-eval reads LLaVA directories: export {arguments.model} first (launchers/export.py)")
-    if unknown := [name for name in arguments.tasks.split(",") if name not in LMMS_TASKS]:
-        raise ValueError(f"lmms-eval has no task {unknown[0]}: there are {', '.join(LMMS_TASKS)}")
-    tasks = ",".join(LMMS_TASKS[name] for name in arguments.tasks.split(","))
-    output = arguments.output or arguments.model / "evaluation"
-    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args"]
-    command += [f"pretrained={arguments.model}", "--tasks", tasks, "--batch_size", str(arguments.batch)]
-    return subprocess.run([*command, "--output_path", str(output), "--log_samples"], check=False).returncode
+    """Hand the model to lmms-eval, which fetches the sets itself. Its exit code, or 1 if it left no results."""
+    if missing := [name for name in ("lmms_eval", "decord") if find_spec(name) is None]:
+        raise ValueError(f"{missing[0]} is not installed: pip install lmms-eval decord 'filelock<3.24', or leave --backend out")
+    model: Path = arguments.model
+    if model is None or not (model / "config.json").is_file():
+        raise ValueError(f"lmms-eval reads LLaVA directories: export {model} first (launchers/export.py llava)")
+    if {",", "="} & set(str(model)):
+        raise ValueError(f"lmms-eval cuts its arguments at commas and equals signs: give {model} another name")
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tasks = ",".join(LMMS_TASKS.get(name, name) for name in arguments.tasks.split(","))
+    output = arguments.output or model / "evaluation" / "lmms_eval"
+    before = set(output.rglob(LMMS_RESULTS))
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--tasks", tasks, "--batch_size", "1"]
+    command += ["--model_args", f"pretrained={model},device_map={device}", "--device", device]
+    # with other levels it says what went wrong and ends with 0
+    command += ["--verbosity", "DEBUG", "--output_path", str(output), "--log_samples"]
+    command += ["--limit", str(arguments.limit)] if arguments.limit else []
+    code = subprocess.run([*command, *shlex.split(arguments.lmms_args)], check=False).returncode
+    if code == 0 and not set(output.rglob(LMMS_RESULTS)) - before:
+        print("error: lmms-eval ended without results: its words above say why", file=sys.stderr)
+        return 1
+    return code
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -178,5 +193,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of compute (%(default)s)")
     parser.add_argument("--score", type=Path, metavar="FILE", help="score these predictions instead of asking")
+    parser.add_argument("--lmms_args", default="", metavar="'...'", help="more arguments for lmms-eval")
     parser.add_argument("--backend", choices=("own", "lmms_eval"), default="own", help="who asks and scores")
     return parser.parse_args(argv)
