@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
     stage = run.stage(stage)
     weights = read_weights(run.weights(stage))
     with published(out) as folder:
-        KINDS[kind](run.config, weights, folder, DTYPES[dtype])
+        config = replace(run.config, data=run.config.data_of(stage))
+        KINDS[kind](config, weights, folder, DTYPES[dtype])
         (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
     return stage
 

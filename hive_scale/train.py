@@ -174,6 +174,4 @@ class StageRun:
 
 def _stage_before(config: Config, name: str) -> Path:
     names = list(config.stages)
-    if name == names[0]:
-        raise ValueError(f"stages.{name}.keep_moments: no stage comes before this one: set it to false")
     return config.run_dir / names[names.index(name) - 1]

@@ -107,8 +107,7 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
         weights = sorted(path.glob("*.safetensors"))
     else:
         config, stage, model = open_hive(path)
-        data = config.stages[stage].data or config.data if stage in config.stages else config.data
-        answerer = HiveAnswerer(model, data, world.device, dtype)
+        answerer = HiveAnswerer(model, config.data_of(stage), world.device, dtype)
         path = path / stage if (path / "config.yaml").is_file() else path
         weights = sorted(path.glob("weights*.safetensors"))
     output = arguments.output or path / "evaluation"

@@ -183,7 +183,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
     parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
     parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # words anywhere among the options
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def _submit(config: Config, job: ChainJob, resources: Resources) -> submitit.Job
         gpus_per_node=resources.gpus_per_node,
         stderr_to_stdout=True,
     )
-    os.environ.update(environment(resources, snapshot.ROOT, config.data))
+    os.environ.update(environment(resources, snapshot.ROOT, config.data_of(job.stage)))
     # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -58,9 +58,8 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     saved = config.run_dir / "config.yaml"
     if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
         raise ValueError(f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR")
-    data = open_all(config)
-    for name, stage in config.stages.items():
-        check(replace(config, stages={name: stage}), data, asked[name].world_size)
+    data = open_all(config, noted=False)
+    check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
     for name, follower in then.items():
         try:
             follower.check(config, asked[name].world_size)
@@ -118,5 +117,5 @@ def _executor(config: Config, stage: str, resources: Resources, code: Path, afte
     # an end by time limit is no failure here, so submitit must not count them
     executor = Executor((config.run_dir / "slurm" / "logs").absolute(), 10**6, python=resources.python or None)
     name = chain.job_name(config, stage)
-    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data, after))
+    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data_of(stage), after))
     return executor

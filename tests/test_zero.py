@@ -141,7 +141,8 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ("data_types.grad_accum_dtype", "bf16", "fp32")),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, ("cpu_checkpointing", "engine.checkpointing")),
         ({"gradient_clippin": 1}, ("'gradient_clippin'", "did you mean 'gradient_clipping'?")),
-        ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "known here are")),
+        ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "log.tensorboard=true")),
+        ({"nebula": {"enabled": True}}, ("'nebula'", "known here are")),
     ],
 )
 def test_contradictions_name_key_values_and_remedy(tmp_path: Path, changes: Any, words: tuple[str, ...]) -> None:
