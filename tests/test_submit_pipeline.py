@@ -150,6 +150,8 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
         (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
         (["--dry_run", "slurm.gpu=a1000"], "a1000"),
+        (["--dry_run", "--ds_config", "/nowhere.json"], "engine.ds_config=/nowhere.json is no file"),
+        (["--dry_run", "--ds_config", "mine.json", "stages.joint.max_grad_norm=10"], "contradicts 10.0 of joint"),
         (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
         ([], "there is no sbatch here"),
         (["--dry_run", "--then", "prob"], "--then: there is no 'prob': did you mean probe?"),
@@ -158,6 +160,9 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    json_file = tmp_path / "mine.json"
+    json_file.write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}')
+    words = [str(json_file) if word == "mine.json" else word for word in words]
     shown = command(*words, *([] if "status" in words else [f"output={tmp_path / 'run'}"]))
     assert shown.returncode == 2, shown.stdout
     assert shown.stderr.count("\n") == 1, shown.stderr
