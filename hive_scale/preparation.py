@@ -18,6 +18,7 @@ from hive_scale.distributed import World
 from hive_scale.features import check_disk
 from hive_scale.model import build
 from hive_scale.stage import freeze
+from hive_scale.strict_json import dumps
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
     now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
     if world.is_main and not path.exists():
         unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(json.dumps(now, indent=1))
+        unnamed.write_text(dumps(now, indent=1))
         unnamed.rename(path)
     world.barrier()
     before = json.loads(path.read_text())

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from hive_scale.strict_json import dumps
+
 if TYPE_CHECKING:
     from hive_scale.distributed import World
     from hive_scale.evaluate.answering import Answerer
@@ -119,7 +121,7 @@ def _claim(path: Path, identity: dict[str, Any], world: World) -> None:
     """Answers of another model must not pass for this one's."""
     if world.is_main and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity))
+        path.write_text(dumps(identity))
     world.barrier()
     if json.loads(path.read_text()) != identity:
         raise ValueError(f"{path.parent} holds answers of other weights: give --output DIR, or delete it")
@@ -127,7 +129,7 @@ def _claim(path: Path, identity: dict[str, Any], world: World) -> None:
 
 def _save(path: Path, results: dict[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | results, indent=1) + "\n")
+    path.write_text(dumps(before | results, indent=1) + "\n")
 
 
 def _show(results: dict[str, Any]) -> None:

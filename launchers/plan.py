@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from hive_scale.command import add_run_arguments, named_run
+from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -64,7 +64,7 @@ def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> in
     else:
         plans = plan_run(config, machine, arguments.samples)
     if arguments.json:
-        print(json.dumps({"stages": [plan.to_dict() for plan in plans], "settings": words}, indent=2))
+        print(dumps({"stages": [plan.to_dict() for plan in plans], "settings": words}, indent=2))
     else:
         print(_report(plans, machine, arguments))
         if words:
@@ -154,7 +154,7 @@ def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> i
     stage = arguments.stage or list(config.stages)[-1]
     points = sweep(config, stage, machine.gpu, worlds, arguments.samples)
     if arguments.json:
-        print(json.dumps(points, indent=2))
+        print(dumps(points, indent=2))
         return 0
     print("| engine | scaling | GPUs | samples/s | efficiency | step, s | sent, GB | peak, GB |\n|" + " --- |" * 8)
     for point in points:

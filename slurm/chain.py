@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from hive_scale import config as configs
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
+from hive_scale.strict_json import dumps
 from slurm import controller
 from slurm.controller import Job
 from slurm.resources import Resources
@@ -82,7 +83,7 @@ class Record:
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)
         unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(json.dumps(asdict(self), indent=1))
+        unnamed.write_text(dumps(asdict(self), indent=1))
         unnamed.rename(path)
 
 

@@ -25,6 +25,11 @@ def submit(config: Config, asked: Asked, cluster: str, then: Followers, dry_run:
 
     Raises ValueError for what the user must change, SlurmError if Slurm refuses or is silent.
     """
+    with controller.outside_of_jobs():  # one may submit from a node of one's own
+        return _submit_all(config, asked, cluster, then, dry_run)
+
+
+def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry_run: bool) -> int:
     if cluster == "slurm" and not dry_run and not controller.is_here("sbatch"):
         raise ValueError("there is no sbatch here: log in to the cluster, or give --cluster local, or --dry_run")
     steps = validate(config, asked, then)

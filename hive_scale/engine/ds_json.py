@@ -28,6 +28,7 @@ from hive_scale.engine.ds_owned import (
     owned,
     told,
 )
+from hive_scale.strict_json import dumps
 
 log = logging.getLogger(__name__)
 COMMENT = re.compile(r"_|//|#|comments?$", re.IGNORECASE)  # keys that begin so; JSON has no comments of its own
@@ -222,11 +223,11 @@ def _check_sections(settings: Mapping[str, Any]) -> None:
     for name, known in SECTIONS.items():
         section = settings.get(name, {})
         if not isinstance(section, dict):
-            raise ValueError(f"{name}={json.dumps(section)} must be an object, such as {{}}: correct or remove it")
+            raise ValueError(f"{name}={dumps(section)} must be an object, such as {{}}: correct or remove it")
         if known:
             check_keys(f"{name}.", section, known)
         if not isinstance(section.get("params", {}), dict):
-            raise ValueError(f"{name}.params={json.dumps(section['params'])} must be an object: correct or remove it")
+            raise ValueError(f"{name}.params={dumps(section['params'])} must be an object: correct or remove it")
 
 
 def _enabled(section: Any) -> bool:
@@ -261,9 +262,7 @@ def _zero(section: Any, here: bool) -> dict[str, Any]:
         parent, _, name = path.rpartition(".")
         value = ((section.get(parent) or {}) if parent else section).get(name, AUTO)
         if value != AUTO and value not in allowed:
-            raise ValueError(
-                f"zero_optimization.{path}={json.dumps(value)} is not supported, since {reason}: remove it"
-            )
+            raise ValueError(f"zero_optimization.{path}={dumps(value)} is not supported, since {reason}: remove it")
     zero = {key: value for key, value in {**AUTO_ZERO, **_without_auto(section)}.items() if _applies(key, section)}
     _check_offload(zero, here)
     _check_types(DeepSpeedZeroConfig, zero)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.strict_json import dumps
 
 AUTO = "auto"
 
@@ -149,12 +149,12 @@ def told(found: Mapping[str, Sequence[Contradiction]], text: str) -> list[str]:
     for stage, many in found.items():
         for one in many:
             first.setdefault(one.path, one)
-            by_path.setdefault(one.path, {}).setdefault(json.dumps(one.ours), []).append(stage)
+            by_path.setdefault(one.path, {}).setdefault(dumps(one.ours), []).append(stage)
     lines = []
     for path, values in by_path.items():
         ours = " and ".join(f"{value}{_of(stages)}" for value, stages in values.items())
         one = first[path]
-        lines.append(f"line {_line(text, path)}: {path}={json.dumps(one.given)} contradicts {ours}, from {one.source}")
+        lines.append(f"line {_line(text, path)}: {path}={dumps(one.given)} contradicts {ours}, from {one.source}")
     return lines
 
 

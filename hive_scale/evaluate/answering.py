@@ -19,6 +19,7 @@ from hive_scale.evaluate.question import Question, Task
 from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
 from hive_scale.model.llava import StockLlava
+from hive_scale.strict_json import dumps
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -98,7 +99,7 @@ def answer_all(
         for batch in batches(due, batch_size)[world.rank :: world.size]:
             for question, answer in zip(batch, answerer.answer(batch, max_tokens), strict=True):
                 line = {"id": question.id, "prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
-                part.write(json.dumps(line, ensure_ascii=False) + "\n")
+                part.write(dumps(line, ensure_ascii=False) + "\n")
             part.flush()
             advance(len(batch) * world.size)
     world.barrier()
@@ -144,7 +145,7 @@ def _join(folder: Path, questions: Sequence[Question]) -> None:
     known = {line["id"]: line for line in _lines([folder / PREDICTIONS, *parts])}
     kept = [known[one.id] for one in questions if known.get(one.id, {}).get("prompt") == one.prompt]
     joined = folder / "predictions.joined"
-    joined.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    joined.write_text("".join(dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
     joined.replace(folder / PREDICTIONS)
     for part in parts:
         part.unlink()

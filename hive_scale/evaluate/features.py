@@ -122,7 +122,7 @@ class Cache:
         """Make what is missing of those pictures, each rank its share. A collective."""
         encoder, split = source.encoder, source.split
         what = [encoder.identity, encoder.depth, encoder.mode, str(encoder.dtype), key, split.name, split.size]
-        path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+        path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what, allow_nan=False).encode()).hexdigest()[:16]}"
         shape = 1, encoder.num_tokens, encoder.width
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
         labels = path.with_suffix(".labels")
