@@ -62,9 +62,8 @@ def test_a_local_chain_on_a_node_of_srun_s_is_a_world_of_its_own() -> None:
     assert (place.rank, place.size, place.local_rank) == (1, 2, 1)
     assert place.master["MASTER_ADDR"] == "127.0.0.1"
     # a job of Slurm's that submitit has submitted is srun's, though submitted from such a chain
-    assert (
-        _place(SRUN | {f"SUBMITIT_{name}": value for name, value in (names | {"EXECUTOR": "slurm"}).items()}).size == 4
-    )
+    names["EXECUTOR"] = "slurm"
+    assert _place(SRUN | {f"SUBMITIT_{name}": value for name, value in names.items()}).size == 4
 
 
 def alone_in_a_session_of_two(rank: int, patience: float) -> subprocess.CompletedProcess[str]:
