@@ -171,6 +171,15 @@ def test_a_path_without_weights_or_without_shapes_says_so() -> None:
         skeleton(replace(base, vision=PartConfig(path)))
 
 
+def test_weights_that_are_not_finite_are_named(donor: tuple[Path, Hive], tmp_path: Path) -> None:
+    name = "vision.encoder.layers.1.mlp.fc1.bias"
+    spoiled = {key: weight.detach().clone() for key, weight in donor[1].named_parameters()}
+    spoiled[name][0] = torch.nan
+    write_weights(tmp_path / "spoiled.safetensors", spoiled)
+    with pytest.raises(ValueError, match=rf"^{name} would begin with values that are not finite"):
+        assemble(begun(tmp_path / "spoiled.safetensors"), seed=0)
+
+
 def test_an_unfinished_run_has_nothing_to_begin_with(tmp_path: Path) -> None:
     configs.save(Config(model=tiny.model_config(), stages={"first": tiny_stage()}), tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"every stage of .* is still to be done"):
