@@ -315,6 +315,8 @@ def resolve(base: T, *layers: Any) -> T:
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
         message = str(error).splitlines()[0]
+        if "is not a ListConfig" in message:
+            message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {message}") from None
 
 
@@ -417,7 +419,7 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
     """Raises ValueError that names file and line if it is no YAML."""
     try:
         return OmegaConf.load(file)
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
 
 
@@ -444,7 +446,7 @@ def _quoted_range(item: str) -> str:
     return item if item.startswith(("'", '"')) or not RANGE.search(item) else f"'{item}'"
 
 
-def _in_a_line(error: YAMLError) -> str:
+def _in_a_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 

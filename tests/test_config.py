@@ -66,6 +66,7 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["data.train=[a.tar"], r"data.train=\[a.tar: not YAML: .* quotation marks"),
         (["data.train=[a/{b}.tar]"], "not YAML"),
         (["model.vision.config=3"], "model.vision.config"),
+        (["data.train=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
     ],
 )
 def test_bad_words_are_answered_with_a_remedy(words: list[str], message: str) -> None:
@@ -92,6 +93,14 @@ def test_one_value_given_in_two_ways_is_the_same_run() -> None:
     plain = presets.load("debug", None, [])
     spelled_out = presets.load("debug", None, ["stages.joint.data={max_tokens: 77, workers: 3}"])
     assert config.differences(plain, spelled_out) == []
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    for content in (b"a: [1", b"stages:\n\tjoint: {}", b"\xff\xfe\x00"):
+        file = tmp_path / "mine.yaml"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"mine\.yaml: not YAML: "):
+            presets.load("debug", file, [])
 
 
 def test_ranges_of_shards_in_a_list() -> None:

@@ -144,6 +144,9 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
         ({"gradient_clippin": 1}, ("'gradient_clippin'", "did you mean 'gradient_clipping'?")),
         ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "log.tensorboard=true")),
         ({"nebula": {"enabled": True}}, ("'nebula'", "known here are")),
+        ({"steps_per_print": "ten"}, ("steps_per_print", "must be a number")),
+        ({"flops_profiler": True}, ("flops_profiler=true", "must be an object")),
+        ({"comms_logger": {"enable": True}}, ("comms_logger.enable", "Extra inputs")),
     ],
 )
 def test_contradictions_name_key_values_and_remedy(tmp_path: Path, changes: Any, words: tuple[str, ...]) -> None:

@@ -44,19 +44,19 @@ AUTO_ZERO = {
     "stage3_max_reuse_distance": 100_000_000,
 }
 
-# Keys that change neither what is learned nor how it is cut; they reach DeepSpeed as they are.
-HARMLESS = (
-    "aio",
-    "comms_logger",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "log_level",
-    "memory_breakdown",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "zero_allow_untested_optimizer",
-)
+# Keys that change neither what is learned nor how it is cut, and their types; they reach DeepSpeed as they are.
+HARMLESS: dict[str, tuple[type, ...]] = {
+    "aio": (dict,),
+    "comms_logger": (dict,),
+    "disable_python_gc": (bool,),
+    "dump_state": (bool,),
+    "flops_profiler": (dict,),
+    "log_level": (str,),
+    "memory_breakdown": (bool,),
+    "steps_per_print": (int, float),
+    "wall_clock_breakdown": (bool,),
+    "zero_allow_untested_optimizer": (bool,),
+}
 
 # Keys of the sections whose keys are not DeepSpeed's to check.
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -139,6 +139,7 @@ def _resolved(
         settings = _parsed(text)
         check_keys("", settings, _top_keys(ours))
         _check_sections(settings)
+        _check_harmless(settings)
         for name in ("fp16", "bf16", "torch_autocast"):
             if not _enabled(settings.get(name, {})):
                 settings.pop(name, None)  # what a switched-off section says does not matter
@@ -230,6 +231,19 @@ def _check_sections(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}.params={dumps(section['params'])} must be an object: correct or remove it")
 
 
+def _check_harmless(settings: Mapping[str, Any]) -> None:
+    for name, types in HARMLESS.items():
+        value = settings.get(name, AUTO)
+        if value != AUTO and (type(value) not in types):
+            wanted = {dict: "an object", bool: "true or false", str: "text"}.get(types[0], "a number")
+            raise ValueError(f"{name}={dumps(value)} must be {wanted}: correct or remove it")
+    load_deepspeed()
+    from deepspeed.comm.config import CommsLoggerConfig
+
+    if isinstance(settings.get("comms_logger"), dict):
+        _check_types("comms_logger", CommsLoggerConfig, settings["comms_logger"])
+
+
 def _enabled(section: Any) -> bool:
     return isinstance(section, dict) and section.get("enabled", False) not in (False, AUTO)
 
@@ -265,7 +279,7 @@ def _zero(section: Any, here: bool) -> dict[str, Any]:
             raise ValueError(f"zero_optimization.{path}={dumps(value)} is not supported, since {reason}: remove it")
     zero = {key: value for key, value in {**AUTO_ZERO, **_without_auto(section)}.items() if _applies(key, section)}
     _check_offload(zero, here)
-    _check_types(DeepSpeedZeroConfig, zero)
+    _check_types("zero_optimization", DeepSpeedZeroConfig, zero)
     return zero
 
 
@@ -310,14 +324,14 @@ def _names(model: Any) -> list[str]:
     return [name for field, info in model.model_fields.items() for name in (field, info.alias) if name]
 
 
-def _check_types(model: Any, zero: Mapping[str, Any]) -> None:
+def _check_types(section: str, model: Any, content: Mapping[str, Any]) -> None:
     from pydantic import ValidationError
 
     try:
-        model(**zero)
+        model(**content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(["zero_optimization", *(str(part) for part in first["loc"])])
+        where = ".".join([section, *(str(part) for part in first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg']}") from None
 
 
