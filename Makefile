@@ -50,9 +50,12 @@ debug: install
 demo: install data/smollm2 data/emoji
 	$(RUN) launchers/pretrain.py --preset demo
 
-# debug as three jobs on a real Slurm of two virtual nodes, set up for the purpose: root on Debian
+# debug as three jobs on a real Slurm of two virtual nodes, set up for the purpose: root on Debian. What it starts
+# bears a mark, by which the guardian finds and ends it should make itself be stopped
 slurm-demo: export SLURM_CONF = $(CLUSTER)/etc/slurm.conf
+slurm-demo: export HIVE_SCALE_STARTED_BY := slurm-demo-$(shell echo $$PPID)
 slurm-demo: install
+	setsid $(RUN) -I -S tests/guardian.py $$PPID </dev/null >/dev/null 2>&1 &
 	tests/cluster/cluster.sh start $(CLUSTER)
 	-$(RUN) slurm/submit_pipeline.py --preset debug output=runs/slurm slurm.nodes=2 slurm.cpus_per_task=1 slurm.mem=2G
 	-$(RUN) slurm/submit_pipeline.py status runs/slurm --follow

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.runs import Run
 from hive_scale.config import Config, PartConfig
+from hive_scale.strict_json import dumps
 from hive_scale.watch.metrics import read_metrics
 
 TASKS = {
@@ -102,7 +101,7 @@ def _stages(run: Run, last: str) -> str:
 
 
 def _part(part: PartConfig) -> str:
-    return part.path or f"from scratch: `{json.dumps(part.config, sort_keys=True)}`"
+    return part.path or f"from scratch: `{dumps(part.config, sort_keys=True)}`"
 
 
 def _fusion(config: Config) -> str:

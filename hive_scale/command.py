@@ -24,6 +24,11 @@ def add_run_arguments(
     parser.add_argument(
         "--ds_config", metavar="JSON", help=f"DeepSpeed ZeRO and offload: a file, or {shipped}; without: FSDP2"
     )
+    parser.add_argument(
+        "--ds_config_owned",
+        choices=("refuse", "ignore"),
+        help="what it fixes otherwise than the config, such as the batch: refuse it (default), or say so and go on",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=keys)
 
 
@@ -41,7 +46,9 @@ def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     """The run that `arguments` name, changed by `words`. Raises ValueError with the remedy."""
     from hive_scale import presets
 
-    engine = [f"engine.ds_config={find_ds_config(arguments.ds_config)}"] if arguments.ds_config else []
+    given = {"ds_config": arguments.ds_config and find_ds_config(arguments.ds_config)}
+    given |= {"ds_config_owned": arguments.ds_config_owned}
+    engine = [f"engine.{name}={value}" for name, value in given.items() if value]
     preset = arguments.preset or (None if arguments.config else arguments.default_preset)  # a file may name its own
     return presets.load(preset, arguments.config, [*words, *engine])
 

@@ -7,7 +7,7 @@ config is written beside the run and reloads to the same run. This module import
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 Fusion = Literal["cross_attention", "joint_attention", "concat"]
 Depths = Literal["uniform", "later"]
@@ -26,6 +27,7 @@ Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
 TextMode = Literal["caption", "conversation"]
 ImagePosition = Literal["user", "start"]
+Owned = Literal["refuse", "ignore"]
 Wandb = Literal["online", "offline", "off"]
 
 
@@ -35,7 +37,9 @@ class PartConfig:
 
     `path` is a local Hugging Face directory, a hub name, another run's directory (its last stage that is done) or
     one stage of it, or a safetensors file or index; `config` is what ``config.json`` would say (``model_type``
-    included), which weights alone do not. Given both, `config` wins for the shape and the weights come from `path`.
+    included), which weights alone do not. Given both, the weights come from `path`, and `config` may shape what is
+    built of them but not compute otherwise than they were trained for: `model.build` refuses it by name. A config of
+    another `model_type`, or an empty one, takes the place of one that stood there before.
     """
 
     path: str = ""
@@ -128,7 +132,7 @@ class StageConfig:
     keep_moments: bool = False  # of AdamW, for parameters that the stage before trained too; else all start fresh
     decoupled_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
     seed: int = 0
-    data: DataConfig | None = None  # of a stage that reads other data than the run
+    data: dict[str, Any] | None = None  # keys of `DataConfig` in which the stage differs from the run's `data`
 
     def __post_init__(self) -> None:
         if not self.groups:
@@ -187,6 +191,7 @@ class EngineConfig:
     compile: bool = False
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     ds_config: str = ""  # a DeepSpeed JSON: ZeRO instead of FSDP2
+    ds_config_owned: Owned = "refuse"  # what that JSON fixes otherwise than a stage does: refuse it, or go by the stage
 
 
 @dataclass(frozen=True)
@@ -266,14 +271,33 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
+    def __post_init__(self) -> None:
+        for name in self.stages:
+            self.data_of(name)  # a typo in what a stage overrides is answered at once
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output.format(name=self.name))
 
+    def data_of(self, stage: str) -> DataConfig:
+        """The data that `stage` reads: the run's, with the stage's own keys over it. Raises ValueError for a typo.
+
+        What is no stage, such as the weights a run begins with, has the run's.
+        """
+        own = self.stages[stage].data if stage in self.stages else None
+        if not own:
+            return self.data
+        try:
+            return resolve(self.data, own)
+        except ValueError as error:
+            raise ValueError(f"stages.{stage}.data: {str(error).removeprefix('config: ')}") from None
+
 
 T = TypeVar("T")  # Config, or another dataclass of settings
 # YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
-LITERAL = re.compile(r"=(\d+:\d+|on|off|)$")
+LITERAL = re.compile(r"\d+:\d+|on|off|")
+RANGE = re.compile(r"\{\d+\.\.\d+\}")  # of shards; to YAML a brace begins a mapping
+ITEM = re.compile(r"""\s*(?:'[^']*'|"[^"]*"|[^,'"]+)""")  # of a list
 
 
 def resolve(base: T, *layers: Any) -> T:
@@ -287,11 +311,15 @@ def resolve(base: T, *layers: Any) -> T:
             _unlock(node)  # frozen dataclasses make read-only nodes
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
-            node = cast(DictConfig, OmegaConf.merge(node, _read(layer)))
+            read = _read(layer)
+            _make_way(node, read)
+            node = cast(DictConfig, OmegaConf.merge(node, read))
         return cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
         message = str(error).splitlines()[0]
+        if "is not a ListConfig" in message:
+            message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {message}") from None
 
 
@@ -323,15 +351,24 @@ def holds_weights_alone(path: str) -> bool:
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
     *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
-    *("data.workers", "data.threads", "data.cache_gb", "data.max_bad_samples", "feature_cache"),
+    *("*data.workers", "*data.threads", "*data.cache_gb", "*data.max_bad_samples", "feature_cache"),
 )
 
 
 def differences(one: Config, other: Config) -> list[str]:
     """Keys whose change makes it another run, at most three."""
-    flat, wanted = _flat(asdict(one)), _flat(asdict(other))
+    special = {name for run in (one, other) for name, stage in run.stages.items() if stage.data}
+    flat, wanted = (_flat(_with_data(run, special)) for run in (one, other))
     keys = [key for key in sorted(flat.keys() | wanted.keys()) if flat.get(key) != wanted.get(key)]
     return [key for key in keys if not any(fnmatchcase(key, free) for free in FREE)][:3]
+
+
+def _with_data(config: Config, stages: Collection[str]) -> dict[str, Any]:
+    """`config` as plain data, each of `stages` with all that it reads: one value may be given in two ways."""
+    plain = asdict(config)
+    for name, stage in plain["stages"].items():
+        stage["data"] = asdict(config.data_of(name)) if name in stages else None
+    return plain
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -343,6 +380,24 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
+    """Empty the config of a model's part in `node` where `layer` brings one of another family, or an empty one.
+
+    Key by key, the one family's sizes would be taken for the other's.
+    """
+    for role in ("vision", "language"):
+        place = f"model.{role}.config"
+        old = OmegaConf.select(node, place)
+        new = OmegaConf.select(layer, place, default=old)
+        if new is old:
+            continue
+        family = new.get("model_type") if isinstance(new, DictConfig) else None
+        if not new or family not in (None, old.get("model_type")):
+            OmegaConf.update(node, place, {}, merge=False)
+        if new is None:
+            OmegaConf.update(layer, place, {}, merge=False)
 
 
 def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
@@ -357,13 +412,45 @@ def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
 
 def _read(layer: Any) -> DictConfig | ListConfig:
     if isinstance(layer, Path):
-        return OmegaConf.load(layer)
+        return read_yaml(layer)
     if isinstance(layer, Sequence):
-        for word in layer:
-            if "=" not in word:
-                raise ValueError(f"config: '{word}' is not key=value")
-        return OmegaConf.from_dotlist([LITERAL.sub(r"='\1'", word) for word in layer])
+        return cast(DictConfig, OmegaConf.merge(*(_read_word(word) for word in layer)) if layer else OmegaConf.create())
     return cast(DictConfig, OmegaConf.create(layer))
+
+
+def read_yaml(file: Path) -> DictConfig | ListConfig:
+    """Raises ValueError that names file and line if it is no YAML."""
+    try:
+        return OmegaConf.load(file)
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
+
+
+def _read_word(word: str) -> DictConfig:
+    key, is_one, value = word.partition("=")
+    if not is_one:
+        raise ValueError(f"config: '{word}' is not key=value")
+    try:
+        return OmegaConf.from_dotlist([f"{key}={_quoted(value)}"])
+    except YAMLError as error:
+        raise ValueError(f"config: {key}={value}: not YAML: {_in_a_line(error)}: put it in quotation marks") from None
+
+
+def _quoted(value: str) -> str:
+    """`value` such that YAML takes it for what it says; of a list, the items that hold braces, as shards' names do."""
+    if LITERAL.fullmatch(value):
+        return f"'{value}'"
+    if value.startswith("[") and value.endswith("]") and RANGE.search(value):
+        return f"[{', '.join(_quoted_range(item.strip()) for item in ITEM.findall(value[1:-1]))}]"
+    return value
+
+
+def _quoted_range(item: str) -> str:
+    return item if item.startswith(("'", '"')) or not RANGE.search(item) else f"'{item}'"
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _unlock(node: DictConfig | ListConfig) -> None:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from hive_scale.pulse import Pulse
 
+stores: Any = dist  # which names its stores in public, but not in its type hints
 JOINING = timedelta(minutes=5)  # a process that has not come by then will not
+JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
+SAYING = 15.0  # seconds between words about who is missing
 POLL, GRACE = 1.0, 5.0  # seconds between looks for a failed rank, and to leave by oneself after one
 FAILURE = "hive_scale/failure"  # key of the store: which rank failed first, and how
 TRY_AGAIN = 75  # exit code: the same command goes on from the last checkpoint (EX_TEMPFAIL of sysexits.h)
@@ -88,28 +92,18 @@ def session() -> Iterator[World]:
     rank that raises ends all others within seconds, and only its traceback is shown.
     """
     place = _place(os.environ)
-    device = _device(place.local_rank, os.environ)
+    device = _device(place)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.size == 1:
         # a HashStore needs neither port nor launcher
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=stores.HashStore(), rank=0, world_size=1)
         try:
             yield World(0, 1, device)
         finally:
             dist.destroy_process_group()
         return
     os.environ.update(place.master)
-    try:
-        store, _, _ = next(rendezvous("env://", place.rank, place.size, timeout=JOINING))
-    except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"rank {place.rank} of {place.size} cannot meet the others at {where} ({reason}): if another program has "
-            "the port, set MASTER_PORT to a free one"
-        ) from None
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun: its store outlives its restarts, with all keys in it
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    store = _Meeting(place).hold()
     guard = _Guard(store.clone(), place.rank)
     try:
         device_id = device if device.type == "cuda" else None
@@ -126,6 +120,90 @@ def session() -> Iterator[World]:
     finally:
         guard.stop()
     dist.destroy_process_group()
+
+
+class _Meeting:
+    """How the processes of one start find each other, and nobody else's words, in a store.
+
+    The store of torchrun's agents outlives their restarts, with all that earlier attempts have left in it. So rank 0
+    names the attempt, and answers each rank that greets it with a word of its own, which no earlier one can have used.
+    """
+
+    def __init__(self, place: _Place) -> None:
+        self.rank, self.size = place.rank, place.size
+        is_watched = place.by_slurm and sys.stdin is not None and sys.stdin.isatty()  # somebody sits and waits
+        self.patience = min(JOINING, JOINING_WATCHED) if is_watched else JOINING
+        self.where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.missing = list(range(1, place.size)) if place.rank == 0 else [0]
+        self._ends = time.monotonic() + self.patience.total_seconds()
+        self._over = threading.Event()
+
+    def hold(self) -> Any:
+        """The part of the store that is this attempt's. Raises ValueError that says who has not come."""
+        threading.Thread(target=self._say, daemon=True).start()
+        try:
+            store = self._open()
+            attempt = self._gather(store) if self.rank == 0 else self._greet(store)
+        except dist.DistError as error:
+            raise ValueError(self._in_vain(str(error).splitlines()[0], taken=self.rank == 0)) from None
+        finally:
+            self._over.set()
+        return stores.PrefixStore(attempt, store)
+
+    def _open(self) -> Any:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return next(rendezvous("env://", self.rank, self.size, timeout=self.patience))[0]
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # rank 0 does not wait for the others here, since it could not say for whom
+        return stores.TCPStore(
+            host, port, self.size, self.rank == 0, self.patience, wait_for_workers=False, multi_tenant=True
+        )
+
+    def _gather(self, store: Any) -> str:
+        attempt, answered = uuid4().hex, dict[int, bytes]()
+        while self.missing:
+            for rank in list(self.missing):
+                word = store.get(f"hello/{rank}") if store.check([f"hello/{rank}"]) else None
+                if store.check([f"{attempt}/here/{rank}"]):
+                    self.missing.remove(rank)
+                elif word is not None and word != answered.get(rank):
+                    store.set(f"answer/{rank}", f"{word.decode()} {attempt}")
+                    answered[rank] = word
+            self._wait()
+        return attempt
+
+    def _greet(self, store: Any) -> str:
+        word, key = uuid4().hex, f"answer/{self.rank}"
+        store.set(f"hello/{self.rank}", word)
+        while not (store.check([key]) and store.get(key).decode().startswith(word)):
+            self._wait()
+        attempt: str = store.get(key).decode().split()[1]
+        store.set(f"{attempt}/here/{self.rank}", "")
+        return attempt
+
+    def _wait(self) -> None:
+        if self.missing and time.monotonic() > self._ends:
+            raise ValueError(self._in_vain(f"not within {self.patience.total_seconds():.0f} s"))
+        time.sleep(0.02)
+
+    def _in_vain(self, reason: str, taken: bool = False) -> str:
+        remedy = (
+            "if another program has the port, set MASTER_PORT to a free one"
+            if taken
+            else f"start all {self.size} by one command; an interactive session for one process has one task (srun -n1)"
+        )
+        return f"rank {self.rank} of {self.size} cannot meet {self._who()} at {self.where} ({reason}): {remedy}"
+
+    def _who(self) -> str:
+        first = ", ".join(str(rank) for rank in self.missing[:8])
+        more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
+        return f"rank{'s' * (len(self.missing) > 1)} {first}{more}"
+
+    def _say(self) -> None:
+        while not self._over.wait(SAYING):
+            left = max(0.0, self._ends - time.monotonic())
+            text = f"rank {self.rank} of {self.size} waits at {self.where} for {self._who()}, {left:.0f} s more"
+            print(text, file=sys.stderr, flush=True)
 
 
 class _Guard:
@@ -172,6 +250,7 @@ class _Place(NamedTuple):
     size: int
     local_rank: int
     master: Mapping[str, str]  # environment variables that torch's rendezvous needs beyond the present ones
+    by_slurm: bool = False  # a task of srun's
 
 
 def _place(env: Mapping[str, str]) -> _Place:
@@ -184,16 +263,19 @@ def _place(env: Mapping[str, str]) -> _Place:
                 "with torchrun, accelerate launch, deepspeed or srun"
             )
         return _Place(int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), {})
+    if (
+        "SUBMITIT_LOCAL_GLOBALID" in env and env.get("SUBMITIT_EXECUTOR", "local") == "local"
+    ):  # on a node that srun may have given, whose task it is not
+        size, port = int(env["SUBMITIT_LOCAL_NTASKS"]), 15000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 15000
+        rank, local_rank = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_LOCALID"])
+        return _Place(rank, size, local_rank, _master(env, "127.0.0.1", port))
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun: a batch script has no step
         size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
         host = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
         # jobs and steps that share a node need ports of their own
         port = 15000 + (37 * int(env.get("SLURM_JOB_ID", 0)) + int(env["SLURM_STEP_ID"])) % 15000
-        return _Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), _master(env, host, port))
-    if "SUBMITIT_LOCAL_GLOBALID" in env:
-        size, port = int(env["SUBMITIT_LOCAL_NTASKS"]), 15000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 15000
-        rank, local_rank = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_LOCALID"])
-        return _Place(rank, size, local_rank, _master(env, "127.0.0.1", port))
+        local_rank = int(env.get("SLURM_LOCALID", 0))
+        return _Place(int(env["SLURM_PROCID"]), size, local_rank, _master(env, host, port), by_slurm=True)
     return _Place(0, 1, 0, {})
 
 
@@ -207,11 +289,11 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in match.groups()) if match else nodelist
 
 
-def _device(local_rank: int, env: Mapping[str, str]) -> torch.device:
+def _device(place: _Place) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    count = torch.cuda.device_count()
-    if count == 1 and "SLURM_STEP_ID" in env:
+    count, local_rank = torch.cuda.device_count(), place.local_rank
+    if count == 1 and place.by_slurm:
         local_rank = 0  # Slurm shows each task only its own
     if local_rank >= count:
         raise ValueError(f"this node has {count} GPUs and at least {local_rank + 1} processes: start one per GPU")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.model import build, export
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
+from hive_scale.strict_json import dumps
 
 
 def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
@@ -37,7 +38,8 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
     stage = run.stage(stage)
     weights = read_weights(run.weights(stage))
     with published(out) as folder:
-        KINDS[kind](run.config, weights, folder, DTYPES[dtype])
+        config = replace(run.config, data=run.config.data_of(stage))
+        KINDS[kind](config, weights, folder, DTYPES[dtype])
         (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
     return stage
 
@@ -47,7 +49,7 @@ def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.d
     model = build.spelled_out(config.model)
     content = {"model_type": "hive", "code": code_version(), "model": asdict(model)}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(content, indent=2))
+    (path / "config.json").write_text(dumps(content, indent=2))
     write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
     _tokenizer(config).save_pretrained(path)
     export.image_processor(build.vision_config(config.model.vision), config.data.image).save_pretrained(path)

@@ -17,10 +17,14 @@ PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("p
 
 
 def assemble(config: ModelConfig, seed: int) -> Hive:
-    """float32 on the CPU. Raises ValueError that names what is missing, unexpected or of another shape in a part."""
+    """float32 on the CPU. Raises ValueError that names what is missing, of another shape or not finite in a part."""
     paths = {"vision": config.vision.path, "language": config.language.path, "connector": config.connector}
     ours = {part: path for part, path in paths.items() if path and (part == "connector" or _is_ours(path))}
-    return build.assemble(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
+    model = build.assemble(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
+    if spoiled := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
+        raise ValueError(f"{spoiled[0]}{more} would begin with values that are not finite: give the part other weights")
+    return model
 
 
 def _is_ours(path: str) -> bool:

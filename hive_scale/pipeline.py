@@ -13,7 +13,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.initial import assemble
 from hive_scale.model.export import export_encoder
-from hive_scale.preparation import check, claim, open_all, same_data
+from hive_scale.preparation import check, check_owner, claim, open_all, same_data
 from hive_scale.train import StageRun
 from hive_scale.watch.interrupt import Interrupt, listening
 
@@ -28,21 +28,28 @@ def run_pipeline(
     `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
     """
     with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
-        claim(config, world, overwrite)
+        if not overwrite:
+            check_owner(config)
         names = list(config.stages)
         wanted = names[: names.index(until) + 1] if until else names
-        if not all(is_done(config.run_dir / name) for name in wanted):
-            _run_stages(config, wanted, world, interrupt)
+        if overwrite or not all(is_done(config.run_dir / name) for name in wanted):
+            _run_stages(config, wanted, world, interrupt, overwrite)
 
 
-def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt) -> None:
-    data = open_all(config)
-    check(config, data, world.size)
-    same_data(config, data, world)
+def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt, overwrite: bool) -> None:
+    left = [name for name in wanted if overwrite or not is_done(config.run_dir / name)]
+    check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
     weights = config.run_dir / "initial" / WEIGHTS
-    if world.is_main and not find_weights(weights):
-        model = assemble(config.model, seed=next(iter(config.stages.values())).seed)
-        write_weights(weights, dict(model.named_parameters()))
+    first = None
+    if world.is_main and (overwrite or not find_weights(weights)):
+        first = assemble(config.model, seed=next(iter(config.stages.values())).seed)
+    # not before: to a directory that a refused command had claimed, the corrected one would be another run
+    claim(config, world, overwrite)
+    data = open_all(config)
+    same_data(config, data, world)
+    if first is not None:
+        write_weights(weights, dict(first.named_parameters()))
+        del first
     world.barrier()
     for name in wanted:
         stage_dir = config.run_dir / name
@@ -52,6 +59,7 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
                 with published(stage_dir / "encoder") as folder:
-                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data.image)
+                    image = config.data_of(name).image
+                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, image)
             world.barrier()
         weights = stage_dir / WEIGHTS

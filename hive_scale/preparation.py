@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from hive_scale import config as configs
 from hive_scale.checkpoint.lock import LOCK
@@ -18,6 +19,7 @@ from hive_scale.engine import check_compiler
 from hive_scale.features import check_disk
 from hive_scale.model import build
 from hive_scale.stage import freeze
+from hive_scale.strict_json import dumps
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,11 @@ class Data:
     heldout: Loader
 
 
-def open_data(config: Config, stage: str = "") -> Data:
-    """The data of `stage`; without, the run's."""
-    data = (config.stages[stage].data if stage else None) or config.data
+def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
+    """The data of `stage`; without, the run's. What cannot be used of it is `noted` in the run directory."""
+    data = config.data_of(stage)
     tokenizer = open_tokenizer(data.tokenizer)
-    bad = config.run_dir / "bad_samples.jsonl"
+    bad = config.run_dir / "bad_samples.jsonl" if noted else None
 
     def loader(shards: list[str]) -> Loader:
         size, colour = build.image_size(config.model), build.pad_colour(config.model)
@@ -40,22 +42,28 @@ def open_data(config: Config, stage: str = "") -> Data:
     return Data(tokenizer, loader(data.train), loader(data.heldout))
 
 
-def open_all(config: Config) -> dict[str, Data]:
+def open_all(config: Config, noted: bool = True) -> dict[str, Data]:
     """The data of every stage, by its name; stages that read the run's share it."""
     opened: dict[str, Data] = {}
-    of_run = [name for name, stage in config.stages.items() if stage.data is None]
-    opened |= dict.fromkeys(of_run, open_data(config)) if of_run else {}
-    return opened | {name: open_data(config, name) for name in config.stages if name not in opened}
+    of_run = [name for name, stage in config.stages.items() if not stage.data]
+    opened |= dict.fromkeys(of_run, open_data(config, noted=noted)) if of_run else {}
+    return opened | {name: open_data(config, name, noted) for name in config.stages if name not in opened}
 
 
-def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
-    """Meet every error of any stage now, not in the night. Raises ValueError."""
-    check_compiler(config.engine)
+def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], here: bool = True) -> None:
+    """Meet every error of any stage now, not in the night. Raises ValueError.
+
+    `worlds` are the numbers of processes of the stages to be trained, and `here` tells whether by this machine.
+    """
+    _check_engines(config, worlds, here)
+    if here:
+        check_compiler(config.engine)
     model = build.skeleton(config.model)
     for name, stage in config.stages.items():
         try:
             freeze(model, stage, model.dormant())
-            stage.accumulation(world_size)
+            if name in worlds:
+                stage.accumulation(worlds[name])
             stage.num_steps(data[name].train.num_samples)
             check_disk(config, model, data[name].train)
             _try_some(data[name].train)
@@ -65,6 +73,23 @@ def check(config: Config, data: Mapping[str, Data], world_size: int) -> None:
         if size > known:
             raise ValueError(
                 f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
+            )
+
+
+def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> None:
+    first, engine = next(iter(config.stages), ""), config.engine
+    if first and config.stages[first].keep_moments:
+        raise ValueError(f"stages.{first}.keep_moments: no stage comes before this one: set it to false")
+    if engine.ds_config:
+        from hive_scale.engine import ds_json  # which takes seconds to import DeepSpeed
+
+        stages = {name: (config.stages[name], world_size) for name, world_size in worlds.items()}
+        ds_json.check(Path(engine.ds_config), stages, engine, here)
+        return
+    for name, size in worlds.items():
+        if engine.shard and size % engine.shard:
+            raise ValueError(
+                f"stages.{name}: engine.shard={engine.shard} does not divide the {size} processes: use a divisor of it"
             )
 
 
@@ -91,7 +116,7 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
     now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
     if world.is_main and not path.exists():
         unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(json.dumps(now, indent=1))
+        unnamed.write_text(dumps(now, indent=1))
         unnamed.rename(path)
     world.barrier()
     before = json.loads(path.read_text())
@@ -103,18 +128,22 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
             )
 
 
+def check_owner(config: Config) -> None:
+    """Raises ValueError if the run directory is another run's."""
+    saved = config.run_dir / "config.yaml"
+    if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
+        raise ValueError(
+            f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
+        )
+
+
 def claim(config: Config, world: World, overwrite: bool) -> None:
-    """Write the config into the run directory, or see that the one there is of the same run."""
+    """Make the run directory this run's, which it stays; with `overwrite` empty it first."""
     saved = config.run_dir / "config.yaml"
     if world.is_main and overwrite and saved.exists():
         for entry in config.run_dir.iterdir():
             if entry.name != LOCK:  # which is ours
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     world.barrier()
-    if saved.exists():
-        if changed := configs.differences(config, configs.load(saved)):
-            raise ValueError(
-                f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
-            )
-    elif world.is_main:
+    if world.is_main and not saved.exists():
         configs.save(config, saved)

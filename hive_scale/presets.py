@@ -23,6 +23,7 @@ from hive_scale.config import (
     PartConfig,
     StageConfig,
     TokenizerConfig,
+    read_yaml,
     resolve,
 )
 
@@ -293,20 +294,21 @@ def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -
     """
     llm = "meta-llama/Llama-3.2-1B-Instruct"
     tokenizer = TokenizerConfig(path=llm, pad_token="<|finetune_right_pad_id|>")
-    captions = DataConfig(
-        train=["data/lcs_558k/train-*.tar"],
-        heldout=["data/lcs_558k/heldout-*.tar"],
-        tokenizer=tokenizer,
-        max_tokens=2048,
-        workers=4,
-    )
-    conversations = replace(
-        captions,
+    conversations = DataConfig(
         train=["data/llava_next/train-*.tar"],
         heldout=["data/llava_next/heldout-*.tar"],
+        tokenizer=tokenizer,
         text="conversation",
+        max_tokens=2048,
         image="pad",
+        workers=4,
     )
+    captions = {
+        "train": ["data/lcs_558k/train-*.tar"],
+        "heldout": ["data/lcs_558k/heldout-*.tar"],
+        "text": "caption",
+        "image": "resize",
+    }
     connector, language = _vlm_groups(fusion, (1e-3, 2e-5), str(llm_only).lower() == "true")
     common: dict[str, Any] = {"drop_last": True, "min_lr": 0.0, "betas": (0.9, 0.999)}
     return Config(
@@ -399,7 +401,7 @@ def read_file(file: Path) -> dict[str, Any]:
     """A YAML file's keys and values. Raises ValueError if it is none."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    content = OmegaConf.to_container(OmegaConf.load(file))
+    content = OmegaConf.to_container(read_yaml(file))
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys to values")
     return {str(key): value for key, value in content.items()}

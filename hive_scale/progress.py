@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
+
+import torch
 
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.store import Store
 from hive_scale.engine import Engine
 from hive_scale.watch.guard import BAD_BATCHES, Guard
 
+PIECE = 1 << 24  # numbers looked at together: a look takes as much memory again
 logger = logging.getLogger(__name__)
 
 
@@ -36,10 +40,27 @@ class Progress:
         """Count a step over so many targets."""
         self.step, self.tokens = self.step + 1, self.tokens + num_tokens
 
-    def save(self, global_batch: int, wait: bool) -> None:
+    def save(self, global_batch: int, wait: bool) -> bool:
+        """Write a checkpoint of this step; False, and none, if what it would hold is not finite. A collective."""
+        if not self._is_finite():
+            if self.store.world.is_main:
+                logger.warning(
+                    "step %d is not saved: its weights, their moments or its held-out loss are not finite", self.step
+                )
+            return False
         state: dict[str, Any] = {"step": self.step, "samples": self.step * global_batch, "tokens": self.tokens}
         state |= {"passed": self.passed, "losses": self.guard.losses, "eval_loss": self.eval_loss}
         self.store.save(self.step, self.engine.fragments(), {**state, **self.origin, **self.known}, wait=wait)
+        return True
+
+    def _is_finite(self) -> bool:
+        """Of all ranks' masters and moments, and of the loss if this step looked."""
+        spoiled = not all(
+            bool(piece.isfinite().all())
+            for fragment in self.engine.fragments()
+            for piece in torch.split(fragment.data, PIECE)
+        )
+        return not any(self.store.world.sum(spoiled)) and isfinite(self.eval_loss or 0.0)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one.
@@ -69,7 +90,7 @@ class Progress:
         next_batch = self.batch
         if not self.resume():
             raise ValueError(
-                f"{self.guard.config.patience} bad steps in a row before the first checkpoint: lower the learning "
-                f"rates, or look at the samples in {BAD_BATCHES}"
+                "the loss or the weights are not finite, or far out, and no checkpoint is there to go back to: lower "
+                f"the learning rates, raise warmup, or look at the samples in {BAD_BATCHES}"
             )
         self.passed = next_batch - self.step

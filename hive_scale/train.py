@@ -82,7 +82,7 @@ class StageRun:
         return checkpoint
 
     def _train(self) -> bool:
-        """Step by step to the end, or False if leaving batches out has not helped."""
+        """Step by step to the end, or False if leaving batches out has not helped, or the weights are spoiled."""
         at, stage, pulse, config = self.at, self.stage, self.world.pulse, self.config
         batches = self.train.steps(
             global_batch=stage.global_batch,
@@ -124,19 +124,23 @@ class StageRun:
                 self.cadence.stepped(self.store.write_seconds)
                 log.say(self.cadence.warning())
                 log.say(self.starvation.warning())
-                if stop or save:
-                    self._save(wait=bool(stop))
+                saved = self._save(wait=bool(stop)) if stop or save else True
                 if stop and at.step < self.num_steps:
-                    raise Stopped(f"{self.name} stopped after step {at.step} of {self.num_steps}, and saved it")
+                    how = "and saved it" if saved else "which is not fit to be saved"
+                    raise Stopped(f"{self.name} stopped after step {at.step} of {self.num_steps}, {how}")
+                if not saved:
+                    return False
             log.say(f"{self.name}: {self.goodput.close()}")
-        self._save(wait=False)
-        return True
+        return self._save(wait=False)
 
-    def _save(self, wait: bool) -> None:
+    def _save(self, wait: bool) -> bool:
+        """Whether the step is fit to be saved; then it is, or will be."""
         self.world.pulse.enter("save")
         began = perf_counter()
-        self.at.save(self.stage.global_batch, wait)
-        self.cadence.saved(perf_counter() - began)
+        saved = self.at.save(self.stage.global_batch, wait)
+        if saved:
+            self.cadence.saved(perf_counter() - began)
+        return saved
 
     def _votes(self) -> tuple[float, ...]:
         """(stop, save), as far as this rank is asked, and how long each has waited for data, as far as it knows."""
@@ -174,6 +178,4 @@ class StageRun:
 
 def _stage_before(config: Config, name: str) -> Path:
     names = list(config.stages)
-    if name == names[0]:
-        raise ValueError(f"stages.{name}.keep_moments: no stage comes before this one: set it to false")
     return config.run_dir / names[names.index(name) - 1]

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -85,6 +84,7 @@ def _submit(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
+    from hive_scale.strict_json import dumps
     from launchers.reproduction.phases import Phases
     from launchers.reproduction.scales import SCALES
     from launchers.reproduction.steps import run
@@ -101,7 +101,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     for steps in Phases(scale, data, output).all(seeds):
         run(steps, output / "steps", arguments.jobs)
     made = collect(output, seeds, list(scale.probe))
-    (output / "figures.json").write_text(json.dumps(made, indent=1) + "\n")
+    (output / "figures.json").write_text(dumps(made, indent=1) + "\n")
     table = markdown(made, f"{scale.note}; {seeds} seed{'s' * (seeds > 1)}")
     (output / "table.md").write_text(table)
     print(table)
@@ -120,7 +120,9 @@ def _check(scale: Scale, data: Path) -> None:
 
 
 def _write(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=1) + "\n"
+    from hive_scale.strict_json import dumps
+
+    text = dumps(content, indent=1) + "\n"
     if path.exists() and path.read_text() != text:
         raise ValueError(f"{path.parent} holds a reproduction with other settings: give another --output")
     path.write_text(text)

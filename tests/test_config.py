@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +14,7 @@ from hive_scale import config, presets
 from hive_scale.config import GroupConfig, StageConfig
 from hive_scale.schedule import lr_factor, warmup_steps
 
+ROOT = Path(__file__).resolve().parents[1]
 FUSIONS = ("cross_attention", "joint_attention", "concat")
 PAIRS = 595_375  # LLaVA-CC3M-Pretrain-595K
 
@@ -24,7 +27,8 @@ def stage(**changes: object) -> StageConfig:
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_saved_run_reloads_to_the_same_run(tmp_path: Path, name: str, fusion: str) -> None:
     last = list(presets.PRESETS[name]().stages)[-1]
-    run = presets.load(name, None, [f"fusion={fusion}", f"stages.{last}.epochs=2.5", "data.workers=3"])
+    words = [f"stages.{last}.epochs=2.5", "data.workers=3", f"stages.{last}.data.train=[a.tar]"]
+    run = presets.load(name, None, [f"fusion={fusion}", *words])
     assert run.model.fusion == fusion
     config.save(run, tmp_path / "config.yaml")
     assert config.load(tmp_path / "config.yaml") == run
@@ -56,11 +60,83 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["data.max_tokens=1"], "leaves no room"),
         (["model.density=0"], "above 0"),
         (["stages.joint.global_batch=0"], "at least 1"),
+        (["stages.joint.data.trian=[a.tar]"], "stages.joint.data: trian: .* Did you mean: 'train'"),
+        (["stages.joint.data.max_tokens=1"], "stages.joint.data: .* leaves no room"),
+        (["stages.joint.data=a.tar"], "stages.joint.data"),
+        (["data.train=[a.tar"], r"data.train=\[a.tar: not YAML: .* quotation marks"),
+        (["data.train=[a/{b}.tar]"], "not YAML"),
+        (["model.vision.config=3"], "model.vision.config"),
+        (["data.train=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
     ],
 )
 def test_bad_words_are_answered_with_a_remedy(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         presets.load("debug", None, words)
+
+
+def test_a_stage_s_data_is_what_it_changes_of_the_run_s(tmp_path: Path) -> None:
+    words = ["stages.joint.data.train=[a.tar]", "stages.joint.data.tokenizer.pad_token=<pad>", "data.workers=7"]
+    run = presets.load("paper_siglip", None, words)
+    own = run.data_of("joint")
+    assert own == replace(run.data, train=["a.tar"], tokenizer=replace(run.data.tokenizer, pad_token="<pad>"))
+    assert own.workers == 7
+    assert run.data_of("language") == run.data
+    # what the run changes later, the stage follows, also where it has been saved between
+    config.save(run, tmp_path / "config.yaml")
+    later = presets.load(None, tmp_path / "config.yaml", ["data.max_tokens=50"])
+    assert later.data_of("joint") == replace(own, max_tokens=50)
+    assert config.differences(run, presets.load("paper_siglip", None, words)) == []
+    assert "stages.joint.data.train" in config.differences(run, presets.load("paper_siglip", None, []))
+
+
+def test_one_value_given_in_two_ways_is_the_same_run() -> None:
+    plain = presets.load("debug", None, [])
+    spelled_out = presets.load("debug", None, ["stages.joint.data={max_tokens: 77, workers: 3}"])
+    assert config.differences(plain, spelled_out) == []
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    for content in (b"a: [1", b"stages:\n\tjoint: {}", b"\xff\xfe\x00"):
+        file = tmp_path / "mine.yaml"
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"mine\.yaml: not YAML: "):
+            presets.load("debug", file, [])
+
+
+def test_ranges_of_shards_in_a_list() -> None:
+    word = "data.train=[shards/{00000..00595}.tar, '3 x b/{0..9}.tar',plain.tar, 0.5 x {0..9}.tar]"
+    shards = ["shards/{00000..00595}.tar", "3 x b/{0..9}.tar", "plain.tar", "0.5 x {0..9}.tar"]
+    assert presets.load("debug", None, [word]).data.train == shards
+
+
+def test_a_config_of_another_family_takes_the_place_of_the_preset_s(tmp_path: Path) -> None:
+    other = {"model_type": "qwen2", "vocab_size": 300}
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: debug\nmodel: {language: {config: {model_type: qwen2, vocab_size: 300}}}\n")
+    words = ["model.language.config={model_type: qwen2, vocab_size: 300}"]
+    assert presets.load("debug", None, words).model.language.config == other
+    assert presets.load(None, file, []).model.language.config == other
+    for nothing in ("{}", "null"):
+        assert presets.load("debug", None, [f"model.vision.config={nothing}"]).model.vision.config == {}
+    before = presets.debug().model.language.config
+    same = presets.load(
+        "debug", None, ["model.language.config.model_type=llama", "model.language.config.hidden_size=8"]
+    )
+    assert same.model.language.config == before | {"hidden_size": 8}
+
+
+@pytest.mark.parametrize("launcher", ["launchers/pretrain.py", "slurm/submit_pipeline.py", "launchers/plan.py"])
+def test_words_stand_before_and_after_options(launcher: str) -> None:
+    """`--print_config` prints, the other two refuse what only the last word says."""
+    last = {"launchers/pretrain.py": ["--print_config", "name=last"]}.get(launcher, ["modle=1"])
+    line = [launcher, "eval_interval=3", "--ds_config", "ds_configs/zero2.json", "save_interval=7", *last]
+    shown = subprocess.run([sys.executable, *line], cwd=ROOT, capture_output=True, text=True, check=False)
+    if launcher == "launchers/pretrain.py":
+        said = shown.stdout.splitlines()
+        assert {"name: last", "eval_interval: 3", "save_interval: 7", "  ds_config: ds_configs/zero2.json"} <= {*said}
+    else:
+        assert (shown.returncode, shown.stderr.count("\n")) == (2, 1)
+        assert "Did you mean: 'model'" in shown.stderr
 
 
 def test_an_unknown_preset_is_answered_with_the_nearest() -> None:

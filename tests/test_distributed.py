@@ -55,6 +55,81 @@ def test_submitit_on_one_machine() -> None:
     assert (place.rank, place.size, place.local_rank) == (1, 2, 1)
 
 
+def test_a_local_chain_on_a_node_of_srun_s_is_a_world_of_its_own() -> None:
+    names = {"LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_GLOBALID": "1", "LOCAL_LOCALID": "1", "EXECUTOR": "local"}
+    session = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    place = _place(session | {f"SUBMITIT_{name}": value for name, value in names.items()})
+    assert (place.rank, place.size, place.local_rank) == (1, 2, 1)
+    assert place.master["MASTER_ADDR"] == "127.0.0.1"
+    # a job of Slurm's that submitit has submitted is srun's, though submitted from such a chain
+    names["EXECUTOR"] = "slurm"
+    assert _place(SRUN | {f"SUBMITIT_{name}": value for name, value in names.items()}).size == 4
+
+
+def alone_in_a_session_of_two(rank: int, patience: float) -> subprocess.CompletedProcess[str]:
+    """A process that srun has started with another, which never joins."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    script = f"""
+from datetime import timedelta
+from hive_scale import distributed
+distributed.JOINING, distributed.SAYING = timedelta(seconds={patience}), 1.0
+try:
+    with distributed.session():
+        print("met")
+except ValueError as error:
+    print(error)
+"""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    env |= SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(rank), "SLURM_STEP_NODELIST": "localhost"}
+    env |= {"PYTHONPATH": str(Path(__file__).parents[1]), "MASTER_PORT": str(port)}
+    return subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_never_joins_is_named_while_one_waits_and_at_the_end(rank: int) -> None:
+    shown = alone_in_a_session_of_two(rank, patience=3)
+    assert f"rank {rank} of 2 waits at localhost:" in shown.stderr
+    assert f" for rank {1 - rank}, " in shown.stderr
+    assert "Traceback" not in shown.stderr
+    assert shown.stdout.startswith(f"rank {rank} of 2 cannot meet rank {1 - rank} at localhost:")
+    assert "start all 2 by one command" in shown.stdout
+
+
+RESTARTING = """
+import os
+from hive_scale.distributed import session
+with session() as world:
+    if world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        raise RuntimeError("once")
+    world.barrier()
+    print("rank", world.rank, "finished", flush=True)
+"""
+
+
+def test_two_agents_with_a_static_rendezvous_recover(tmp_path: Path) -> None:
+    """Their store, which outlives the attempt, still holds why the first one failed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "worker.py").write_text(RESTARTING)
+    line = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", "--max_restarts=1"]
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", *line, f"--master_port={port}", f"--node_rank={node}", str(tmp_path / "worker.py")],
+            env=env | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [agent.communicate(timeout=150)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0]
+    assert said == ["rank 0 finished\n", "rank 1 finished\n"]
+
+
 def test_half_an_environment_is_refused() -> None:
     with pytest.raises(ValueError, match="WORLD_SIZE=2 is set but not RANK, MASTER_ADDR, MASTER_PORT"):
         _place({"WORLD_SIZE": "2"})
@@ -118,5 +193,8 @@ def test_a_port_in_use_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with pytest.raises(ValueError, match=r"cannot meet the others at .* set MASTER_PORT to a free one"), session():
+        with (
+            pytest.raises(ValueError, match=r"cannot meet ranks 1, 2, 3 at .* set MASTER_PORT to a free one"),
+            session(),
+        ):
             pass

@@ -18,6 +18,7 @@ from test_parity import Cell, my_batches, opened, small_jsons
 from hive_scale import presets
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS
+from hive_scale.checkpoint.snapshot import steps_in
 from hive_scale.config import Config, GuardConfig
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World, session
@@ -173,6 +174,60 @@ def test_bad_weights_send_a_run_back_to_other_batches(
     assert state["passed"] == 21 - 18 + 3
     assert lines[-1]["lost_steps"] == 3 + 3
     assert lines[-1]["spent"]["lost"] > 0
+
+
+def spoil(value: float, kind: str = "master", at: int = 23) -> Callable[[StageRun], None]:
+    """Whoever is called at the end of the last step of 24 spoils what it leaves."""
+
+    def harm(stage: StageRun) -> None:
+        if stage.at.step == at:
+            step = stage.engine.step
+
+            def spoiling(*given: Any) -> Any:
+                output = step(*given)
+                for fragment in stage.engine.fragments():
+                    if fragment.kind == kind:
+                        fragment.data[:1] = value
+                return output
+
+            stage.engine.step = spoiling  # type: ignore[method-assign]
+
+    return harm
+
+
+@pytest.mark.parametrize(("value", "kind"), [(math.nan, "master"), (math.inf, "exp_avg_sq")])
+def test_a_stage_that_ends_in_what_is_no_number_is_not_done(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, value: float, kind: str
+) -> None:
+    """The step before the last leaves it behind, the last is one too many for the guard to see."""
+    sabotage(monkeypatch, spoil(value, kind, at=22))
+    monkeypatch.setattr(StageRun, "_leave_out", lambda *_: None)
+    with pytest.raises(ValueError, match=r"after going back 1 times the loss or the weights are again not finite"):
+        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")
+    assert not (tmp_path / "run" / "projector" / WEIGHTS).exists()
+    assert [path.name for path in steps_in(tmp_path / "run" / "projector")][-1] == "step_00000018"
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_published_and_no_json(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights may be ruined, too: only the look at the end sees it."""
+
+    def look(stage: StageRun) -> dict[str, Any]:
+        stage.at.eval_loss = math.nan if stage.at.step == 24 else None
+        return {"eval_loss": stage.at.eval_loss, "gates": {"0": math.inf, "1": 0.5}} if stage.at.step == 24 else {}
+
+    sabotage(monkeypatch, lambda stage: None)
+    monkeypatch.setattr(StageRun, "_look", look)
+    with pytest.raises(ValueError, match="no checkpoint is there to go back to: lower the learning rates"):
+        run_pipeline(run(tmp_path / "run", "save_interval=100"), world, until="projector")
+    stage_dir = tmp_path / "run" / "projector"
+    assert not (stage_dir / WEIGHTS).exists()
+    last = (stage_dir / "metrics.jsonl").read_text().splitlines()[-1]
+    line = json.loads(last, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert line["step"] == 24
+    assert "eval_loss" not in line
+    assert line["gates"] == {"1": 0.5}
 
 
 def test_going_back_for_ever_is_refused(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -108,12 +109,75 @@ def test_what_has_no_place_is_left_out_and_said(donor: tuple[Path, Hive], caplog
     assert "left out: unexpected: encoder.layers.3." in caplog.text
 
 
+def published(folder: Path, content: dict[str, Any]) -> str:
+    """A directory that says of its weights what `content` says."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "said", "message"),
+    [
+        ("vision", tiny.CLIP | {"hidden_act": "gelu"}, r"trained with hidden_act=gelu \(here quick_gelu\)"),
+        (
+            "vision",
+            {"model_type": "clip", "vision_config": tiny.CLIP | {"layer_norm_eps": 1e-6}},
+            "layer_norm_eps=1e-06",
+        ),
+        ("vision", tiny.CLIP | {"num_attention_heads": 4}, "num_attention_heads=4"),
+        ("vision", tiny.SIGLIP, "is of type siglip_vision_model, its config here of type clip_vision_model"),
+        ("vision", {"architecture": "vit_tiny", "pretrained_cfg": {}}, "is a timm model"),
+        ("language", tiny.language(rope_theta=5e5), "rope_theta': 500000.0"),
+        ("language", tiny.language(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+        ("language", tiny.language() | {"model_type": "mobilellm", "hidden_act": "gelu"}, "hidden_act=gelu"),
+        ("language", tiny.language() | {"quantization_config": {"quant_method": "awq"}}, r"quantized weights \(awq\)"),
+    ],
+)
+def test_weights_compute_as_they_were_trained(tmp_path: Path, part: str, said: dict[str, Any], message: str) -> None:
+    """A preset's config beside other weights: shapes would be missed, an activation would not."""
+    given = {"vision": tiny.CLIP, "language": tiny.language()}[part]
+    base = tiny.model_config()
+    with pytest.raises(ValueError, match=rf"^model\.{part}.*{message}"):
+        skeleton(replace(base, **{part: PartConfig(published(tmp_path / "other", said), given)}))  # type: ignore[arg-type]
+
+
+def test_what_the_weights_say_in_other_words_or_not_at_all_is_no_difference(tmp_path: Path) -> None:
+    base = tiny.model_config()
+    scaled = {"rope_type": "linear", "factor": 2.0}
+    old = tiny.language(rope_theta=5e5, rope_scaling=scaled, eos_token_id=[2, 3], torch_dtype="float16")
+    new = tiny.language(rope_parameters=scaled | {"rope_theta": 5e5}, num_hidden_layers=3)
+    # a family that transformers does not have, read as the one that is given
+    foreign = {"model_type": "mobilellm", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
+    for i, (said, given) in enumerate(((old, new), (foreign, tiny.language(rms_norm_eps=1e-5)))):
+        skeleton(replace(base, language=PartConfig(published(tmp_path / str(i), said), given)))
+
+
+def test_a_timm_model_or_packed_weights_without_a_config_say_so(tmp_path: Path) -> None:
+    base = tiny.model_config()
+    timm = published(tmp_path / "timm", {"architecture": "vit_tiny", "pretrained_cfg": {"num_classes": 0}})
+    with pytest.raises(ValueError, match="is a timm model: give the same encoder as transformers has it"):
+        skeleton(replace(base, vision=PartConfig(timm)))
+    packed = published(tmp_path / "gptq", tiny.language() | {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ValueError, match=r"quantized weights \(gptq\), which cannot be trained"):
+        skeleton(replace(base, language=PartConfig(packed)))
+
+
 def test_a_path_without_weights_or_without_shapes_says_so() -> None:
     base, path = tiny.model_config(), "/nowhere/tower.safetensors"
     with pytest.raises(ValueError, match=r"model.vision: /nowhere.* there are no weights"):
         assemble(replace(base, vision=replace(base.vision, path=path)), seed=0)
     with pytest.raises(ValueError, match=r"holds weights alone: give model.vision.config, too"):
         skeleton(replace(base, vision=PartConfig(path)))
+
+
+def test_weights_that_are_not_finite_are_named(donor: tuple[Path, Hive], tmp_path: Path) -> None:
+    name = "vision.encoder.layers.1.mlp.fc1.bias"
+    spoiled = {key: weight.detach().clone() for key, weight in donor[1].named_parameters()}
+    spoiled[name][0] = torch.nan
+    write_weights(tmp_path / "spoiled.safetensors", spoiled)
+    with pytest.raises(ValueError, match=rf"^{name} would begin with values that are not finite"):
+        assemble(begun(tmp_path / "spoiled.safetensors"), seed=0)
 
 
 def test_an_unfinished_run_has_nothing_to_begin_with(tmp_path: Path) -> None:

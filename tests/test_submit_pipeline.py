@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hive_scale.slurm import submission
 from hive_scale.slurm import then as followers
 from hive_scale.slurm.chain import Link, decide
 from hive_scale.slurm.controller import NEVER, Job
+from hive_scale.slurm.job import StageJob, attempts_file, read_attempts
 from hive_scale.slurm.resources import PROFILES, Resources, environment, read, split
 from hive_scale.slurm.then import Follower, order
 
@@ -150,6 +152,8 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
         (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
         (["--dry_run", "slurm.gpu=a1000"], "a1000"),
+        (["--dry_run", "--ds_config", "/nowhere.json"], "engine.ds_config=/nowhere.json is no file"),
+        (["--dry_run", "--ds_config", "mine.json", "stages.joint.max_grad_norm=10"], "contradicts 10.0 of joint"),
         (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
         ([], "there is no sbatch here"),
         (["--dry_run", "--then", "prob"], "--then: there is no 'prob': did you mean probe?"),
@@ -158,10 +162,60 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
+    json_file = tmp_path / "mine.json"
+    json_file.write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 2}}')
+    words = [str(json_file) if word == "mine.json" else word for word in words]
     shown = command(*words, *([] if "status" in words else [f"output={tmp_path / 'run'}"]))
     assert shown.returncode == 2, shown.stdout
     assert shown.stderr.count("\n") == 1, shown.stderr
     assert message in shown.stderr
+
+
+SBATCH = """#!/bin/bash
+env | grep ^S >{folder}/environment; cp "${{@: -1}}" {folder}/script; echo Submitted batch job 7
+"""
+
+
+def test_a_job_s_own_limits_do_not_reach_the_jobs_submitted_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun would take them for options: SLURM_MEM_PER_CPU and --mem exclude each other, and the chain is lost."""
+    for name, text in {
+        "sbatch": SBATCH.format(folder=tmp_path),
+        "squeue": "#!/bin/sh\n",
+        "sacct": "#!/bin/sh\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "77", "SLURM_MEM_PER_CPU": "500", "SLURM_CPU_BIND": "quiet", "SUBMITIT_EXECUTOR": "slurm"}
+    user = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "mine"}
+    for name, value in (job | user | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}).items():
+        monkeypatch.setenv(name, value)
+    config = presets.load("debug", None, [f"output={tmp_path / 'run'}"])
+    assert submission.submit(config, dict.fromkeys(STAGES, Resources(gpus_per_node=0, mem="800M")), "slurm", {}) == 0
+    seen = (tmp_path / "environment").read_text()
+    assert not [name for name in job if name in seen]
+    assert all(f"{name}={value}" in seen for name, value in user.items())
+    assert "SLURM_MEM_PER_CPU" not in (tmp_path / "script").read_text()
+    assert os.environ["SLURM_MEM_PER_CPU"] == "500"  # this process is in its job still
+
+
+def test_an_attempt_cut_off_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    begun = StageJob(presets.load("debug", None, [f"output={tmp_path}"]), "projector", 5)
+    begun.note("begin", datetime.now(), at="projector:0")
+    path = attempts_file(tmp_path)
+    with path.open("ab") as file:
+        file.write(b'{"event": "begin", "stage": "proj\xc3')  # a kill, or a full disk
+    assert [line["event"] for line in read_attempts(tmp_path)] == ["begin"]
+    begun.note("end", datetime.now(), code=0)  # on a line of its own
+    assert [line["event"] for line in read_attempts(tmp_path)] == ["begin", "end"]
+    assert "attempts.jsonl: line 2 is cut off and left out" in caplog.text
+
+
+def test_nodes_that_are_not_there_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"one node: give slurm\.nodes=1"):
+        submitted(tmp_path / "run", "--then", "", *BRIEF, "slurm.nodes=2", cluster="local")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")

@@ -114,11 +114,11 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, world: World) -> None:
 
 def test_a_stage_may_read_data_of_its_own(tmp_path: Path, world: World) -> None:
     config = small(tmp_path / "run", steps=2)
-    own = replace(config.data, train=[SOME])
-    stages = config.stages | {"language": replace(config.stages["language"], steps=0, data=own)}
+    stages = config.stages | {"language": replace(config.stages["language"], steps=0, data={"train": [SOME]})}
     config = replace(config, stages=stages)
     data = open_all(config)
     assert data["projector"] is data["joint"]
+    assert data["language"].tokenizer.vocab_size == data["joint"].tokenizer.vocab_size
     run_pipeline(config, world, until="language")
     lines = read_metrics(config.run_dir / "language" / "metrics.jsonl")
     assert len(lines) == 2  # a dozen samples, eight a step; the run's own are 845
@@ -310,6 +310,40 @@ def test_bad_input_is_refused_before_training(
     with pytest.raises(ValueError, match=message):
         run_pipeline(config, world)
     assert not (tmp_path / "run" / "initial").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, folder: _ds(c, folder, {"gradient_clipping": 7.0}), "gradient_clipping=7.0 contradicts 1.0 of proj"),
+        (lambda c, folder: replace(c, engine=replace(c.engine, shard=2)), "engine.shard=2 does not divide"),
+        (lambda c, folder: _weights_at(c, folder / "nowhere"), "nowhere"),
+        (lambda c, folder: _stage(c, data={"train": [str(folder / "*.tar")]}), "[*].tar"),
+    ],
+)
+def test_a_refused_command_does_not_claim_the_directory(
+    tmp_path: Path, world: World, change: Callable[[Config, Path], Config], message: str
+) -> None:
+    right = small(tmp_path / "run", steps=1)
+    wrong = replace(change(right, tmp_path), eval_interval=1)
+    with pytest.raises(ValueError, match=message):
+        run_pipeline(wrong, world)
+    assert {path.name for path in right.run_dir.iterdir()} == {".lock"}
+    run_pipeline(right, world, until="projector")
+    with pytest.raises(ValueError, match=message):
+        run_pipeline(wrong, world, overwrite=True)
+    assert is_done(right.run_dir / "projector")  # nor does it empty what another has made
+
+
+def _ds(config: Config, folder: Path, settings: dict[str, Any]) -> Config:
+    path = folder / "mine.json"
+    path.write_text(json.dumps(settings | {"zero_optimization": {"stage": 2}}))
+    return replace(config, engine=replace(config.engine, ds_config=str(path)))
+
+
+def _weights_at(config: Config, path: Path) -> Config:
+    vision = replace(config.model.vision, path=str(path))
+    return replace(config, model=replace(config.model, vision=vision))
 
 
 def _stage(config: Config, **changes: Any) -> Config:

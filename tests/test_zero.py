@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hive_scale.config import EngineConfig, GroupConfig, StageConfig
-from hive_scale.engine.ds_json import resolve
+from hive_scale.engine.ds_json import check, resolve
 
 SHIPPED = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 STAGE = StageConfig({"all": GroupConfig(["*"], 1e-3, 0.01)}, global_batch=64, micro_batch=8, max_grad_norm=0.5)
@@ -141,7 +142,11 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ("data_types.grad_accum_dtype", "bf16", "fp32")),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, ("cpu_checkpointing", "engine.checkpointing")),
         ({"gradient_clippin": 1}, ("'gradient_clippin'", "did you mean 'gradient_clipping'?")),
-        ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "known here are")),
+        ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "log.tensorboard=true")),
+        ({"nebula": {"enabled": True}}, ("'nebula'", "known here are")),
+        ({"steps_per_print": "ten"}, ("steps_per_print", "must be a number")),
+        ({"flops_profiler": True}, ("flops_profiler=true", "must be an object")),
+        ({"comms_logger": {"enable": True}}, ("comms_logger.enable", "Extra inputs")),
     ],
 )
 def test_contradictions_name_key_values_and_remedy(tmp_path: Path, changes: Any, words: tuple[str, ...]) -> None:
@@ -197,6 +202,97 @@ def test_unreadable_jsons(tmp_path: Path) -> None:
     assert "correct the JSON" in refusal(tmp_path, "{")
     assert "given twice" in refusal(tmp_path, '{"fp16": {}, "fp16": {}}')
     assert "one object" in refusal(tmp_path, "[]")
+
+
+TEXT = """{
+  "_comment": "made by hand",
+  "//": "JSON has no comments", "//": "so some write them as keys",
+  "bfloat16": {"enabled": true, "_why": "faster"},
+  "gradient_clipping": 1.0,
+  "train_batch_size": 64,
+  "wandb": {"enabled": false, "team": "x"},
+  "zero_optimization": {"stage": 2, "comment": "enough"}
+}"""
+
+
+def test_every_stage_is_held_against_the_json_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(TEXT)
+    first = replace(STAGE, max_grad_norm=1.0)
+    stages = {"first": (first, 4), "second": (STAGE, 4), "third": (replace(STAGE, global_batch=128), 2)}
+    with pytest.raises(ValueError, match=r"mine\.json: ") as caught:
+        check(path, stages, EngineConfig("bf16"))
+    message = str(caught.value)
+    assert "line 5: gradient_clipping=1.0 contradicts 0.5 of second, third, from the stage's max_grad_norm" in message
+    assert "line 6: train_batch_size=64 contradicts 128 of third" in message
+    assert message.count("line ") == 2
+    assert "--ds_config_owned=ignore" in message
+    check(path, {"first": stages["first"]}, EngineConfig("bf16"))
+
+    ignoring = EngineConfig("bf16", ds_config_owned="ignore")
+    check(path, stages, ignoring)
+    assert "line 5: gradient_clipping=1.0 contradicts 0.5 of second, third" in caplog.text
+    settings = resolve(path, STAGE, ignoring, 4)
+    assert (settings["gradient_clipping"], settings["train_batch_size"]) == (0.5, 64)
+    assert settings.keys().isdisjoint({"_comment", "//", "bfloat16", "wandb"})
+    assert settings["zero_optimization"].keys().isdisjoint({"comment"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_clippin": 1},
+        {"zero_optimization": {"stage": 2, "zenflow": {}}},
+        {"fp16": 1},
+        {"optimizer": {"params": 3}},
+    ],
+)
+def test_what_is_not_the_config_s_is_refused_all_the_same(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"mine\.json: "):
+        resolved(tmp_path, {"zero_optimization": {"stage": 2}} | settings, ds_config_owned="ignore")
+
+
+def test_older_and_shorter_names_are_deepspeed_s_own(tmp_path: Path) -> None:
+    short = {"stage": 3, "max_live_parameters": 5e7, "prefetch_bucket_size": "auto", "cpu_offload": True}
+    zero = resolved(tmp_path, {"zero_optimization": short | {"stage3_gather_fp16_weights_on_model_save": True}})[
+        "zero_optimization"
+    ]
+    assert zero["stage3_max_live_parameters"] == 50_000_000
+    assert zero["stage3_prefetch_bucket_size"] == 20_000_000
+    assert zero["offload_optimizer"] == {"device": "cpu"}
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+    assert zero.keys().isdisjoint({"max_live_parameters", "prefetch_bucket_size", "cpu_offload"})
+    twice = short | {"stage3_max_live_parameters": 1}
+    assert "'stage3_max_live_parameters' is given twice" in refusal(tmp_path, {"zero_optimization": twice})
+
+
+@pytest.mark.parametrize(
+    ("section", "ours"),
+    [
+        ({"compile": {"enabled": True}}, "engine.compile=true"),
+        ({"compile": {"deepcompile": True}}, "engine.compile=true"),
+        ({"wandb": {"enabled": True}}, "log.wandb=online"),
+        ({"amp": {"enabled": True, "opt_level": "O1"}}, "engine.precision=bf16"),
+    ],
+)
+def test_a_section_that_has_a_switch_of_ours_is_answered_with_it(
+    tmp_path: Path, section: dict[str, Any], ours: str
+) -> None:
+    assert f"remove it and use {ours}" in refusal(tmp_path, {"zero_optimization": {"stage": 2}} | section)
+    off = {
+        name: {key: False if key in ("enabled", "deepcompile") else value for key, value in content.items()}
+        for name, content in section.items()
+    }
+    resolved(tmp_path, {"zero_optimization": {"stage": 2}} | off)
+
+
+def test_another_machine_s_drive_is_not_looked_for_here(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    offload = {"device": "nvme", "nvme_path": "/of/another/machine"}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_param": offload}}))
+    with pytest.raises(ValueError, match="no writable directory"):
+        check(path, {"a": (STAGE, 4)}, EngineConfig())
+    check(path, {"a": (STAGE, 4)}, EngineConfig(), here=False)
 
 
 def test_a_world_that_does_not_divide_the_batch(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,8 @@ from typing import Any, BinaryIO
 import torch
 import xxhash
 from torch import Tensor
+
+from hive_scale.strict_json import dumps
 
 # Large pieces, since both the write and the checksum give up the GIL once per piece
 PIECE = 1 << 24
@@ -44,7 +45,7 @@ def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
         end = at + num_bytes(dtype, shape)
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data begin aligned
     return len(text).to_bytes(8, "little") + text
 
@@ -71,7 +72,7 @@ def write_file(path: Path, header: bytes, reads: Iterable[Callable[[], Tensor]])
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to a new file, down to the disk."""
     with open(path, "x") as file:
-        json.dump(value, file)
+        file.write(dumps(value))
         file.flush()
         os.fsync(file.fileno())
 

@@ -144,4 +144,4 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _checksum(content: Any) -> str:
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, allow_nan=False).encode()))

@@ -24,6 +24,7 @@ from hive_scale.checkpoint.snapshot import Snapshot, audit, directory_name, step
 from hive_scale.checkpoint.staging import Staging
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
+from hive_scale.strict_json import dumps
 
 LAST_TWO = KeepConfig()
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class Store:
             raise WriteError(f"{self._failures} checkpoints in a row could not be written: {error}") from error
         if self._path(step) in self._sound:
             return
-        text = json.dumps(state)  # now, since the caller may change it while the writer is at work
+        text = dumps(state)  # now, since the caller may change it while the writer is at work
         self._pending = self._writer.submit(self._write, step, self._stage(list(fragments)), text)
         if wait:
             self.finish()

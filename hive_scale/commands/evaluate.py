@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale.strict_json import dumps
+
 if TYPE_CHECKING:
     from hive_scale.distributed import World
     from hive_scale.evaluate.answering import Answerer
@@ -107,8 +109,7 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
         weights = sorted(path.glob("*.safetensors"))
     else:
         config, stage, model = open_hive(path)
-        data = config.stages[stage].data or config.data if stage in config.stages else config.data
-        answerer = HiveAnswerer(model, data, world.device, dtype)
+        answerer = HiveAnswerer(model, config.data_of(stage), world.device, dtype)
         path = path / stage if (path / "config.yaml").is_file() else path
         weights = sorted(path.glob("weights*.safetensors"))
     output = arguments.output or path / "evaluation"
@@ -120,7 +121,7 @@ def _claim(path: Path, identity: dict[str, Any], world: World) -> None:
     """Answers of another model must not pass for this one's."""
     if world.is_main and not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity))
+        path.write_text(dumps(identity))
     world.barrier()
     if json.loads(path.read_text()) != identity:
         raise ValueError(f"{path.parent} holds answers of other weights: give --output DIR, or delete it")
@@ -128,7 +129,7 @@ def _claim(path: Path, identity: dict[str, Any], world: World) -> None:
 
 def _save(path: Path, results: dict[str, Any]) -> None:
     before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps(before | results, indent=1) + "\n")
+    path.write_text(dumps(before | results, indent=1) + "\n")
 
 
 def _show(results: dict[str, Any]) -> None:
@@ -156,7 +157,9 @@ def _tasks(names: str) -> list[Task]:
 def _lmms_eval(arguments: argparse.Namespace) -> int:
     """Hand the model to lmms-eval, which fetches the sets itself. Its exit code, or 1 if it left no results."""
     if missing := [name for name in ("lmms_eval", "decord") if find_spec(name) is None]:
-        raise ValueError(f"{missing[0]} is not installed: pip install lmms-eval decord 'filelock<3.24', or leave --backend out")
+        raise ValueError(
+            f"{missing[0]} is not installed: pip install lmms-eval decord 'filelock<3.24', or leave --backend out"
+        )
     model: Path = arguments.model
     if model is None or not (model / "config.json").is_file():
         raise ValueError(f"lmms-eval reads LLaVA directories: export {model} first (launchers/export.py llava)")

@@ -57,7 +57,7 @@ def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:
     arguments = _parse(argv)
     config = _run(arguments, arguments.encoder)
     config = replace(config, model=replace(config.model, vision=vision))
-    check(config, open_all(config), world_size)
+    check(config, open_all(config, noted=False), dict.fromkeys(config.stages, world_size), here=False)
 
 
 def _run(arguments: argparse.Namespace, encoder: Path) -> Config:
@@ -96,4 +96,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
     add_run_arguments(parser, default="vlm")
     add_training_arguments(parser)
-    return parser.parse_intermixed_args(argv)  # the encoder first, keys last, options anywhere
+    return parser.parse_intermixed_args(argv)  # the encoder first, keys after it, options anywhere

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.command import add_run_arguments, named_run
+from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -61,7 +61,7 @@ def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> in
     else:
         plans = plan_run(config, machine, arguments.samples)
     if arguments.json:
-        print(json.dumps({"stages": [plan.to_dict() for plan in plans], "settings": words}, indent=2))
+        print(dumps({"stages": [plan.to_dict() for plan in plans], "settings": words}, indent=2))
     else:
         print(_report(plans, machine, arguments))
         if words:
@@ -151,7 +151,7 @@ def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> i
     stage = arguments.stage or list(config.stages)[-1]
     points = sweep(config, stage, machine.gpu, worlds, arguments.samples)
     if arguments.json:
-        print(json.dumps(points, indent=2))
+        print(dumps(points, indent=2))
         return 0
     print("| engine | scaling | GPUs | samples/s | efficiency | step, s | sent, GB | peak, GB |\n|" + " --- |" * 8)
     for point in points:
@@ -180,4 +180,4 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
     parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
     parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # words anywhere among the options

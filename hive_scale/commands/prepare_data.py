@@ -154,7 +154,7 @@ def run_index(arguments: argparse.Namespace) -> None:
 
     index = open_index(all_shards(expand(arguments.shards)), ShardCache(round(DataConfig().cache_gb * 1e9)))
     if arguments.faults:
-        lines = [json.dumps(vars(fault)) + "\n" for fault in index.faults]
+        lines = [json.dumps(vars(fault), allow_nan=False) + "\n" for fault in index.faults]
         arguments.faults.write_text("".join(lines), encoding="utf-8")
     print(describe(index))
 

@@ -62,4 +62,4 @@ def _parse() -> argparse.Namespace:
     )
     add_run_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()  # words anywhere among the options

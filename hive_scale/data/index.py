@@ -127,7 +127,7 @@ def _index_path(shards: Sequence[str]) -> Path:
         # relative names, so that a set that moves keeps its index
         names = [shard if is_remote(shard) else os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
         place = str(beside)
-    name = f"{Path(shards[0]).stem}-{_short(json.dumps(names))}.index"
+    name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
     if beside is not None and beside != SAMPLE_DIR and os.access(beside, os.W_OK):
         return beside / name
     folder = cache_dir() / "indices"
@@ -162,7 +162,7 @@ def _write(path: Path, shards: Sequence[str], tables: Sequence[ShardTable]) -> N
         "checksum": _checksum(arrays),
     }
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+    save_file(arrays, temporary, {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()})
     temporary.replace(path)
 
 

@@ -38,7 +38,7 @@ class Ledger:
             with _locked(self.path) as file:
                 self._known = {(fault.shard, fault.key): fault for fault in _read(file)}
                 fresh = [fault for place, fault in new.items() if place not in self._known]
-                file.writelines(json.dumps(asdict(fault)) + "\n" for fault in fresh)
+                file.writelines(json.dumps(asdict(fault), allow_nan=False) + "\n" for fault in fresh)
             self._known |= new
         if len(self._known) > self.budget:
             raise ValueError(self._summary())

@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NamedTuple
 
 from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.strict_json import dumps
 
 AUTO = "auto"
+
+# Sections of DeepSpeed's that have a switch of ours.
+SWITCHES = {
+    "amp": "engine.precision=bf16",
+    "autotuning": "launchers/plan.py --fit",
+    "checkpoint": "save_interval and keep.*",
+    "comet": "log.wandb=online or log.tensorboard=true",
+    "compile": "engine.compile=true",
+    "csv_monitor": "metrics.jsonl, which every stage writes",
+    "curriculum_learning": "stages.NAME.data",
+    "data_efficiency": "stages.NAME.data",
+    "elasticity": "torchrun --nnodes MIN:MAX",
+    "tensorboard": "log.tensorboard=true",
+    "wandb": "log.wandb=online",
+}
+# And others; switched off they may all be there.
+OPTIONAL = (
+    *SWITCHES,
+    *("compression_training", "dataloader_drop_last", "disable_allgather", "eigenvalue", "hybrid_engine", "nebula"),
+    *("pipeline", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+    *("fp32_allreduce", "tensor_parallel", "weight_quantization"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,29 +88,44 @@ def check_keys(prefix: str, given: Iterable[str], known: Sequence[str]) -> None:
     for key in given:
         if key not in known:
             nearest = get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean '{nearest[0]}'?" if nearest else f"known here are {', '.join(sorted(known))}"
+            hint = f"did you mean '{nearest[0]}'?" if nearest else f"known here are {', '.join(sorted(set(known)))}"
+            if not prefix and key in SWITCHES:
+                hint = f"remove it and use {SWITCHES[key]}"
             raise ValueError(f"'{prefix}{key}' is not a key that can be set in this JSON: {hint}")
 
 
-def check_owned(settings: Mapping[str, Any], owned: Mapping[str, Owned]) -> None:
+class Contradiction(NamedTuple):
+    """What the JSON fixes and Config decides otherwise."""
+
+    path: str
+    given: Any
+    ours: Any
+    source: str
+
+
+def contradictions(
+    settings: Mapping[str, Any], owned: Mapping[str, Owned], stage: StageConfig
+) -> Iterator[Contradiction]:
+    """All of them. Raises ValueError for an option of the optimizer that there is not."""
     for path, key in owned.items():
         section, _, name = path.rpartition(".")
         value = settings.get(section, {}).get(name, AUTO) if section else settings.get(name, AUTO)
         if value not in (AUTO, key.value, *key.also):
-            _contradiction(path, value, key.value, key.source)
+            yield Contradiction(path, value, key.value, key.source)
+    yield from _optimizer(settings.get("optimizer", {}), stage)
+    for name, value in settings.get("scheduler", {}).get("params", {}).items():
+        if value != AUTO:  # all "auto" is a form to be filled in: ours fills it, whatever its type
+            yield Contradiction(f"scheduler.params.{name}", value, AUTO, "the stage's warmup and min_lr")
+    for name, value in settings.get("activation_checkpointing", {}).items():
+        if value not in (AUTO, False, None):
+            yield Contradiction(f"activation_checkpointing.{name}", value, False, "engine.checkpointing.*")
 
 
-def _contradiction(path: str, given: Any, ours: Any, source: str) -> None:
-    raise ValueError(
-        f"{path}={json.dumps(given)} contradicts {json.dumps(ours)}, from {source}: "
-        f'remove {path} or write "auto", or change the config'
-    )
-
-
-def check_optimizer(section: Mapping[str, Any], stage: StageConfig) -> None:
+def _optimizer(section: Mapping[str, Any], stage: StageConfig) -> Iterator[Contradiction]:
     """Ours is AdamW with the stage's groups; a JSON may repeat what holds for every group."""
     if section.get("type", AUTO) not in (AUTO, "AdamW"):
-        _contradiction("optimizer.type", section["type"], "AdamW", "every stage's optimizer")
+        yield Contradiction("optimizer.type", section["type"], "AdamW", "every stage's optimizer")
+        return  # whose parameters may be others
     ours: dict[str, set[Any]] = {
         "lr": {group.lr for group in stage.groups.values()},
         "weight_decay": {group.weight_decay for group in stage.groups.values()},
@@ -100,18 +138,34 @@ def check_optimizer(section: Mapping[str, Any], stage: StageConfig) -> None:
     check_keys("optimizer.params.", params, list(ours))
     for name, value in params.items():
         plain = tuple(value) if isinstance(value, list) else value
-        if plain != AUTO and ours[name] != {plain}:
-            _contradiction(f"optimizer.params.{name}", value, sorted(ours[name]), "the stage's groups")
+        if plain != AUTO and list(ours[name]) != [plain]:
+            yield Contradiction(f"optimizer.params.{name}", value, sorted(ours[name]), "the stage's groups")
 
 
-def check_schedule(section: Mapping[str, Any]) -> None:
-    """A scheduler whose parameters are all "auto" is a form to be filled in: ours fills it, whatever its type."""
-    for name, value in section.get("params", {}).items():
-        if value != AUTO:
-            _contradiction(f"scheduler.params.{name}", value, AUTO, "the stage's warmup and min_lr")
+def told(found: Mapping[str, Sequence[Contradiction]], text: str) -> list[str]:
+    """Every key of the JSON `text` that contradicts a stage, with its line and what which stages have instead."""
+    by_path: dict[str, dict[str, list[str]]] = {}
+    first: dict[str, Contradiction] = {}
+    for stage, many in found.items():
+        for one in many:
+            first.setdefault(one.path, one)
+            by_path.setdefault(one.path, {}).setdefault(dumps(one.ours), []).append(stage)
+    lines = []
+    for path, values in by_path.items():
+        ours = " and ".join(f"{value}{_of(stages)}" for value, stages in values.items())
+        one = first[path]
+        lines.append(f"line {_line(text, path)}: {path}={dumps(one.given)} contradicts {ours}, from {one.source}")
+    return lines
 
 
-def check_unused(name: str, settings: Mapping[str, Any], source: str) -> None:
-    for key, value in settings.get(name, {}).items():
-        if value not in (AUTO, False, None):
-            _contradiction(f"{name}.{key}", value, False, source)
+def _of(stages: Sequence[str]) -> str:
+    return f" of {', '.join(stages)}" if any(stages) else ""
+
+
+def _line(text: str, path: str) -> int:
+    """The line of `text` (from 1) that sets the key at `path`."""
+    at = 0
+    for name in path.split("."):
+        found = re.compile(rf'"{re.escape(name)}"\s*:').search(text, at)
+        at = found.start() if found else at
+    return text.count("\n", 0, at) + 1

@@ -22,6 +22,7 @@ from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
 from hive_scale.model.llava import StockLlava
 from hive_scale.model.vision import mean_colour
+from hive_scale.strict_json import dumps
 
 PREDICTIONS = "predictions.jsonl"
 
@@ -114,7 +115,7 @@ def answer_all(
         for batch in batches(due, batch_size)[world.rank :: world.size]:
             for question, answer in _answers(batch, answerer, max_tokens):
                 line = {"id": question.id, "prompt": question.prompt, **answer}
-                part.write(json.dumps(line, ensure_ascii=False) + "\n")
+                part.write(dumps(line, ensure_ascii=False) + "\n")
             part.flush()
             advance(len(batch) * world.size)
     world.barrier()
@@ -183,7 +184,7 @@ def _join(folder: Path, questions: Sequence[Question]) -> None:
     known = {line["id"]: line for line in _lines([folder / PREDICTIONS, *parts])}
     kept = [known[one.id] for one in questions if known.get(one.id, {}).get("prompt") == one.prompt]
     joined = folder / "predictions.joined"
-    joined.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    joined.write_text("".join(dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
     joined.replace(folder / PREDICTIONS)
     for part in parts:
         part.unlink()

@@ -123,7 +123,7 @@ class Cache:
         encoder, split = source.encoder, source.split
         pixels = f"{encoder.mode} {VERSION}"
         what = [encoder.identity, encoder.depth, pixels, str(encoder.dtype), key, split.name, split.size]
-        path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}"
+        path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what, allow_nan=False).encode()).hexdigest()[:16]}"
         shape = 1, encoder.num_tokens, encoder.width
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
         labels = path.with_suffix(".labels")

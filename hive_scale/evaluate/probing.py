@@ -18,6 +18,7 @@ from hive_scale.distributed import World
 from hive_scale.evaluate.features import AT_ONCE, Cache, Encoder, Numbers, Source, cut
 from hive_scale.evaluate.labelled import Labelled, Split
 from hive_scale.evaluate.probes import Grid, Kind, Recipe, nearest_neighbours
+from hive_scale.strict_json import dumps
 
 HELD_BACK = 0.1  # share of the training pictures on which rates are chosen, where the set has no split for it
 
@@ -136,7 +137,7 @@ def summarise(seeds: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def save(path: Path, plan: Plan, encoder: Encoder, data: Labelled, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**_made_of(plan, encoder, data), "results": results}, indent=1) + "\n")
+    path.write_text(dumps({**_made_of(plan, encoder, data), "results": results}, indent=1) + "\n")
 
 
 def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any] | None:
@@ -152,5 +153,5 @@ def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> di
 def _made_of(plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any]:
     """As it comes back from a file."""
     what = {"weights": encoder.identity, "depth": encoder.depth, "set": data.where, "plan": asdict(plan)}
-    made: dict[str, Any] = json.loads(json.dumps(what))
+    made: dict[str, Any] = json.loads(dumps(what))
     return made

@@ -17,7 +17,7 @@ from hive_scale.show.curves import History, curves
 from hive_scale.show.figure import save
 from hive_scale.show.gradient_map import gradient_figure
 from hive_scale.show.page import Report, page
-from hive_scale.watch.metrics import parse
+from hive_scale.strict_json import read_lines
 
 Captioned = tuple[Tensor, Mapping[str, str]]  # a picture, and texts by whose they are
 
@@ -130,12 +130,12 @@ def _faults(run: Run) -> list[dict[str, str]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, str]]:
-    return parse(path)[0]
+    return read_lines(path)[0]
 
 
 def _cut_lines(runs: Sequence[Run]) -> list[str]:
     paths = [run.dir / stage / "metrics.jsonl" for run in runs for stage in run.config.stages]
-    return [f"{path}: line {number} is cut off and left out" for path in paths for number in parse(path)[1]]
+    return [f"{path}: line {number} is cut off and left out" for path in paths for number in read_lines(path)[1]]
 
 
 def _other_recipes(runs: Sequence[Run]) -> list[str]:

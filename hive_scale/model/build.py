@@ -28,6 +28,15 @@ from hive_scale.model.vision import mean_colour
 
 VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
 LANGUAGE = ("llama", "qwen2", "qwen3")
+# Fields in which a config may differ from the one beside its weights: loading finds the first out, and the others
+# do not change what is computed. Whatever else a family has does.
+FREE = {
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "layer_types"),
+    *("image_size", "patch_size", "num_channels", "projection_dim", "vision_use_head", "vocab_size"),
+    *("attention_bias", "mlp_bias", "tie_word_embeddings", "max_window_layers"),
+    *("attention_dropout", "initializer_range", "initializer_factor", "max_position_embeddings", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"),
+}
 T = TypeVar("T")
 NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
@@ -53,6 +62,9 @@ def assemble(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Te
     directory. Raises ValueError for a missing directory, another architecture, or weights that do not fill a part.
     """
     vision, language = vision_config(config.vision), language_config(config.language)
+    for role, part, made in (("vision", config.vision, vision), ("language", config.language, language)):
+        if part.config:
+            _check_function(made, part, role, offline=False)  # the weights are about to be fetched, too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = pretrained.part(_vision_class(vision), config.vision.path, vision, given.get("vision"))
@@ -154,7 +166,9 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         model_type = fields.pop("model_type", None)
         _known(model_type, (*VISION, *LANGUAGE), part, role)
         _check_fields(model_type, fields, role)
-        return _float32(AutoConfig.for_model(model_type, **fields))
+        config = _float32(AutoConfig.for_model(model_type, **fields))
+        _check_function(config, part, role)
+        return config
     if not part.path:
         raise ValueError(
             f"model.{role} has neither path nor config: give a Hugging Face directory, or a config to build"
@@ -165,11 +179,73 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         return _config(getattr(run.model, role), role)
     if part.path.startswith((".", "/", "~")) and not (Path(part.path).expanduser() / "config.json").is_file():
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
+    said = _said_beside(part, role)
+    if "vision_config" not in said and "model_type" in said:  # before transformers asks for packages of theirs
+        _known(said["model_type"], (*VISION, *LANGUAGE), part, role)
     try:
         return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(line for line in str(error).splitlines() if line)
         raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
+
+
+def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offline: bool = True) -> None:
+    """Raises ValueError if `config`, made of `part.config`, computes otherwise than the weights were trained for.
+
+    Other shapes are found when the weights are loaded; an activation, an epsilon or a rotary base is not. Offline,
+    nothing is said of weights on the hub that were never fetched.
+    """
+    if not part.path or holds_weights_alone(part.path):
+        return
+    ours = config.to_dict()
+    computing = _known_fields(config.model_type) - vars(PretrainedConfig()).keys() - FREE - {"model_type"}
+    if run := run_of(part.path):
+        theirs = _config(getattr(run.model, role), role)
+    else:
+        said = _said_beside(part, role, offline)
+        said = said.get("vision_config", said) if role == "vision" else said
+        family = said.get("model_type", config.model_type)
+        if family != config.model_type and family in (*VISION, *LANGUAGE):
+            raise ValueError(
+                f"model.{role}: {part.path} is of type {family}, its config here of type {config.model_type}: give "
+                f"model.{role}.config={{}} to take the directory's own, or weights of that type"
+            )
+        # of a type that transformers has not, what it does not say is as here
+        base = {} if family == config.model_type else {name: ours[name] for name in computing & ours.keys()}
+        if {"rope_theta", "rope_scaling"} & said.keys():
+            base.pop("rope_parameters", None)
+        known = {name: said[name] for name in (computing | FREE) & said.keys()}
+        theirs = AutoConfig.for_model(config.model_type, **base | known)
+    trained = getattr(theirs, "vision_config", theirs).to_dict()
+    differing = [
+        f"{name}={trained.get(name)} (here {ours.get(name)})"
+        for name in sorted(computing)
+        if trained.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"model.{role}: the weights of {part.path} were trained with {', '.join(differing)}: give the same in "
+            f"model.{role}.config, or model.{role}.config={{}} to take the whole config that is beside them"
+        )
+
+
+def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
+    """What ``config.json`` beside the weights says, if it can be had. Raises ValueError if they are none to train."""
+    try:
+        said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
+    except OSError:
+        return {}
+    if not isinstance(said, dict):
+        return {}
+    if said.get("model_type") == "timm_wrapper":
+        raise ValueError(f"model.{role}.path={part.path} is a timm model: give the same encoder as transformers has it")
+    if packed := said.get("quantization_config"):
+        method = packed.get("quant_method", "") if isinstance(packed, dict) else ""
+        raise ValueError(
+            f"model.{role}.path={part.path} holds quantized weights ({method or 'quantization_config'}), which cannot "
+            "be trained: give the model that they were made of"
+        )
+    return said
 
 
 def _float32(config: Any) -> PretrainedConfig:
@@ -181,13 +257,17 @@ def _float32(config: Any) -> PretrainedConfig:
 
 def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None:
     """Hugging Face configs take any field and ignore it; a typo must not pass."""
-    # understood, though some releases do not list them
-    known = {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim", "vision_use_head"}
+    known = _known_fields(model_type)
     for field in fields:
         if field not in known:
             near = get_close_matches(field, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"see the {model_type} configuration of transformers"
             raise ValueError(f"model.{role}.config.{field}: there is no such field: {hint}")
+
+
+def _known_fields(model_type: str) -> set[str]:
+    # the latter are understood, though some releases do not list them
+    return {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim", "vision_use_head"}
 
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:

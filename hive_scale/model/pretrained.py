@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
@@ -28,14 +29,18 @@ def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Ten
     if not path:
         return None
     quiet()
-    model, report = kind.from_pretrained(
-        path if given is None else None,
-        state_dict=None if given is None else dict(given),
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told below, with what else is wrong
-    )
+    try:
+        model, report = kind.from_pretrained(
+            path if given is None else None,
+            state_dict=None if given is None else dict(given),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with what else is wrong
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line), repr(error))
+        raise ValueError(f"the weights of {path} cannot be loaded: {reason}") from None
     shapes = [f"{name} {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]]
     _tell_differences(path, report["missing_keys"], report["unexpected_keys"], shapes)
     return cast(nn.Module, model)

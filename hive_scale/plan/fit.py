@@ -97,7 +97,7 @@ def _facts(
     check_engine(config.engine, zero, machine)
     key = name, zero.get("stage") == 3
     if key not in traced:
-        traced[key] = examine(config, stage, config.data.max_tokens, key[1])
+        traced[key] = examine(config, stage, config.data_of(name).max_tokens, key[1])
     return traced[key]
 
 

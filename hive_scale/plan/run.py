@@ -85,7 +85,8 @@ def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
         return {}
     from hive_scale.engine.ds_json import resolve  # DeepSpeed, which checks it, takes seconds to import
 
-    zero: dict[str, Any] = resolve(Path(config.engine.ds_config), stage, config.engine, world)["zero_optimization"]
+    settings = resolve(Path(config.engine.ds_config), stage, config.engine, world, here=False)
+    zero: dict[str, Any] = settings["zero_optimization"]
     return zero
 
 
@@ -139,7 +140,7 @@ def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePl
     for name, stage in config.stages.items():
         zero = zero_of(config, stage, machine.world)
         check_engine(config.engine, zero, machine)
-        facts = examine(config, stage, config.data.max_tokens, zero.get("stage") == 3)
+        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
         plans.append(plan_stage(config, name, facts, zero, machine, num_samples))
     return plans
 

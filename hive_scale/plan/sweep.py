@@ -39,8 +39,9 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
         raise ValueError(f"--stage {stage_name}: there is no such stage: there are {', '.join(config.stages)}")
     stage = config.stages[stage_name]
     plain = replace(config, engine=replace(config.engine, ds_config="", shard=0))
-    facts = {False: examine(plain, stage, config.data.max_tokens)}
-    facts[True] = examine(plain, stage, config.data.max_tokens, saves_inputs=True)
+    num_tokens = config.data_of(stage_name).max_tokens
+    facts = {False: examine(plain, stage, num_tokens)}
+    facts[True] = examine(plain, stage, num_tokens, saves_inputs=True)
     points = []
     for title, zero in ENGINES.items():
         for scaling in ("weak", "strong"):

@@ -18,6 +18,7 @@ from hive_scale.slurm import controller
 from hive_scale.slurm.controller import Job
 from hive_scale.slurm.resources import Resources
 from hive_scale.slurm.then import Follower, Followers
+from hive_scale.strict_json import dumps
 
 Verb = Literal["done", "kept", "submit"]
 
@@ -82,7 +83,7 @@ class Record:
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)
         unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(json.dumps(asdict(self), indent=1))
+        unnamed.write_text(dumps(asdict(self), indent=1))
         unnamed.rename(path)
 
 

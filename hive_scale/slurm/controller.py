@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 ENDED = {
@@ -27,6 +29,25 @@ class Job(NamedTuple):
     def is_active(self) -> bool:
         """Whether it runs or may still run."""
         return bool(self.state) and self.state not in ENDED and self.reason != NEVER
+
+
+# Settings of the user's own, which a job, too, is to find Slurm by.
+KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
+
+
+@contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Without the variables of the job, or the step, that this process may itself be in.
+
+    sbatch hands on the environment, and srun takes another job's limits, such as SLURM_MEM_PER_CPU, for options of its
+    own; a process that is no task of srun's must not be taken for one.
+    """
+    theirs = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_")
+    taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(theirs) and name not in KEPT}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def is_here(command: str = "squeue") -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import signal
 import socket
@@ -22,9 +22,11 @@ from hive_scale import config as configs
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.slurm.then import Follower, Followers
+from hive_scale.strict_json import append_line, read_lines
 
 SAVED = 75  # exit code of a job that was told to stop and saved: its script queues it again
 HALTED = 76  # the same, but somebody asked for it with a file STOP: it stays down
+logger = logging.getLogger(__name__)
 PATIENCE = 300.0  # seconds for the processes of an attempt before this one to die
 
 
@@ -68,11 +70,9 @@ class ChainJob(ABC):
         self.note("begin", began, at=at, nodes=os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()))
 
     def note(self, event: str, when: datetime, **what: Any) -> None:
-        path = attempts_file(self.config.run_dir)
-        path.parent.mkdir(parents=True, exist_ok=True)
         time = when.astimezone().isoformat(timespec="milliseconds")
-        with path.open("a") as file:
-            file.write(json.dumps({"event": event, "stage": self.stage, "job": job_id(), "time": time} | what) + "\n")
+        line = {"event": event, "stage": self.stage, "job": job_id(), "time": time}
+        append_line(attempts_file(self.config.run_dir), line | what)
 
 
 class StageJob(ChainJob):
@@ -201,6 +201,9 @@ def attempts_file(run_dir: Path) -> Path:
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Every start and end of a job of this run, oldest first."""
+    """Every start and end of a job of this run, oldest first. A line that was cut off is left out, and said."""
     path = attempts_file(run_dir)
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines, cut = read_lines(path)
+    for number in cut:
+        logger.warning("%s: line %d is cut off and left out", path, number)
+    return lines

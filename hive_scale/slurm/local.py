@@ -21,6 +21,8 @@ YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
 
 def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int], then: Followers) -> int:
     """Do what is left, stage by stage; 0, 1 if a stage failed, or the code of a stage that was stopped."""
+    if cluster == "local" and any(resources.nodes > 1 for resources in asked.values()):
+        raise ValueError("--cluster local has one node: give slurm.nodes=1")
     with chain.submitting(config.run_dir):
         record = chain.recorded(config, asked, cluster, steps, then)
         for stage in order(list(config.stages), then):
@@ -41,15 +43,13 @@ def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Map
 
 def _submit(config: Config, job: ChainJob, resources: Resources) -> submitit.Job[int]:
     executor = submitit.LocalExecutor(config.run_dir / "slurm" / "logs")
-    if resources.nodes > 1:
-        raise ValueError("--cluster local has one node: give slurm.nodes=1")
     executor.update_parameters(
         timeout_min=YEAR,
         tasks_per_node=resources.tasks,
         gpus_per_node=resources.gpus_per_node,
         stderr_to_stdout=True,
     )
-    os.environ.update(environment(resources, snapshot.PACKAGE.parent, config.data))
+    os.environ.update(environment(resources, snapshot.PACKAGE.parent, config.data_of(job.stage)))
     # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -25,6 +25,11 @@ def submit(config: Config, asked: Asked, cluster: str, then: Followers, dry_run:
 
     Raises ValueError for what the user must change, SlurmError if Slurm refuses or is silent.
     """
+    with controller.outside_of_jobs():  # one may submit from a node of one's own
+        return _submit_all(config, asked, cluster, then, dry_run)
+
+
+def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry_run: bool) -> int:
     if cluster == "slurm" and not dry_run and not controller.is_here("sbatch"):
         raise ValueError("there is no sbatch here: log in to the cluster, or give --cluster local, or --dry_run")
     steps = validate(config, asked, then)
@@ -58,9 +63,8 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     saved = config.run_dir / "config.yaml"
     if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
         raise ValueError(f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR")
-    data = open_all(config)
-    for name, stage in config.stages.items():
-        check(replace(config, stages={name: stage}), data, asked[name].world_size)
+    data = open_all(config, noted=False)
+    check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
     for name, follower in then.items():
         try:
             follower.check(config, asked[name].world_size)
@@ -118,5 +122,5 @@ def _executor(config: Config, stage: str, resources: Resources, code: Path, afte
     # an end by time limit is no failure here, so submitit must not count them
     executor = Executor((config.run_dir / "slurm" / "logs").absolute(), 10**6, python=resources.python or None)
     name = chain.job_name(config, stage)
-    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data, after))
+    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data_of(stage), after))
     return executor

@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hive_scale.config import Config
+from hive_scale.strict_json import dumps
 
 PREFIX = "then."
 LAUNCHERS = {"probe": "probe", "vlm": "finetune_vlm", "evaluate": "evaluate"}
@@ -47,12 +48,15 @@ class Follower:
     def is_done(self, run_dir: Path, name: str) -> bool:
         """Whether it has succeeded with these very words."""
         file = _marker(run_dir, name)
-        return file.exists() and json.loads(file.read_text()) == asdict(self)
+        try:
+            return bool(json.loads(file.read_text()) == asdict(self))
+        except (OSError, ValueError):  # not there, or cut off
+            return False
 
     def mark_done(self, run_dir: Path, name: str) -> None:
         file = _marker(run_dir, name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(self)))
+        file.write_text(dumps(asdict(self)))
 
 
 Followers = Mapping[str, Follower]  # by name, in the order in which they could run

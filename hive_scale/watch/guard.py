@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Sequence
-from math import inf, isfinite
+from math import inf
 from pathlib import Path
 from statistics import median
 
 from hive_scale.config import GuardConfig
+from hive_scale.strict_json import append_line
 
 SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
 BAD_BATCHES = "bad_batches.jsonl"  # in the run directory
@@ -52,9 +52,7 @@ class Guard:
     def note(self, path: Path, stage: str, step: int, loss: float, grad_norm: float, keys: Sequence[str]) -> str:
         """Append a batch that is left out to the file at `path`, and say it. What is not finite becomes null."""
         numbers = {"loss": loss, "grad_norm": grad_norm, "max_loss": self.max_loss}
-        finite = {name: value if isfinite(value) else None for name, value in numbers.items()}
-        with path.open("a") as file:
-            file.write(json.dumps({"stage": stage, "step": step, **finite, "keys": list(keys)}) + "\n")
+        append_line(path, {"stage": stage, "step": step, **numbers, "keys": list(keys)})
         return (
             f"{stage}: a batch for step {step} is left out: loss {loss:.3f} (at most {self.max_loss:.3f} is accepted), "
             f"gradient {grad_norm:.3g}; its samples are in {path}"
@@ -70,7 +68,6 @@ class Guard:
         self._rollbacks += 1
         if self._rollbacks > self.config.rollbacks:
             raise ValueError(
-                f"after going back {self.config.rollbacks} times the loss is again not finite, or far out, for "
-                f"{self.config.patience} steps in a row: lower the learning rates, look at {BAD_BATCHES}, or "
-                "raise guard.spike or guard.rollbacks"
+                f"after going back {self.config.rollbacks} times the loss or the weights are again not finite, or far "
+                f"out: lower the learning rates, look at {BAD_BATCHES}, or raise guard.spike or guard.rollbacks"
             )

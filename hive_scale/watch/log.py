@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import sys
@@ -15,7 +14,8 @@ from typing import Any
 
 from hive_scale.config import LogConfig
 from hive_scale.distributed import World
-from hive_scale.watch.metrics import SCHEMA, read_metrics, rewrite
+from hive_scale.strict_json import dumps
+from hive_scale.watch.metrics import SCHEMA, numbers, read_metrics, rewrite
 from hive_scale.watch.mirror import open_mirrors
 from hive_scale.watch.noise import tell_others
 from hive_scale.watch.terminal import StageView, console
@@ -89,7 +89,7 @@ class StageLog(AbstractContextManager["StageLog"]):
             "time": round(time.time(), 2),
             "restarts": self._restarts,
         }
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(dumps(numbers(line)) + "\n")
         self._file.flush()
         self._view.show(line, fresh, tokens)
         self._warn([mirror.failed() for mirror in self._mirrors])

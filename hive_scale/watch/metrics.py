@@ -26,17 +26,20 @@ In some lines:
     grad_rms      {layer: L2 norm of its gradient}, after clipping, root mean square over about the last
                   1 / (1 - beta2) steps: what Adam's second moments say
 
-Other keys are a reader's to show or to leave out. A change that is not an addition raises the schema's number.
+A value that is not finite is left out. Other keys are a reader's to show or to leave out. A change that is not an
+addition raises the schema's number.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from hive_scale.strict_json import dumps, parse_line, read_lines
 
 SCHEMA = 1
 logger = logging.getLogger(__name__)
@@ -49,7 +52,7 @@ def read_metrics(path: Path) -> list[Line]:
 
     Raises ValueError for a schema that this version does not know.
     """
-    lines, cut = parse(path)
+    lines, cut = read_lines(path)
     for number in cut:
         logger.warning("%s: line %d is cut off and left out", path, number)
     if newer := [line["schema"] for line in lines if line.get("schema", SCHEMA) > SCHEMA]:
@@ -57,17 +60,10 @@ def read_metrics(path: Path) -> list[Line]:
     return lines
 
 
-def parse(path: Path) -> tuple[list[Line], list[int]]:
-    """The whole lines of a file of JSON lines, if there is one, and the numbers (from 1) of those that are not."""
-    parsed = [_parse(text) for text in path.read_text().splitlines()] if path.exists() else []
-    cut = [number for number, line in enumerate(parsed, 1) if line is None]
-    return [line for line in parsed if line is not None], cut
-
-
 def rewrite(path: Path, lines: Iterable[Line]) -> None:
     """Replace the whole file at once, so that no reader meets half of it."""
     fresh = path.with_suffix(".new")
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fresh.write_text("".join(dumps(line) + "\n" for line in lines))
     os.replace(fresh, path)
 
 
@@ -90,7 +86,7 @@ class Follower:
                 if not text.endswith(b"\n"):
                     break
                 offset += len(text)
-                if (line := _parse(text.decode())) is not None:
+                if (line := parse_line(text.decode(errors="replace"))) is not None:
                     yield line
             self._place = inode, offset
 
@@ -106,9 +102,7 @@ def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def _parse(text: str) -> Line | None:
-    try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) else None
+def numbers(line: Mapping[str, Any]) -> Line:
+    """`line` without the values that are not finite, for which JSON has no number."""
+    kept = {key: value for key, value in line.items() if not isinstance(value, float) or isfinite(value)}
+    return {key: numbers(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

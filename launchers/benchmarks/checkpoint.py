@@ -8,7 +8,6 @@ cache, once in the same processes and once in another number of them.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from benchmarks.savers import Saver, compete
 from benchmarks.table import describe_machine, peak_bytes, show
 from benchmarks.task import CASES, Task, make_task
 from benchmarks.workers import launch
+from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:  # the real import is late, so that --help answers at once
     from torch import Tensor
@@ -100,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> None:
             dormant = task.model.dormant()
             numbers = sum(p.numel() for name, p in task.model.named_parameters() if name not in dormant)
             result = {"found": found, "numbers": numbers, "machine": describe_machine()}
-            arguments.worker.write_text(json.dumps(result))
+            arguments.worker.write_text(dumps(result))
         world.barrier()
     sys.stdout.flush()
     os._exit(0)

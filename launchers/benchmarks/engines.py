@@ -7,7 +7,6 @@ alike, and ratios hold where seconds do not. Before any timing they must agree o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from benchmarks.table import describe_machine, show, spread
 from benchmarks.task import CASES, Step, Task, make_data, make_task
 from benchmarks.trainer import trainer
 from benchmarks.workers import launch
+from hive_scale.strict_json import dumps
 
 HELP = "seconds per optimizer step, ours and others'"
 WARMUP = 3
@@ -103,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 seconds[name].append((perf_counter() - began) / arguments.steps)
         if world.is_main:
             result = {"seconds": seconds, "reasons": reasons, "machine": describe_machine()}
-            arguments.worker.write_text(json.dumps(result))
+            arguments.worker.write_text(dumps(result))
         world.barrier()
     sys.stdout.flush()
     os._exit(0)  # Trainer's loop waits for a step that will not come

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.table import describe_machine, show
 from benchmarks.task import CASES, from_scratch
 from benchmarks.workers import LAUNCHER
+from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -61,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
     arguments.stages = _stages(arguments)
     found = [row for case in arguments.cases for row in _launch(case, arguments)]
     if arguments.json:
-        print(json.dumps(found))
+        print(dumps(found))
         return
     errors = [row["plan"] / row["real"] - 1 for row in found]
     timed = found[0]["seconds"] is not None
@@ -166,10 +167,10 @@ def _measure(arguments: argparse.Namespace) -> None:
             if world.is_main:
                 found = {"real": real, "seconds": seconds, "machine": describe_machine()}
                 rows.append({**_planned(config, world), **found})
-                print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+                print(dumps(rows[-1]), file=sys.stderr, flush=True)
             world.barrier()
         if world.is_main:
-            arguments.worker.write_text(json.dumps(rows))
+            arguments.worker.write_text(dumps(rows))
         world.barrier()
     sys.stdout.flush()
     os._exit(0)

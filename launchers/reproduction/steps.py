@@ -86,6 +86,8 @@ def _work(step: Step, folder: Path, jobs: int) -> None:
         "cpu_seconds": before.get("cpu_seconds", 0.0) + time.process_time(),
         "peak_gb": max(before.get("peak_gb", 0.0), peak),
     }
-    (stopped if code else done).write_text(json.dumps(content) + "\n")  # what was spent on it so far counts
+    (stopped if code else done).write_text(
+        json.dumps(content, allow_nan=False) + "\n"
+    )  # what was spent on it so far counts
     sys.stdout.flush()
     os._exit(code)  # some libraries take seconds to tidy up

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -134,6 +136,16 @@ class Chain:
                 logs = "\n".join(path.read_text()[-3000:] for path in sorted(self.run.glob("slurm/logs/*.out")))
                 pytest.fail(f"waited in vain for {what}\n{call('squeue', '-t', 'all')}\n{logs}")
             time.sleep(0.2)
+
+
+def why_not() -> str:
+    if os.geteuid() != 0:
+        return "only root may start its daemons"
+    if not shutil.which("apt-get"):
+        return "its packages are Debian's"
+    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode:
+        return "this container may not unshare host names (it needs CAP_SYS_ADMIN)"
+    return ""
 
 
 def call(*command: str) -> str:

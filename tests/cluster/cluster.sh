@@ -23,7 +23,11 @@ until_ok() { # SECONDS COMMAND...
   until timeout 5 "$@" >/dev/null 2>&1; do ((SECONDS < end)) || return 1; sleep 0.1; done
 }
 
-install() {
+install() { # one at a time: dpkg has one lock, which it does not wait for
+  (flock 9 && install_missing) 9>/tmp/hive-slurm-install.lock
+}
+
+install_missing() {
   local packages=(slurmctld slurmd slurm-client munge slurmdbd mariadb-server-core mariadb-client-core) missing=()
   for p in "${packages[@]}"; do dpkg -s "$p" >/dev/null 2>&1 || missing+=("$p"); done
   ((${#missing[@]})) || return 0

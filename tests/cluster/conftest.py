@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tars
-from chains import recipe
+from chains import recipe, why_not
 
 from hive_scale.config import Config
 from hive_scale.distributed import session
@@ -22,11 +22,11 @@ SCRIPT = Path(__file__).with_name("cluster.sh")
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[Path]:
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cluster's directory; its commands answer while the fixture lasts."""
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm here: {reason}")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    folder = tmp_path_factory.mktemp("slurm")
     env = os.environ | {"SLURM_TEST_PORT": str(free_ports())}
     # what the daemons inherit must not be a pipe that somebody reads to its end
     with (folder / "start.txt").open("w") as out:
@@ -42,19 +42,10 @@ def slurm() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def why_not() -> str:
-    if os.geteuid() != 0:
-        return "only root may start its daemons"
-    if not shutil.which("apt-get"):
-        return "its packages are Debian's"
-    if subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True, check=False).returncode:
-        return "this container may not unshare host names (it needs CAP_SYS_ADMIN)"
-    return ""
-
-
 def free_ports() -> int:
     """The first of 20 ports in a row that nobody uses, beyond those of training runs and short of ephemeral ones."""
-    for first in range(30000, 32740, 20):
+    # two test processes that start at once look in different places
+    for first in random.sample(range(30000, 32740, 20), 137):
         try:
             for port in range(first, first + 20):
                 with socket.socket() as probe:

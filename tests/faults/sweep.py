@@ -31,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import guardian  # noqa: E402
 import ranks  # noqa: E402
 
 from hive_scale import presets  # noqa: E402
@@ -326,6 +327,7 @@ def main() -> int:
     parser.add_argument("--markdown", action="store_true", help="end with a table")
     parser.add_argument("--results", type=Path, help="append each result to this file, as JSON")
     arguments = parser.parse_args()
+    guardian.watch()
     place = Path(tempfile.mkdtemp(prefix="faults_"))
     alone = left_alone(place, set(ENGINES))
     results = []

@@ -25,6 +25,7 @@ from hive_scale.data.convert.sources import Item, Source
 from hive_scale.data.images import FORMATS
 from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.records import write_shard
+from hive_scale.strict_json import dumps
 
 JOURNAL = "conversion.jsonl"
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG with more behind it
@@ -144,7 +145,7 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
                 _extension(picture): picture,
                 "txt": item.caption.encode(),
                 # of what is no text, escapes: JSON has one for half a character
-                "json": json.dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
+                "json": dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
             }
         except (ValueError, RecursionError) as error:
             skipped.append((f"{number:09d}", str(error)))
@@ -170,7 +171,7 @@ class _Journal:
         for part in output.glob("*.part"):  # of a run that was killed
             part.unlink()
         old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
-        identity, lines = json.loads(json.dumps(identity)), self._read()
+        identity, lines = json.loads(dumps(identity)), self._read()
         if overwrite or not (old or lines[1:]):
             for path in old:
                 path.unlink()
@@ -182,7 +183,7 @@ class _Journal:
             raise ValueError(f"{output} holds a set made with other {changed}: choose another --output, or --overwrite")
         shards = (Shard(**line) for line in lines[1:])
         self.done = {one.name: one for one in shards if not one.samples or (output / one.name).is_file()}
-        text = "".join(json.dumps(line) + "\n" for line in (identity, *map(asdict, self.done.values())))
+        text = "".join(dumps(line) + "\n" for line in (identity, *map(asdict, self.done.values())))
         self.path.write_text(text, encoding="utf-8")
 
     @property
@@ -194,7 +195,7 @@ class _Journal:
             raise ValueError(f"none of the first {len(shard.skipped)} records can be used: {shard.skipped[0][1]}")
         self.done[shard.name] = shard
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(shard)) + "\n")
+            file.write(dumps(asdict(shard)) + "\n")
 
     def _read(self) -> list[dict[str, Any]]:
         lines = []

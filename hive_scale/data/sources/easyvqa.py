@@ -45,7 +45,7 @@ def conversations(folder: Path, overwrite: bool = False) -> dict[str, int]:
         for place, (question, answer, number) in enumerate(asked)
     ]
     told = folder / "train" / "llava.json"
-    told.write_text(json.dumps(records))
+    told.write_text(json.dumps(records, allow_nan=False))
     source = table(told, folder / "train" / "images")
     samples = dict.fromkeys(("train", "heldout"), 0)
     for shard in convert(source, folder, Layout(heldout=0.01), 1, overwrite):

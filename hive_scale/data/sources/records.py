@@ -95,7 +95,7 @@ def _samples(
             "__key__": record.key,
             "jpg": picture,
             "txt": record.caption.encode(),
-            "json": json.dumps(facts, ensure_ascii=False, sort_keys=True).encode(),
+            "json": json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False).encode(),
         }
 
 

@@ -1,0 +1,50 @@
+"""A cluster ends with the tests that started it, its jobs included, however these end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from chains import why_not
+from test_guardian import bearing, running, until_none_runs
+
+DAEMONS = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "slurmstepd", "sleep"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_no_daemon_outlives_the_tests(tmp_path: Path, number: signal.Signals) -> None:
+    if reason := why_not():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm here: {reason}")
+    name, is_up = f"STARTED_HERE={os.getpid()}-{number}", tmp_path / "up"
+    env = os.environ | {"IS_UP": str(is_up)} | dict([name.split("=")])
+    line = [sys.executable, "-m", "pytest", "-q", f"--basetemp={tmp_path / 'base'}", "tests/cluster/interrupted.py"]
+    root = Path(__file__).resolve().parents[2]
+    with subprocess.Popen(line, cwd=root, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True) as child:
+        started: set[int] = set()
+        while child.poll() is None and not (is_up.exists() and names(started) >= DAEMONS):
+            time.sleep(0.2)
+            started = bearing(name)
+        assert child.poll() is None, child.stdout.read() if child.stdout else ""
+        if number == signal.SIGINT:
+            os.killpg(child.pid, number)  # as a terminal sends it: to all that are in the foreground
+        else:
+            child.send_signal(number)
+        child.wait(timeout=60)
+        assert not until_none_runs(started, 60), names(running(started))
+        assert not bearing(name) - {os.getpid()}
+
+
+def names(pids: set[int]) -> set[str]:
+    """What the processes are called."""
+    found = set()
+    for pid in pids:
+        try:
+            found.add((Path("/proc") / str(pid) / "comm").read_text().strip())
+        except OSError:
+            continue
+    return found
