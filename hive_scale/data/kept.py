@@ -31,8 +31,8 @@ class KeptFeatures:
         values, state = path.with_suffix(".features"), path.with_suffix(".state")
         path.parent.mkdir(parents=True, exist_ok=True)
         size = size_of(count, shape, dtype)
-        if values.exists() and values.stat().st_size != size:
-            state.unlink(missing_ok=True)  # cut or copied in part: what it holds is not known
+        if not values.exists() or values.stat().st_size != size:
+            state.unlink(missing_ok=True)  # deleted, cut or copied in part: what it holds is not known
         make(state, count)
         self._state: NDArray[np.uint8] = np.memmap(state, np.uint8, "r+", shape=(count,))
         make(values, size)

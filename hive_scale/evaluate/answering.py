@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 
 from hive_scale.config import DataConfig
 from hive_scale.data.chat import prompt
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.data.transform import blank, decode, picture
 from hive_scale.distributed import World
-from hive_scale.evaluate.question import Question, Task
+from hive_scale.evaluate.question import Picture, Question, Task
 from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
+from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 
 PREDICTIONS = "predictions.jsonl"
+# of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
+LOADING = {"train", "heldout", "tokenizer", "blank", "window", "workers", "threads", "cache_gb", "max_bad_samples"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class Answer:
 
 
 class Answerer(Protocol):
+    @property
+    def identity(self) -> dict[str, str]:
+        """What its answers depend on besides the question, each by name."""
+
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]: ...
 
 
@@ -41,6 +50,12 @@ class HiveAnswerer:
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.image_size: int = model.vision.config.image_size
         self.longest: int = model.language.config.max_position_embeddings
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        transform = {name: value for name, value in asdict(self.data).items() if name not in LOADING}
+        asked = key_of(identity_of_processor(self.tokenizer.stock), transform)
+        return {"weights": identity(self.model), "prompts or pictures": asked, "precision": str(self.dtype)}
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         """Raises ValueError for a prompt that leaves an answer no room in the LLM's context."""
@@ -67,6 +82,12 @@ class LlavaAnswerer:
     def __init__(self, model: StockLlava) -> None:
         self.model, self.max_pixels = model, DataConfig().max_pixels
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        asked = key_of(identity_of_processor(self.model.processor), self.max_pixels)
+        precision = str(self.model.model.dtype)
+        return {"weights": identity(self.model.model), "prompts or pictures": asked, "precision": precision}
+
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         asked = [
             (one.prompt, decode(one.picture.read(), self.max_pixels) if one.picture else None) for one in questions
@@ -86,10 +107,12 @@ def answer_all(
     """Put to `answerer` every question that `folder`'s predictions have no answer to, and write them there.
 
     A collective. Ranks append to files of their own, which are joined at the end, and at the beginning if an
-    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now.
+    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now. An answer counts if
+    prompt, picture and limit are the same; whose answers `folder` holds is the caller's to know.
     """
+    asked = _Asked(max_tokens)
     if world.is_main:
-        _join(folder, questions)
+        _join(folder, questions, asked)
     world.barrier()
     known = read_predictions(folder)
     due = [one for one in questions if one.id not in known]
@@ -97,14 +120,31 @@ def answer_all(
     with (folder / f"predictions.{world.rank}.part").open("a", encoding="utf-8") as part:
         for batch in batches(due, batch_size)[world.rank :: world.size]:
             for question, answer in zip(batch, answerer.answer(batch, max_tokens), strict=True):
-                line = {"id": question.id, "prompt": question.prompt, "answer": answer.text, "cut": answer.cut}
+                line = {"id": question.id, "answer": answer.text, "cut": answer.cut, **asked.of(question)}
                 part.write(json.dumps(line, ensure_ascii=False) + "\n")
             part.flush()
             advance(len(batch) * world.size)
     world.barrier()
     if world.is_main:
-        _join(folder, questions)
+        _join(folder, questions, asked)
     world.barrier()
+
+
+class _Asked:
+    """What an answer depends on besides the model, as its line in the predictions says it."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._shown: dict[Picture | None, str] = {None: ""}  # by picture, of which each is read once
+
+    def of(self, question: Question) -> dict[str, Any]:
+        shown = question.picture
+        if shown is not None and shown not in self._shown:
+            try:
+                self._shown[shown] = xxhash.xxh3_64_hexdigest(shown.read())
+            except (OSError, ValueError):  # who answers will say so
+                self._shown[shown] = "cannot be read"
+        return {"prompt": question.prompt, "picture": self._shown[shown], "max_tokens": self.max_tokens}
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
@@ -137,14 +177,19 @@ def result(task: Task, questions: Sequence[Question], predictions: dict[str, dic
     }
 
 
-def _join(folder: Path, questions: Sequence[Question]) -> None:
-    """One file of predictions, in the questions' order; answers to other prompts than today's are dropped."""
+def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
+    """One file of predictions, in the questions' order; answers to other prompts or pictures than today's are dropped.
+
+    Questions that are not among today's keep their answers, behind the others: another day more may be asked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = sorted(folder.glob("predictions.*.part"))
     known = {line["id"]: line for line in _lines([folder / PREDICTIONS, *parts])}
-    kept = [known[one.id] for one in questions if known.get(one.id, {}).get("prompt") == one.prompt]
+    found = [(known.pop(one.id), one) for one in questions if one.id in known]
+    kept = [line for line, one in found if line.items() >= asked.of(one).items()]
     joined = folder / "predictions.joined"
-    joined.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (*kept, *known.values()))
+    joined.write_text(lines, encoding="utf-8")
     joined.replace(folder / PREDICTIONS)
     for part in parts:
         part.unlink()

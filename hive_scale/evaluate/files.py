@@ -79,6 +79,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
 
 
+def write_json(path: Path, value: Any) -> None:
+    """`value` as the whole content of `path`: another process, or a later one, finds all of it or what was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unnamed = path.with_name(f"{path.name}.tmp")
+    unnamed.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    unnamed.replace(path)
+
+
 def nothing_in(folder: Path, wanted: str, source: str) -> ValueError:
     """The error of a folder that holds none of a task's layouts."""
     held = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
