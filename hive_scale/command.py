@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hive_scale.config import Config
 
+DS_CONFIGS = Path(__file__).parent / "ds_configs"  # in a checkout a link to the folder at its top
+
 
 def add_run_arguments(
     parser: argparse.ArgumentParser, keys: str = "any key of the config, such as output=DIR", default: str = "debug"
@@ -18,7 +20,10 @@ def add_run_arguments(
     parser.set_defaults(default_preset=default)
     parser.add_argument("--preset", help=f"a run by its name (default {default}): see the README")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
-    parser.add_argument("--ds_config", metavar="JSON", help="DeepSpeed ZeRO and offload settings; without: FSDP2")
+    shipped = ", ".join(sorted(path.stem for path in DS_CONFIGS.glob("*.json")))
+    parser.add_argument(
+        "--ds_config", metavar="JSON", help=f"DeepSpeed ZeRO and offload: a file, or {shipped}; without: FSDP2"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=keys)
 
 
@@ -36,6 +41,17 @@ def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     """The run that `arguments` name, changed by `words`. Raises ValueError with the remedy."""
     from hive_scale import presets
 
-    engine = [f"engine.ds_config={arguments.ds_config}"] if arguments.ds_config else []
+    engine = [f"engine.ds_config={find_ds_config(arguments.ds_config)}"] if arguments.ds_config else []
     preset = arguments.preset or (None if arguments.config else arguments.default_preset)  # a file may name its own
     return presets.load(preset, arguments.config, [*words, *engine])
+
+
+def find_ds_config(given: str) -> str:
+    """The JSON that `given` names: a file, or one that ships with the package ("zero2", "ds_configs/zero2.json").
+
+    What is neither is handed on as it is, for the engine to refuse.
+    """
+    path = Path(given)
+    shipped = DS_CONFIGS / f"{path.stem}.json"
+    by_name = path.name == path.stem or path.parent.name == DS_CONFIGS.name
+    return str(shipped) if by_name and not path.exists() and shipped.is_file() else given

@@ -99,7 +99,7 @@ def session() -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if place.size == 1:
         # a HashStore needs neither port nor launcher
-        dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
         try:
             yield World(0, 1, device)
         finally:
@@ -116,9 +116,7 @@ def session() -> Iterator[World]:
             "the port, set MASTER_PORT to a free one"
         ) from None
     if os.environ.get("GROUP_WORLD_SIZE") == "1":  # one torchrun: its store outlives its restarts, with all keys in it
-        store = torch._C._distributed_c10d.PrefixStore(
-            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-        )
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     guard = _Guard(store.clone(), place.rank)
     try:
         device_id = device if device.type == "cuda" else None

@@ -1,71 +1,12 @@
 #!/usr/bin/env python
-"""Give away what a run has learned: stock Hugging Face directories with a model card; or see that a run is sound."""
+"""`python -m hive_scale export`, from a checkout."""
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-EXAMPLES = """\
-examples:
-  python launchers/export.py encoder runs/debug                          the vision encoder of the last stage
-  python launchers/export.py llm runs/debug --stage language             the LLM after stage two
-  python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for hive_scale.export
-  python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
-  python launchers/export.py verify runs/debug                           every checksum of a run
-
-Exit codes: 0 done, 1 verify found damage, 2 something to change in the command.
-"""
-KINDS = {
-    "encoder": "SiglipVisionModel or CLIPVisionModel, with its image processor",
-    "llm": "the causal LM, with its tokenizer",
-    "hive": "the whole model, for hive_scale.export.from_pretrained",
-    "llava": "a fusion=concat model, for transformers' LlavaForConditionalGeneration",
-}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    subparsers = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
-    for kind, text in KINDS.items():
-        subparser = subparsers.add_parser(kind, help=text)
-        subparser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
-        subparser.add_argument("--output", type=Path, metavar="DIR", help="to make (default RUN/export/WHAT)")
-        subparser.add_argument("--stage", default="", help="whose weights (default: the last that is done)")
-        subparser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
-    subparsers.add_parser("verify", help="read all of a run against its checksums").add_argument(
-        "run", type=Path, metavar="RUN", help="the run's directory"
-    )
-    arguments = parser.parse_args()
-    try:
-        return _verify(arguments.run) if arguments.what == "verify" else _export(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _export(arguments: argparse.Namespace) -> int:
-    from hive_scale.export import export_run
-
-    out = arguments.output or arguments.run / "export" / arguments.what
-    stage = export_run(arguments.what, arguments.run, out, arguments.stage, arguments.dtype)
-    print(f"{out}: {arguments.what} after stage {stage}")
-    return 0
-
-
-def _verify(directory: Path) -> int:
-    from hive_scale.checkpoint.runs import Run, verify
-
-    found = list(verify(Run(directory)))
-    for path, damage in found:
-        print(f"{'DAMAGED' if damage else 'sound  '} {path}{': ' if damage else ''}{damage}")
-    return int(any(damage for _, damage in found))
-
+from hive_scale.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("export"))

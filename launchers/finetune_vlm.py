@@ -1,106 +1,12 @@
 #!/usr/bin/env python
-"""Give an encoder to a chat LLM, after LLaVA: the connector first, then connector and LLM (paper, Table 5)."""
+"""`python -m hive_scale finetune_vlm`, from a checkout."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hive_scale.command import add_run_arguments, add_training_arguments, named_run
-
-if TYPE_CHECKING:
-    from hive_scale.config import Config, PartConfig
-    from hive_scale.distributed import World
-
-EXAMPLES = """\
-examples:
-  python launchers/finetune_vlm.py runs/paper_siglip output=runs/vlm_hive      the paper's recipe on a run's encoder
-  python launchers/finetune_vlm.py models/siglip-large-patch16-384             Base: the encoder as published
-  torchrun --nproc_per_node 8 launchers/finetune_vlm.py runs/paper_siglip llm_only=true
-  deepspeed launchers/finetune_vlm.py runs/paper_siglip --ds_config ds_configs/zero3.json
-  python launchers/finetune_vlm.py runs/demo --preset vlm_small                SmolLM2 on easy-vqa, without a GPU
-
-Presets: vlm (Llama-3.2-1B-Instruct, LCS-558K, LLaVA-NeXT) and vlm_small. llm_only=true leaves the connector as it is
-in the second stage, as the paper's text has it; without, both train on, as in its code. The result is a run of two
-stages and, beside them, <output>/llava: a stock LlavaForConditionalGeneration directory. The same command again goes
-on. Exit codes: 0 done, 2 something to change in command, config or data, 75 try again: stopped and saved, or a rank
-was lost.
-"""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parse(argv)
-    from hive_scale import config
-    from hive_scale.runs import find_encoder
-
-    try:
-        resolved = _run(arguments, find_encoder(arguments.encoder))
-        if arguments.print_config:
-            print(config.to_yaml(resolved), end="")
-            return 0
-        return _train(resolved, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:
-    """Meet now what would end the command `argv`, though its encoder, of the shape of `vision`, is still to come.
-
-    Raises ValueError.
-    """
-    from hive_scale.preparation import check, open_all
-
-    arguments = _parse(argv)
-    config = _run(arguments, arguments.encoder)
-    config = replace(config, model=replace(config.model, vision=vision))
-    check(config, open_all(config), world_size)
-
-
-def _run(arguments: argparse.Namespace, encoder: Path) -> Config:
-    return named_run(arguments, [*arguments.overrides, f"model.vision.path={encoder}"])
-
-
-def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.launch import launch
-    from hive_scale.pipeline import run_pipeline
-
-    def work(world: World) -> None:
-        run_pipeline(config, world, arguments.overwrite)
-        if world.is_main:
-            _give(config)
-
-    return launch(config, arguments, work)
-
-
-def _give(config: Config) -> None:
-    """The finished run as a LLaVA directory, if it is one, and what to do with it."""
-    from hive_scale.export import export_run
-    from hive_scale.watch.terminal import console
-
-    llava = config.run_dir / "llava"
-    if config.model.fusion == "concat" and not llava.exists():
-        export_run("llava", config.run_dir, llava)
-    model = llava if llava.exists() else config.run_dir
-    console.print(f"model    {model}", soft_wrap=True)
-    console.print(f"next     python launchers/evaluate.py {config.run_dir} --tasks NAMES", soft_wrap=True)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
-    add_run_arguments(parser, default="vlm")
-    add_training_arguments(parser)
-    return parser.parse_intermixed_args(argv)  # the encoder first, keys last, options anywhere
-
+from hive_scale.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("finetune_vlm"))

@@ -1,73 +1,12 @@
 #!/usr/bin/env python
-"""Pre-train HIVE: every stage of a preset, from wherever the run stands."""
+"""`python -m hive_scale pretrain`, from a checkout."""
 
-from __future__ import annotations
-
-import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hive_scale.command import add_run_arguments, add_training_arguments, named_run
-
-if TYPE_CHECKING:
-    from hive_scale.config import Config
-    from hive_scale.distributed import World
-
-EXAMPLES = """\
-examples:
-  python launchers/pretrain.py --preset debug                       one process, CPU or one GPU
-  python launchers/pretrain.py --preset debug fusion=concat         the self-attention baseline
-  deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json ZeRO on this node
-  torchrun --nproc_per_node 2 launchers/pretrain.py                 FSDP2 on two processes
-  python launchers/pretrain.py --preset paper_siglip --print_config stages.joint.epochs=2
-  python launchers/pretrain.py --config runs/debug/config.yaml      a run again, or on
-
-Run the same command again to resume; a finished run returns at once. Exit codes: 0 done, 2 something to
-change in command, config or data, 75 try again: stopped and saved, or a rank was lost.
-"""
-
-
-def main() -> int:
-    arguments = _parse()
-    from hive_scale import config
-
-    try:
-        resolved = named_run(arguments, arguments.overrides)
-        if arguments.print_config:
-            print(config.to_yaml(resolved), end="")
-            return 0
-        return _train(resolved, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.launch import launch
-    from hive_scale.outcome import blank_twin, show
-    from hive_scale.pipeline import run_pipeline
-
-    def work(world: World) -> None:
-        run_pipeline(config, world, arguments.overwrite)
-        if config.evidence:
-            run_pipeline(blank_twin(config), world)
-        if world.is_main:
-            show(config, world.device)
-
-    return launch(config, arguments, work)
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_run_arguments(parser)
-    add_training_arguments(parser)
-    return parser.parse_args()
-
+from hive_scale.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("pretrain"))

@@ -18,13 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tars import Members, pair, picture_bytes, write_tar
 
+from hive_scale.commands import prepare_data
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.convert import sources
 from hive_scale.data.convert.sources import Item, Source, json_records
 from hive_scale.data.convert.writer import JOURNAL, Layout, Shard, convert
 from hive_scale.data.index import open_index
 from hive_scale.data.sources.packages import members
-from launchers import prepare_data
 
 CACHE = ShardCache(10**9)
 PAIRS = Layout(shard_size=4, heldout=0.0)

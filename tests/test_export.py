@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hive_scale.checkpoint.handoff import read_weights, write_weights
+from hive_scale.commands.export import main
 from hive_scale.config import Config, ModelConfig, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import session
@@ -31,7 +32,6 @@ from hive_scale.model import export
 from hive_scale.model.build import assemble, materialise
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import run_pipeline
-from launchers.export import main
 
 NUM_VISUAL = (tiny.IMAGE // tiny.SIGLIP["patch_size"]) ** 2
 TEXT = "two red kites"

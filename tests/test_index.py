@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import runpy
 from io import BytesIO
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import pytest
 import webdataset
 from tars import pair, picture_bytes, write_set, write_tar
 
+from hive_scale.commands import prepare_data
 from hive_scale.data import index as index_module
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
@@ -166,11 +166,10 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 
 def test_the_command_counts_and_lists_the_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launcher = runpy.run_path(str(Path(__file__).parents[1] / "launchers" / "prepare_data.py"))
     shards = write_set(tmp_path, [3, 4])
     write_tar(tmp_path / "set-0002.tar", [("mute", {"jpg": picture_bytes()}), ("good", pair(5))])
     faults = tmp_path / "faults.jsonl"
-    assert launcher["main"](["index", f"{tmp_path}/set-*.tar", "--faults", str(faults)]) == 0
+    assert prepare_data.main(["index", f"{tmp_path}/set-*.tar", "--faults", str(faults)]) == 0
     told = capsys.readouterr().out
     assert "8 samples in 3 shards" in told
     assert "24 x 16" in told
@@ -178,5 +177,5 @@ def test_the_command_counts_and_lists_the_faults(tmp_path: Path, capsys: pytest.
     bars = sum(float(line.split("%")[0].split()[-1]) for line in told.splitlines() if " bytes " in line and "%" in line)
     assert bars == pytest.approx(100, abs=1)
     assert [json.loads(line)["key"] for line in faults.read_text().splitlines()] == ["mute"]
-    assert launcher["main"](["index", shards[0], f"{tmp_path}/set-0009.tar"]) == 2
+    assert prepare_data.main(["index", shards[0], f"{tmp_path}/set-0009.tar"]) == 2
     assert "set-0009.tar" in capsys.readouterr().err

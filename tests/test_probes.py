@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from hive_scale.commands import probe
 from hive_scale.distributed import World
 from hive_scale.evaluate.features import Encoder
 from hive_scale.evaluate.labelled import Labelled, open_labelled
 from hive_scale.evaluate.probes import AttentiveProbe, Grid, LinearProbe, Recipe, nearest_neighbours, normalised
 from hive_scale.evaluate.probing import Bench, Plan
-from launchers import probe
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))

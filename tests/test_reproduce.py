@@ -14,12 +14,13 @@ from test_vlm import write_questions
 
 from hive_scale import presets
 from hive_scale.command import named_run
+from hive_scale.commands import submit_pipeline
 from hive_scale.plan.devices import find
 from hive_scale.plan.run import Machine, plan_run
+from hive_scale.slurm import resources, then
 from launchers.reproduce import main
 from launchers.reproduction import paper
 from launchers.reproduction.steps import Step, record, run
-from slurm import resources, submit_pipeline, then
 
 ROOT = Path(__file__).parents[1]
 

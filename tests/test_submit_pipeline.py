@@ -16,12 +16,12 @@ from test_vlm import recipe, write_questions
 from hive_scale import presets
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import DataConfig
-from slurm import submission
-from slurm import then as followers
-from slurm.chain import Link, decide
-from slurm.controller import NEVER, Job
-from slurm.resources import PROFILES, Resources, environment, read, split
-from slurm.then import Follower, order
+from hive_scale.slurm import submission
+from hive_scale.slurm import then as followers
+from hive_scale.slurm.chain import Link, decide
+from hive_scale.slurm.controller import NEVER, Job
+from hive_scale.slurm.resources import PROFILES, Resources, environment, read, split
+from hive_scale.slurm.then import Follower, order
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["projector", "language", "joint"]

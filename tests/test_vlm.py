@@ -11,8 +11,8 @@ import tars
 import tiny
 
 from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.commands import evaluate, finetune_vlm
 from hive_scale.data.sources import easyvqa
-from launchers import evaluate, finetune_vlm
 
 REFUSES = "{{ raise_exception('no chat') }}"
 

@@ -107,7 +107,7 @@ def vocabulary_size(config: ModelConfig) -> int:
 
 def _language_from(config: PretrainedConfig) -> nn.Module:
     auto: Any = AutoModelForCausalLM
-    return cast(nn.Module, auto.from_config(config, attn_implementation="sdpa"))
+    return cast(nn.Module, auto.from_config(config))
 
 
 def _language_class(config: PretrainedConfig) -> Any:
@@ -128,7 +128,6 @@ def vision_config(part: PartConfig) -> PretrainedConfig:
             f"model.vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}: "
             f"use {config.image_size - config.image_size % config.patch_size}"
         )
-    config._attn_implementation = "sdpa"
     return config
 
 

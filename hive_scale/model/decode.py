@@ -10,22 +10,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
-from hive_scale.model.fusion import Context, KeyValue
+from hive_scale.model.fusion import Context
 from hive_scale.model.hive import Hive
-
-
-class Past:
-    """Keys and values of one host layer so far; the layer's attention hands in the new and is given all."""
-
-    def __init__(self, before: KeyValue | None) -> None:
-        self.held = before
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> KeyValue:
-        if self.held:
-            key, value = torch.cat([self.held[0], key], dim=2), torch.cat([self.held[1], value], dim=2)
-        self.held = key, value
-        return self.held
 
 
 class Decoder:
@@ -39,11 +27,10 @@ class Decoder:
         # what has become keys and values is not read any more, but for its shape
         self.visual = [one[picture_of_B] if not self.memory else one[:1] for one in seen]
         self.has_image = None if bool(has_image_B.all()) else has_image_B
-        self.past: list[Past] = []
 
     def begin(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
         """Run the texts, of which the first ``lengths[b]`` tokens count: by causality the others change nothing."""
-        self.lengths, self.width, self.made, self.past = lengths_B, tokens_BT.shape[1], 0, []
+        self.lengths, self.width, self.made, self.cache = lengths_B, tokens_BT.shape[1], 0, DynamicCache()
         text = self.model.language.model.embed_tokens(tokens_BT)
         hidden, context = self.model.fusion.enter(text, self.visual, self.has_image)
         self.context = replace(context, memory=self.memory or None)
@@ -63,10 +50,10 @@ class Decoder:
         rotary = self.model.language.model.rotary_emb(hidden, context.positions)
         for depth, layer in enumerate(self.model.language.model.layers):
             hidden, attention = self.model.fusion.fuse(depth, hidden, context)
-            visual = attention.pop("past_key_values", None)  # joint attention's, which come before the text's
-            if depth == len(self.past):
-                self.past.append(Past((visual.key, visual.value) if visual else None))
-            hidden = layer(hidden, position_embeddings=rotary, past_key_values=self.past[depth], **attention)
+            visual = attention.pop("visual", None)
+            if visual and not self.made:  # once, before the text's
+                self.cache.update(*visual, depth)
+            hidden = layer(hidden, position_embeddings=rotary, text_cache=self.cache, **attention)
         return hidden
 
 

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from hive_scale.config import ModelConfig
+from hive_scale.model.attention import KeyValue, causal, softmax_scores
 
 SLOT = 1  # the picture's place in the text: right after the start token
-KeyValue = tuple[Tensor, Tensor]  # (B, K, V, h) each
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,6 @@ class Context:
     mask: Tensor | None = None  # bool (B or 1, 1, N, keys): who may attend to whom; None: causal
     text_mask: Tensor | None = None  # the same for layers that see no picture, where that differs
     memory: Sequence[KeyValue] | None = None  # of each fused layer, where they are known already
-
-
-class VisualMemory:
-    """Keys and values that precede the text's, handed to a host layer through its cache argument."""
-
-    def __init__(self, key_BKVh: Tensor, value_BKVh: Tensor) -> None:
-        self.key, self.value = key_BKVh, value_BKVh
-
-    def update(self, key: Tensor, value: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        return torch.cat([self.key, key], dim=2), torch.cat([self.value, value], dim=2)
 
 
 class Fusion(nn.Module):
@@ -65,7 +54,7 @@ class Fusion(nn.Module):
         return text_BTD, Context(visual, has_image, positions)
 
     def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
-        """Hidden states for host layer `depth`, and what else its attention is given."""
+        """Hidden states for host layer `depth`, and the keyword arguments of its attention (`attention.attend`)."""
         return hidden_BND, {"attention_mask": context.mask}
 
     def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
@@ -134,7 +123,7 @@ class CrossAttentionLayer(nn.Module):
     def weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
         query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
-        return _softmax_scores(query, key, None)
+        return softmax_scores(query, key, None)
 
 
 class CrossAttention(Fusion):
@@ -211,7 +200,7 @@ class JointAttention(Fusion):
         sees_picture = (torch.arange(length, device=device) >= SLOT)[None, :, None].expand(1, length, num_visual)
         if has_image is not None:
             sees_picture = sees_picture & has_image[:, None, None]
-        sees_text = _causal(length, device).expand(len(sees_picture), length, length)
+        sees_text = causal(length, device).expand(len(sees_picture), length, length)
         mask = torch.cat([sees_picture, sees_text], dim=-1)[:, None]
         return text_BTD, Context(visual, has_image, _text_positions(length, extent, has_image, device), mask)
 
@@ -220,7 +209,7 @@ class JointAttention(Fusion):
             return hidden_BND, {"attention_mask": context.text_mask}
         index = self.depths.index(depth)
         memory = context.memory[index] if context.memory else self.layers[index](context.visual[index])
-        return hidden_BND, {"attention_mask": context.mask, "past_key_values": VisualMemory(*memory)}
+        return hidden_BND, {"attention_mask": context.mask, "visual": memory}
 
     def remember(self, visual: Sequence[Tensor]) -> list[KeyValue]:
         return [layer(one) for layer, one in zip(self.layers, visual, strict=True)]
@@ -240,11 +229,8 @@ class JointAttention(Fusion):
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        index = self.depths.index(depth)
-        visual_key, _ = self.layers[index](context.visual[index])
-        query, key = _host_query_key(host, hidden_BND, rotary)
-        num_visual = visual_key.shape[2]
-        return _softmax_scores(query, torch.cat([visual_key, key], dim=2), context.mask)[..., :num_visual]
+        weights = _host_weights(host, rotary, *self.fuse(depth, hidden_BND, context))
+        return weights[..., : context.visual[0].shape[1]]
 
 
 class Concat(Fusion):
@@ -263,7 +249,7 @@ class Concat(Fusion):
             return hidden, Context(visual, None, positions)
         seen = torch.ones(hidden.shape[:2], dtype=torch.bool, device=device)
         seen[:, SLOT : SLOT + num_visual] = has_image[:, None]
-        mask = _causal(hidden.shape[1], device) & seen[:, None]
+        mask = causal(hidden.shape[1], device) & seen[:, None]
         return hidden, Context(visual, has_image, positions, mask[:, None])
 
     def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
@@ -273,8 +259,7 @@ class Concat(Fusion):
     def weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        mask = _causal(hidden_BND.shape[1], hidden_BND.device) if context.mask is None else context.mask
-        seen = _softmax_scores(*_host_query_key(host, hidden_BND, rotary), mask)
+        seen = _host_weights(host, rotary, *self.fuse(depth, hidden_BND, context))
         end = SLOT + context.visual[0].shape[1]
         return torch.cat([seen[:, :, :SLOT, SLOT:end], seen[:, :, end:, SLOT:end]], dim=2)
 
@@ -295,21 +280,13 @@ def _heads(flat: Tensor, head_dim: int) -> Tensor:
     return flat.view(*flat.shape[:-1], -1, head_dim).transpose(1, 2)
 
 
-def _host_query_key(host: Any, hidden_BND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Query and key (B, heads, N, h) of a host layer's own attention, as it computes them."""
-    attention, normed = host.self_attn, host.input_layernorm(hidden_BND)
-    query, key = (_heads(project(normed), attention.head_dim) for project in (attention.q_proj, attention.k_proj))
-    if hasattr(attention, "q_norm"):  # Qwen3
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    turned: tuple[Tensor, Tensor] = apply_rotary_pos_emb(query, key, *rotary)
-    return turned
-
-
-def _softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention weights (B, heads, queries, keys), float32, that the fused kernels use and do not return."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query @ key.transpose(2, 3)).float() / math.sqrt(query.shape[-1])
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+def _host_weights(
+    host: nn.Module, rotary: tuple[Tensor, Tensor], hidden_BND: Tensor, attention: dict[str, Any]
+) -> Tensor:
+    """(B, heads, queries, keys): the attention weights of an LLM layer, as it computes them."""
+    recorded: list[Tensor] = []
+    host(hidden_BND, position_embeddings=rotary, recorded=recorded, **attention)
+    return recorded[0]
 
 
 def _copy(host: nn.Module, name: str) -> nn.Module:
@@ -322,10 +299,6 @@ def _head_norm(attention: Any, name: str, wanted: bool) -> nn.Module:
         return _copy(attention, name)
     weight = attention.k_proj.weight
     return nn.RMSNorm(attention.head_dim, eps=1e-6, device=weight.device) if wanted else nn.Identity()
-
-
-def _causal(length: int, device: torch.device) -> Tensor:
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def _side(num_visual: int) -> int:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
+from hive_scale.model import attention
 from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
 from hive_scale.model.projector import MLP, Projector
 from hive_scale.model.vision import PIXEL_STATISTICS, encoder_depths, group_ends, hidden_states, patches, reached
@@ -36,6 +37,7 @@ class Hive(nn.Module):
         super().__init__()
         self.vision = vision
         self.language = language
+        self.language.set_attn_implementation(attention.NAME)  # which also takes what a fusion hands to it
         num_layers, hosts = len(self.vision.encoder.layers), self.language.model.layers
         connector: type[nn.Module] = Projector
         self.encoder_depths = encoder_depths(num_layers, config.density, config.depths)
@@ -108,8 +110,8 @@ class Hive(nn.Module):
         hidden, context = self.fusion.enter(text, visual, has_image)
         rotary = self.language.model.rotary_emb(hidden, context.positions)
         for depth, layer in enumerate(self.language.model.layers):
-            hidden, attention = self.fusion.fuse(depth, hidden, context)
-            hidden = layer(hidden, position_embeddings=rotary, **attention)
+            hidden, given = self.fusion.fuse(depth, hidden, context)
+            hidden = layer(hidden, position_embeddings=rotary, **given)
         return self.fusion.leave(hidden, context)
 
     def attention(
@@ -127,8 +129,8 @@ class Hive(nn.Module):
         for depth, layer in enumerate(self.language.model.layers):
             if depth in depths:
                 weights[depth] = self.fusion.weights(depth, hidden, context, layer, rotary)
-            hidden, attention = self.fusion.fuse(depth, hidden, context)
-            hidden = layer(hidden, position_embeddings=rotary, **attention)
+            hidden, given = self.fusion.fuse(depth, hidden, context)
+            hidden = layer(hidden, position_embeddings=rotary, **given)
         return weights
 
     def looking_layers(self) -> tuple[int, ...]:

@@ -33,7 +33,6 @@ def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Ten
         state_dict=None if given is None else dict(given),
         config=config,
         dtype=torch.float32,
-        attn_implementation="sdpa",
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, with what else is wrong
     )

@@ -264,8 +264,8 @@ def cast_none(_: Any) -> None:
 
 def attention(size: Size) -> Iterator[Gain]:
     eager, fused = size.model("joint"), size.model("joint")
-    for config in (eager.vision.config, eager.language.config):
-        config._attn_implementation = "eager"
+    for part in (eager.vision, eager.language):
+        part.set_attn_implementation("eager")
     yield Gain("SDPA, against attention that keeps its scores", size.step(eager), size.step(fused))
 
 

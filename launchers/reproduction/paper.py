@@ -8,8 +8,8 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from hive_scale import presets
+from hive_scale.slurm.then import SETS, TASKS
 from launchers.reproduction.phases import ENCODERS, FUSIONS
-from slurm.then import SETS, TASKS
 
 if TYPE_CHECKING:
     from hive_scale.config import Config

@@ -14,10 +14,10 @@ from typing import Any, Literal, NamedTuple
 from hive_scale import config as configs
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
-from slurm import controller
-from slurm.controller import Job
-from slurm.resources import Resources
-from slurm.then import Follower, Followers
+from hive_scale.slurm import controller
+from hive_scale.slurm.controller import Job
+from hive_scale.slurm.resources import Resources
+from hive_scale.slurm.then import Follower, Followers
 
 Verb = Literal["done", "kept", "submit"]
 

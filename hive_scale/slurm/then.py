@@ -33,7 +33,7 @@ class Follower:
 
     def check(self, config: Config, world_size: int) -> None:
         """Raises ValueError for what the job would find wrong hours later."""
-        launcher = import_module(f"launchers.{self.launcher}")
+        launcher = import_module(f"hive_scale.commands.{self.launcher}")
         if self.launcher == "finetune_vlm":
             launcher.check(self.words, config.model.vision, world_size)
         else:
@@ -41,7 +41,7 @@ class Follower:
 
     def run(self) -> int:
         """The launcher's exit code. It joins the processes of its job by itself."""
-        code: int = import_module(f"launchers.{self.launcher}").main(self.words)
+        code: int = import_module(f"hive_scale.commands.{self.launcher}").main(self.words)
         return code
 
     def is_done(self, run_dir: Path, name: str) -> bool:

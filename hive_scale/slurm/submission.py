@@ -10,12 +10,12 @@ import submitit
 
 from hive_scale import config as configs
 from hive_scale.config import Config
-from slurm import chain, controller, local, snapshot, status
-from slurm.chain import Link, Record
-from slurm.job import job_of
-from slurm.resources import Resources, sbatch
-from slurm.then import Followers
-from slurm.then import order as in_order
+from hive_scale.slurm import chain, controller, local, snapshot, status
+from hive_scale.slurm.chain import Link, Record
+from hive_scale.slurm.job import job_of
+from hive_scale.slurm.resources import Resources, sbatch
+from hive_scale.slurm.then import Followers
+from hive_scale.slurm.then import order as in_order
 
 Asked = Mapping[str, Resources]  # by stage
 

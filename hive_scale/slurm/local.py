@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import submitit
 
 from hive_scale.config import Config
-from slurm import chain, snapshot, status
-from slurm.job import ChainJob, job_of
-from slurm.resources import Resources, environment
-from slurm.then import Followers, order
+from hive_scale.slurm import chain, snapshot, status
+from hive_scale.slurm.job import ChainJob, job_of
+from hive_scale.slurm.resources import Resources, environment
+from hive_scale.slurm.then import Followers, order
 
 YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
 
@@ -49,7 +49,7 @@ def _submit(config: Config, job: ChainJob, resources: Resources) -> submitit.Job
         gpus_per_node=resources.gpus_per_node,
         stderr_to_stdout=True,
     )
-    os.environ.update(environment(resources, snapshot.ROOT, config.data))
+    os.environ.update(environment(resources, snapshot.PACKAGE.parent, config.data))
     # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hive_scale.config import DataConfig, resolve
 from hive_scale.presets import read_file
-from slurm.job import SAVED
+from hive_scale.slurm.job import SAVED
 
 PROFILES = Path(__file__).parent / "profiles"
 PREFIX = "slurm."

@@ -6,16 +6,15 @@ import shutil
 from hashlib import sha256
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("hive_scale", "slurm", "launchers")
+PACKAGE = Path(__file__).resolve().parents[1]
 DS_CONFIG = "ds_config.json"
 
 
 def fingerprint(ds_config: str) -> str:
     """Hash of the code and of the DeepSpeed JSON, if any."""
     digest = sha256()
-    for path in sorted(path for part in PARTS for path in (ROOT / part).rglob("*") if _is_source(path)):
-        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for path in sorted(path for path in PACKAGE.rglob("*") if _is_source(path)):
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
     if ds_config:
         digest.update(Path(ds_config).read_bytes())
     return digest.hexdigest()[:12]
@@ -27,8 +26,7 @@ def take(folder: Path, ds_config: str) -> Path:
     if not target.exists():
         unnamed = target.with_suffix(".tmp")
         shutil.rmtree(unnamed, ignore_errors=True)
-        for part in PARTS:
-            shutil.copytree(ROOT / part, unnamed / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, unnamed / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
         if ds_config:
             shutil.copyfile(ds_config, unnamed / DS_CONFIG)
         unnamed.rename(target)

@@ -15,13 +15,13 @@ from rich.table import Table
 
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
+from hive_scale.slurm import chain, controller
+from hive_scale.slurm.chain import Link, Record
+from hive_scale.slurm.job import read_attempts
+from hive_scale.slurm.resources import Resources
+from hive_scale.slurm.then import Followers
 from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
-from slurm import chain, controller
-from slurm.chain import Link, Record
-from slurm.job import read_attempts
-from slurm.resources import Resources
-from slurm.then import Followers
 
 console = Console(highlight=False)
 POLL = 2.0  # seconds between looks

@@ -21,7 +21,7 @@ from submitit.helpers import DelayedSubmission
 from hive_scale import config as configs
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
-from slurm.then import Follower, Followers
+from hive_scale.slurm.then import Follower, Followers
 
 SAVED = 75  # exit code of a job that was told to stop and saved: its script queues it again
 HALTED = 76  # the same, but somebody asked for it with a file STOP: it stays down

@@ -1,0 +1,76 @@
+"""`python -m hive_scale COMMAND`, which is also what every file in launchers/ calls."""
+
+from __future__ import annotations
+
+import sys
+
+OLDEST, NEWEST = (3, 11), (3, 13)  # requires-python of pyproject.toml
+
+
+def main() -> int:
+    """Run the command that the first word names, on the words behind it.
+
+    Returns:
+        The command's exit code; 2 for an unknown command, or where this environment cannot run it.
+    """
+    words = sys.argv[1:]
+    # the deepspeed launcher puts its own option before the command: --local_rank=0 pretrain ...
+    own = [word for word in words[:1] if word.startswith("--local_rank")]
+    words = words[len(own) :]
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    return run(words[0], [*own, *words[1:]], f"python -m hive_scale {words[0]}")
+
+
+def run(command: str, words: list[str] | None = None, program: str | None = None) -> int:
+    """Check the environment, then run `command` on `words` (default: those of this process)."""
+    if not OLDEST <= sys.version_info[:2] <= NEWEST:
+        version = ".".join(map(str, sys.version_info[:2]))
+        return _refuse(f"hive_scale needs Python 3.11 to 3.13, and this is {version}: make an environment with those")
+    from hive_scale.commands import COMMANDS
+
+    if command not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(command, COMMANDS, n=1)
+        return _refuse(f"no command '{command}': " + (f"did you mean {near[0]}?" if near else _usage()))
+    from hive_scale.requirements import problem
+
+    if found := problem():
+        return _refuse(found)
+    if words is not None:
+        sys.argv[1:] = words
+    sys.argv[0] = program or sys.argv[0]
+    from importlib import import_module
+
+    code: int = import_module(f"hive_scale.commands.{command}").main()
+    return code
+
+
+def _usage() -> str:
+    from hive_scale import __doc__ as purpose
+    from hive_scale.commands import COMMANDS
+
+    lines = [f"  {name:16} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: python -m hive_scale COMMAND [--help] ...",
+            "",
+            purpose or "",
+            "",
+            *lines,
+            "",
+            "several processes: torchrun --nproc_per_node 2 -m hive_scale pretrain ...",
+            "                   deepspeed --module hive_scale pretrain --ds_config zero2 ...",
+        ]
+    )
+
+
+def _refuse(text: str) -> int:
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

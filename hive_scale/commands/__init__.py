@@ -1,0 +1,13 @@
+"""The commands: each module has `main`, and imports torch no earlier than it must, so that `--help` answers at once."""
+
+COMMANDS = {
+    "pretrain": "train every stage of a run",
+    "submit_pipeline": "the same on Slurm, a job for each stage",
+    "plan": "memory, time and FLOPs of a run before it is launched",
+    "prepare_data": "public data sets and your own images into WebDataset tars",
+    "probe": "attentive, linear and kNN probes of an encoder",
+    "finetune_vlm": "give the encoder to a chat LLM, after LLaVA",
+    "evaluate": "MME, GQA, OK-VQA, ScienceQA and easy-vqa",
+    "visualize": "gradient maps, attention maps, a report; wandb after the fact",
+    "export": "Hugging Face directories with a model card; verify a run",
+}

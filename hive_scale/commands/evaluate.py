@@ -1,0 +1,197 @@
+"""Put a benchmark's questions to a model, and score the answers as the benchmark's own scorer does."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hive_scale.distributed import World
+    from hive_scale.evaluate.answering import Answerer
+    from hive_scale.evaluate.question import Question, Task
+
+EXAMPLES = """\
+examples:
+  python launchers/evaluate.py runs/vlm --tasks mme,gqa,okvqa,scienceqa        a run of finetune_vlm.py
+  python launchers/evaluate.py models/llava-1.5-7b-hf --tasks mme              any stock LLaVA directory
+  torchrun --nproc_per_node 8 launchers/evaluate.py runs/vlm --tasks gqa       on 8 GPUs
+  python launchers/evaluate.py --tasks gqa --score predictions.jsonl           again, without a model
+  python launchers/evaluate.py models/llava --tasks gqa --backend lmms_eval    by lmms-eval, if it is installed
+
+Files are read from --data/<task>, in the layout of the hub's lmms-lab sets or of the official release. The same
+command again goes on where it stopped. Exit codes: 0 done, 2 something to change.
+"""
+PARTS = ("vision", "language", "connector")  # of ModelConfig: where weights come from
+LMMS_TASKS = {"mme": "mme", "gqa": "gqa", "okvqa": "ok_vqa_val2014", "scienceqa": "scienceqa,scienceqa_img"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    try:
+        if arguments.backend == "lmms_eval":
+            return _lmms_eval(arguments)
+        return _score(arguments) if arguments.score else _evaluate(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(argv: Sequence[str]) -> None:
+    """Meet now what would end the command `argv`, though its model is still to come. Raises ValueError."""
+    _questions(_parse(argv))
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from hive_scale.evaluate.answering import read_predictions, result
+
+    if not arguments.score.is_file():
+        raise ValueError(f"--score {arguments.score}: no such file")
+    asked = _questions(arguments)
+    if len(asked) != 1:
+        raise ValueError(f"--score {arguments.score}: predictions are of one task: name that one with --tasks")
+    [(task, questions)] = asked
+    _show({task.name: result(task, questions, read_predictions(arguments.score))})
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from hive_scale.distributed import session
+    from hive_scale.evaluate.answering import answer_all, read_predictions, result
+
+    if arguments.model is None:
+        raise ValueError("name the model: a run, or a LLaVA directory")
+    asked, results = _questions(arguments), {}
+    with session() as world:
+        output, answerer = _open(arguments, world)
+        columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, disable=not world.is_main) as bar:
+            for task, questions in asked:
+                folder = output / task.name
+                shown = bar.add_task(task.name, total=len(questions))
+                limit = arguments.max_tokens or task.max_tokens
+                advance = partial(bar.advance, shown)
+                answer_all(questions, answerer, limit, folder, world, arguments.batch, advance)
+                results[task.name] = result(task, questions, read_predictions(folder))
+                if world.is_main:  # now: what comes may fail
+                    _save(output / "results.json", results)
+        if world.is_main:
+            _show(results)
+            print(f"answers  {output}/<task>/predictions.jsonl\nscores   {output}/results.json")
+    return 0
+
+
+def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]]]:
+    limit, asked = arguments.limit, [(task, task.read(arguments.data / task.name)) for task in _tasks(arguments.tasks)]
+    for name in ("batch", "limit", "max_tokens"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    return [(task, questions if limit is None else task.first(questions, limit)) for task, questions in asked]
+
+
+def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
+    """Where answers go, and who gives them."""
+    from hive_scale.evaluate.answering import HiveAnswerer, LlavaAnswerer
+    from hive_scale.model.identity import key_of
+    from hive_scale.model.llava import StockLlava
+    from hive_scale.precision import DTYPES
+    from hive_scale.runs import open_hive
+
+    path: Path = arguments.model
+    dtype = DTYPES[arguments.precision]
+    answerer: Answerer
+    built: dict[str, Any] = {}  # how parts are joined, as far as no weight and no config of theirs says it
+    if (path / "config.json").is_file():
+        answerer = LlavaAnswerer(StockLlava(path, world.device, dtype))
+    else:
+        config, stage, model = open_hive(path)
+        data = config.stages[stage].data or config.data if stage in config.stages else config.data
+        answerer = HiveAnswerer(model, data, world.device, dtype)
+        built = {name: value for name, value in asdict(config.model).items() if name not in PARTS}
+        path = path / stage if (path / "config.yaml").is_file() else path
+    output = arguments.output or path / "evaluation"
+    _claim(output / "model.json", answerer.identity | {"fusion": key_of(built)}, world)
+    return output, answerer
+
+
+def _claim(path: Path, identity: dict[str, str], world: World) -> None:
+    """Answers of another model, or of the same in other circumstances, must not pass for this one's."""
+    from hive_scale.evaluate.files import read_json, write_json
+
+    if world.is_main and not path.exists():
+        write_json(path, identity)
+    world.barrier()
+    before = read_json(path)
+    others = [what for what in identity if not isinstance(before, dict) or before.get(what) != identity[what]]
+    if others:
+        raise ValueError(f"{path.parent} holds answers of other {others[0]}: give --output DIR, or delete it")
+
+
+def _save(path: Path, results: dict[str, Any]) -> None:
+    """Put `results` beside those of other tasks."""
+    from hive_scale.evaluate.files import read_json, write_json
+
+    before: dict[str, Any] = {}
+    if path.exists():
+        with suppress(ValueError):  # damaged: the answers that it was made of are there
+            before = read_json(path)
+    write_json(path, before | results)
+
+
+def _show(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "score", "", "questions", "missing", "cut")
+    for name, one in results.items():
+        counts = [str(one[key]) for key in ("questions", "missing", "cut")]
+        for place, (what, value) in enumerate(one["scores"].items()):
+            table.add_row(*((name, what, f"{value:.2f}", *counts) if place == 0 else ("", what, f"{value:.2f}")))
+    Console().print(table)
+
+
+def _tasks(names: str) -> list[Task]:
+    from hive_scale.evaluate.tasks import find_task
+
+    return [find_task(name) for name in names.split(",")]
+
+
+def _lmms_eval(arguments: argparse.Namespace) -> int:
+    """Hand the model to lmms-eval, which fetches the sets itself."""
+    if find_spec("lmms_eval") is None:
+        raise ValueError("lmms-eval is not installed: pip install lmms-eval, or leave --backend out")
+    if not (arguments.model / "config.json").is_file():
+        raise ValueError(f"lmms-eval reads LLaVA directories: export {arguments.model} first (launchers/export.py)")
+    if unknown := [name for name in arguments.tasks.split(",") if name not in LMMS_TASKS]:
+        raise ValueError(f"lmms-eval has no task {unknown[0]}: there are {', '.join(LMMS_TASKS)}")
+    tasks = ",".join(LMMS_TASKS[name] for name in arguments.tasks.split(","))
+    output = arguments.output or arguments.model / "evaluation"
+    command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--model_args"]
+    command += [f"pretrained={arguments.model}", "--tasks", tasks, "--batch_size", str(arguments.batch)]
+    return subprocess.run([*command, "--output_path", str(output), "--log_samples"], check=False).returncode
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, nargs="?", help="a run, one of its stages, or a LLaVA directory")
+    parser.add_argument("--tasks", required=True, metavar="A,B", help="mme, gqa, okvqa, scienceqa, easyvqa")
+    parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds DIR/<task> (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for answers and scores (<model>/evaluation)")
+    parser.add_argument("--batch", type=int, default=32, help="questions at a time (%(default)s)")
+    parser.add_argument("--max_tokens", type=int, help="of an answer, instead of the task's own limit")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only (MME's by pairs)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of compute (%(default)s)")
+    parser.add_argument("--score", type=Path, metavar="FILE", help="score these predictions instead of asking")
+    parser.add_argument("--backend", choices=("own", "lmms_eval"), default="own", help="who asks and scores")
+    return parser.parse_args(argv)

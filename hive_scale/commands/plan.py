@@ -1,0 +1,183 @@
+"""What a run will cost before it is launched: memory, FLOPs, time. Needs no GPU, no weights and no data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hive_scale.command import add_run_arguments, named_run
+
+if TYPE_CHECKING:
+    from hive_scale.config import Config
+    from hive_scale.plan.run import Machine, StagePlan
+
+EXAMPLES = """\
+examples:
+  python launchers/plan.py --preset paper_siglip --world 8 --gpu a100-80
+  python launchers/plan.py --preset paper_siglip --stage joint --world 2 engine.shard=1 fusion=concat
+  python launchers/plan.py --preset rtx3090 --ds_config ds_configs/rtx3090.json
+  python launchers/plan.py --preset paper_siglip --gpu rtx3090 --fit            the fastest settings that fit
+  python launchers/plan.py --preset paper_siglip --gpu h100 --sweep 1,8,64,512  scaling, as a table and sweep.png
+  python launchers/plan.py --preset paper_siglip --json
+
+Exit codes: 0 planned (and fits), 1 planned and does not fit, 2 something to change.
+"""
+CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K, the set of the paper
+
+
+def main() -> int:
+    arguments = _parse()
+    from hive_scale.plan.devices import find
+    from hive_scale.plan.run import Machine
+
+    try:
+        config = named_run(arguments, arguments.overrides)
+        host = arguments.host_gb * 1e9 if arguments.host_gb else None
+        machine = Machine(find(arguments.gpu), arguments.world, host)
+        if arguments.sweep:
+            return _sweep(config, machine, arguments)
+        return _plan(config, machine, arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> int:
+    from hive_scale.plan.fit import fit
+    from hive_scale.plan.run import plan_run
+
+    words: list[str] = []
+    if arguments.stage:
+        if arguments.stage not in config.stages:
+            raise ValueError(f"--stage {arguments.stage}: there is no such stage: there are {', '.join(config.stages)}")
+        config = replace(config, stages={arguments.stage: config.stages[arguments.stage]})
+    if arguments.fit:
+        found = fit(config, machine, arguments.samples, arguments.spare_gb * 1e9)
+        config, plans, words = found.config, found.plans, found.words()
+    else:
+        plans = plan_run(config, machine, arguments.samples)
+    if arguments.json:
+        print(json.dumps({"stages": [plan.to_dict() for plan in plans], "settings": words}, indent=2))
+    else:
+        print(_report(plans, machine, arguments))
+        if words:
+            preset = f" --preset {arguments.preset}" if arguments.preset else ""
+            given = [word for word in arguments.overrides if word.split("=")[0] not in _keys(words)]
+            print("\n  " + " ".join([f"python launchers/pretrain.py{preset}", *given, *words]))
+    return 0 if all(plan.fits for plan in plans) else 1
+
+
+def _keys(words: list[str]) -> set[str]:
+    return {word.split("=")[0] for word in words}
+
+
+def _report(plans: list[StagePlan], machine: Machine, arguments: argparse.Namespace) -> str:
+    """A table with a column per stage, as Markdown: it reads in a terminal and in a README."""
+    rows = [["", *(plan.stage for plan in plans)], ["---", *("---:" for _ in plans)]]
+    for component in plans[0].components:
+        rows.append([f"{component}: trained / frozen, M", *(_pair(plan.components[component]) for plan in plans)])
+    for title, read in _lines(machine):
+        rows.append([title, *(read(plan) for plan in plans)])
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(_cell(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    hours = sum(plan.hours for plan in plans) + max(plan.seeing for plan in plans) / 3600
+    gpu = f"{machine.world} x {machine.gpu.title}"
+    lines.append(f"\n{gpu}: {hours:.1f} hours in all. Memory is planned; time is an estimate (see plan/time.py).")
+    return "\n".join(lines)
+
+
+def _cell(cell: str, width: int) -> str:
+    return cell.ljust(width) if not cell.endswith("-:") else cell.rjust(width, "-")
+
+
+def _pair(numbers: tuple[int, int]) -> str:
+    return " / ".join(f"{number / 1e6:.1f}" for number in numbers)
+
+
+def _lines(machine: Machine) -> list[tuple[str, Any]]:
+    from hive_scale.plan.run import checkpoint_seconds
+
+    def gb(size: float) -> str:
+        return f"{size / 1e9:.2f}"
+
+    def held(what: str) -> Any:
+        return lambda plan: gb(plan.memory.moment.held.get(what, 0.0))
+
+    return [
+        ("micro-batch x accumulation", lambda plan: f"{plan.micro_batch} x {plan.accumulation}"),
+        ("parameters, GB per GPU", lambda plan: gb(plan.memory.parameters)),
+        ("masters, GB", lambda plan: gb(plan.memory.masters)),
+        ("moments, GB", lambda plan: gb(plan.memory.moments)),
+        ("on the host, GB", lambda plan: gb(plan.memory.host)),
+        ("at the worst moment: gradients, GB", held("gradients")),
+        ("gathered parameters, GB", held("gathered")),
+        ("communication buffers, GB", held("buffers")),
+        ("activations and batch, GB", lambda plan: gb(plan.memory.moment.activations + plan.memory.batch)),
+        ("peak, GB", lambda plan: gb(plan.memory.peak)),
+        ("which is in the", lambda plan: plan.memory.moment.where),
+        ("fits, with GB to spare", lambda plan: f"{'yes' if plan.fits else 'NO'}, {gb(plan.spare)}"),
+        ("forward, GFLOP per sample", lambda plan: f"{plan.flops['forward'] / 1e9:.1f}"),
+        ("backward", lambda plan: f"{plan.flops['backward'] / 1e9:.1f}"),
+        ("recomputed", lambda plan: f"{plan.flops['recompute'] / 1e9:.1f}"),
+        ("step, s", lambda plan: f"{plan.time.total:.2f}"),
+        ("of it update, s", lambda plan: f"{plan.time.updating:.2f}"),
+        ("sent per GPU and step, GB", lambda plan: gb(plan.time.volume.sent)),
+        ("in s, overlapped", lambda plan: f"{plan.time.communicating:.2f}"),
+        ("features read in s, overlapped", lambda plan: f"{plan.time.reading:.2f}" if plan.seeing else "-"),
+        ("samples/s", lambda plan: f"{plan.samples / plan.time.total:.0f}"),
+        ("MFU", lambda plan: f"{plan.mfu:.0%}"),
+        ("steps", lambda plan: str(plan.steps)),
+        ("hours", lambda plan: f"{plan.hours:.2f}"),
+        ("a checkpoint, GB", lambda plan: gb(plan.checkpoint)),
+        ("written in s, beside training", lambda plan: f"{checkpoint_seconds(plan, machine):.0f}"),
+        ("feature_cache takes, GB", lambda plan: gb(plan.features) if plan.features else "-"),
+        ("filled in hours, once", lambda plan: f"{plan.seeing / 3600:.2f}" if plan.seeing else "-"),
+    ]
+
+
+def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> int:
+    from hive_scale.plan.sweep import draw, sweep
+
+    try:
+        worlds = [int(part) for part in arguments.sweep.split(",")]
+    except ValueError:
+        raise ValueError(f"--sweep {arguments.sweep}: give worlds as numbers, such as 1,8,64") from None
+    stage = arguments.stage or list(config.stages)[-1]
+    points = sweep(config, stage, machine.gpu, worlds, arguments.samples)
+    if arguments.json:
+        print(json.dumps(points, indent=2))
+        return 0
+    print("| engine | scaling | GPUs | samples/s | efficiency | step, s | sent, GB | peak, GB |\n|" + " --- |" * 8)
+    for point in points:
+        print(
+            f"| {point['engine']} | {point['scaling']} | {point['world']} | {point['samples_per_second']:.0f} | "
+            f"{point['efficiency']:.0%} | {point['step']:.2f} | {point['sent'] / 1e9:.2f} | {point['peak'] / 1e9:.2f} |"
+        )
+    path = Path(arguments.output)
+    draw(points, f"{config.name}, {stage}, {machine.gpu.title}", path)
+    print(f"\ndrawn in {path}")
+    return 0
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run_arguments(parser)
+    parser.add_argument("--stage", help="this stage only")
+    parser.add_argument("--world", type=int, default=1, help="GPUs (default 1)")
+    parser.add_argument("--gpu", default="rtx3090", help="rtx3090 (default), a100-40, a100-80, h100, h200")
+    parser.add_argument("--host_gb", type=float, help="host memory per GPU, in 1e9 bytes: what offload may use")
+    parser.add_argument("--samples", type=int, default=CC3M, help=f"pairs of the training set (default {CC3M})")
+    parser.add_argument("--fit", action="store_true", help="find the fastest settings that fit")
+    parser.add_argument("--spare_gb", type=float, default=0.0, help="with --fit: leave so much free (default 0)")
+    parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
+    parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
+    parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
+    return parser.parse_args()

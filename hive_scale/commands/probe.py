@@ -1,0 +1,149 @@
+"""How well do a frozen encoder's features classify? Attentive and linear probes, a grid of rates in one pass."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hive_scale.evaluate.labelled import Labelled
+    from hive_scale.evaluate.probing import Plan
+
+EXAMPLES = """\
+examples:
+  python launchers/probe.py runs/debug --set emoji --data data/emoji            a run's encoder
+  python launchers/probe.py runs/debug --set fashion_mnist --augment none --heads knn,linear
+  torchrun --nproc_per_node 8 launchers/probe.py models/siglip-large-patch16-384 --set cifar10,cifar100 --workers 8
+  python launchers/probe.py models/clip-vit-large-patch14-336 --set folder --data my/pictures
+
+Sets: cifar10, cifar100, imagenet, tiny_imagenet, food101, stanford_cars, pets, caltech256, fashion_mnist, emoji,
+and folder (a folder per class under train/ and test/). --data holds the hub's parquet files, class folders, or what
+torchvision downloads. Rates are chosen on a validation split, never on the test pictures; where a tenth of the training
+pictures has to serve as one, a probe at the rate chosen is trained on all of them again. The same command again passes
+over sets that it has results of. Exit codes: 0 done, 2 something to change.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    try:
+        return _probe(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(argv: Sequence[str]) -> None:
+    """Meet now what would end the command `argv`, though its encoder is still to come. Raises ValueError."""
+    arguments = _parse(argv)
+    _plan(arguments)
+    _sets(arguments)
+
+
+def _probe(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from hive_scale.distributed import session
+    from hive_scale.evaluate.features import Encoder
+    from hive_scale.evaluate.probing import Bench, read_results, save, warnings
+    from hive_scale.precision import DTYPES
+    from hive_scale.runs import find_encoder
+
+    path = find_encoder(arguments.encoder)
+    plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
+    dtype = DTYPES[arguments.precision]
+    sets = _sets(arguments)
+    with session() as world:
+        say = Console(quiet=not world.is_main).print
+        encoder = Encoder(path, world.device, dtype, arguments.depth)
+        for data in sets:
+            file = output / f"{data.name}.json"
+            # copies of a set on each node have files of their own times
+            data = replace(data, identity=world.of_main(data.identity))
+            results = read_results(file, plan, encoder, data)
+            world.barrier()  # before the first of us writes what the last is still to look for
+            if results is None:
+                sizes = f"{data.train.size} pictures to train, {data.test.size} to test"
+                say(f"{data.name}: {data.num_classes} classes, {sizes}")
+                results = Bench(encoder, data, plan, world, output / "features").run(say)
+                if world.is_main:
+                    save(file, plan, encoder, data, results)
+            if world.is_main:
+                _show(results)
+                for warning in warnings(results):
+                    say(f"warning: {warning}")
+                print(f"results  {file}")
+    return 0
+
+
+def _sets(arguments: argparse.Namespace) -> list[Labelled]:
+    from hive_scale.evaluate.labelled import open_labelled
+
+    root, names = arguments.data or Path("data"), arguments.set.split(",")
+    if arguments.data and len(names) == 1 and not (root / names[0]).is_dir():
+        return [open_labelled(names[0], root)]
+    return [open_labelled(name, root / name) for name in names]
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    from hive_scale.evaluate.probes import PROBES, RATES, Recipe
+    from hive_scale.evaluate.probing import Plan
+
+    heads = arguments.heads.split(",")
+    if unknown := [head for head in heads if head not in (*PROBES, "knn")]:
+        raise ValueError(f"--heads: there is no '{unknown[0]}': choose among {', '.join(PROBES)}, knn")
+    for name, least in (("epochs", 1), ("batch", 1), ("seeds", 1), ("limit", 0)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    try:
+        rates = tuple(float(rate) for rate in arguments.rates.split(",")) if arguments.rates else RATES
+    except ValueError:
+        raise ValueError(f"--rates {arguments.rates} are no numbers: give such as 1e-3,2e-3") from None
+    recipe = Recipe(rates=rates, batch=arguments.batch)
+    if arguments.epochs is not None:
+        recipe = replace(recipe, epochs=arguments.epochs, min_steps=0)
+    return Plan(
+        kinds=tuple(kind for kind in PROBES if kind in heads),
+        recipe=recipe,
+        seeds=tuple(range(arguments.seeds)),
+        augment=arguments.augment == "paper",
+        neighbours="knn" in heads,
+        limit=arguments.limit,
+        workers=arguments.workers,
+    )
+
+
+def _show(results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("probe", "test accuracy, %", "deviation", "rates chosen")
+    for kind, one in results.items():
+        rates = ", ".join(f"{seed['rate']:g}" for seed in one.get("seeds", ()))
+        table.add_row(kind, f"{one['mean']:.2f}", f"{one['deviation']:.2f}", rates)
+    Console().print(table)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
+    parser.add_argument("--set", required=True, metavar="A,B", help="see below")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="holds DIR/<set> (data), or is the one set itself")
+    parser.add_argument("--heads", default="attentive,linear", help="attentive, linear, knn (%(default)s)")
+    parser.add_argument("--rates", default="", metavar="A,B", help="peak learning rates (seven, 5e-5 to 2e-3)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="a step a batch (50, and of few batches 2000 steps)")
+    parser.add_argument("--batch", type=int, default=512, help="pictures a step, over all processes (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs, for a deviation (%(default)s)")
+    parser.add_argument("--augment", choices=("paper", "none"), default="paper", help="none keeps features on disk")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="train on N pictures only, always the same")
+    parser.add_argument("--depth", type=int, default=-2, help="the block that is read (%(default)s, as the authors)")
+    parser.add_argument("--workers", type=int, default=0, help="data processes (%(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="for results and features (<encoder>/probes)")
+    return parser.parse_args(argv)

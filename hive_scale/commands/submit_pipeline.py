@@ -1,0 +1,153 @@
+"""Pre-train HIVE on Slurm: every stage a job of its own, each behind the one before.
+
+Submit again at any time: finished stages are skipped, queued and running ones kept, failed ones started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hive_scale.config import Config
+    from hive_scale.slurm.chain import Record
+
+EXAMPLES = """\
+examples:
+  python slurm/submit_pipeline.py --preset paper_siglip --profile one_node
+  python slurm/submit_pipeline.py --preset paper_siglip --profile preemptible --ds_config ds_configs/zero2.json \\
+      slurm.account=vision slurm.stages.joint.nodes=4 slurm.stages.joint.hours=12
+  python slurm/submit_pipeline.py --preset debug --dry_run        the scripts, without a Slurm in reach
+  python slurm/submit_pipeline.py --preset debug --cluster local  the same chain as processes of this machine
+  python slurm/submit_pipeline.py --preset paper_siglip --then probe,vlm,evaluate then.probe='--set pets,food101'
+  python slurm/submit_pipeline.py status runs/debug --follow      also: logs, cancel, resume
+
+--then adds jobs that wait for the last stage: launchers/probe.py on its encoder, launchers/finetune_vlm.py, which
+leaves its run in <output>/vlm, and launchers/evaluate.py on that, or without it on the run itself. Options of theirs
+are given as then.NAME='OPTIONS'; else they are the paper's sets, recipe and tasks.
+
+Exit codes: 0 submitted (or, off Slurm, done), 1 a stage failed, 2 something to change in command, config or data,
+75 stopped by a signal and saved.
+"""
+
+
+def main() -> int:
+    from hive_scale.slurm.controller import SlurmError
+
+    words = sys.argv[1:]
+    commands = {"status": follow, "logs": logs, "cancel": cancel, "resume": resume}
+    try:
+        if words and words[0] in commands:
+            return commands[words[0]](words[1:])
+        arguments = _parser().parse_intermixed_args(words)
+        from hive_scale.command import named_run
+        from hive_scale.slurm import chain, resources, submission, then
+
+        plain, slurm_words = resources.split(arguments.overrides)
+        plain, then_words = then.split(plain)
+        config = named_run(arguments, plain)
+        before = chain.Record.read(config.run_dir) or chain.Record()
+        followers = then.read(arguments.then, then_words, config) or before.followers()
+        bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
+        asked = resources.read(arguments.profile, slurm_words, bases)
+        return submission.submit(config, asked, arguments.cluster, followers, arguments.dry_run)
+    except (ValueError, SlurmError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+# -- a run that was submitted ---------------------------------------------------------------------------------
+
+
+def follow(words: list[str]) -> int:
+    from hive_scale.slurm import status
+
+    parser = _sub_parser("status", "How the stages of a run stand.")
+    parser.add_argument("--follow", action="store_true", help="until no job is left")
+    arguments = parser.parse_intermixed_args(words)
+    return status.show(_read(arguments.run)[0], arguments.follow)
+
+
+def logs(words: list[str]) -> int:
+    parser = _sub_parser("logs", "What a stage's first process has printed.")
+    parser.add_argument("stage", nargs="?", help="default: the last that has begun")
+    parser.add_argument("--follow", action="store_true", help="as it grows")
+    arguments = parser.parse_intermixed_args(words)
+    config, record = _read(arguments.run)
+    known = [*config.stages, *record.then]
+    if arguments.stage and arguments.stage not in known:
+        raise ValueError(f"there is no stage '{arguments.stage}': there are {', '.join(known)}")
+    wanted = [arguments.stage] if arguments.stage else known
+    folder = config.run_dir / "slurm" / "logs"
+    files = [folder / f"{record.jobs[stage]}_0_log.out" for stage in wanted if stage in record.jobs]
+    files = [file for file in files if file.exists()]
+    if not files:
+        raise ValueError(f"{' '.join(wanted)}: nothing has begun: see status")
+    sys.stdout.flush()
+    os.execvp("tail", ["tail", "-n", "50", *(["-F"] if arguments.follow else []), str(files[-1])])
+
+
+def cancel(words: list[str]) -> int:
+    from hive_scale.slurm import chain, controller
+
+    arguments = _sub_parser("cancel", "Cancel all jobs of a run, the last first; what runs saves.").parse_args(words)
+    config, _ = _read(arguments.run)
+    with chain.submitting(config.run_dir):
+        jobs = [job for job in chain.known_jobs(config).values() if job.is_active or job.state == "PENDING"]
+        controller.cancel([job.id for job in reversed(jobs)])
+    print(f"cancelled: {', '.join(job.id for job in jobs) or 'nothing was queued or running'}")
+    return 0
+
+
+def resume(words: list[str]) -> int:
+    from hive_scale.slurm import resources, submission
+
+    parser = _sub_parser("resume", "Submit what is left of a run, as it was submitted or with other resources.")
+    parser.add_argument("overrides", nargs="*", metavar="slurm.key=value")
+    arguments = parser.parse_intermixed_args(words)
+    config, record = _read(arguments.run)
+    plain, slurm_words = resources.split(arguments.overrides)
+    if plain:
+        raise ValueError(f"{plain[0]}: resume takes slurm.* words only: for another config, submit it")
+    before = {stage: resources.Resources(**asked) for stage, asked in record.resources.items()}
+    asked = resources.read(None, slurm_words, before)
+    return submission.submit(config, asked, record.cluster, record.followers())
+
+
+def _read(run: Path) -> tuple[Config, Record]:
+    """The run in directory `run`, as submitted; enters the directory that its relative paths begin in."""
+    from hive_scale import config as configs
+    from hive_scale.slurm.chain import Record
+
+    record = Record.read(run)
+    if record is None:
+        raise ValueError(f"{run} was not submitted from here: there is no {Record.path(run)}")
+    config = replace(configs.load(run / "slurm" / "config.yaml"), output=str(run.absolute()))
+    os.chdir(record.cwd)
+    return config, record
+
+
+def _sub_parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"submit_pipeline.py {name}", description=description)
+    parser.add_argument("run", type=Path, help="the run's directory, such as runs/debug")
+    return parser
+
+
+def _parser() -> argparse.ArgumentParser:
+    from hive_scale.command import add_run_arguments
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run_arguments(parser, "any key of the config, slurm.KEY, or then.NAME")
+    parser.add_argument("--then", default="", metavar="A,B", help="after the last stage: probe, vlm, evaluate")
+    parser.add_argument("--profile", help="a site's resources: a name in slurm/profiles, or a YAML file")
+    parser.add_argument(
+        "--cluster", choices=("slurm", "local", "debug"), default="slurm", help="debug: in this process"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="check everything, print the scripts, submit nothing")
+    return parser
