@@ -120,9 +120,7 @@ def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tm
     assert alone["neighbours"] == both[0]["neighbours"]
 
 
-def test_features_are_made_once(
-    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_are_made_once(encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(ALONE, encoder, pictures, tmp_path, False)
     files = sorted(tmp_path.iterdir())
     monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("the encoder ran again"))
