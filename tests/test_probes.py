@@ -4,6 +4,7 @@ of the grid as if alone, settings chosen without the test pictures, the same on 
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,18 @@ from torch import nn
 
 from hive_scale.commands import probe
 from hive_scale.distributed import World
-from hive_scale.evaluate.features import Encoder
+from hive_scale.evaluate.features import Encoder, cut
 from hive_scale.evaluate.labelled import Labelled, open_labelled
-from hive_scale.evaluate.probes import AttentiveProbe, Grid, LinearProbe, Recipe, nearest_neighbours, normalised
-from hive_scale.evaluate.probing import Bench, Plan
+from hive_scale.evaluate.probes import (
+    RATES,
+    AttentiveProbe,
+    Grid,
+    LinearProbe,
+    Recipe,
+    nearest_neighbours,
+    normalised,
+)
+from hive_scale.evaluate.probing import Bench, Plan, chosen, read_results, save, warnings
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -182,12 +191,157 @@ def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
         probe.main([*words, "2", "--set", "folder"])
 
 
+def relabel(pictures: Path) -> None:
+    """Two classes of the test pictures change names: same files, same sizes, other labels."""
+    for before, after in (("blue", "then"), ("red", "blue"), ("then", "red")):
+        (pictures / "test" / before).rename(pictures / "test" / after)
+
+
+def repaint(pictures: Path) -> None:
+    """A picture gives way to another; its file keeps name and size."""
+    small, *_, large = sorted((pictures / "train").rglob("*.png"), key=lambda path: path.stat().st_size)
+    large.write_bytes(small.read_bytes().ljust(large.stat().st_size, b"\0"))
+
+
+@pytest.mark.parametrize("change", [relabel, repaint])
+def test_results_and_features_are_those_of_these_labels_and_pictures(
+    encoder: Path, pictures: Path, tmp_path: Path, change: Any
+) -> None:
+    mine = tmp_path / "pictures"
+    shutil.copytree(pictures, mine)
+    plan = Plan(("linear",), replace(RECIPE, rates=(1e-2,)), seeds=(0,), augment=False)
+    model, made = Encoder(encoder, ALONE.device), []
+    for _ in range(2):
+        data = open_labelled("folder", mine)
+        assert read_results(tmp_path / "results.json", plan, model, data) is None
+        results = Bench(model, data, plan, ALONE, tmp_path / "features").run()
+        save(tmp_path / "results.json", plan, model, data, results)
+        assert read_results(tmp_path / "results.json", plan, model, open_labelled("folder", mine)) == results
+        made.append(results["linear"]["mean"])
+        if len(made) == 1:
+            change(mine)
+    if change is relabel:
+        assert made[0] > 90
+        assert made[1] == pytest.approx(made[0] / 3, abs=5), "two of three classes are told wrongly now"
+    assert len(list((tmp_path / "features").glob("train-*.features"))) == 2
+
+
+def test_results_of_another_precision_depth_or_plan_are_not_read(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    data, plan, path = open_labelled("folder", pictures), Plan(("linear",), RECIPE), tmp_path / "results.json"
+    model = Encoder(encoder, ALONE.device)
+    save(path, plan, model, data, {"linear": {"mean": 1.0}})
+    assert read_results(path, plan, model, data) == {"linear": {"mean": 1.0}}
+    assert read_results(path, replace(plan, workers=3), model, data), "who reads the pictures changes nothing"
+    others = [Encoder(encoder, ALONE.device, torch.bfloat16), Encoder(encoder, ALONE.device, depth=-1)]
+    assert not any(read_results(path, plan, other, data) for other in others)
+    plans = [replace(plan, recipe=replace(RECIPE, min_steps=1)), replace(plan, limit=9), replace(plan, augment=False)]
+    assert not any(read_results(path, other, model, data) for other in plans)
+    path.write_text(path.read_text()[:-9])
+    assert read_results(path, plan, model, data) is None
+
+
+def test_a_small_sets_probe_tells_apart_what_logistic_regression_does(encoder: Path, tmp_path: Path) -> None:
+    """By default, against L-BFGS on the same features: the 50 steps of as many epochs alone leave it at a guess."""
+    data = open_labelled("emoji", ROOT / "hive_scale/data/sample")
+    plan = Plan(("linear",), Recipe(rates=RATES[-3:]), seeds=(0,), augment=False, limit=300)
+    bench = Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path)
+    found = bench.run()["linear"]["mean"]
+
+    def features(split: Any, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = [(normalised(f).mean(1), labels) for f, labels in bench._source(split).batches(cut(part, 128))]
+        return torch.cat([f for f, _ in batches]), torch.cat([labels for _, labels in batches])
+
+    known, labels = features(data.train, bench.whole)
+    weight, bias = torch.zeros(32, data.num_classes, requires_grad=True), torch.zeros(data.num_classes)
+    optimizer = torch.optim.LBFGS([weight, bias.requires_grad_()], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(known @ weight + bias, labels) + 1e-4 * weight.square().sum() / 2
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    asked, truth = features(data.test, np.arange(data.test.size))
+    regression = 100 * float(((asked @ weight + bias).argmax(1) == truth).float().mean())
+    assert regression > 30
+    assert found > regression - 8  # two standard deviations of 159 test pictures
+
+
+def test_few_batches_are_each_trained_on_until_there_are_steps_enough(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+    step = Grid.step
+
+    def watched(self: Grid, features: Any, labels: Any, count: int, number: int, num_steps: int) -> None:
+        seen.append((number, num_steps, len(self.probes)))
+        step(self, features, labels, count, number, num_steps)
+
+    monkeypatch.setattr(Grid, "step", watched)
+    recipe = replace(RECIPE, epochs=2, batch=50, min_steps=10)  # 108 pictures to choose by: 2 batches an epoch
+    data, plan = open_labelled("folder", pictures), Plan(("linear",), recipe, seeds=(0,), augment=False)
+    Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run()
+    assert [one for one in seen if one[2] == 2] == [(i, 12, 2) for i in range(12)]  # 3 times each
+    assert [one for one in seen if one[2] == 1] == [(i, 12, 1) for i in range(12)]  # and the rate chosen, on all 120
+    seen.clear()
+    Bench(Encoder(encoder, ALONE.device), data, replace(plan, recipe=RECIPE), ALONE, tmp_path).run()
+    assert {total for _, total, _ in seen} == {3 * RECIPE.epochs}, "batches enough are trained on once"
+
+
+def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    data = open_labelled("folder", pictures)
+    seen: list[int] = []
+
+    def noted(i: int) -> tuple[torch.Tensor, int]:
+        seen.append(i)
+        return data.train.read(i)
+
+    watched = replace(data, train=replace(data.train, read=noted))
+    plan = Plan(("linear",), replace(RECIPE, batch=40, epochs=2), seeds=(0,), augment=True)
+    bench = Bench(Encoder(encoder, ALONE.device), watched, plan, ALONE, tmp_path)
+    bench.run()
+    half = seen.index(next(i for i in seen if i in bench.choice_part))
+    assert not {*seen[:half]} & {*bench.choice_part.tolist()}, "no picture to choose by is trained on before the choice"
+    assert {*seen[half + len(bench.choice_part) :]} == {*range(120)}
+    seen.clear()
+    given = replace(watched, validation=data.test)
+    Bench(Encoder(encoder, ALONE.device), given, plan, ALONE, tmp_path / "other").run()
+    assert len(seen) == 2 * 120, "a split to choose by holds nothing back, and nothing is trained again"
+
+
+@pytest.mark.parametrize(
+    ("shares", "rate", "edge"),
+    [
+        ({1e-3: 50.0, 2e-3: 60.0, 3e-3: 40.0}, 2e-3, ""),
+        ({1e-3: 50.0, 2e-3: 60.0, 3e-3: 70.0}, 3e-3, "highest"),
+        ({1e-3: 80.0, 2e-3: 60.0, 3e-3: 70.0}, 1e-3, "lowest"),
+        ({3e-3: 70.0, 1e-3: 50.0, 2e-3: 60.0}, 3e-3, "highest"),  # in whatever order they are given
+        ({1e-3: 80.0, 2e-3: 80.0, 3e-3: 70.0}, 2e-3, ""),  # one as good lies within
+        ({1e-4: 9.0, 1e-3: 80.0, 2e-3: 80.0, 3e-3: 80.0, 1e-2: 9.0}, 2e-3, ""),
+        ({1e-3: 80.0, 2e-3: 80.0}, 1e-3, "lowest"),
+        ({1e-3: 80.0}, 1e-3, ""),  # of one there is nothing to choose
+    ],
+)
+def test_the_rate_chosen_and_the_edge_it_lies_at(shares: dict[float, float], rate: float, edge: str) -> None:
+    assert chosen(shares) == {"chosen": max(shares.values()), "rate": rate, "edge": edge}
+
+
+def test_rates_at_an_edge_are_told() -> None:
+    seeds = [{"rate": 2e-3, "edge": "highest"}, {"rate": 5e-4, "edge": ""}]
+    told = warnings({"linear": {"seeds": seeds}, "attentive": {"seeds": seeds[1:]}, "neighbours": {}})
+    assert told == ["linear: 0.002 is the highest rate of the grid; a higher one may do better: --rates"]
+    assert "a lower one" in warnings({"linear": {"seeds": [{"rate": 5e-5, "edge": "lowest"}]}})[0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--set", "cifar11"], "did you mean cifar10"),
         (["--set", "folder", "--heads", "deep"], "there is no 'deep': choose among attentive, linear, knn"),
         (["--set", "folder", "--depth", "9"], "has 4 blocks: there is no depth 9"),
+        (["--set", "folder", "--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["--set", "folder", "--rates", "1e-3,high"], "--rates 1e-3,high are no numbers: give such as 1e-3,2e-3"),
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(
