@@ -133,7 +133,7 @@ def _claim(path: Path, identity: dict[str, str], world: World) -> None:
     before = read_json(path)
     others = [what for what in identity if not isinstance(before, dict) or before.get(what) != identity[what]]
     if others:
-        raise ValueError(f"{path.parent} holds answers of other {others[0]}: give --output DIR, or delete it")
+        raise ValueError(f"{path.parent} holds answers of other {', '.join(others)}: give --output DIR, or delete it")
 
 
 def _save(path: Path, results: dict[str, Any]) -> None:
