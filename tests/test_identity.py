@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from hive_scale.config import PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
@@ -120,6 +121,20 @@ def test_buffers_and_types_count() -> None:
     made = [module(0.0), module(1.0), module(0.0, torch.int32)]
     assert len({identity(one) for one in made}) == 3
     assert identity(module(1.0)) == identity(made[1])
+
+
+def test_names_shapes_and_kinds_of_config_count() -> None:
+    """Where all bytes are the same."""
+
+    def module(name: str, *shape: int, kind: str = "one") -> torch.nn.Module:
+        made: Any = torch.nn.Module()
+        made.register_parameter(name, torch.nn.Parameter(torch.zeros(shape)))
+        made.config = type("Config", (PretrainedConfig,), {"model_type": kind})()
+        return cast(torch.nn.Module, made)
+
+    made = [module("a", 2, 3), module("b", 2, 3), module("a", 3, 2), module("a", 2, 3, kind="other")]
+    assert len({identity(one) for one in made}) == 4
+    assert identity(module("a", 2, 3)) == identity(made[0])
 
 
 def test_a_tokenizer_with_another_template_or_word_is_another(tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from hive_scale.commands import probe
+from hive_scale.config import PartConfig
 from hive_scale.distributed import World
-from hive_scale.evaluate.features import Encoder, cut
-from hive_scale.evaluate.labelled import Labelled, open_labelled
+from hive_scale.evaluate.features import Cache, Encoder, Pictures, Source, cut
+from hive_scale.evaluate.labelled import Labelled, Split, open_labelled
 from hive_scale.evaluate.probes import (
     RATES,
     AttentiveProbe,
@@ -33,6 +36,8 @@ from hive_scale.evaluate.probes import (
     normalised,
 )
 from hive_scale.evaluate.probing import Bench, Plan, chosen, read_results, save, warnings
+from hive_scale.model.build import assemble
+from hive_scale.model.export import export_encoder
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -111,6 +116,52 @@ def test_neighbours_vote_by_similarity() -> None:
     assert nearest_neighbours(known, labels, asked, 2, neighbours=3).tolist() == [0, 1]
 
 
+@torch.no_grad()
+def test_what_is_read_is_the_hidden_state_that_transformers_shows(encoder: Path, tmp_path: Path) -> None:
+    config = replace(tiny.model_config(), vision=PartConfig(config=tiny.CLIP))
+    export_encoder(config, dict(assemble(config, 0).named_parameters()), tmp_path, "crop")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    for kind, path, mean, std, first in (
+        (SiglipVisionModel, encoder, torch.full((3,), 0.5), torch.full((3,), 0.5), 0),
+        (CLIPVisionModel, tmp_path, *clip, 1),  # after its class token
+    ):
+        normal = (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        states = kind.from_pretrained(path)(normal, output_hidden_states=True).hidden_states
+        assert len(states) == 5
+        for depth, place in ((-2, 3), (-1, 4), (0, 0), (1, 1)):
+            made = Encoder(path, ALONE.device, depth=depth)(pixels)
+            torch.testing.assert_close(made, states[place][:, first:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(Encoder(path, ALONE.device)(pixels), states[3][:, first:], atol=1e-5, rtol=1e-4)
+
+
+def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) -> None:
+    data = open_labelled("folder", pictures)
+    alike = Split("train", 2, lambda i: data.train.read(0))
+    places = [(place, (seed, epoch)) for place in (0, 1) for seed in (0, 1) for epoch in (0, 1)]
+    made = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    assert len({one.numpy().tobytes() for one in made}) == len(places)
+    again = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    assert all(map(torch.equal, made, again))
+
+
+def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read_from_disk(
+    encoder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    model, data = Encoder(encoder, ALONE.device, depth=0), open_labelled("folder", pictures)
+    with torch.no_grad():
+        model.tower.get_parameter("embeddings.position_embedding.weight").mul_(1e6)
+    source = Source(model, data.test, workers=0)
+    [(plain, labels)] = source.batches([np.arange(60)])
+    assert plain.abs().max() > 65504
+    source.cache = Cache(tmp_path, "these", source, np.arange(60), ALONE)
+    [(kept, told)] = source.batches([np.arange(60)])
+    torch.testing.assert_close(kept, plain.clamp(-65504, 65504), atol=1e-3, rtol=1e-3)
+    assert torch.equal(labels, told)
+    [(drawn, _)] = source.batches([np.arange(60)], (0, 0))
+    assert not torch.equal(drawn.clamp(-65504, 65504), kept)
+
+
 def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool) -> dict[str, Any]:
     plan = Plan(("attentive", "linear"), RECIPE, seeds=(0, 1), augment=augment, neighbours=True)
     data = open_labelled("folder", pictures)
@@ -135,6 +186,24 @@ def test_features_are_made_once(encoder: Path, pictures: Path, tmp_path: Path, m
     monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("the encoder ran again"))
     assert run(ALONE, encoder, pictures, tmp_path, False) == first
     assert sorted(tmp_path.iterdir()) == files
+
+
+def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Weights as .bin, the same config, the same folder: found by what was loaded alone."""
+    zeros = tmp_path / "zeros"
+    shutil.copytree(encoder, zeros)
+    tensors = load_file(zeros / "model.safetensors")
+    (zeros / "model.safetensors").unlink()
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, zeros / "pytorch_model.bin")
+    data, plan = open_labelled("folder", pictures), Plan(("linear",), RECIPE, seeds=(0,), augment=False)
+    found = []
+    for path in (encoder, zeros):
+        model = Encoder(path, ALONE.device)
+        assert read_results(tmp_path / "results.json", plan, model, data) is None
+        found.append(Bench(model, data, plan, ALONE, tmp_path / "features").run())
+        save(tmp_path / "results.json", plan, model, data, found[-1])
+    assert found[0]["linear"]["mean"] > 90
+    assert found[1]["linear"]["mean"] == pytest.approx(100 / 3)
 
 
 def test_augmented_pictures_differ_by_epoch_and_serve(encoder: Path, pictures: Path, tmp_path: Path) -> None:

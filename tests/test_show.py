@@ -122,7 +122,9 @@ def test_gauges_are_the_moments_and_gates_summed_over_ranks() -> None:
     fragments = [
         Fragment(name, "master", (1,), 0, torch.tensor([0.5])),
         Fragment(name, "exp_avg_sq", (1,), 0, torch.tensor([0.19])),
-        Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg_sq", (2,), 0, torch.tensor([0.95, 0.76])),
+        Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg_sq", (2,), 0, torch.tensor([0.95])),
+        Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg_sq", (2,), 1, torch.tensor([0.76])),
+        Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg", (2,), 0, torch.tensor([5.0, 5.0])),
     ]
     found = gauge(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")))
     assert found["gates"] == pytest.approx({"0": 0.0, "1": 0.46211716})

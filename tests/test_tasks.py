@@ -82,6 +82,7 @@ VQA = [
     ("red - white", "red white"),
     ("red -white t-shirt", "red white tshirt"),  # beside one space, a mark goes everywhere
     ("wi-fi / ethernet", "wi fi ethernet"),
+    ("t-shirt;-hat", "t shirt hat"),  # the spaces that count are the answer's own, not those of marks before
     ("(red)", "red"),
     ("yes!no", "yes no"),
     ("c++", "c"),
@@ -110,6 +111,15 @@ NOT_IN_IT = "shes ive id ill im ids hell well were shell wed lets whens'"
 @pytest.mark.parametrize(("answer", "normal"), VQA)
 def test_answers_of_the_vqa_challenge(answer: str, normal: str) -> None:
     assert vqa_normal(answer) == normal
+
+
+def test_every_mark_of_the_vqa_challenge_parts_words() -> None:
+    for mark in ';/[]"{}()=+\\_-><@`!':
+        assert vqa_normal(f"red{mark}hat") == "red hat"
+    assert vqa_normal("yes?no, 1,a") == "yesno 1a"  # but for those that go before all else
+    assert vqa_normal("red.hat") == "redhat"
+    for mark in "':*&%$#~^|":
+        assert vqa_normal(f"red{mark}hat") == f"red{mark}hat"
 
 
 def test_every_contraction_of_the_vqa_challenge_gets_its_apostrophe_back() -> None:
@@ -410,6 +420,10 @@ def test_scienceqa_from_its_release(tmp_path: Path) -> None:
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     with pytest.raises(ValueError, match="question 5: its answer is choice 2 of 2"):
         scienceqa.read(tmp_path)
+    problems["5"]["answer"] = -1
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match="question 5: its answer is choice -1 of 2"):
+        scienceqa.read(tmp_path)
 
 
 def test_easyvqa_from_its_package(tmp_path: Path) -> None:
@@ -420,6 +434,10 @@ def test_easyvqa_from_its_package(tmp_path: Path) -> None:
     assert questions[0].picture == questions[1].picture
     answered = [(questions[0], "Circle."), (questions[1], "no")]
     assert easyvqa.score(answered) == {"accuracy": 50.0, "named": 100.0}
+    assert easyvqa.score(answered[:1]) == {"accuracy": 100.0, "named": 100.0}
+    no = [(ask({"answer": "no"}), "no"), (ask({"answer": "red"}), "blue"), (ask({"answer": "box"}), "box")]
+    assert easyvqa.score(no) == {"accuracy": pytest.approx(200 / 3), "named": 50.0}
+    assert easyvqa.score([]) == {"accuracy": 0.0, "named": 0.0}
 
 
 # --- what a user gets wrong

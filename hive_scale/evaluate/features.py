@@ -114,7 +114,7 @@ class Cache:
     def __init__(self, folder: Path, data: str, source: Source, numbers: Numbers, world: World) -> None:
         """Make what is missing of those pictures, each rank its share. `data` identifies the set. A collective."""
         encoder, split = source.encoder, source.split
-        path = folder / f"{split.name}-{key_of(encoder.identity, data, split.name, split.size)}"
+        path = folder / f"{split.name}-{key_of(encoder.identity, data, split.size)}"
         shape = 1, encoder.num_tokens, encoder.width
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
         labels = path.with_suffix(".labels")
