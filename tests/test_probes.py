@@ -109,6 +109,20 @@ def test_each_rate_of_the_grid_trains_as_if_alone() -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+def test_a_part_of_a_batch_gives_its_part_of_the_gradient() -> None:
+    """Whatever sizes the parts have: each picture counts as one of the whole batch."""
+    recipe = replace(RECIPE, max_grad_norm=1e9)
+    torch.manual_seed(0)
+    features, labels = torch.randn(5, 4, 64), torch.randint(3, (5,))
+    parts = []
+    for one in (slice(0, 5), slice(0, 2), slice(2, 5)):
+        grid = Grid(["attentive", "linear"], 64, 3, recipe, seed=0, world=ALONE)
+        grid.step(features[one], labels[one], 5, 0, 10)
+        parts.append([p.grad for probe in grid.probes for p in probe.parameters() if p.grad is not None])
+    for whole, first, second in zip(*parts, strict=True):
+        torch.testing.assert_close(first + second, whole, atol=1e-6, rtol=1e-4)
+
+
 def test_neighbours_vote_by_similarity() -> None:
     known = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 2.0]])
     labels = torch.tensor([0, 0, 1, 1])
@@ -186,6 +200,19 @@ def test_features_are_made_once(encoder: Path, pictures: Path, tmp_path: Path, m
     monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("the encoder ran again"))
     assert run(ALONE, encoder, pictures, tmp_path, False) == first
     assert sorted(tmp_path.iterdir()) == files
+
+
+@pytest.mark.parametrize("lost", [".labels", ".features", ".state"])
+def test_a_file_of_features_or_labels_that_is_lost_or_cut_is_made_again(
+    encoder: Path, pictures: Path, tmp_path: Path, lost: str
+) -> None:
+    first = run(ALONE, encoder, pictures, tmp_path, False)
+    for file in tmp_path.glob(f"train-*{lost}"):
+        file.unlink()
+    for file in tmp_path.glob(f"test-*{lost}"):
+        with file.open("r+b") as opened:
+            opened.truncate(11)
+    assert run(ALONE, encoder, pictures, tmp_path, False) == first
 
 
 def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:

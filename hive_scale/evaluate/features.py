@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
-from hive_scale.data.kept import make, open_kept
+from hive_scale.data.kept import forget, make, open_kept
 from hive_scale.data.transform import augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
@@ -116,11 +116,11 @@ class Cache:
         encoder, split = source.encoder, source.split
         path = folder / f"{split.name}-{key_of(encoder.identity, data, split.size)}"
         shape = 1, encoder.num_tokens, encoder.width
+        labels, size = path.with_suffix(".labels"), 8 * split.size
+        if world.is_main and not (labels.exists() and labels.stat().st_size == size):
+            forget(path)  # features without labels: both are made again
+            make(labels, size)
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
-        labels = path.with_suffix(".labels")
-        if world.is_main:
-            make(labels, 8 * split.size)
-        world.barrier()
         self.labels = np.memmap(labels, np.int64, "r+", shape=(split.size,))
         mine = np.array_split(missing, world.size)[world.rank]
         groups = cut(mine, AT_ONCE)
