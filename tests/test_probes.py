@@ -121,6 +121,11 @@ def test_a_part_of_a_batch_gives_its_part_of_the_gradient() -> None:
         parts.append([p.grad for probe in grid.probes for p in probe.parameters() if p.grad is not None])
     for whole, first, second in zip(*parts, strict=True):
         torch.testing.assert_close(first + second, whole, atol=1e-6, rtol=1e-4)
+    torch.manual_seed(0)
+    alone = LinearProbe(64, 3)
+    F.cross_entropy(alone(normalised(features)), labels).backward()  # type: ignore[no-untyped-call]
+    assert alone.classify.bias.grad is not None
+    torch.testing.assert_close(parts[0][-1], alone.classify.bias.grad)
 
 
 def test_neighbours_vote_by_similarity() -> None:
@@ -128,6 +133,17 @@ def test_neighbours_vote_by_similarity() -> None:
     labels = torch.tensor([0, 0, 1, 1])
     asked = torch.tensor([[2.0, 0.1], [0.0, 0.3]])
     assert nearest_neighbours(known, labels, asked, 2, neighbours=3).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("cosine", "vote"),
+    [(0.96, 0), (0.94, 1)],  # of one at 1 against two: exp(1 / 0.07) = 2 exp(cosine / 0.07) at 1 - 0.07 ln 2 = 0.951
+)
+def test_two_neighbours_outvote_one_that_is_little_nearer(cosine: float, vote: int) -> None:
+    other = [cosine, (1 - cosine**2) ** 0.5]
+    known = torch.tensor([[5.0, 0.0], other, [3 * value for value in other], [0.0, -9.0]])  # lengths do not count
+    asked = torch.tensor([[7.0, 0.0]])
+    assert nearest_neighbours(known, torch.tensor([1, 0, 0, 1]), asked, 2).tolist() == [vote]
 
 
 @torch.no_grad()
@@ -182,10 +198,26 @@ def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool
     return Bench(Encoder(encoder, world.device), data, plan, world, folder).run()
 
 
+def parted(world: World, encoder: Path, pictures: Path, folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """A run on this rank's parts, and probes after two steps on parts of five and two pictures, or on all."""
+    grid = Grid(["attentive", "linear"], 64, 3, RECIPE, seed=0, world=world)
+    made = torch.Generator().manual_seed(0)
+    for step in range(2):
+        features, labels = torch.randn(7, 4, 64, generator=made), torch.randint(3, (7,), generator=made)
+        part = slice(None) if world.size == 1 else (slice(0, 5), slice(5, 7))[world.rank]
+        grid.step(features[part], labels[part], 7, step, 4)
+    trained = [parameter.detach() for probe in grid.probes for parameter in probe.parameters()]
+    return run(world, encoder, pictures, folder, False), trained
+
+
 def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    both = ranks.run(run, 2, encoder, pictures, tmp_path / "two", False)
+    found = ranks.run(parted, 2, encoder, pictures, tmp_path / "two")
+    both = [results for results, _ in found]
     assert both[0] == both[1]
-    alone = run(ALONE, encoder, pictures, tmp_path / "one", False)
+    alone, whole = parted(ALONE, encoder, pictures, tmp_path / "one")
+    for _, trained in found:
+        for one, other in zip(trained, whole, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     for kind in ("attentive", "linear"):
         assert alone[kind]["mean"] > 90, "three colours are told apart, even by a random encoder's features"
         for one, other in zip(alone[kind]["seeds"], both[0][kind]["seeds"], strict=True):
