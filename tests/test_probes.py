@@ -207,6 +207,7 @@ def parted(world: World, encoder: Path, pictures: Path, folder: Path) -> tuple[d
         part = slice(None) if world.size == 1 else (slice(0, 5), slice(5, 7))[world.rank]
         grid.step(features[part], labels[part], 7, step, 4)
     trained = [parameter.detach() for probe in grid.probes for parameter in probe.parameters()]
+    assert world.of_main(f"said by {world.rank}") == "said by 0"
     return run(world, encoder, pictures, folder, False), trained
 
 
