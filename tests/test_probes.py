@@ -23,6 +23,7 @@ from transformers import CLIPVisionModel, SiglipVisionModel
 
 from hive_scale.commands import probe
 from hive_scale.config import PartConfig
+from hive_scale.data.transform import fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.features import Cache, Encoder, Pictures, Source, cut
 from hive_scale.evaluate.labelled import Labelled, Split, open_labelled
@@ -35,7 +36,7 @@ from hive_scale.evaluate.probes import (
     nearest_neighbours,
     normalised,
 )
-from hive_scale.evaluate.probing import Bench, Plan, chosen, read_results, save, warnings
+from hive_scale.evaluate.probing import Bench, Plan, chosen, read_results, save, summarise, warnings
 from hive_scale.model.build import assemble
 from hive_scale.model.export import export_encoder
 
@@ -437,6 +438,72 @@ def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pi
     given = replace(watched, validation=data.test)
     Bench(Encoder(encoder, ALONE.device), given, plan, ALONE, tmp_path / "other").run()
     assert len(seen) == 2 * 120, "a split to choose by holds nothing back, and nothing is trained again"
+
+
+def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, list[int]]] = []
+    batches = Source.batches
+
+    def noted(self: Source, groups: Any, draw: Any = None) -> Any:
+        seen.append((draw, np.concatenate(groups).tolist()))
+        return batches(self, groups, draw)
+
+    monkeypatch.setattr(Source, "batches", noted)
+    recipe = replace(RECIPE, epochs=2, batch=9, rates=(1e-2,))
+    plan = Plan(("linear",), recipe, seeds=(0, 1), augment=True, limit=20)
+    Bench(Encoder(encoder, ALONE.device), open_labelled("folder", pictures), plan, ALONE, tmp_path).run()
+    trained = [(draw, order) for draw, order in seen if draw is not None]
+    places = [(seed, epoch) for seed in (0, 1) for _ in ("to choose", "on all") for epoch in (0, 1)]
+    assert [draw for draw, _ in trained] == places
+    for first in (0, 2):  # to choose, and on all
+        orders = [order for place, (_, order) in enumerate(trained) if place % 4 in (first, first + 1)]
+        assert len({tuple(order) for order in orders}) == 4
+        assert all(len({*order}) == 18 for order in orders)
+
+
+@pytest.mark.parametrize("split", ["none", "its own"])
+def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path, tmp_path: Path, split: str) -> None:
+    """Wherever in the grid it stands; and chosen on the split that the set has for it."""
+    data = open_labelled("folder", pictures)
+
+    def half_wrong(i: int) -> tuple[torch.Tensor, int]:
+        pixels, label = data.train.read(i)
+        return pixels, (label + i % 2) % 3
+
+    if split == "its own":
+        data = replace(data, validation=replace(data.train, name="validation", read=half_wrong))
+    recipe = replace(RECIPE, rates=(1e-5, 1e-2, 1e-6))
+    plan = Plan(("attentive", "linear"), recipe, seeds=(0,), augment=False)
+    for kind, one in Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run().items():
+        [seed] = one["seeds"]
+        assert seed["rate"] == 1e-2, kind
+        assert seed["accuracy"] > 90, kind
+        if split == "its own":
+            assert seed["chosen"] == pytest.approx(50, abs=5), kind
+
+
+def test_neighbours_are_sought_among_all_training_pictures_by_mean_features(encoder: Path, tmp_path: Path) -> None:
+    data = open_labelled("emoji", ROOT / "hive_scale/data/sample")
+    model = Encoder(encoder, ALONE.device)
+    bench = Bench(model, data, Plan((), RECIPE, neighbours=True, limit=100), ALONE, tmp_path)
+
+    def pooled(split: Split, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        read = [split.read(int(i)) for i in part]
+        pixels = torch.stack([fitted(one, model.image_size, model.mode) for one, _ in read])
+        return model(pixels).mean(1), torch.tensor([label for _, label in read])
+
+    known, labels = pooled(data.train, np.random.default_rng(0).permutation(data.train.size)[:100])
+    asked, truth = pooled(data.test, range(data.test.size))
+    share = (nearest_neighbours(known, labels, asked, data.num_classes) == truth).float().mean()
+    assert bench.run() == {"neighbours": {"mean": pytest.approx(100 * float(share)), "deviation": 0.0}}
+
+
+def test_seeds_are_summed_up_by_mean_and_sample_deviation() -> None:
+    made = summarise([{"accuracy": 90.0}, {"accuracy": 94.0}])
+    assert (made["mean"], made["deviation"]) == (92.0, pytest.approx(8**0.5))
+    assert summarise([{"accuracy": 90.0}])["deviation"] == 0.0
 
 
 @pytest.mark.parametrize(
