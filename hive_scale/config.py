@@ -61,7 +61,7 @@ class ModelConfig:
     connector: str = ""  # projectors and fusion layers from this run, stage or safetensors; else drawn anew
     fusion: Fusion = "cross_attention"
     depths: Depths = "uniform"  # which encoder depths feed the LLM
-    density: float = 0.25  # share of the encoder's depths that do (paper 3.2)
+    density: float = 0.25  # share of the encoder's depths that do (paper 3.2); 1: all below the last block
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
     positions: Positions = "grid"  # rotary positions of visual keys in joint_attention
 

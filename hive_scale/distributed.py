@@ -73,6 +73,13 @@ class World:
             for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
+    def of_main(self, text: str) -> str:
+        """Rank 0's `text`, on every rank. A collective, on the host."""
+        held = [text]
+        if self.size > 1:
+            dist.broadcast_object_list(held, device=torch.device("cpu"))
+        return held[0]
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

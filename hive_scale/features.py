@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
+from hive_scale.model.identity import identity, key_of
 from hive_scale.precision import DTYPES
 
 AT_ONCE = 32  # pictures that run through the encoder together
+LOOKED_AT = 16  # pictures of a set whose bytes tell it from one of equal sizes: all would take as long as training
 
 
 def kept_features(
@@ -31,16 +34,16 @@ def kept_features(
     """What `config.feature_cache` has of `loader`'s set, completed; None where the encoder of `stage` learns.
 
     A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
-    weights, depths, precision, transform and set: the features of another encoder are never read for these.
-    Raises ValueError if the disk has no room for them.
+    weights, config, depths, precision, transform and set: other features are never read for these. Raises ValueError
+    if the disk has no room for them.
     """
     if not _are_kept(config, stage, loader):
         return None
     dtype = DTYPES[config.engine.precision]
     model = build.eyes(config.model, weights, world.device, dtype)
-    pixels = loader.config.image, loader.pad_colour, transform.VERSION
-    told = [_digest(model), model.encoder_depths, str(dtype), pixels, loader.fingerprint]
-    path = Path(config.feature_cache).expanduser() / xxhash.xxh3_64_hexdigest(repr(told).encode())
+    pixels = loader.pad_colour, transform.VERSION
+    key = key_of(_digest(model), str(dtype), pixels, *_digest_of_set(loader))
+    path = Path(config.feature_cache).expanduser() / key
     numbers = np.arange(len(loader.index))
     kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
     parts = np.array_split(missing, max(1, -(-len(missing) // AT_ONCE)))
@@ -90,13 +93,20 @@ def _are_kept(config: Config, stage: Hive, loader: Loader) -> bool:
 
 
 def _digest(model: Hive) -> str:
-    """Of what the features depend on: the encoder's weights, but for those that it never reads."""
-    digest, dormant = xxhash.xxh3_128(), model.dormant()
-    for name, parameter in model.vision.named_parameters():
-        if f"vision.{name}" not in dormant:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """Of what the features depend on in the model: the encoder, but for the weights that it never reads, and depths."""
+    unread = {name.removeprefix("vision.") for name in model.dormant()}
+    statistics = model.pixel_mean.tolist(), model.pixel_std.tolist()
+    return key_of(identity(model.vision, unread), model.encoder_depths, statistics)
+
+
+def _digest_of_set(loader: Loader) -> tuple[object, ...]:
+    """Of what they depend on in the data. The index knows each picture's place and size, but not what it shows."""
+    shown = xxhash.xxh3_128()
+    for number in np.linspace(0, len(loader.index) - 1, LOOKED_AT).astype(int).tolist():
+        with suppress(ValueError):  # a broken one is told when its turn comes in training
+            shown.update(loader.encoded(number))
+    data = loader.config  # too large a picture counts as broken, and that is kept, too
+    return loader.fingerprint, shown.hexdigest(), loader.image_size, data.image, data.max_pixels
 
 
 class _Pictures(Dataset[tuple[list[int], list[int], Tensor | None]]):

@@ -163,7 +163,8 @@ class StageRun:
             loss, count = self.engine.evaluate([batch])
             loss_sum, num_tokens = loss_sum + loss, num_tokens + count
         at.eval_loss = loss_sum / max(1, num_tokens)
-        gauges = gauge(self.model, self.engine.fragments(), at.step, self.stage.betas[1], self.world)
+        beta2, behind = self.stage.betas[1], self.moments.steps
+        gauges = gauge(self.model, self.engine.fragments(), at.step, beta2, self.world, behind)
         return {"eval_loss": at.eval_loss, **gauges}
 
     def _leave_out(self, output: StepOutput, log: StageLog) -> None:

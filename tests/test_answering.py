@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
 import tars
 import tiny
 import torch
+from safetensors.torch import load_file
 
+from hive_scale.commands import evaluate as command
 from hive_scale.config import DataConfig, PartConfig
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.distributed import World
@@ -122,6 +126,29 @@ def test_an_answer_to_another_prompt_does_not_count(tmp_path: Path) -> None:
     assert counting.asked == ["0"]
 
 
+def test_an_answer_of_another_limit_or_about_another_picture_does_not_count(tmp_path: Path) -> None:
+    questions = ask(tmp_path, count=8)
+    answer_all(questions, Counting(), LIMIT, tmp_path / "out", ALONE, batch_size=8)
+    images = tmp_path / "test" / "images"
+    (images / "1.png").write_bytes(tars.picture_bytes(32, 32, seed=9, format="PNG"))
+    counting = Counting()
+    answer_all(questions, counting, LIMIT, tmp_path / "out", ALONE, batch_size=8)
+    assert counting.asked == ["1", "5"]
+    counting = Counting()
+    answer_all(questions, counting, LIMIT - 1, tmp_path / "out", ALONE, batch_size=8)
+    assert sorted(counting.asked) == [question.id for question in questions]
+
+
+def test_asking_fewer_keeps_the_answers_to_the_others(tmp_path: Path) -> None:
+    questions = ask(tmp_path, count=6)
+    answer_all(questions, Counting(), LIMIT, tmp_path / "out", ALONE, batch_size=3)
+    before = answers(tmp_path / "out")
+    for some in (questions[2:4], questions):
+        answer_all(some, Counting(stop_after=0), LIMIT, tmp_path / "out", ALONE, batch_size=3)
+        assert answers(tmp_path / "out") == before
+    assert list(answers(tmp_path / "out")) == [question.id for question in questions]
+
+
 def test_missing_and_cut_answers_are_counted(tmp_path: Path) -> None:
     questions = ask(tmp_path, count=4)
     lines = {
@@ -161,8 +188,8 @@ def test_a_question_that_leaves_no_room_is_named(tmp_path: Path) -> None:
         answerer.answer([question], 100)
 
 
-def test_an_exported_llava_answers_as_the_model_it_came_from(tmp_path: Path) -> None:
-    """Ours with its cache and padding on the right, transformers' with its own on the left: the same words."""
+def exported(folder: Path) -> HiveAnswerer:
+    """The answerer of a model that lies in `folder` as a stock LLaVA."""
     language = tiny.language(vocab_size=259, bos_token_id=1, eos_token_id=1)
     config = replace(tiny.model_config("concat"), language=PartConfig(config=language))
     made = tiny.sighted(build.assemble(config, seed=4).eval(), 4)
@@ -171,7 +198,13 @@ def test_an_exported_llava_answers_as_the_model_it_came_from(tmp_path: Path) -> 
     stock.chat_template = CHAT
     answerer.tokenizer = Tokenizer(stock)
     weights = {name: parameter.detach() for name, parameter in made.named_parameters()}
-    export_llava(config, weights, tmp_path / "llava", stock, "pad")
+    export_llava(config, weights, folder, stock, "pad")
+    return answerer
+
+
+def test_an_exported_llava_answers_as_the_model_it_came_from(tmp_path: Path) -> None:
+    """Ours with its cache and padding on the right, transformers' with its own on the left: the same words."""
+    answerer = exported(tmp_path / "llava")
     questions = ask(tmp_path)
     other = LlavaAnswerer(StockLlava(tmp_path / "llava", ALONE.device))
     expected = [one.text for one in answerer.answer(questions, LIMIT)]
@@ -185,6 +218,131 @@ def evaluate(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "launchers/evaluate.py"), run_name="__main__")
     return end.value.code
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "llava"
+    exported(folder)
+    return folder
+
+
+def ask_mme(folder: Path) -> None:
+    """Two pictures with two questions each, as MME is released."""
+    for name in ("1", "2"):
+        (folder / "count").mkdir(parents=True, exist_ok=True)
+        (folder / "count" / f"{name}.png").write_bytes(tars.picture_bytes(32, 32, seed=int(name), format="PNG"))
+        (folder / "count" / f"{name}.txt").write_text("Is there one?\tYes\nAre there two?\tNo\n")
+
+
+def scores(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "results.json").read_text())
+    return found
+
+
+def test_a_task_that_has_ended_has_its_scores_whatever_becomes_of_the_next(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(tmp_path / "easyvqa", count=5)
+    ask_mme(tmp_path / "mme")
+    output, asked = tmp_path / "out", []
+    answer = LlavaAnswerer.answer
+
+    def once(self: LlavaAnswerer, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
+        if asked:
+            raise KeyboardInterrupt
+        asked.extend(questions)
+        return answer(self, questions, max_tokens)
+
+    words = [str(llava), "--data", str(tmp_path), "--output", str(output), "--max_tokens", "2", "--tasks"]
+    monkeypatch.setattr(LlavaAnswerer, "answer", once)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*words, "easyvqa,mme"])
+    first = scores(output)
+    assert list(first) == ["easyvqa"]
+    assert first["easyvqa"]["questions"] == len(asked) == 5
+    monkeypatch.setattr(LlavaAnswerer, "answer", answer)
+    assert command.main([*words, "mme", "--limit", "1"]) == 0
+    both = scores(output)
+    assert both.pop("mme")["questions"] == 2, "the other question about the picture is asked, too"
+    assert both == first
+    (output / "results.json").write_text(json.dumps(both)[:-5])  # cut by what we do not know
+    assert command.main([*words, "easyvqa,mme"]) == 0
+    assert scores(output)["easyvqa"] == first["easyvqa"]
+    assert scores(output)["mme"]["questions"] == 4
+    assert not list(output.rglob("*.tmp"))
+
+
+def other_template(folder: Path) -> None:
+    path = folder / "chat_template.jinja"
+    path.write_text(path.read_text() + " ")
+
+
+def other_weights(folder: Path) -> None:
+    """As .bin, which is read as well."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({name: 2 * tensor for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+
+
+def other_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def other_end(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 9}))
+
+
+def other_pictures(folder: Path) -> None:
+    path = folder / "processor_config.json"
+    if not path.exists():
+        path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    held = config.get("image_processor", config)
+    held["image_mean"] = [0.1, 0.1, 0.1]
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "what"),
+    [
+        (other_weights, [], "weights"),
+        (other_config, [], "weights"),
+        (other_end, [], "weights"),
+        (other_template, [], "prompts or pictures"),
+        (other_pictures, [], "prompts or pictures"),
+        (lambda folder: None, ["--precision", "bf16"], "weights, precision"),
+    ],
+)
+def test_answers_of_another_model_or_precision_are_refused(
+    llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: Any, words: list[str], what: str
+) -> None:
+    ask(tmp_path / "easyvqa", count=1)
+    model = tmp_path / "model"
+    shutil.copytree(llava, model)
+    asked = ["--data", str(tmp_path), "--tasks", "easyvqa", "--output", str(tmp_path / "out"), "--max_tokens", "1"]
+    for same in (llava, model):  # a copy of a model is the same model
+        assert command.main([str(same), *asked]) == 0
+    change(model)
+    capsys.readouterr()
+    assert command.main([str(model), *asked, *words]) == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/out holds answers of other {what}: give --output DIR, or delete it" in said
+
+
+def test_a_model_of_ours_is_known_by_how_it_reads_pictures_and_by_its_weights() -> None:
+    plain = HiveAnswerer(model(), DataConfig(), ALONE.device)
+    assert HiveAnswerer(model(), DataConfig(workers=3), ALONE.device).identity == plain.identity
+    others = [
+        HiveAnswerer(tiny.sighted(model(), 2), DataConfig(), ALONE.device),
+        HiveAnswerer(model(), DataConfig(image="pad"), ALONE.device),
+        HiveAnswerer(model(), DataConfig(), ALONE.device, torch.bfloat16),
+    ]
+    changed = [{what for what in plain.identity if one.identity[what] != plain.identity[what]} for one in others]
+    assert changed == [{"weights"}, {"prompts or pictures"}, {"precision"}]
 
 
 def test_scores_without_a_model(
@@ -203,8 +361,11 @@ def test_scores_without_a_model(
         (["runs/none", "--tasks", "gqua"], "did you mean gqa"),
         (["runs/none", "--tasks", "easyvqa"], "runs/none is no Hugging Face directory"),
         (["--tasks", "easyvqa"], "name the model"),
+        (["runs/none", "--tasks", "easyvqa", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["runs/none", "--tasks", "easyvqa", "--limit", "-1"], "--limit -1 must be at least 1"),
+        (["--tasks", "easyvqa,easyvqa", "--score", __file__], "predictions are of one task"),
         (["runs/none", "--tasks", "mme"], "no such folder"),
-        (["runs/none", "--tasks", "mme", "--backend", "lmms_eval"], "lmms-eval is not installed"),
+        (["runs/none", "--tasks", "mme", "--backend", "lmms_eval"], "lmms_eval is not installed"),
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(

@@ -120,6 +120,65 @@ def test_what_was_made_stays_and_only_for_its_own_encoder(shard: str, tmp_path: 
     assert opened(config, world, "language", first).get(0).any(), "a file that was cut is made again"
 
 
+def heads(config: Config) -> Config:
+    vision = PartConfig(config=tiny.SIGLIP | {"num_attention_heads": 4})
+    return replace(config, model=replace(config.model, vision=vision))
+
+
+def depths(config: Config) -> Config:
+    return replace(config, model=replace(config.model, depths="later"))
+
+
+def precision(config: Config) -> Config:
+    return replace(config, engine=EngineConfig("bf16"))
+
+
+def transform(config: Config) -> Config:
+    return replace(config, data=replace(config.data, image="pad"))
+
+
+def limit(config: Config) -> Config:
+    """Above which a picture counts as broken, and stays so where its features are kept."""
+    return replace(config, data=replace(config.data, max_pixels=10**6))
+
+
+@pytest.mark.parametrize("change", [heads, depths, precision, transform, limit])
+def test_features_of_the_same_weights_are_made_anew_for_anything_else_that_changes(
+    shard: str, tmp_path: Path, world: World, change: Any
+) -> None:
+    config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
+    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    assert len(opened(config, world, "language", weights).missing()) == 0
+    stopped = opened(change(config), world, "language", weights, stop=lambda: True)
+    assert len(stopped.missing()) == PICTURES
+    assert len(opened(config, world, "language", weights, stop=lambda: True).missing()) == 0
+
+
+def test_a_set_of_the_same_sizes_with_other_pictures_is_another(tmp_path: Path, world: World) -> None:
+    """The index, which knows places and sizes alone, takes them for one."""
+    lengths = [max(len(tars.picture_bytes(seed=s + i)) for s in (0, 100)) for i in range(8)]
+    found = []
+    for name, seed in (("one", 0), ("other", 100)):
+        pairs = [(f"{i:03d}", tars.pair(i)) for i in range(8)]
+        for i, (_, members) in enumerate(pairs):
+            members["jpg"] = tars.picture_bytes(seed=seed + i).ljust(lengths[i], b"\0")
+        shard = tars.write_tar(tmp_path / name / "pairs.tar", pairs)
+        config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
+        weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+        found.append((open_data(config).train.fingerprint, opened(config, world, "language", weights).get(5)))
+    assert found[0][0] == found[1][0]
+    assert not torch.equal(found[0][1], found[1][1])
+
+
+def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Path, world: World) -> None:
+    config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
+    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    before = opened(config, world, "language", weights).get(8)
+    [file] = (tmp_path / "cache").glob("*.features")
+    file.unlink()
+    assert torch.equal(opened(config, world, "language", weights).get(8), before)
+
+
 def test_a_disk_without_room_is_met_before_the_first_picture(tmp_path: Path, world: World) -> None:
     some, shape = np.arange(10**6), (6, 576, 1024)
     with pytest.raises(ValueError, match=r" GB of features are still to be made, .* GB are free"):

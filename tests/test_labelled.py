@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -198,3 +199,35 @@ def test_tars_of_this_toolkit(tmp_path: Path) -> None:
     assert [data.train.read(i)[1] for i in range(2)] == [1, 0]
     assert data.test.size == 1  # of a class that training has not shown, nothing can be said
     torch.testing.assert_close(data.test.read(0)[0], data.train.read(0)[0])
+
+
+def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> None:
+    for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg", "notes/of-mine.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(tars.picture_bytes())
+    seen = [open_labelled("folder", tmp_path).identity]
+    moved = tmp_path.with_name(f"{tmp_path.name}-moved")
+    tmp_path.rename(moved)
+    (moved / "notes" / "of-mine.txt").write_text("what is beside the pictures does not count")
+    assert open_labelled("folder", moved).identity == seen[0]
+    changes = [
+        lambda: (moved / "train" / "ant").mkdir(),  # every label is another now
+        lambda: (moved / "train" / "dog" / "2.png").rename(moved / "train" / "cat" / "2.png"),
+        lambda: os.utime(moved / "val" / "dog" / "3.jpg", ns=(1, 1)),
+        lambda: (moved / "val" / "dog" / "3.jpg").write_bytes(tars.picture_bytes(seed=1)),
+        lambda: (moved / "train" / "dog" / "4.jpg").write_bytes(tars.picture_bytes()),
+    ]
+    for change in changes:
+        change()
+        seen.append(open_labelled("folder", moved).identity)
+    assert len({*seen}) == len(seen)
+
+
+def test_parquet_files_with_other_labels_are_another_set(tmp_path: Path) -> None:
+    seen = []
+    for first in (0, 1):
+        for part in ("train", "test"):
+            save(tmp_path / f"{part}-0.parquet", "img", rows(3, "img", "label", first))
+        seen.append(open_labelled("cifar10", tmp_path).identity)
+    assert seen[0] != seen[1]
+    assert seen[1] == open_labelled("cifar10", tmp_path).identity

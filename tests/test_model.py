@@ -49,6 +49,21 @@ def test_depths_and_pairing_are_those_of_the_published_lists() -> None:
     assert encoder_depths(24, 0.25, "later") == (18, 19, 20, 21, 22, 23)
 
 
+@pytest.mark.parametrize("rule", ["uniform", "later"])
+def test_the_densest_depths_are_all_between_embeddings_and_the_last_block(rule: Any) -> None:
+    for layers in (2, 3, 4, 12, 24, 27):
+        assert encoder_depths(layers, 1.0, rule) == tuple(range(1, layers))
+        for density in (0.01, 0.3, 0.5, 0.75, 0.9, 0.99):
+            depths = encoder_depths(layers, density, rule)
+            assert depths[0] > 0
+            assert depths[-1] == layers - 1
+            assert list(depths) == sorted({*depths})
+            assert len(depths) == min(max(1, round(density * layers)), layers - 1)
+    assert encoder_depths(24, 0.5, "uniform") == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23)
+    with pytest.raises(ValueError, match="an encoder of 1 block has no depth to tap"):
+        encoder_depths(1, 0.25, rule)
+
+
 @pytest.mark.parametrize("llm", FAMILIES)
 @torch.no_grad()
 def test_shut_gates_leave_the_llm_as_it_was(llm: str) -> None:

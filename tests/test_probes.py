@@ -4,6 +4,7 @@ of the grid as if alone, settings chosen without the test pictures, the same on 
 from __future__ import annotations
 
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,32 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPVisionModel, SiglipVisionModel
 
 from hive_scale.commands import probe
+from hive_scale.config import PartConfig
+from hive_scale.data.transform import fitted
 from hive_scale.distributed import World
-from hive_scale.evaluate.features import Encoder
-from hive_scale.evaluate.labelled import Labelled, open_labelled
-from hive_scale.evaluate.probes import AttentiveProbe, Grid, LinearProbe, Recipe, nearest_neighbours, normalised
-from hive_scale.evaluate.probing import Bench, Plan
+from hive_scale.evaluate.features import Cache, Encoder, Pictures, Source, cut
+from hive_scale.evaluate.labelled import Labelled, Split, open_labelled
+from hive_scale.evaluate.probes import (
+    RATES,
+    AttentiveProbe,
+    Grid,
+    LinearProbe,
+    Recipe,
+    nearest_neighbours,
+    normalised,
+)
+from hive_scale.evaluate.probing import Bench, Plan, chosen, read_results, save, summarise, warnings
+from hive_scale.model.build import assemble
+from hive_scale.model.export import export_encoder
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
-RECIPE = Recipe(rates=(1e-2, 1e-5), epochs=6, batch=32, min_lr=1e-6)
+RECIPE = Recipe(rates=(1e-2, 1e-5), epochs=6, min_steps=0, batch=32, min_lr=1e-6)
 COLOURS = {"blue": (40, 60, 200), "green": (30, 180, 60), "red": (200, 40, 40)}
 
 
@@ -95,11 +110,87 @@ def test_each_rate_of_the_grid_trains_as_if_alone() -> None:
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+def test_a_part_of_a_batch_gives_its_part_of_the_gradient() -> None:
+    """Whatever sizes the parts have: each picture counts as one of the whole batch."""
+    recipe = replace(RECIPE, max_grad_norm=1e9)
+    torch.manual_seed(0)
+    features, labels = torch.randn(5, 4, 64), torch.randint(3, (5,))
+    parts = []
+    for one in (slice(0, 5), slice(0, 2), slice(2, 5)):
+        grid = Grid(["attentive", "linear"], 64, 3, recipe, seed=0, world=ALONE)
+        grid.step(features[one], labels[one], 5, 0, 10)
+        parts.append([p.grad for probe in grid.probes for p in probe.parameters() if p.grad is not None])
+    for whole, first, second in zip(*parts, strict=True):
+        torch.testing.assert_close(first + second, whole, atol=1e-6, rtol=1e-4)
+    torch.manual_seed(0)
+    alone = LinearProbe(64, 3)
+    F.cross_entropy(alone(normalised(features)), labels).backward()  # type: ignore[no-untyped-call]
+    assert alone.classify.bias.grad is not None
+    torch.testing.assert_close(parts[0][-1], alone.classify.bias.grad)
+
+
 def test_neighbours_vote_by_similarity() -> None:
     known = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 2.0]])
     labels = torch.tensor([0, 0, 1, 1])
     asked = torch.tensor([[2.0, 0.1], [0.0, 0.3]])
     assert nearest_neighbours(known, labels, asked, 2, neighbours=3).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("cosine", "vote"),
+    [(0.96, 0), (0.94, 1)],  # of one at 1 against two: exp(1 / 0.07) = 2 exp(cosine / 0.07) at 1 - 0.07 ln 2 = 0.951
+)
+def test_two_neighbours_outvote_one_that_is_little_nearer(cosine: float, vote: int) -> None:
+    other = [cosine, (1 - cosine**2) ** 0.5]
+    known = torch.tensor([[5.0, 0.0], other, [3 * value for value in other], [0.0, -9.0]])  # lengths do not count
+    asked = torch.tensor([[7.0, 0.0]])
+    assert nearest_neighbours(known, torch.tensor([1, 0, 0, 1]), asked, 2).tolist() == [vote]
+
+
+@torch.no_grad()
+def test_what_is_read_is_the_hidden_state_that_transformers_shows(encoder: Path, tmp_path: Path) -> None:
+    config = replace(tiny.model_config(), vision=PartConfig(config=tiny.CLIP))
+    export_encoder(config, dict(assemble(config, 0).named_parameters()), tmp_path, "crop")
+    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    clip = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
+    for kind, path, mean, std, first in (
+        (SiglipVisionModel, encoder, torch.full((3,), 0.5), torch.full((3,), 0.5), 0),
+        (CLIPVisionModel, tmp_path, *clip, 1),  # after its class token
+    ):
+        normal = (pixels / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        states = kind.from_pretrained(path)(normal, output_hidden_states=True).hidden_states
+        assert len(states) == 5
+        for depth, place in ((-2, 3), (-1, 4), (0, 0), (1, 1)):
+            made = Encoder(path, ALONE.device, depth=depth)(pixels)
+            torch.testing.assert_close(made, states[place][:, first:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(Encoder(path, ALONE.device)(pixels), states[3][:, first:], atol=1e-5, rtol=1e-4)
+
+
+def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) -> None:
+    data = open_labelled("folder", pictures)
+    alike = Split("train", 2, lambda i: data.train.read(0))
+    places = [(place, (seed, epoch)) for place in (0, 1) for seed in (0, 1) for epoch in (0, 1)]
+    made = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    assert len({one.numpy().tobytes() for one in made}) == len(places)
+    again = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    assert all(map(torch.equal, made, again))
+
+
+def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read_from_disk(
+    encoder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    model, data = Encoder(encoder, ALONE.device, depth=0), open_labelled("folder", pictures)
+    with torch.no_grad():
+        model.tower.get_parameter("embeddings.position_embedding.weight").mul_(1e6)
+    source = Source(model, data.test, workers=0)
+    [(plain, labels)] = source.batches([np.arange(60)])
+    assert plain.abs().max() > 65504
+    source.cache = Cache(tmp_path, "these", source, np.arange(60), ALONE)
+    [(kept, told)] = source.batches([np.arange(60)])
+    torch.testing.assert_close(kept, plain.clamp(-65504, 65504), atol=1e-3, rtol=1e-3)
+    assert torch.equal(labels, told)
+    [(drawn, _)] = source.batches([np.arange(60)], (0, 0))
+    assert not torch.equal(drawn.clamp(-65504, 65504), kept)
 
 
 def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool) -> dict[str, Any]:
@@ -108,10 +199,27 @@ def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool
     return Bench(Encoder(encoder, world.device), data, plan, world, folder).run()
 
 
+def parted(world: World, encoder: Path, pictures: Path, folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """A run on this rank's parts, and probes after two steps on parts of five and two pictures, or on all."""
+    grid = Grid(["attentive", "linear"], 64, 3, RECIPE, seed=0, world=world)
+    made = torch.Generator().manual_seed(0)
+    for step in range(2):
+        features, labels = torch.randn(7, 4, 64, generator=made), torch.randint(3, (7,), generator=made)
+        part = slice(None) if world.size == 1 else (slice(0, 5), slice(5, 7))[world.rank]
+        grid.step(features[part], labels[part], 7, step, 4)
+    trained = [parameter.detach() for probe in grid.probes for parameter in probe.parameters()]
+    assert world.of_main(f"said by {world.rank}") == "said by 0"
+    return run(world, encoder, pictures, folder, False), trained
+
+
 def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    both = ranks.run(run, 2, encoder, pictures, tmp_path / "two", False)
+    found = ranks.run(parted, 2, encoder, pictures, tmp_path / "two")
+    both = [results for results, _ in found]
     assert both[0] == both[1]
-    alone = run(ALONE, encoder, pictures, tmp_path / "one", False)
+    alone, whole = parted(ALONE, encoder, pictures, tmp_path / "one")
+    for _, trained in found:
+        for one, other in zip(trained, whole, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     for kind in ("attentive", "linear"):
         assert alone[kind]["mean"] > 90, "three colours are told apart, even by a random encoder's features"
         for one, other in zip(alone[kind]["seeds"], both[0][kind]["seeds"], strict=True):
@@ -120,17 +228,43 @@ def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tm
     assert alone["neighbours"] == both[0]["neighbours"]
 
 
-def test_features_are_kept_and_belong_to_their_encoder(
-    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_features_are_made_once(encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(ALONE, encoder, pictures, tmp_path, False)
     files = sorted(tmp_path.iterdir())
     monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("the encoder ran again"))
     assert run(ALONE, encoder, pictures, tmp_path, False) == first
     assert sorted(tmp_path.iterdir()) == files
-    monkeypatch.setattr("hive_scale.evaluate.features._digest", lambda path: "other weights")
-    with pytest.raises(pytest.fail.Exception, match="ran again"):
-        run(ALONE, encoder, pictures, tmp_path, False)
+
+
+@pytest.mark.parametrize("lost", [".labels", ".features", ".state"])
+def test_a_file_of_features_or_labels_that_is_lost_or_cut_is_made_again(
+    encoder: Path, pictures: Path, tmp_path: Path, lost: str
+) -> None:
+    first = run(ALONE, encoder, pictures, tmp_path, False)
+    for file in tmp_path.glob(f"train-*{lost}"):
+        file.unlink()
+    for file in tmp_path.glob(f"test-*{lost}"):
+        with file.open("r+b") as opened:
+            opened.truncate(11)
+    assert run(ALONE, encoder, pictures, tmp_path, False) == first
+
+
+def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Weights as .bin, the same config, the same folder: found by what was loaded alone."""
+    zeros = tmp_path / "zeros"
+    shutil.copytree(encoder, zeros)
+    tensors = load_file(zeros / "model.safetensors")
+    (zeros / "model.safetensors").unlink()
+    torch.save({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, zeros / "pytorch_model.bin")
+    data, plan = open_labelled("folder", pictures), Plan(("linear",), RECIPE, seeds=(0,), augment=False)
+    found = []
+    for path in (encoder, zeros):
+        model = Encoder(path, ALONE.device)
+        assert read_results(tmp_path / "results.json", plan, model, data) is None
+        found.append(Bench(model, data, plan, ALONE, tmp_path / "features").run())
+        save(tmp_path / "results.json", plan, model, data, found[-1])
+    assert found[0]["linear"]["mean"] > 90
+    assert found[1]["linear"]["mean"] == pytest.approx(100 / 3)
 
 
 def test_augmented_pictures_differ_by_epoch_and_serve(encoder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -164,6 +298,7 @@ def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures
     assert len(benches[0].train_part) == 45
     assert len(benches[0].choice_part) == 5
     assert not set(benches[0].train_part) & set(benches[0].choice_part)
+    assert {*benches[0].train_part, *benches[0].choice_part} == {*benches[0].whole}
 
 
 def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
@@ -186,12 +321,223 @@ def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
         probe.main([*words, "2", "--set", "folder"])
 
 
+def relabel(pictures: Path) -> None:
+    """Two classes of the test pictures change names: same files, same sizes, other labels."""
+    for before, after in (("blue", "then"), ("red", "blue"), ("then", "red")):
+        (pictures / "test" / before).rename(pictures / "test" / after)
+
+
+def repaint(pictures: Path) -> None:
+    """A picture gives way to another; its file keeps name and size."""
+    small, *_, large = sorted((pictures / "train").rglob("*.png"), key=lambda path: path.stat().st_size)
+    large.write_bytes(small.read_bytes().ljust(large.stat().st_size, b"\0"))
+
+
+@pytest.mark.parametrize("change", [relabel, repaint])
+def test_results_and_features_are_those_of_these_labels_and_pictures(
+    encoder: Path, pictures: Path, tmp_path: Path, change: Any
+) -> None:
+    mine = tmp_path / "pictures"
+    shutil.copytree(pictures, mine)
+    plan = Plan(("linear",), replace(RECIPE, rates=(1e-2,)), seeds=(0,), augment=False)
+    model, made = Encoder(encoder, ALONE.device), []
+    for _ in range(2):
+        data = open_labelled("folder", mine)
+        assert read_results(tmp_path / "results.json", plan, model, data) is None
+        results = Bench(model, data, plan, ALONE, tmp_path / "features").run()
+        save(tmp_path / "results.json", plan, model, data, results)
+        assert read_results(tmp_path / "results.json", plan, model, open_labelled("folder", mine)) == results
+        made.append(results["linear"]["mean"])
+        if len(made) == 1:
+            change(mine)
+    if change is relabel:
+        assert made[0] > 90
+        assert made[1] == pytest.approx(made[0] / 3, abs=5), "two of three classes are told wrongly now"
+    assert len(list((tmp_path / "features").glob("train-*.features"))) == 2
+
+
+def test_results_of_another_precision_depth_or_plan_are_not_read(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    data, plan, path = open_labelled("folder", pictures), Plan(("linear",), RECIPE), tmp_path / "results.json"
+    model = Encoder(encoder, ALONE.device)
+    save(path, plan, model, data, {"linear": {"mean": 1.0}})
+    assert read_results(path, plan, model, data) == {"linear": {"mean": 1.0}}
+    assert read_results(path, replace(plan, workers=3), model, data), "who reads the pictures changes nothing"
+    others = [Encoder(encoder, ALONE.device, torch.bfloat16), Encoder(encoder, ALONE.device, depth=-1)]
+    assert not any(read_results(path, plan, other, data) for other in others)
+    plans = [replace(plan, recipe=replace(RECIPE, min_steps=1)), replace(plan, limit=9), replace(plan, augment=False)]
+    assert not any(read_results(path, other, model, data) for other in plans)
+    path.write_text(path.read_text()[:-9])
+    assert read_results(path, plan, model, data) is None
+
+
+def test_a_small_sets_probe_tells_apart_what_logistic_regression_does(encoder: Path, tmp_path: Path) -> None:
+    """By default, against L-BFGS on the same features: the 50 steps of as many epochs alone leave it at a guess."""
+    data = open_labelled("emoji", ROOT / "hive_scale/data/sample")
+    plan = Plan(("linear",), Recipe(rates=RATES[-3:]), seeds=(0,), augment=False, limit=300)
+    bench = Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path)
+    found = bench.run()["linear"]["mean"]
+
+    def features(split: Any, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = [(normalised(f).mean(1), labels) for f, labels in bench._source(split).batches(cut(part, 128))]
+        return torch.cat([f for f, _ in batches]), torch.cat([labels for _, labels in batches])
+
+    known, labels = features(data.train, bench.whole)
+    weight, bias = torch.zeros(32, data.num_classes, requires_grad=True), torch.zeros(data.num_classes)
+    optimizer = torch.optim.LBFGS([weight, bias.requires_grad_()], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(known @ weight + bias, labels) + 1e-4 * weight.square().sum() / 2
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    asked, truth = features(data.test, np.arange(data.test.size))
+    regression = 100 * float(((asked @ weight + bias).argmax(1) == truth).float().mean())
+    assert regression > 30
+    assert found > regression - 8  # two standard deviations of 159 test pictures
+
+
+def test_few_batches_are_each_trained_on_until_there_are_steps_enough(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int, int]] = []
+    step = Grid.step
+
+    def watched(self: Grid, features: Any, labels: Any, count: int, number: int, num_steps: int) -> None:
+        seen.append((number, num_steps, len(self.probes)))
+        step(self, features, labels, count, number, num_steps)
+
+    monkeypatch.setattr(Grid, "step", watched)
+    recipe = replace(RECIPE, epochs=2, batch=50, min_steps=10)  # 108 pictures to choose by: 2 batches an epoch
+    data, plan = open_labelled("folder", pictures), Plan(("linear",), recipe, seeds=(0,), augment=False)
+    Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run()
+    assert [one for one in seen if one[2] == 2] == [(i, 12, 2) for i in range(12)]  # 3 times each
+    assert [one for one in seen if one[2] == 1] == [(i, 12, 1) for i in range(12)]  # and the rate chosen, on all 120
+    seen.clear()
+    Bench(Encoder(encoder, ALONE.device), data, replace(plan, recipe=RECIPE), ALONE, tmp_path).run()
+    assert {total for _, total, _ in seen} == {3 * RECIPE.epochs}, "batches enough are trained on once"
+
+
+def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    data = open_labelled("folder", pictures)
+    seen: list[int] = []
+
+    def noted(i: int) -> tuple[torch.Tensor, int]:
+        seen.append(i)
+        return data.train.read(i)
+
+    watched = replace(data, train=replace(data.train, read=noted))
+    plan = Plan(("linear",), replace(RECIPE, batch=40, epochs=2), seeds=(0,), augment=True)
+    bench = Bench(Encoder(encoder, ALONE.device), watched, plan, ALONE, tmp_path)
+    bench.run()
+    half = seen.index(next(i for i in seen if i in bench.choice_part))
+    assert not {*seen[:half]} & {*bench.choice_part.tolist()}, "no picture to choose by is trained on before the choice"
+    assert {*seen[half + len(bench.choice_part) :]} == {*range(120)}
+    seen.clear()
+    given = replace(watched, validation=data.test)
+    Bench(Encoder(encoder, ALONE.device), given, plan, ALONE, tmp_path / "other").run()
+    assert len(seen) == 2 * 120, "a split to choose by holds nothing back, and nothing is trained again"
+
+
+def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, list[int]]] = []
+    batches = Source.batches
+
+    def noted(self: Source, groups: Any, draw: Any = None) -> Any:
+        seen.append((draw, np.concatenate(groups).tolist()))
+        return batches(self, groups, draw)
+
+    monkeypatch.setattr(Source, "batches", noted)
+    recipe = replace(RECIPE, epochs=2, batch=9, rates=(1e-2,))
+    plan = Plan(("linear",), recipe, seeds=(0, 1), augment=True, limit=20)
+    Bench(Encoder(encoder, ALONE.device), open_labelled("folder", pictures), plan, ALONE, tmp_path).run()
+    trained = [(draw, order) for draw, order in seen if draw is not None]
+    places = [(seed, epoch) for seed in (0, 1) for _ in ("to choose", "on all") for epoch in (0, 1)]
+    assert [draw for draw, _ in trained] == places
+    for first in (0, 2):  # to choose, and on all
+        orders = [order for place, (_, order) in enumerate(trained) if place % 4 in (first, first + 1)]
+        assert len({tuple(order) for order in orders}) == 4
+        assert all(len({*order}) == 18 for order in orders)
+
+
+@pytest.mark.parametrize("split", ["none", "its own"])
+def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path, tmp_path: Path, split: str) -> None:
+    """Wherever in the grid it stands; and chosen on the split that the set has for it."""
+    data = open_labelled("folder", pictures)
+
+    def half_wrong(i: int) -> tuple[torch.Tensor, int]:
+        pixels, label = data.train.read(i)
+        return pixels, (label + i % 2) % 3
+
+    if split == "its own":
+        data = replace(data, validation=replace(data.train, name="validation", read=half_wrong))
+    recipe = replace(RECIPE, rates=(1e-5, 1e-2, 1e-6))
+    plan = Plan(("attentive", "linear"), recipe, seeds=(0,), augment=False)
+    for kind, one in Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run().items():
+        [seed] = one["seeds"]
+        assert seed["rate"] == 1e-2, kind
+        assert seed["accuracy"] > 90, kind
+        if split == "its own":
+            assert seed["chosen"] == pytest.approx(50, abs=5), kind
+
+
+def test_neighbours_are_sought_among_all_training_pictures_by_mean_features(encoder: Path, tmp_path: Path) -> None:
+    data = open_labelled("emoji", ROOT / "hive_scale/data/sample")
+    model = Encoder(encoder, ALONE.device)
+    bench = Bench(model, data, Plan((), RECIPE, neighbours=True, limit=100), ALONE, tmp_path)
+
+    def pooled(split: Split, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        read = [split.read(int(i)) for i in part]
+        pixels = torch.stack([fitted(one, model.image_size, model.mode) for one, _ in read])
+        return model(pixels).mean(1), torch.tensor([label for _, label in read])
+
+    known, labels = pooled(data.train, np.random.default_rng(0).permutation(data.train.size)[:100])
+    asked, truth = pooled(data.test, range(data.test.size))
+    share = (nearest_neighbours(known, labels, asked, data.num_classes) == truth).float().mean()
+    assert bench.run() == {"neighbours": {"mean": pytest.approx(100 * float(share)), "deviation": 0.0}}
+
+
+def test_seeds_are_summed_up_by_mean_and_sample_deviation() -> None:
+    made = summarise([{"accuracy": 90.0}, {"accuracy": 94.0}])
+    assert (made["mean"], made["deviation"]) == (92.0, pytest.approx(8**0.5))
+    assert summarise([{"accuracy": 90.0}])["deviation"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("shares", "rate", "edge"),
+    [
+        ({1e-3: 50.0, 2e-3: 60.0, 3e-3: 40.0}, 2e-3, ""),
+        ({1e-3: 50.0, 2e-3: 60.0, 3e-3: 70.0}, 3e-3, "highest"),
+        ({1e-3: 80.0, 2e-3: 60.0, 3e-3: 70.0}, 1e-3, "lowest"),
+        ({3e-3: 70.0, 1e-3: 50.0, 2e-3: 60.0}, 3e-3, "highest"),  # in whatever order they are given
+        ({1e-3: 80.0, 2e-3: 80.0, 3e-3: 70.0}, 2e-3, ""),  # one as good lies within
+        ({1e-4: 9.0, 1e-3: 80.0, 2e-3: 80.0, 3e-3: 80.0, 1e-2: 9.0}, 2e-3, ""),
+        ({1e-3: 80.0, 2e-3: 80.0}, 1e-3, "lowest"),
+        ({1e-3: 80.0}, 1e-3, ""),  # of one there is nothing to choose
+    ],
+)
+def test_the_rate_chosen_and_the_edge_it_lies_at(shares: dict[float, float], rate: float, edge: str) -> None:
+    assert chosen(shares) == {"chosen": max(shares.values()), "rate": rate, "edge": edge}
+
+
+def test_rates_at_an_edge_are_told() -> None:
+    seeds = [{"rate": 2e-3, "edge": "highest"}, {"rate": 5e-4, "edge": ""}]
+    told = warnings({"linear": {"seeds": seeds}, "attentive": {"seeds": seeds[1:]}, "neighbours": {}})
+    assert told == ["linear: 0.002 is the highest rate of the grid; a higher one may do better: --rates"]
+    assert "a lower one" in warnings({"linear": {"seeds": [{"rate": 5e-5, "edge": "lowest"}]}})[0]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--set", "cifar11"], "did you mean cifar10"),
         (["--set", "folder", "--heads", "deep"], "there is no 'deep': choose among attentive, linear, knn"),
         (["--set", "folder", "--depth", "9"], "has 4 blocks: there is no depth 9"),
+        (["--set", "folder", "--epochs", "0"], "--epochs 0 must be at least 1"),
+        (["--set", "folder", "--rates", "1e-3,high"], "--rates 1e-3,high are no numbers: give such as 1e-3,2e-3"),
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(

@@ -56,6 +56,14 @@ def test_a_step_that_was_stopped_costs_what_all_its_attempts_cost(tmp_path: Path
     assert record(tmp_path / "steps", "one")["seconds"] >= 1.0
 
 
+def test_a_step_is_done_only_if_this_very_command_was(tmp_path: Path) -> None:
+    script = tmp_path / "noted.py"
+    script.write_text("import sys\nopen(sys.argv[1], 'a').write(sys.argv[2])\n")
+    for word in ("a", "a", "b"):
+        run([Step("one", (str(script), str(tmp_path / "seen"), word))], tmp_path / "steps", jobs=1)
+    assert (tmp_path / "seen").read_text() == "ab"
+
+
 def test_the_path_is_whole_and_goes_on_where_it_stopped(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

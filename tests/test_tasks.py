@@ -51,30 +51,90 @@ def ask(truth: dict[str, Any], about_picture: bool = True) -> Question:
 # --- what an answer says
 
 
-@pytest.mark.parametrize(
-    ("answer", "normal"),
-    [
-        ("The Dog.", "dog"),
-        ("a  cat and an owl", "cat and owl"),
-        ("Two", "2"),
-        ("none", "0"),
-        ("eleven", "eleven"),  # the table ends at ten
-        ("1,000", "1000"),
-        ("3.5", "3.5"),  # a decimal point stays
-        ("dont know", "don't know"),
-        ("isn't", "isn't"),
-        ("couldn'tve", "couldn't've"),
-        ("oclock", "o'clock"),
-        ("man's hat", "man 's hat"),
-        ("t-shirt", "t shirt"),  # between letters a mark parts words
-        ("red - white", "red white"),
-        ("red -white t-shirt", "red white tshirt"),  # beside one space, a mark goes everywhere
-        ("yes?\n", "yes"),
-        ("", ""),
-    ],
-)
+# by the code of the VQA challenge's server (EvalAI), as lmms-eval runs it
+VQA = [
+    ("The Dog.", "dog"),
+    ("a  cat and an owl", "cat and owl"),
+    ("an", ""),
+    ("Two", "2"),
+    ("none", "0"),
+    ("zero", "0"),
+    ("one hundred", "1 hundred"),
+    ("eleven", "eleven"),  # the table ends at ten
+    ("the answer is two.", "answer is 2"),
+    ("1,000", "1000"),
+    ("10,000 people", "10000 people"),
+    ("3.5", "3.5"),  # a decimal point stays
+    ("3.", "3"),
+    ("u.s.a.", "usa"),
+    ("no.", "no"),
+    ("x" + "." * 40, "x........"),  # of full stops 32 are dropped: re.sub is given its flag for a count
+    ("dont know", "don't know"),
+    ("cannot", "cannot"),
+    ("isn't", "isn't"),
+    ("couldn'tve", "couldn't've"),
+    ("10 o'clock", "10 o'clock"),
+    ("oclock", "o'clock"),
+    ("twas", "'twas"),
+    ("somebody'd", "somebodyd"),
+    ("Im", "im"),  # the table's capitals are never met
+    ("its", "its"),
+    ("it's", "it 's"),
+    ("man's hat", "man 's hat"),
+    ("let's go", "let 's go"),
+    ("t-shirt", "t shirt"),  # between letters a mark parts words
+    ("black/white", "black white"),
+    ("red - white", "red white"),
+    ("red -white t-shirt", "red white tshirt"),  # beside one space, a mark goes everywhere
+    ("wi-fi / ethernet", "wi fi ethernet"),
+    ("t-shirt;-hat", "t shirt hat"),  # the spaces that count are the answer's own, not those of marks before
+    ("(red)", "red"),
+    ("yes!no", "yes no"),
+    ("c++", "c"),
+    ("50%", "50%"),  # no mark of the table
+    ("$5 & #1", "$5 & #1"),
+    ("“red”", "“red”"),
+    ("`a`", ""),
+    ("\tred\nblue ", "red blue"),
+    ("yes?\n", "yes"),
+    ("", ""),
+]
+# the published table of contractions: those that it changes, and that come to it whole ("'s" is parted before)
+CONTRACTIONS = """
+aint arent cant couldve couldnt couldn'tve couldnt've didnt doesnt dont hadnt hadnt've hadn'tve hasnt havent hed
+hed've he'dve hes howd howll hows isnt itd itd've it'dve itll maam mightnt mightnt've mightn'tve mightve mustnt mustve
+neednt notve oclock oughtnt 'ows'at shant shed've she'dve shouldve shouldnt shouldnt've shouldn'tve somebodyd've
+somebody'dve somebodyll somebodys someoned someoned've someone'dve someonell someones somethingd somethingd've
+something'dve somethingll thats thered thered've there'dve therere theres theyd theyd've they'dve theyll theyre theyve
+twas wasnt wed've we'dve weve werent whatll whatre whats whatve whens whered wheres whereve whod whod've who'dve wholl
+whos whove whyll whyre whys wont wouldve wouldnt wouldnt've wouldn'tve yall yall'll y'allll yall'd've y'alld've
+y'all'dve youd youd've you'dve youll youre youve
+"""
+NOT_IN_IT = "shes ive id ill im ids hell well were shell wed lets whens'"
+
+
+@pytest.mark.parametrize(("answer", "normal"), VQA)
 def test_answers_of_the_vqa_challenge(answer: str, normal: str) -> None:
     assert vqa_normal(answer) == normal
+
+
+def test_every_mark_of_the_vqa_challenge_parts_words() -> None:
+    for mark in ';/[]"{}()=+\\_-><@`!':
+        assert vqa_normal(f"red{mark}hat") == "red hat"
+    assert vqa_normal("yes?no, 1,a") == "yesno 1a"  # but for those that go before all else
+    assert vqa_normal("red.hat") == "redhat"
+    for mark in "':*&%$#~^|":
+        assert vqa_normal(f"red{mark}hat") == f"red{mark}hat"
+
+
+def test_every_contraction_of_the_vqa_challenge_gets_its_apostrophe_back() -> None:
+    for word in CONTRACTIONS.split():
+        put_back = vqa_normal(word)
+        assert put_back != word
+        assert put_back.replace("'", "") == word.replace("'", "")
+        assert put_back.count("'") == word.count("'") + 1
+    for word in NOT_IN_IT.split():
+        assert vqa_normal(word) == word
 
 
 @pytest.mark.parametrize(
@@ -82,11 +142,24 @@ def test_answers_of_the_vqa_challenge(answer: str, normal: str) -> None:
     [
         ("Yes", "yes"),
         ("No.", "no"),
+        (" NO ", "no"),
         ("yes, there is", "yes"),
+        (".Yes", "yes"),
         ("Y", "yes"),
         ("n.", "no"),
+        ("y e s", "other"),
+        ("yn", "other"),
         ("not really", "no"),
-        ("I know", "other"),  # "no" begins after the fourth letter
+        ("None of them", "no"),
+        ("nothing", "no"),
+        ("know", "no"),  # within four letters
+        ("I know", "other"),  # "no" begins after the fourth letter, dots not counted
+        ("a no", "no"),
+        ("ab no", "other"),
+        ("...a no", "no"),
+        ("eyes", "yes"),
+        ("no yes", "no"),
+        ("noyes", "no"),
         ("It is: yes", "other"),
         ("k", "other"),
         ("", "other"),
@@ -99,14 +172,34 @@ def test_yes_and_no(answer: str, read: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "letter"),
     [
+        # alone, in either case
         ("B", "B"),
         (" B ", "B"),
+        ("b", "B"),
+        ("e\n", "E"),
+        ("ä", ""),
+        ("1", ""),
+        # before a dot
         ("B.", "B"),
         ("B. because it is cold", "B"),
-        ("B because it is cold", ""),  # without its dot a letter must stand alone
-        ("b", ""),
-        ("The answer is B.", ""),
+        ("B.because", "B"),
+        ("b. because it is cold", ""),  # a letter before a dot is a capital in all scorers
         ("1.", ""),
+        ("B because it is cold", ""),  # without its dot a letter must stand alone
+        ("B) cold", ""),
+        ("(B)", ""),
+        ("B:", ""),
+        # the sentence that ScienceQA's authors look for
+        ("The answer is B.", "B"),
+        ("Water boils. The answer is C.\nBECAUSE: it is warm", "C"),
+        ("The answer is B because", "B"),
+        ("The answer is Because", "B"),  # any sign may follow
+        ("The answer is B", ""),  # but some must
+        ("The answer is b.", ""),
+        ("the answer is B.", ""),
+        ("The answer is (B).", ""),
+        ("The answer is A. No: The answer is B.", ""),  # one of them
+        ("A. The answer is B.", "A"),  # the beginning goes first
         ("", ""),
     ],
 )
@@ -114,8 +207,24 @@ def test_letters_of_choices(answer: str, letter: str) -> None:
     assert choice_letter(answer) == letter
 
 
-def test_case_and_punctuation_do_not_matter_to_gqa() -> None:
-    assert plain_normal(" T-Shirt. ") == "tshirt"
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        (" T-Shirt. ", "tshirt", True),
+        ("T-Shirt", "t-shirt", True),
+        ("Yes, ", "yes", True),
+        ("yes!", "yes", True),
+        ("two", "2", False),  # numbers and articles are OK-VQA's matter
+        ("the man", "man", False),
+        ("red -", "red", False),  # the space stays
+        ("fire  hydrant", "fire hydrant", False),
+        ("“red”", "red", False),  # no ASCII punctuation
+        ("", "yes", False),
+    ],
+)
+def test_exact_match_of_gqa(answer: str, truth: str, right: bool) -> None:
+    assert (plain_normal(answer) == plain_normal(truth)) == right
+    assert gqa.score([(ask({"answer": truth}), answer)]) == {"accuracy": 100.0 * right}
 
 
 # --- metrics by hand
@@ -152,6 +261,13 @@ def test_mme_by_hand() -> None:
 def test_okvqa_by_hand(matches: int, accuracy: float) -> None:
     people = ["a Race"] * matches + [f"other {i}" for i in range(10 - matches)]
     assert okvqa.soft_accuracy("race.", people) == pytest.approx(accuracy)
+
+
+def test_okvqa_leaves_each_person_out_of_those_who_agree() -> None:
+    """Two who agree of three: to each of the two there is one other, to the third there are two."""
+    assert okvqa.soft_accuracy("race", ["race", "race", "run"]) == pytest.approx((1 / 3 + 1 / 3 + 2 / 3) / 3)
+    assert okvqa.soft_accuracy("race", ["race"] * 4) == pytest.approx(1.0)
+    assert okvqa.soft_accuracy("race", []) == 0
 
 
 def test_okvqa_in_percent_with_a_missing_answer() -> None:
@@ -213,6 +329,22 @@ def test_mme_from_its_release(tmp_path: Path) -> None:
     (tmp_path / "count" / "1.jpg").unlink()
     with pytest.raises(ValueError, match=r"1\.txt has no picture of its name"):
         mme.read(tmp_path)
+
+
+@pytest.mark.parametrize(("limit", "asked"), [(1, [0, 3]), (2, [0, 1, 3, 4]), (3, range(6)), (9, range(6))])
+def test_a_limit_leaves_the_pairs_of_mme_whole(tmp_path: Path, limit: int, asked: Sequence[int]) -> None:
+    """Also where the questions about a picture do not stand together, and pictures of two subtasks share a name."""
+    told = [("count", "1", "Yes"), ("count", "2", "No"), ("color", "1", "Yes")] * 2
+    rows = [
+        {"question_id": f"{name}.jpg", "image": picture(0), "question": "?", "answer": answer, "category": category}
+        for category, name, answer in told
+    ]
+    write(tmp_path / "test-00000-of-00001.parquet", rows)
+    questions = mme.read(tmp_path)
+    some = mme.TASK.first(questions, limit)
+    assert some == [questions[place] for place in asked]
+    mme.score([(question, "yes") for question in some])  # which refuses half a pair
+    assert gqa.TASK.first(questions, limit) == questions[:limit], "elsewhere each question is scored by itself"
 
 
 def test_gqa_from_parquet(tmp_path: Path) -> None:
@@ -293,6 +425,10 @@ def test_scienceqa_from_its_release(tmp_path: Path) -> None:
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     with pytest.raises(ValueError, match="question 5: its answer is choice 2 of 2"):
         scienceqa.read(tmp_path)
+    problems["5"]["answer"] = -1
+    (tmp_path / "problems.json").write_text(json.dumps(problems))
+    with pytest.raises(ValueError, match="question 5: its answer is choice -1 of 2"):
+        scienceqa.read(tmp_path)
 
 
 def test_easyvqa_from_its_package(tmp_path: Path) -> None:
@@ -303,6 +439,10 @@ def test_easyvqa_from_its_package(tmp_path: Path) -> None:
     assert questions[0].picture == questions[1].picture
     answered = [(questions[0], "Circle."), (questions[1], "no")]
     assert easyvqa.score(answered) == {"accuracy": 50.0, "named": 100.0}
+    assert easyvqa.score(answered[:1]) == {"accuracy": 100.0, "named": 100.0}
+    no = [(ask({"answer": "no"}), "no"), (ask({"answer": "red"}), "blue"), (ask({"answer": "box"}), "box")]
+    assert easyvqa.score(no) == {"accuracy": pytest.approx(200 / 3), "named": 50.0}
+    assert easyvqa.score([]) == {"accuracy": 0.0, "named": 0.0}
 
 
 # --- what a user gets wrong

@@ -30,6 +30,7 @@ from hive_scale.checkpoint.marker import WEIGHTS, is_done
 from hive_scale.checkpoint.snapshot import Snapshot
 from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
 from hive_scale.distributed import World, session
+from hive_scale.model import build
 from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_all, open_data
@@ -212,15 +213,20 @@ def test_a_stage_may_keep_the_moments_of_the_one_before(tmp_path: Path, world: W
     # from the same weights on the same data the first gradient is the same
     torch.testing.assert_close(moments[1] - moments[0], language.betas[0] * before, atol=1e-7, rtol=1e-4)
     assert before.any()
+    # what is told of gradients takes the bias off the moments of all four steps, not of the stage's own two
+    told = read_metrics(config.run_dir / "language" / "metrics.jsonl")[-1]["grad_rms"]["projector.0"]
+    names = [name for name, _ in build.skeleton(config.model).named_parameters() if name.startswith("projector.0.")]
+    squares = sum(float(checkpointed(config, "language", 2, name, "exp_avg_sq").sum()) for name in names)
+    assert told == pytest.approx((squares / (1 - language.betas[1] ** 4)) ** 0.5, rel=1e-4)
     with pytest.raises(ValueError, match=r"stages.projector.keep_moments: no stage comes before"):
         run_pipeline(_stage(small(tmp_path / "first"), keep_moments=True), world)
 
 
-def checkpointed(config: Config, stage: str, step: int, name: str) -> torch.Tensor:
-    """The first moment of a parameter."""
+def checkpointed(config: Config, stage: str, step: int, name: str, kind: str = "exp_avg") -> torch.Tensor:
+    """A moment of a parameter."""
     snapshot = Snapshot(config.run_dir / stage / f"step_{step:08d}")
-    moment = torch.empty(snapshot.shapes[f"exp_avg/{name}"]).flatten()
-    snapshot.read(f"exp_avg/{name}", 0, moment)
+    moment = torch.empty(snapshot.shapes[f"{kind}/{name}"]).flatten()
+    snapshot.read(f"{kind}/{name}", 0, moment)
     return moment
 
 

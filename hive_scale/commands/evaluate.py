@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
     from hive_scale.distributed import World
@@ -31,6 +30,7 @@ examples:
 Files are read from --data/<task>, in the layout of the hub's lmms-lab sets or of the official release. The same
 command again goes on where it stopped. Exit codes: 0 done, 2 something to change.
 """
+PARTS = ("vision", "language", "connector")  # of ModelConfig: where weights come from
 # others of its tasks are asked for by its own names
 LMMS_TASKS = {"mme": "mme", "gqa": "gqa", "okvqa": "ok_vqa_val2014", "scienceqa": "scienceqa,scienceqa_img"}
 LMMS_RESULTS = "*_results.json"
@@ -57,8 +57,10 @@ def _score(arguments: argparse.Namespace) -> int:
 
     if not arguments.score.is_file():
         raise ValueError(f"--score {arguments.score}: no such file")
-    [task] = _tasks(arguments.tasks)
-    questions = task.read(arguments.data / task.name)
+    asked = _questions(arguments)
+    if len(asked) != 1:
+        raise ValueError(f"--score {arguments.score}: predictions are of one task: name that one with --tasks")
+    [(task, questions)] = asked
     _show({task.name: result(task, questions, read_predictions(arguments.score))})
     return 0
 
@@ -83,20 +85,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 advance = partial(bar.advance, shown)
                 answer_all(questions, answerer, limit, folder, world, arguments.batch, advance)
                 results[task.name] = result(task, questions, read_predictions(folder))
+                if world.is_main:  # now: what comes may fail
+                    _save(output / "results.json", results)
         if world.is_main:
-            _save(output / "results.json", results)
             _show(results)
             print(f"answers  {output}/<task>/predictions.jsonl\nscores   {output}/results.json")
     return 0
 
 
 def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]]]:
-    return [(task, task.read(arguments.data / task.name)[: arguments.limit]) for task in _tasks(arguments.tasks)]
+    limit, asked = arguments.limit, [(task, task.read(arguments.data / task.name)) for task in _tasks(arguments.tasks)]
+    for name in ("batch", "limit", "max_tokens"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    return [(task, questions if limit is None else task.first(questions, limit)) for task, questions in asked]
 
 
 def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
     """Where answers go, and who gives them."""
     from hive_scale.evaluate.answering import HiveAnswerer, LlavaAnswerer
+    from hive_scale.model.identity import key_of
     from hive_scale.model.llava import StockLlava
     from hive_scale.precision import DTYPES
     from hive_scale.runs import open_hive
@@ -104,32 +112,41 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
     path: Path = arguments.model
     dtype = DTYPES[arguments.precision]
     answerer: Answerer
+    built: dict[str, Any] = {}  # how parts are joined, as far as no weight and no config of theirs says it
     if (path / "config.json").is_file():
         answerer = LlavaAnswerer(StockLlava(path, world.device, dtype))
-        weights = sorted(path.glob("*.safetensors"))
     else:
         config, stage, model = open_hive(path)
         answerer = HiveAnswerer(model, config.data_of(stage), world.device, dtype)
+        built = {name: value for name, value in asdict(config.model).items() if name not in PARTS}
         path = path / stage if (path / "config.yaml").is_file() else path
-        weights = sorted(path.glob("weights*.safetensors"))
     output = arguments.output or path / "evaluation"
-    _claim(output / "model.json", {one.name: [one.stat().st_size, one.stat().st_mtime_ns] for one in weights}, world)
+    _claim(output / "model.json", answerer.identity | {"fusion": key_of(built)}, world)
     return output, answerer
 
 
-def _claim(path: Path, identity: dict[str, Any], world: World) -> None:
-    """Answers of another model must not pass for this one's."""
+def _claim(path: Path, identity: dict[str, str], world: World) -> None:
+    """Answers of another model, or of the same in other circumstances, must not pass for this one's."""
+    from hive_scale.evaluate.files import read_json, write_json
+
     if world.is_main and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dumps(identity))
+        write_json(path, identity)
     world.barrier()
-    if json.loads(path.read_text()) != identity:
-        raise ValueError(f"{path.parent} holds answers of other weights: give --output DIR, or delete it")
+    before = read_json(path)
+    others = [what for what in identity if not isinstance(before, dict) or before.get(what) != identity[what]]
+    if others:
+        raise ValueError(f"{path.parent} holds answers of other {', '.join(others)}: give --output DIR, or delete it")
 
 
 def _save(path: Path, results: dict[str, Any]) -> None:
-    before = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(dumps(before | results, indent=1) + "\n")
+    """Put `results` beside those of other tasks."""
+    from hive_scale.evaluate.files import read_json, write_json
+
+    before: dict[str, Any] = {}
+    if path.exists():
+        with suppress(ValueError):  # damaged: the answers that it was made of are there
+            before = read_json(path)
+    write_json(path, before | results)
 
 
 def _show(results: dict[str, Any]) -> None:
@@ -193,7 +210,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="DIR", help="for answers and scores (<model>/evaluation)")
     parser.add_argument("--batch", type=int, default=32, help="questions at a time (%(default)s)")
     parser.add_argument("--max_tokens", type=int, help="of an answer, instead of the task's own limit")
-    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only (MME's by pairs)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of compute (%(default)s)")
     parser.add_argument("--score", type=Path, metavar="FILE", help="score these predictions instead of asking")
     parser.add_argument("--lmms_args", default="", metavar="'...'", help="more arguments for lmms-eval")

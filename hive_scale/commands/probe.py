@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ examples:
 
 Sets: cifar10, cifar100, imagenet, tiny_imagenet, food101, stanford_cars, pets, caltech256, fashion_mnist, emoji,
 and folder (a folder per class under train/ and test/). --data holds the hub's parquet files, class folders, or what
-torchvision downloads. Rates are chosen on a validation split, never on the test pictures. The same command again
-passes over sets that it has results of. Exit codes: 0 done, 2 something to change.
+torchvision downloads. Rates are chosen on a validation split, never on the test pictures; where a tenth of the training
+pictures has to serve as one, a probe at the rate chosen is trained on all of them again. The same command again passes
+over sets that it has results of. Exit codes: 0 done, 2 something to change.
 """
 
 
@@ -47,7 +49,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.features import Encoder
-    from hive_scale.evaluate.probing import Bench, read_results, save
+    from hive_scale.evaluate.probing import Bench, read_results, save, warnings
     from hive_scale.precision import DTYPES
     from hive_scale.runs import find_encoder
 
@@ -60,6 +62,8 @@ def _probe(arguments: argparse.Namespace) -> int:
         encoder = Encoder(path, world.device, dtype, arguments.depth)
         for data in sets:
             file = output / f"{data.name}.json"
+            # copies of a set on each node have files of their own times
+            data = replace(data, identity=world.of_main(data.identity))
             results = read_results(file, plan, encoder, data)
             world.barrier()  # before the first of us writes what the last is still to look for
             if results is None:
@@ -74,6 +78,8 @@ def _probe(arguments: argparse.Namespace) -> int:
                     say(f"{data.name}: {data.num_broken} pictures could not be decoded; others stood in for them")
             if world.is_main:
                 _show(results)
+                for warning in warnings(results):
+                    say(f"warning: {warning}")
                 print(f"results  {file}")
     return 0
 
@@ -94,10 +100,19 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     heads = arguments.heads.split(",")
     if unknown := [head for head in heads if head not in (*PROBES, "knn")]:
         raise ValueError(f"--heads: there is no '{unknown[0]}': choose among {', '.join(PROBES)}, knn")
-    rates = tuple(float(rate) for rate in arguments.rates.split(",")) if arguments.rates else RATES
+    for name, least in (("epochs", 1), ("batch", 1), ("seeds", 1), ("limit", 0)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            raise ValueError(f"--{name} {value} must be at least {least}")
+    try:
+        rates = tuple(float(rate) for rate in arguments.rates.split(",")) if arguments.rates else RATES
+    except ValueError:
+        raise ValueError(f"--rates {arguments.rates} are no numbers: give such as 1e-3,2e-3") from None
+    recipe = Recipe(rates=rates, batch=arguments.batch)
+    if arguments.epochs is not None:
+        recipe = replace(recipe, epochs=arguments.epochs, min_steps=0)
     return Plan(
         kinds=tuple(kind for kind in PROBES if kind in heads),
-        recipe=Recipe(rates=rates, epochs=arguments.epochs, batch=arguments.batch),
+        recipe=recipe,
         seeds=tuple(range(arguments.seeds)),
         augment=arguments.augment == "paper",
         neighbours="knn" in heads,
@@ -126,7 +141,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds DIR/<set> (data), or is the one set itself")
     parser.add_argument("--heads", default="attentive,linear", help="attentive, linear, knn (%(default)s)")
     parser.add_argument("--rates", default="", metavar="A,B", help="peak learning rates (seven, 5e-5 to 2e-3)")
-    parser.add_argument("--epochs", type=int, default=50, help="over the training pictures (%(default)s)")
+    parser.add_argument("--epochs", type=int, metavar="N", help="a step a batch (50, and of few batches 2000 steps)")
     parser.add_argument("--batch", type=int, default=512, help="pictures a step, over all processes (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs, for a deviation (%(default)s)")
     parser.add_argument("--augment", choices=("paper", "none"), default="paper", help="none keeps features on disk")

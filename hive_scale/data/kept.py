@@ -29,13 +29,12 @@ class KeptFeatures:
         self.count, self.shape, self.dtype = count, shape, dtype
         self._path = path
         values, state = path.with_suffix(".features"), path.with_suffix(".state")
-        path.parent.mkdir(parents=True, exist_ok=True)
         size = size_of(count, shape, dtype)
-        if values.exists() and values.stat().st_size != size:
-            state.unlink(missing_ok=True)  # cut or copied in part: what it holds is not known
+        if not values.exists() or values.stat().st_size != size:
+            forget(path)  # deleted, cut or copied in part: what it holds is not known
+        make(values, size)
         make(state, count)
         self._state: NDArray[np.uint8] = np.memmap(state, np.uint8, "r+", shape=(count,))
-        make(values, size)
         self._values: NDArray[np.integer] = np.memmap(values, INTEGERS[dtype.itemsize][0], "r+", shape=(count, *shape))
 
     def missing(self) -> NDArray[np.integer]:
@@ -76,8 +75,14 @@ def room_in(folder: Path) -> int:
     return shutil.disk_usage(disk).free + sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
 
 
+def forget(path: Path) -> None:
+    """None of the features under `path` are taken to be there any more."""
+    path.with_suffix(".state").unlink(missing_ok=True)
+
+
 def make(file: Path, size: int) -> None:
     """A file of `size` bytes, zeros where nothing has been written; one that is there stays as it is."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("ab") as opened:
         opened.truncate(size)
 

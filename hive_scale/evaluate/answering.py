@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from torch import Tensor
 
 from hive_scale.config import DataConfig
@@ -17,14 +18,17 @@ from hive_scale.data.chat import prompt_with_slot
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.data.transform import blank, decode, picture
 from hive_scale.distributed import World
-from hive_scale.evaluate.question import BrokenPicture, Question, Task, decoded
+from hive_scale.evaluate.question import BrokenPicture, Picture, Question, Task, decoded
 from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
+from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 from hive_scale.model.vision import mean_colour
 from hive_scale.strict_json import dumps
 
 PREDICTIONS = "predictions.jsonl"
+# of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
+LOADING = {"train", "heldout", "tokenizer", "blank", "window", "workers", "threads", "cache_gb", "max_bad_samples"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Answer:
 
 
 class Answerer(Protocol):
+    @property
+    def identity(self) -> dict[str, str]:
+        """What its answers depend on besides the question, each by name."""
+
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         """Raises BrokenPicture if one of the pictures cannot be decoded."""
 
@@ -46,6 +54,12 @@ class HiveAnswerer:
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.image_size: int = model.vision.config.image_size
         self.longest: int = model.language.config.max_position_embeddings
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        transform = {name: value for name, value in asdict(self.data).items() if name not in LOADING}
+        asked = key_of(identity_of_processor(self.tokenizer.stock), transform)
+        return {"weights": identity(self.model), "prompts or pictures": asked, "precision": str(self.dtype)}
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         """Raises ValueError for a prompt that leaves an answer no room in the LLM's context."""
@@ -82,6 +96,12 @@ class LlavaAnswerer:
     def __init__(self, model: StockLlava) -> None:
         self.model, self.max_pixels = model, DataConfig().max_pixels
 
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        asked = key_of(identity_of_processor(self.model.processor), self.max_pixels)
+        precision = str(self.model.model.dtype)
+        return {"weights": identity(self.model.model), "prompts or pictures": asked, "precision": precision}
+
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         asked = [
             (one.prompt, decoded(one.picture, partial(decode, max_pixels=self.max_pixels)) if one.picture else None)
@@ -102,11 +122,13 @@ def answer_all(
     """Put to `answerer` every question that `folder`'s predictions have no answer to, and write them there.
 
     A collective. Ranks append to files of their own, which are joined at the end, and at the beginning if an
-    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now. A question whose
+    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now. An answer counts if
+    prompt, picture and limit are the same; whose answers `folder` holds is the caller's to know. A question whose
     picture is broken gets a line that says so in place of an answer, and is tried again by the next attempt.
     """
+    asked = _Asked(max_tokens)
     if world.is_main:
-        _join(folder, questions)
+        _join(folder, questions, asked)
     world.barrier()
     known = read_predictions(folder)
     due = [one for one in questions if one.id not in known or "broken" in known[one.id]]
@@ -114,13 +136,13 @@ def answer_all(
     with (folder / f"predictions.{world.rank}.part").open("a", encoding="utf-8") as part:
         for batch in batches(due, batch_size)[world.rank :: world.size]:
             for question, answer in _answers(batch, answerer, max_tokens):
-                line = {"id": question.id, "prompt": question.prompt, **answer}
+                line = {"id": question.id, **answer, **asked.of(question)}
                 part.write(dumps(line, ensure_ascii=False) + "\n")
             part.flush()
             advance(len(batch) * world.size)
     world.barrier()
     if world.is_main:
-        _join(folder, questions)
+        _join(folder, questions, asked)
     world.barrier()
 
 
@@ -141,6 +163,23 @@ def _answers(
             for question, answer in zip(left, answers, strict=True):
                 yield question, {"answer": answer.text, "cut": answer.cut}
             return
+
+
+class _Asked:
+    """What an answer depends on besides the model, as its line in the predictions says it."""
+
+    def __init__(self, max_tokens: int) -> None:
+        self.max_tokens = max_tokens
+        self._shown: dict[Picture | None, str] = {None: ""}  # by picture, of which each is read once
+
+    def of(self, question: Question) -> dict[str, Any]:
+        shown = question.picture
+        if shown is not None and shown not in self._shown:
+            try:
+                self._shown[shown] = xxhash.xxh3_64_hexdigest(shown.read())
+            except (OSError, ValueError):  # who answers will say so
+                self._shown[shown] = "cannot be read"
+        return {"prompt": question.prompt, "picture": self._shown[shown], "max_tokens": self.max_tokens}
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
@@ -177,14 +216,19 @@ def result(task: Task, questions: Sequence[Question], predictions: dict[str, dic
     } | ({"broken": broken} if broken else {})
 
 
-def _join(folder: Path, questions: Sequence[Question]) -> None:
-    """One file of predictions, in the questions' order; answers to other prompts than today's are dropped."""
+def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
+    """One file of predictions, in the questions' order; answers to other prompts or pictures than today's are dropped.
+
+    Questions that are not among today's keep their answers, behind the others: another day more may be asked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     parts = sorted(folder.glob("predictions.*.part"))
     known = {line["id"]: line for line in _lines([folder / PREDICTIONS, *parts])}
-    kept = [known[one.id] for one in questions if known.get(one.id, {}).get("prompt") == one.prompt]
+    found = [(known.pop(one.id), one) for one in questions if one.id in known]
+    kept = [line for line, one in found if line.items() >= asked.of(one).items()]
     joined = folder / "predictions.joined"
-    joined.write_text("".join(dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    lines = "".join(dumps(line, ensure_ascii=False) + "\n" for line in (*kept, *known.values()))
+    joined.write_text(lines, encoding="utf-8")
     joined.replace(folder / PREDICTIONS)
     for part in parts:
         part.unlink()

@@ -10,6 +10,9 @@ _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COU
 _ARTICLES = {"a", "an", "the"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _FULL_STOP = re.compile(r"\.(?!\d)")  # but not a decimal point
+_MOST_STOPS = 32  # are dropped: the server gives re.sub its flag in the place of a count
+_LETTERS = frozenset(string.ascii_uppercase)
+_SENTENCE = re.compile("The answer is ([A-Z]).")
 # Words whose apostrophe may be left out. Each stands for every spelling that lacks one of its apostrophes.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
@@ -40,13 +43,16 @@ def vqa_normal(answer: str) -> str:
     for mark in _MARKS:
         # beside a space a mark is dropped, between letters it parts words
         text = text.replace(mark, "" if f"{mark} " in spaced or f" {mark}" in spaced else " ")
-    words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text).split())
+    words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text, count=_MOST_STOPS).split())
     return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def plain_normal(answer: str) -> str:
-    """An answer without case, punctuation and outer space: what GQA's exact match compares."""
-    return answer.lower().translate(str.maketrans("", "", string.punctuation)).strip()
+    """An answer without outer space, case and punctuation: what GQA's exact match compares.
+
+    A space that stood beside punctuation stays, as there: "red -" is not "red".
+    """
+    return answer.strip().lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def yes_or_no(answer: str) -> str:
@@ -58,8 +64,13 @@ def yes_or_no(answer: str) -> str:
 
 
 def choice_letter(answer: str) -> str:
-    """The letter of "B" or "B. because ...", else nothing: a letter without its dot must stand alone."""
+    """The capital letter that an answer chooses, or nothing, as ScienceQA's published scorers read it.
+
+    That is "B" or "b" alone, "B." and what follows, or the one "The answer is B." in a text: there its authors' own
+    scorer wants some sign after the letter, and LLaVA's looks only where the text begins otherwise.
+    """
     text = answer.strip()
-    if len(text) == 1 or text[1:2] == ".":
-        return text[0] if text[0] in string.ascii_uppercase else ""
-    return ""
+    if len(text) == 1 or (text[:1] in _LETTERS and text[1:2] == "."):
+        return text[0].upper() if text[0] in string.ascii_letters else ""
+    found = _SENTENCE.findall(text)
+    return found[0] if len(found) == 1 else ""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
-from hive_scale.data.kept import make, open_kept
+from hive_scale.data.kept import forget, make, open_kept
 from hive_scale.data.transform import VERSION, augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
 from hive_scale.model import build
+from hive_scale.model.identity import identity, key_of
 from hive_scale.model.vision import PIXEL_STATISTICS, hidden_states, patches
 
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
@@ -29,7 +28,10 @@ LARGEST = 65504.0  # of float16
 
 
 class Encoder:
-    """A frozen SiglipVisionModel or CLIPVisionModel, of which the penultimate depth is read, as by the authors."""
+    """A frozen SiglipVisionModel or CLIPVisionModel, of which the penultimate depth is read, as by the authors.
+
+    `identity` tells its features from those of all others: weights, config, depth, precision and image transform.
+    """
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, depth: int = -2) -> None:
         """`depth` counts blocks, from the end if negative: -1 is the last block's output.
@@ -50,7 +52,7 @@ class Encoder:
         mean, std = PIXEL_STATISTICS[config.model_type]
         self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
-        self.identity = _digest(path)
+        self.identity = key_of(identity(self.tower), self.depth, str(dtype), self.mode, mean, std)
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
@@ -61,15 +63,6 @@ class Encoder:
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 seen.append(patches(self.tower, hidden_states(self.tower, normal, self.depth)[-1]))
         return torch.cat(seen)
-
-
-def _digest(path: Path) -> str:
-    """Of the weights' files, whatever they are called and however many they are."""
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -115,21 +108,19 @@ def cut(part: Numbers, size: int) -> list[Numbers]:
 class Cache:
     """Features of a split as float16 on disk, shared by all ranks, probes and seeds.
 
-    The files' name tells weights, depth, set and split: another encoder's features are never read for these.
+    The files' name tells encoder, set and split: other features are never read for these.
     """
 
-    def __init__(self, folder: Path, key: str, source: Source, numbers: Numbers, world: World) -> None:
-        """Make what is missing of those pictures, each rank its share. A collective."""
+    def __init__(self, folder: Path, data: str, source: Source, numbers: Numbers, world: World) -> None:
+        """Make what is missing of those pictures, each rank its share. `data` identifies the set. A collective."""
         encoder, split = source.encoder, source.split
-        pixels = f"{encoder.mode} {VERSION}"
-        what = [encoder.identity, encoder.depth, pixels, str(encoder.dtype), key, split.name, split.size]
-        path = folder / f"{split.name}-{hashlib.sha256(json.dumps(what, allow_nan=False).encode()).hexdigest()[:16]}"
+        path = folder / f"{split.name}-{key_of(encoder.identity, VERSION, data, split.size)}"
         shape = 1, encoder.num_tokens, encoder.width
+        labels, size = path.with_suffix(".labels"), 8 * split.size
+        if world.is_main and not (labels.exists() and labels.stat().st_size == size):
+            forget(path)  # features without labels: both are made again
+            make(labels, size)
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
-        labels = path.with_suffix(".labels")
-        if world.is_main:
-            make(labels, 8 * split.size)
-        world.barrier()
         self.labels = np.memmap(labels, np.int64, "r+", shape=(split.size,))
         mine = np.array_split(missing, world.size)[world.rank]
         groups = cut(mine, AT_ONCE)

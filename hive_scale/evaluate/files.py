@@ -13,6 +13,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from hive_scale.evaluate.question import Picture, Question
+from hive_scale.strict_json import dumps
 
 Row = dict[str, Any]
 Reader = Callable[[Path], list[Question]]
@@ -113,6 +114,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as the whole content of `path`: another process, or a later one, finds all of it or what was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unnamed = path.with_name(f"{path.name}.tmp")
+    unnamed.write_text(dumps(value, indent=1) + "\n", encoding="utf-8")
+    unnamed.replace(path)
 
 
 def nothing_in(folder: Path, wanted: str, source: str) -> ValueError:

@@ -33,6 +33,7 @@ from hive_scale.data.index import Index, open_index
 from hive_scale.data.shards import ShardReader, all_shards, expand
 from hive_scale.data.transform import decode
 from hive_scale.evaluate.files import nothing_in, rows
+from hive_scale.model.identity import key_of
 
 MAX_PIXELS = DataConfig().max_pixels
 TRIES = 100  # pictures in a row that cannot be decoded: the set is damaged, or its disk is gone
@@ -62,6 +63,7 @@ class Labelled:
     test: Split
     validation: Split | None
     where: str = ""  # the folder it was read from
+    identity: str = ""  # tells its pictures and labels from all others, as far as names, sizes and times of files do
     notes: tuple[str, ...] = ()  # what in it is no picture with a label
 
     @property
@@ -124,10 +126,24 @@ def open_labelled(name: str, root: Path) -> Labelled:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KNOWN)}"
         raise ValueError(f"there is no data set '{name}': {hint}")
     known = KNOWN[name]
-    for layout in (_parquet, _folders, _tars, _torchvision):
+    layouts: dict[Callable[[str, Known, Path], Labelled | None], tuple[str, ...]] = {
+        _parquet: ("**/*.parquet",),
+        # a class without pictures is counted, too
+        _folders: tuple(f"{part}/{files}" for part in ("train", *known.tests) for files in ("*", "*/*")),
+        _tars: ("*.tar",),
+        _torchvision: ("*", "*/*", "*/*/*", "*/*/*/*"),
+    }
+    for layout, files in layouts.items():
         if found := layout(name, known, root):
-            return replace(found, where=str(root.resolve()))
+            return replace(found, where=str(root.resolve()), identity=_identity(name, root, files))
     raise nothing_in(root, "parquet files, class folders, tars or torchvision's files", known.source)
+
+
+def _identity(name: str, root: Path, patterns: Sequence[str]) -> str:
+    """Of a set's files: to read them all would take as long as an epoch."""
+    held = {str(path.relative_to(root)): path for pattern in patterns for path in root.glob(pattern)}
+    files = {file: path.stat() for file, path in held.items() if path.is_file()}
+    return key_of(name, sorted(held), {file: [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()})
 
 
 def _parquet(name: str, known: Known, root: Path) -> Labelled | None:

@@ -72,8 +72,8 @@ def score(answered: Answered) -> dict[str, float]:
     """
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in answered:
-        truth = question.truth
-        right[truth["category"]][truth["picture"]].append(yes_or_no(answer) == truth["answer"])
+        category, picture = _pair(question)
+        right[category][picture].append(yes_or_no(answer) == question.truth["answer"])
     subtasks = {}
     for category in (name for name in (*PERCEPTION, *COGNITION) if name in right):
         pictures = right[category]
@@ -88,4 +88,9 @@ def score(answered: Answered) -> dict[str, float]:
     return {"sum": sum(halves.values()), **halves, **subtasks}
 
 
-TASK = Task("mme", read, score, SOURCE)
+def _pair(question: Question) -> tuple[str, str]:
+    """What the two questions about a picture have in common."""
+    return question.truth["category"], question.truth["picture"]
+
+
+TASK = Task("mme", read, score, SOURCE, group=_pair)

@@ -23,10 +23,15 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a probe is trained. The paper gives all but the rates and the epochs: 50 make its warm-up 3 %."""
+    """How a probe is trained. The paper gives all but the rates and the epochs: 50 make its warm-up 3 %.
+
+    Small sets give few batches in so many epochs, and a probe that has not converged tells how far it came, not what
+    the features can tell apart: each batch is then trained on several times, until there are `min_steps`.
+    """
 
     rates: tuple[float, ...] = RATES
     epochs: int = 50
+    min_steps: int = 2000
     batch: int = 512
     weight_decay: float = 0.01
     max_grad_norm: float = 3.0

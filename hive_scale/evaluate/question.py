@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Task:
     """A benchmark: how its files are read, and how its answers are scored.
 
     `read` takes the folder of the files, and raises ValueError with what is missing and where it is to be had.
-    `score` returns named figures, the one that papers quote first.
+    `score` returns named figures, the one that papers quote first. Questions with equal `group` are scored together.
     """
 
     name: str
@@ -60,3 +61,9 @@ class Task:
     score: Callable[[Answered], dict[str, float]]
     source: str
     max_tokens: int = 16  # of an answer
+    group: Callable[[Question], Any] = attrgetter("id")
+
+    def first(self, questions: Sequence[Question], count: int) -> list[Question]:
+        """The first `count` of all `questions`, and the others of their groups."""
+        groups = {self.group(one) for one in questions[:count]}
+        return [one for one in questions if self.group(one) in groups]

@@ -34,9 +34,13 @@ def group_ends(num_layers: int, num_groups: int) -> tuple[int, ...]:
 def encoder_depths(num_layers: int, density: float, rule: Depths) -> tuple[int, ...]:
     """Selected set S of encoder depths, ascending; depth d is the output of block d, 0 the embeddings.
 
-    The last block is never among them, since downstream tasks read the one before it (paper 3.2, 4.5).
+    The last block is never among them, since downstream tasks read the one before it (paper 3.2, 4.5), and the
+    embeddings, which no block has seen, are not either: the densest set is that of all depths between, 1 to
+    `num_layers` - 1. Raises ValueError for an encoder that has none between.
     """
-    count = max(1, round(density * num_layers))
+    if num_layers < 2:
+        raise ValueError(f"an encoder of {num_layers} block has no depth to tap below its last: give it 2 or more")
+    count = min(max(1, round(density * num_layers)), num_layers - 1)
     if rule == "later":
         return tuple(range(num_layers - count, num_layers))
     return group_ends(num_layers, count)

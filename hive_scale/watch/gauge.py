@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -14,14 +15,20 @@ GATE = ".gate"
 
 
 def gauge(
-    model: nn.Module, fragments: Iterable[Fragment], step: int, beta2: float, world: World
+    model: nn.Module,
+    fragments: Iterable[Fragment],
+    step: int,
+    beta2: float,
+    world: World,
+    steps_behind: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
     """`gates` and `grad_rms` of `metrics.jsonl`, after `step` steps. A collective.
 
     Adam's second moment, its bias taken off, is the mean square of each gradient over about 1 / (1 - beta2)
     steps; summed over a layer and rooted, it is the layer's gradient norm, without a backward of its own.
 
-    `fragments` are those of `model` that this rank owns.
+    Args: `fragments` are those of `model` that this rank owns; `steps_behind` has, by parameter, the steps of earlier
+    stages that its moments hold, for the bias is that of all its steps.
     """
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     gates = {name: 0.0 for name in names if name.endswith(GATE)}
@@ -37,10 +44,10 @@ def gauge(
         if fragment.kind == "master":
             gates[fragment.name] += value
         else:
-            squares[layer_of(fragment.name)] += value
+            squares[layer_of(fragment.name)] += value / (1 - beta2 ** (step + steps_behind.get(fragment.name, 0)))
     totals = iter(world.sum(*gates.values(), *squares.values()))
     opened = {name.split(".")[-2]: math.tanh(next(totals)) for name in gates}
-    norms = {layer: math.sqrt(next(totals) / (1 - beta2**step)) for layer in squares}
+    norms = {layer: math.sqrt(next(totals)) for layer in squares}
     return ({"gates": opened} if opened else {}) | {"grad_rms": norms}
 
 

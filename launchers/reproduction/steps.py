@@ -31,7 +31,7 @@ class Step:
 
 
 def run(steps: Sequence[Step], folder: Path, jobs: int) -> None:
-    """Run those of `steps` that have no record in `folder` yet, `jobs` at a time.
+    """Run those of `steps` that have no record of their command in `folder` yet, `jobs` at a time.
 
     Raises ValueError with the log of a step that failed; finished steps stay finished.
     """
@@ -39,7 +39,7 @@ def run(steps: Sequence[Step], folder: Path, jobs: int) -> None:
     # where Python 3.11's server looks for what it is to import
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    due = [step for step in steps if not (folder / f"{step.name}.json").exists()]
+    due = [step for step in steps if not _is_done(step, folder)]
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(lambda step: _run(step, folder, jobs), due):
             pass
@@ -49,6 +49,10 @@ def record(folder: Path, name: str) -> dict[str, Any]:
     """Seconds, of them its processor's, and peak memory (1e9 bytes) of a step that is done."""
     content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return content
+
+
+def _is_done(step: Step, folder: Path) -> bool:
+    return (folder / f"{step.name}.json").exists() and record(folder, step.name)["command"] == list(step.words)
 
 
 def _run(step: Step, folder: Path, jobs: int) -> None:
