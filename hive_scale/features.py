@@ -42,7 +42,7 @@ def kept_features(
     dtype = DTYPES[config.engine.precision]
     model = build.eyes(config.model, weights, world.device, dtype)
     pixels = loader.pad_colour, transform.VERSION
-    key = key_of(_digest(model), str(dtype), pixels, *_digest_of_set(loader))
+    key = key_of(_digest(model), pixels, *_digest_of_set(loader))
     path = Path(config.feature_cache).expanduser() / key
     numbers = np.arange(len(loader.index))
     kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
@@ -93,7 +93,10 @@ def _are_kept(config: Config, stage: Hive, loader: Loader) -> bool:
 
 
 def _digest(model: Hive) -> str:
-    """Of what the features depend on in the model: the encoder, but for the weights that it never reads, and depths."""
+    """Of what the features depend on in the model: depths, and the encoder but for weights that it never reads.
+
+    The precision of compute is that of the weights.
+    """
     unread = {name.removeprefix("vision.") for name in model.dormant()}
     statistics = model.pixel_mean.tolist(), model.pixel_std.tolist()
     return key_of(identity(model.vision, unread), model.encoder_depths, statistics)

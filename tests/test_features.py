@@ -170,6 +170,30 @@ def test_a_set_of_the_same_sizes_with_other_pictures_is_another(tmp_path: Path, 
     assert not torch.equal(found[0][1], found[1][1])
 
 
+def test_a_set_that_differs_in_a_single_picture_is_another(shard: str, tmp_path: Path, world: World) -> None:
+    """One that is not among those that are looked at: its size tells it."""
+    found = []
+    for seed in (1, 77):
+        pairs = [(f"{i:03d}", tars.pair(i)) for i in range(PICTURES)]
+        pairs[1][1]["jpg"] = tars.picture_bytes(seed=seed)
+        config = recipe(tmp_path / "run", tars.write_tar(tmp_path / f"{seed}" / "pairs.tar", pairs))
+        config = replace(config, feature_cache=str(tmp_path / "cache"))
+        weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+        found.append(opened(config, world, "language", weights).get(1))
+    assert not torch.equal(*found)
+
+
+def test_weights_that_no_depth_reads_do_not_count(shard: str, tmp_path: Path, world: World) -> None:
+    config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
+    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    opened(config, world, "language", weights)
+    for name in ("vision.encoder.layers.3.mlp.fc1.weight", "vision.post_layernorm.weight", "projector.0.up.weight"):
+        weights[name] = weights[name] + 1
+    assert not len(opened(config, world, "language", weights, stop=lambda: True).missing())
+    weights["vision.encoder.layers.2.mlp.fc1.weight"] = weights["vision.encoder.layers.2.mlp.fc1.weight"] + 1
+    assert len(opened(config, world, "language", weights, stop=lambda: True).missing()) == PICTURES
+
+
 def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Path, world: World) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
     weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}

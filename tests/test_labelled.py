@@ -201,6 +201,13 @@ def test_tars_of_this_toolkit(tmp_path: Path) -> None:
     torch.testing.assert_close(data.test.read(0)[0], data.train.read(0)[0])
 
 
+def rewrite(path: Path) -> None:
+    """A picture of another size, at the same instant as far as the file says."""
+    before = path.stat()
+    path.write_bytes(tars.picture_bytes(48, 48, seed=2))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> None:
     for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg", "notes/of-mine.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
@@ -215,6 +222,7 @@ def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> No
         lambda: (moved / "train" / "dog" / "2.png").rename(moved / "train" / "cat" / "2.png"),
         lambda: os.utime(moved / "val" / "dog" / "3.jpg", ns=(1, 1)),
         lambda: (moved / "val" / "dog" / "3.jpg").write_bytes(tars.picture_bytes(seed=1)),
+        lambda: rewrite(moved / "val" / "dog" / "3.jpg"),
         lambda: (moved / "train" / "dog" / "4.jpg").write_bytes(tars.picture_bytes()),
     ]
     for change in changes:
