@@ -419,11 +419,22 @@ def _read(layer: Any) -> DictConfig | ListConfig:
 
 
 def read_yaml(file: Path) -> DictConfig | ListConfig:
-    """Raises ValueError that names file and line if it is no YAML."""
+    """Raises ValueError that names file and line if it is no YAML.
+
+    What a run saved before a key existed keeps that key's old meaning.
+    """
     try:
-        return OmegaConf.load(file)
+        read = OmegaConf.load(file)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
+    if isinstance(read, DictConfig):
+        stages = OmegaConf.select(read, "stages")
+        of_stages = stages.values() if isinstance(stages, DictConfig) else ()
+        for data in (OmegaConf.select(read, "data"), *(OmegaConf.select(stage, "data") for stage in of_stages)):
+            # a saved config has every key of its time
+            if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
+                data.setdefault("image_position", "start")
+    return read
 
 
 def _read_word(word: str) -> DictConfig:

@@ -192,3 +192,18 @@ def test_words_say_what_they_say() -> None:
     run = presets.load("debug", None, ["log.wandb=off", "engine.offload=on", "engine.compile=off", "profile.steps=3:4"])
     assert (run.log.wandb, run.engine.offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
     assert presets.load("paper_siglip", None, ["model.vision.path="]).model.vision.path == ""
+
+
+def test_a_run_saved_before_images_had_a_position_goes_on_as_it_began(tmp_path: Path) -> None:
+    """Its conversations had their image behind the start token; a file of a few changes means today's default."""
+    saved = tmp_path / "config.yaml"
+    run = presets.load("debug", None, ["data.text=conversation"])
+    lines = config.to_yaml(run).splitlines()
+    saved.write_text("\n".join(line for line in lines if "image_position" not in line))
+    assert config.load(saved).data.image_position == "start"
+    assert presets.load(None, saved, []).data.image_position == "start"
+    assert presets.load(None, saved, ["data.image_position=user"]).data.image_position == "user"
+    saved.write_text(config.to_yaml(run))
+    assert config.load(saved).data.image_position == "user"
+    saved.write_text("preset: debug\ndata: {text: conversation}\n")
+    assert presets.load(None, saved, []).data.image_position == "user"
