@@ -20,7 +20,7 @@ from hive_scale.checkpoint.runs import Run
 from hive_scale.checkpoint.seal import Source
 from hive_scale.config import Config, ModelConfig, PartConfig
 from hive_scale.data.tokenizer import open_tokenizer
-from hive_scale.model import build, export
+from hive_scale.model import build, export, portable
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
 from hive_scale.strict_json import dumps
@@ -51,7 +51,7 @@ def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.d
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(dumps(content, indent=2))
     write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
-    _tokenizer(config).save_pretrained(path)
+    portable.save_tokenizer(_tokenizer(config), path)
     export.image_processor(build.vision_config(config.model.vision), config.data.image).save_pretrained(path)
 
 

@@ -25,6 +25,7 @@ from hive_scale.evaluate.question import Picture, Question
 from hive_scale.model.build import assemble
 from hive_scale.model.export import export_llava
 
+pytestmark = pytest.mark.contract
 TEXT = "what is in the picture ?"
 # the templates of four families, as far as they differ
 LLAMA32 = """{{- bos_token }}

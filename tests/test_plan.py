@@ -45,6 +45,7 @@ def run_config(fusion: Any = "cross_attention", **changes: Any) -> Config:
     return Config(model=tiny.model_config(fusion), stages=stages, engine=EngineConfig(**changes))
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 @pytest.mark.parametrize(("fusion", "stage"), CASES)
 def test_flops_are_those_that_torch_counts(fusion: str, stage: str, mode: Any) -> None:
@@ -61,6 +62,7 @@ def test_flops_are_those_that_torch_counts(fusion: str, stage: str, mode: Any) -
     assert want.backward + want.recompute == pytest.approx(backward.get_total_flops(), rel=0.01)
 
 
+@pytest.mark.contract
 def test_the_trace_counts_the_same_flops() -> None:
     config, stage = run_config(), stage_of("cross_attention", "joint")
     model = skeleton(config.model)
