@@ -222,9 +222,11 @@ def _as_said(
             f"model.{role}: {part.path} is of type {family}, its config here of type {config.model_type}: give "
             f"model.{role}.config={{}} to take the directory's own, or weights of that type"
         )
+    if not said:
+        return config
     known: dict[str, Any] = {}
-    if not said or family != config.model_type:  # of a type that transformers has not: what it does not say is as here
-        known = {name: value for name, value in config.to_dict().items() if name in computing}
+    if family != config.model_type:  # one that transformers has not: what it does not say is as here
+        known = {name: value for name, value in config.to_dict().items() if name in computing | FREE}
     if {"rope_theta", "rope_scaling"} & said.keys():
         known.pop("rope_parameters", None)  # the same in newer words
     known |= {name: said[name] for name in (computing | FREE) & said.keys()}
