@@ -135,6 +135,8 @@ class StageConfig:
     data: dict[str, Any] | None = None  # keys of `DataConfig` in which the stage differs from the run's `data`
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, DataConfig):  # given in Python: all of its keys
+            object.__setattr__(self, "data", asdict(self.data))
         if not self.groups:
             raise ValueError("a stage without groups trains nothing: name at least one {parameters, lr} group")
         for name in ("global_batch", "micro_batch"):

@@ -151,6 +151,8 @@ def test_what_the_weights_say_in_other_words_or_not_at_all_is_no_difference(tmp_
     foreign = {"model_type": "mobilellm", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
     for i, (said, given) in enumerate(((old, new), (foreign, tiny.language(rms_norm_eps=1e-5)))):
         skeleton(replace(base, language=PartConfig(published(tmp_path / str(i), said), given)))
+    # nor what was never fetched from the hub: a plan needs no network
+    skeleton(replace(base, language=PartConfig("nobody/has-this", tiny.language(rms_norm_eps=1e-5))))
 
 
 def test_a_timm_model_or_packed_weights_without_a_config_say_so(tmp_path: Path) -> None:

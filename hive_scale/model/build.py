@@ -197,26 +197,12 @@ def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offli
     """
     if not part.path or holds_weights_alone(part.path):
         return
-    ours = config.to_dict()
     computing = _known_fields(config.model_type) - vars(PretrainedConfig()).keys() - FREE - {"model_type"}
     if run := run_of(part.path):
         theirs = _config(getattr(run.model, role), role)
     else:
-        said = _said_beside(part, role, offline)
-        said = said.get("vision_config", said) if role == "vision" else said
-        family = said.get("model_type", config.model_type)
-        if family != config.model_type and family in (*VISION, *LANGUAGE):
-            raise ValueError(
-                f"model.{role}: {part.path} is of type {family}, its config here of type {config.model_type}: give "
-                f"model.{role}.config={{}} to take the directory's own, or weights of that type"
-            )
-        # of a type that transformers has not, what it does not say is as here
-        base = {} if family == config.model_type else {name: ours[name] for name in computing & ours.keys()}
-        if {"rope_theta", "rope_scaling"} & said.keys():
-            base.pop("rope_parameters", None)
-        known = {name: said[name] for name in (computing | FREE) & said.keys()}
-        theirs = AutoConfig.for_model(config.model_type, **base | known)
-    trained = getattr(theirs, "vision_config", theirs).to_dict()
+        theirs = _as_said(config, computing, part, role, offline)
+    ours, trained = config.to_dict(), getattr(theirs, "vision_config", theirs).to_dict()
     differing = [
         f"{name}={trained.get(name)} (here {ours.get(name)})"
         for name in sorted(computing)
@@ -227,6 +213,29 @@ def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offli
             f"model.{role}: the weights of {part.path} were trained with {', '.join(differing)}: give the same in "
             f"model.{role}.config, or model.{role}.config={{}} to take the whole config that is beside them"
         )
+
+
+def _as_said(
+    config: PretrainedConfig, computing: set[str], part: PartConfig, role: str, offline: bool
+) -> PretrainedConfig:
+    """What ``config.json`` beside the weights says, as the type of `config` reads it. Raises ValueError for another."""
+    said = _said_beside(part, role, offline)
+    said = said.get("vision_config", said) if role == "vision" else said
+    family = said.get("model_type", config.model_type)
+    if family != config.model_type and family in (*VISION, *LANGUAGE):
+        raise ValueError(
+            f"model.{role}: {part.path} is of type {family}, its config here of type {config.model_type}: give "
+            f"model.{role}.config={{}} to take the directory's own, or weights of that type"
+        )
+    if not said:
+        return config
+    known: dict[str, Any] = {}
+    if family != config.model_type:  # one that transformers has not: what it does not say is as here
+        known = {name: value for name, value in config.to_dict().items() if name in computing | FREE}
+    if {"rope_theta", "rope_scaling"} & said.keys():
+        known.pop("rope_parameters", None)  # the same in newer words
+    known |= {name: said[name] for name in (computing | FREE) & said.keys()}
+    return AutoConfig.for_model(config.model_type, **known)
 
 
 def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
