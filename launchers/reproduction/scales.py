@@ -56,7 +56,7 @@ def _steps(**stages: int) -> dict[str, Any]:
 
 def small(data: Path) -> Scale:
     """SmolLM2-135M and a ViT of 3.7M parameters on 5,476 emoji and stamps."""
-    probe = ["--augment", "none", "--epochs", "20", "--batch", "256"]
+    probe = ["--augment", "none", "--batch", "256"]
     return Scale(
         note="small: a ViT of 3.7M parameters, SmolLM2-135M, 64-pixel pictures; tells nothing about the paper's sizes",
         encoder=ENCODER,
