@@ -159,6 +159,15 @@ def test_missing_and_cut_answers_are_counted(tmp_path: Path) -> None:
     assert made == {"scores": {"accuracy": 25.0, "named": 25.0}, "questions": 4, "missing": 2, "cut": 1}
 
 
+def test_a_question_that_spells_a_special_token_costs_itself_alone(tmp_path: Path) -> None:
+    questions = [replace(one, prompt="is </s> red?") if i == 2 else one for i, one in enumerate(ask(tmp_path))]
+    answer_all(questions, Counting(), LIMIT, tmp_path / "out", ALONE, batch_size=4)
+    lines = read_predictions(tmp_path / "out")
+    assert [id for id, line in lines.items() if "broken" in line] == [questions[2].id]
+    assert "special token </s>" in lines[questions[2].id]["broken"]
+    assert len(lines) == len(questions)
+
+
 def test_a_broken_picture_costs_its_own_questions_and_is_named(tmp_path: Path) -> None:
     questions = ask(tmp_path, count=8)  # 1 and 5 are about picture 1
     expected = {q.id: Counting().answerer.answer([q], LIMIT)[0].text for q in questions}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hive_scale.evaluate import easyvqa, gqa, mme, okvqa, scienceqa
 from hive_scale.evaluate.answers import choice_letter, plain_normal, vqa_normal, yes_or_no
 from hive_scale.evaluate.files import rows
-from hive_scale.evaluate.question import BrokenPicture, Picture, Question, decoded
+from hive_scale.evaluate.question import Picture, Question, Unanswerable, decoded
 from hive_scale.evaluate.tasks import TASKS, find_task
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -527,7 +527,7 @@ def test_a_damaged_row_group_of_pictures_is_a_broken_picture(tmp_path: Path) -> 
     (tmp_path / "a.parquet").write_bytes(content)
     found = rows([tmp_path / "a.parquet"], "image", ["question"])
     assert found[2]["picture"].read() == picture(2)["bytes"]
-    with pytest.raises(BrokenPicture, match=r"a\.parquet:0:1: .*cannot be read as parquet"):
+    with pytest.raises(Unanswerable, match=r"a\.parquet:0:1: .*cannot be read as parquet"):
         decoded(found[1]["picture"], lambda data: torch.zeros(1))
 
 

@@ -18,7 +18,7 @@ from hive_scale.data.chat import prompt_with_slot
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.data.transform import blank, decode, picture
 from hive_scale.distributed import World
-from hive_scale.evaluate.question import BrokenPicture, Picture, Question, Task, decoded
+from hive_scale.evaluate.question import Picture, Question, Task, Unanswerable, decoded
 from hive_scale.model.decode import generate
 from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, identity_of_processor, key_of
@@ -43,7 +43,7 @@ class Answerer(Protocol):
         """What its answers depend on besides the question, each by name."""
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
-        """Raises BrokenPicture if one of the pictures cannot be decoded."""
+        """Raises Unanswerable if one of the pictures cannot be decoded, or one of the texts not be put to the model."""
 
 
 class HiveAnswerer:
@@ -81,9 +81,12 @@ class HiveAnswerer:
         return [Answer(self.tokenizer.decode(ids).strip(), len(ids) == max_tokens) for ids in made]
 
     def _prompt(self, question: Question) -> tuple[list[int], int]:
-        """Tokens, and how many of them come before the picture."""
+        """Tokens, and how many of them come before the picture. Raises Unanswerable."""
         turns = [{"role": "user", "content": question.prompt}]
-        return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.picture else None)
+        try:
+            return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.picture else None)
+        except ValueError as error:
+            raise Unanswerable(f"question {question.id}: {error}", lambda one: one.id == question.id) from None
 
     def _pixels(self, data: bytes) -> Tensor:
         colour = mean_colour(self.model.vision.config.model_type)
@@ -149,16 +152,16 @@ def answer_all(
 def _answers(
     batch: Sequence[Question], answerer: Answerer, max_tokens: int
 ) -> Iterator[tuple[Question, dict[str, Any]]]:
-    """Each question of `batch` with its answer, or with what is wrong with its picture."""
+    """Each question of `batch` with its answer, or with what is wrong with it."""
     left = list(batch)
     while left:
         try:
             answers = answerer.answer(left, max_tokens)
-        except BrokenPicture as error:
+        except Unanswerable as error:
             for question in left:
-                if question.picture == error.picture:
+                if error.concerns(question):
                     yield question, {"answer": "", "cut": False, "broken": str(error)}
-            left = [question for question in left if question.picture != error.picture]
+            left = [question for question in left if not error.concerns(question)]
         else:
             for question, answer in zip(left, answers, strict=True):
                 yield question, {"answer": answer.text, "cut": answer.cut}

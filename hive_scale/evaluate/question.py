@@ -19,20 +19,20 @@ class Picture:
     read: Callable[[], bytes] = field(compare=False, repr=False)
 
 
-class BrokenPicture(ValueError):
-    """A picture that cannot be decoded: the questions about it stay without an answer, the others go on."""
+class Unanswerable(ValueError):
+    """The questions that it `concerns` stay without an answer, the others go on."""
 
-    def __init__(self, picture: Picture, reason: str) -> None:
-        super().__init__(f"{picture.key}: {reason}")
-        self.picture = picture
+    def __init__(self, reason: str, concerns: Callable[[Question], bool]) -> None:
+        super().__init__(reason)
+        self.concerns = concerns
 
 
 def decoded(picture: Picture, decode: Callable[[bytes], Tensor]) -> Tensor:
-    """What `decode` makes of the picture's bytes. Raises BrokenPicture for the ValueError of either."""
+    """What `decode` makes of the picture's bytes. Raises Unanswerable for the ValueError of either."""
     try:
         return decode(picture.read())
     except ValueError as error:
-        raise BrokenPicture(picture, str(error)) from None
+        raise Unanswerable(f"{picture.key}: {error}", lambda question: question.picture == picture) from None
 
 
 @dataclass(frozen=True)
