@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -28,26 +29,36 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 # what templates ask for besides the turns: no hidden thoughts, and no date of today, which would change the prompt
-VARIABLES = {"enable_thinking": False, "date_string": "26 Jul 2024"}
+DAY = datetime(2024, 7, 26)
+VARIABLES = {"enable_thinking": False, "date_string": DAY.strftime("%d %b %Y")}
 ANSWER = "\ue000{}\ue001"  # stands for an answer while a template is rendered; private use, so no text holds it
 
-# Around the tokenizer's template: content parts become text, with each image where training had it, and what is asked
+# Around the tokenizer's template: content parts become text, the image stands where training had it, and what is asked
 # ends where an answer began. SETTINGS, TEMPLATE and the like are filled in.
 WRAPPER = """\
 {#- Written by hive_scale around the tokenizer's own chat template: the text is the one that was trained on. -#}
 SETTINGS
-{%- set ns = namespace(messages=[], system="", images=0, text="") %}
+{%- set ns = namespace(messages=[], texts=[], system="", images=0, text="", start="", asked=false) %}
 {%- for message in messages %}
 {%- set ns.text = message.content if message.content is string else "" %}
 {%- if message.content is not string and message.content is iterable %}
 {%- for part in message.content if part.type in ("image", "image_url") %}
-{%- set ns.text = ns.text + "<image>\\n" %}
+{%- set ns.images = ns.images + 1 %}
 {%- endfor %}
 {%- for part in message.content if part.type == "text" %}
 {%- set ns.text = ns.text + part.text %}
 {%- endfor %}
+{%- else %}
+{%- set ns.images = ns.images + ns.text.count("<image>") %}
 {%- endif %}
-PLACE
+{%- set ns.texts = ns.texts + [ns.text.replace("<image>", "") | trim] %}
+{%- endfor %}
+{%- for message in messages %}
+{%- set ns.text = ns.texts[loop.index0] %}
+{%- if AT_USER and message.role == "user" and not ns.asked %}
+{%- set ns.asked = true %}
+{%- set ns.text = "<image>\\n" * ns.images + ns.text %}
+{%- endif %}
 {%- if MERGE and message.role == "system" %}
 {%- set ns.system = ns.system + ns.text + "\\n\\n" %}
 {%- else %}
@@ -59,17 +70,14 @@ PLACE
 {%- set add_generation_prompt = false %}
 {%- if is_asked %}{% set ns.messages = ns.messages + [{"role": "assistant", "content": "MARK"}] %}{% endif %}
 {%- set messages = ns.messages %}
-{%- set rendered %}{{ "" }}TEMPLATE{{ "" }}{% endset %}
+{%- set rendered %}
+TEMPLATE{{ "" }}{% endset %}
 {%- if is_asked %}{% set rendered = rendered.split("MARK")[0].rstrip(" ") %}{% endif %}
 """
-# the image at the head of its message, as the parts above have put it
-AT_USER, AT_USER_END = "", "{{- rendered -}}"
-# or behind the start token, wherever a message names it
-AT_START = (
-    '{%- set ns.images = ns.images + ns.text.count("<image>") %}'
-    '{%- set ns.text = ns.text.replace("<image>\\n", "").replace("<image>", "") %}'
-)
-AT_START_END = "{{- START + '<image>' * ns.images + rendered[START | length:] -}}"
+AT_USER_END = "{{- rendered -}}"
+AT_START_END = """\
+{%- for token in SPECIALS if not ns.start and rendered.startswith(token) %}{% set ns.start = token %}{% endfor %}
+{{- ns.start + "<image>" * ns.images + rendered[ns.start | length:] -}}"""
 
 
 def with_image_token(tokenizer: Any) -> Any:
@@ -87,9 +95,10 @@ class ChatTemplate:
         own = tokenizer.chat_template
         if isinstance(own, dict):  # several by name
             own = own.get("default")
-        self.source: str = own or CHAT_TEMPLATE
+        self.source: str = _without_today(own or CHAT_TEMPLATE)
         added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added} - {IMAGE}, key=len, reverse=True)
+        self.specials = special  # longest first
         self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def special_in(self, text: str) -> str:
@@ -135,13 +144,14 @@ class ChatTemplate:
     @cached_property
     def end_ids(self) -> list[int]:
         """Tokens that end an answer: the one behind answers in the template first, then the end of text."""
-        eos: int = self._tokenizer.eos_token_id
-        try:
-            behind = self.around_answers([{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])[1]
-            token = behind[: self.end_of_turn(behind)].strip()
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2
+        try:  # some templates end the last answer otherwise than those before it
+            behind = self.around_answers(turns)[:0:-1]
+            tokens = [text[: self.end_of_turn(text)].strip() for text in behind]
         except ValueError:  # conversations are refused where they are read
-            return [eos]
-        return list(dict.fromkeys([int(self._tokenizer.convert_tokens_to_ids(token)), eos]))
+            tokens = []
+        ids: list[int] = [self._tokenizer.convert_tokens_to_ids(token) for token in tokens]
+        return list(dict.fromkeys([*ids, self._tokenizer.eos_token_id]))
 
     @cached_property
     def takes_system(self) -> bool:
@@ -165,12 +175,13 @@ class ChatTemplate:
         source = self.source.removesuffix("\n")  # jinja drops one at a template's end
         filled = {
             "SETTINGS": "".join(f"{{%- set {name} = {_literal(value)} %}}" for name, value in settings.items()),
-            "PLACE": AT_START if position == "start" else AT_USER,
-            "MERGE": "false" if self.takes_system else "true",
+            "AT_USER": _literal(position == "user"),
+            "MERGE": _literal(not self.takes_system),
             "MARK": ANSWER.format(0),
             "TEMPLATE": source,
         }
-        end = AT_START_END.replace("START", _literal(start[0])) if position == "start" and start else AT_USER_END
+        specials = f"[{', '.join(map(_literal, self.specials))}]"
+        end = AT_USER_END if position == "user" else AT_START_END.replace("SPECIALS", specials)
         return re.sub("|".join(filled), lambda found: filled[found[0]], WRAPPER) + end
 
     def _render(self, turns: Turns) -> str | None:
@@ -181,6 +192,16 @@ class ChatTemplate:
         except TemplateError:
             return None
         return text
+
+
+def _without_today(source: str) -> str:
+    """`source` with a date of its own for each that it asks today's clock for."""
+    formats = dict.fromkeys(found[2] for found in re.finditer(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", source))
+    if not formats:
+        return source
+    dates = ", ".join(f"{_literal(one)}: {_literal(DAY.strftime(one))}" for one in formats)
+    # the line break behind it is Jinja's to drop, so that the template begins a line as before
+    return f"{{%- macro strftime_now(format) %}}{{{{ {{{dates}}}[format] }}}}{{%- endmacro %}}\n{source}"
 
 
 def _merged(turns: Turns) -> Turns:

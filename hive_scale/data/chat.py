@@ -44,6 +44,7 @@ def prompt_with_slot(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | 
 def _parts(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
     """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
     template = tokenizer.template
+    turns = [{**turn, "content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
     for turn in turns:
         if special := template.special_in(turn["content"]):
             raise ValueError(f"a turn of the conversation holds the tokenizer's special token {special}")
@@ -59,4 +60,7 @@ def _parts(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> l
         asked_text = before.rstrip(" ")  # in most vocabularies a space is a piece of the word behind it
         parts += [(asked_text, False), (before[len(asked_text) :] + answer + after[:end], True)]
         before = after[end:]
-    return [*parts, (before, False)]
+    parts.append((before, False))
+    if "".join(text for text, _ in parts) != template.render(turns):
+        raise ValueError("the tokenizer's chat template changes an answer, such as by leaving its thoughts out")
+    return parts

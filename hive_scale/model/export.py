@@ -113,6 +113,8 @@ def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> 
     chat_template, end = template.exported(position), tokenizer.convert_ids_to_tokens(template.end_ids[0])
     tokenizer = with_image_token(tokenizer)
     tokenizer.chat_template = chat_template
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token  # with which captions begin then
     tokenizer.eos_token = end  # what many tools stop at, whatever generation_config.json says
     if tokenizer.is_fast:  # the start token is the template's to write; some tools would get two
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])

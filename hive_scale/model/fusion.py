@@ -164,7 +164,7 @@ class VisualKeyValue(nn.Module):
     Frozen, these copies are the LLM's weights (first stage); trained, they are the images' own.
     """
 
-    def __init__(self, host: nn.Module, inverse_frequencies: Tensor, config: ModelConfig) -> None:
+    def __init__(self, host: nn.Module, rotary: Any, config: ModelConfig) -> None:
         super().__init__()
         attention: Any = host.self_attn
         self.head_dim: int = attention.head_dim
@@ -174,7 +174,8 @@ class VisualKeyValue(nn.Module):
         self.v_proj = _copy(attention, "v_proj")
         self.k_norm = _head_norm(attention, "k_norm", config.qk_norm)
         self.inverse_frequencies: Tensor
-        self.register_buffer("inverse_frequencies", inverse_frequencies.clone(), persistent=False)
+        self.register_buffer("inverse_frequencies", rotary.inv_freq.clone(), persistent=False)
+        self.scaling: float = rotary.attention_scaling  # of rotated keys, other than 1 under yarn
 
     def forward(self, visual_BVD: Tensor, slots: Tensor | None = None) -> KeyValue:
         """Key and value, (B, K, V, h) each; keys rotated to their place in the image, counted from its slot."""
@@ -184,7 +185,7 @@ class VisualKeyValue(nn.Module):
         if slots is not None:
             places = places + (slots - SLOT)[:, None, None, None]
         # not views, which FSDP2 warns of: hooks hang on what a unit returns
-        return self._rotate(key, places), _heads(self.v_proj(normed), self.head_dim).contiguous()
+        return self._rotate(key, places) * self.scaling, _heads(self.v_proj(normed), self.head_dim).contiguous()
 
     def move(self, key_BKVh: Tensor, slots: Tensor | None) -> Tensor:
         """Keys of images at `slots`, of those that `forward` has made for SLOT."""
@@ -199,12 +200,10 @@ class VisualKeyValue(nn.Module):
 
 
 class JointAttention(Fusion):
-    def __init__(
-        self, hosts: Sequence[nn.Module], depths: Sequence[int], config: ModelConfig, frequencies: Tensor
-    ) -> None:
+    def __init__(self, hosts: Sequence[nn.Module], depths: Sequence[int], config: ModelConfig, rotary: Any) -> None:
         super().__init__(depths)
         self.grid = config.positions == "grid"
-        self.layers.extend(VisualKeyValue(hosts[depth], frequencies, config) for depth in depths)
+        self.layers.extend(VisualKeyValue(hosts[depth], rotary, config) for depth in depths)
 
     def enter(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None

@@ -61,7 +61,7 @@ class Hive(nn.Module):
         depths = group_ends(len(hosts), len(self.encoder_depths))  # shallow to shallow, deep to deep
         if config.fusion == "cross_attention":
             return CrossAttention(hosts, depths, config)
-        return JointAttention(hosts, depths, config, self.language.model.rotary_emb.inv_freq)
+        return JointAttention(hosts, depths, config, self.language.model.rotary_emb)
 
     def forward(
         self,

@@ -54,7 +54,7 @@ def save_tokenizer(tokenizer: Any, path: Path) -> None:
 def mend_tokenizer(path: Path) -> None:
     """Of a directory that transformers 5 has written, with a tokenizer or a processor in it."""
     with _edited(path / "tokenizer_config.json") as fields:
-        if fields.get("tokenizer_class") == "TokenizersBackend":  # version 5's name of the same class
+        if (path / "tokenizer.json").is_file():  # the class that takes it as it is: others would add a start token
             fields["tokenizer_class"] = "PreTrainedTokenizerFast"
         fields.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 would add a third
         extra = fields.get("extra_special_tokens")
