@@ -35,6 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SEED, WORKERS = 0, 2
+JUDGED = 100  # exit codes of pytest begin here, so that a process that failed by itself kills no mutant
 PRELOADED = ["torchvision.transforms.v2", "transformers", "accelerate", "omegaconf", "pyarrow", "pytest", "hypothesis"]
 MODEL = ["tests/test_references.py", "tests/test_model.py"]
 TESTS = {  # arguments of pytest, the quickest to fail first
@@ -163,7 +164,7 @@ def _with(node: ast.AST, **changes: Any) -> ast.AST:
 
 
 def run_tests(root: Path, arguments: list[str]) -> None:
-    """In a process of its own, whose exit code is pytest's."""
+    """In a process of its own, whose exit code is JUDGED and pytest's."""
     os.setsid()  # so that all it starts can be ended with it
     os.chdir(root)
     os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -173,7 +174,7 @@ def run_tests(root: Path, arguments: list[str]) -> None:
         os.dup2(nothing.fileno(), 2)
     import pytest
 
-    os._exit(pytest.main(["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *arguments]))
+    os._exit(JUDGED + pytest.main(["-x", "-p", "no:cacheprovider", "--hypothesis-seed=0", *arguments]))
 
 
 class Runner:
@@ -203,7 +204,10 @@ class Runner:
             process.join()
         path.write_text(original)
         self._free.put(root)
-        return process.exitcode == 0
+        code = process.exitcode or 0
+        if code >= 0 and code - JUDGED not in (0, 1, 2):  # passed, failed, cannot be imported
+            raise RuntimeError(f"{mutant.module}, {mutant.change}: its tests did not run (exit code {code})")
+        return code == JUDGED
 
     def seconds(self, module: str) -> float:
         """What the tests of a module need as it is. Raises ValueError if they fail."""
