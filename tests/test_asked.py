@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast, pipeline
 
+from hive_scale.chat_template import ChatTemplate
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.data.chat import chat_sample, prompt_with_slot
 from hive_scale.data.tokenizer import Tokenizer
@@ -183,6 +184,16 @@ def test_a_conversation_with_its_answers_is_what_was_trained(asked: Any) -> None
     ids = processor(images=image(), text=processor.apply_chat_template(said))["input_ids"][0]
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert [token for token in ids if token != image_id] == list(sample.tokens)
+
+
+@pytest.mark.parametrize("position", ["user", "start"])
+@pytest.mark.parametrize("odd", ["<'>", '<">', "<\\>", "<\\n>", "<\n>", "<{{>"])
+def test_an_exported_template_writes_special_tokens_of_any_spelling(odd: str, position: Any) -> None:
+    tokenizer = tokenizer_of(None, odd, "<e>", False, [odd, "<e>"])
+    said = [*FIRST, {"role": "user", "content": "why ?"}]
+    exported = ChatTemplate(tokenizer).exported(position)
+    text = tokenizer.apply_chat_template(said, chat_template=exported, add_generation_prompt=True, tokenize=False)
+    assert text == f"{odd}USER: is it red ?\nASSISTANT: yes<e>USER: why ?\nASSISTANT:"
 
 
 def test_a_pipeline_answers_as_the_run_does(asked: Any, tmp_path: Path) -> None:

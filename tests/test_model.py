@@ -300,6 +300,23 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         assemble(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
 
 
+@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])
+@torch.no_grad()
+def test_norms_of_queries_and_keys_make_their_size_irrelevant(fusion: str) -> None:
+    """Weights ten times as large change nothing; in the layer as its host has it they do."""
+    batch = tiny.batch(3)
+    for qk_norm in (True, False):
+        model = assemble(tiny.model_config(fusion, qk_norm=qk_norm), seed=0).eval()
+        open_gates(model)
+        before = model.read(model.see(batch.pixels), batch.tokens)
+        for layer in model.fusion.layers:
+            layer.k_proj.weight.mul_(10)
+            if fusion == "cross_attention":
+                layer.q_proj.weight.mul_(10)
+        after = model.read(model.see(batch.pixels), batch.tokens)
+        assert torch.allclose(before, after, atol=1e-4) == qk_norm
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("llm", FAMILIES)
 @torch.no_grad()
