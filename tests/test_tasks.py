@@ -256,8 +256,19 @@ def test_mme_by_hand() -> None:
 
 def test_mme_has_the_published_subtasks_and_maxima() -> None:
     """Arxiv 2306.13394, section 2: ten of perception, four of cognition, 200 points each."""
-    perception = "existence count position color posters celebrity scene landmark artwork OCR".split()
-    cognition = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+    perception = [
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ]
+    cognition = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
     facts = [{"answer": "yes", "category": name, "picture": "1"} for name in (*perception, *cognition)] * 2
     scores = mme.score([(ask(fact), "yes") for fact in facts])
     assert (scores.pop("sum"), scores.pop("perception"), scores.pop("cognition")) == (2800, 2000, 800)
