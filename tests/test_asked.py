@@ -196,6 +196,17 @@ def test_an_exported_template_writes_special_tokens_of_any_spelling(odd: str, po
     assert text == f"{odd}USER: is it red ?\nASSISTANT: yes<e>USER: why ?\nASSISTANT:"
 
 
+def test_an_image_in_its_message_leaves_the_beginning_of_the_text_alone() -> None:
+    """Also where a text with a system turn begins with another special token than one without."""
+    marks = "{{ {'system': '<s>', 'user': '<u>', 'assistant': '<a>'}[message.role] }}"
+    template = f"{{% for message in messages %}}{marks}{{{{ message.content }}}}<e>{{% endfor %}}"
+    tokenizer = tokenizer_of(template, None, "<e>", False, ["<e>", "<s>", "<u>", "<a>"])
+    exported = ChatTemplate(tokenizer).exported("user")
+    said = [SYSTEM, {"role": "user", "content": "why ?"}]
+    text = tokenizer.apply_chat_template(said, chat_template=exported, add_generation_prompt=True, tokenize=False)
+    assert text == "<s>Be brief.<e><u>why ?<e><a>"
+
+
 def test_a_pipeline_answers_as_the_run_does(asked: Any, tmp_path: Path) -> None:
     folder, asker, _ = asked
     path = tmp_path / "image.png"
