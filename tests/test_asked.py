@@ -186,6 +186,20 @@ def test_a_conversation_with_its_answers_is_what_was_trained(asked: Any) -> None
     assert [token for token in ids if token != image_id] == list(sample.tokens)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_system_turns_are_rendered_by_the_template_itself_where_it_knows_them(family: str) -> None:
+    tokenizer = FAMILIES[family]
+    template = ChatTemplate(tokenizer)
+    conversation = [SYSTEM, *FIRST]
+    if family == "Gemma":  # which refuses them
+        said = [{"role": "user", "content": f"Be brief.\n\n{FIRST[0]['content']}"}, FIRST[1]]
+    else:
+        said = conversation
+    source, date = template.source, "26 Jul 2024"
+    expected = tokenizer.apply_chat_template(said, chat_template=source, tokenize=False, date_string=date)
+    assert template.render(conversation) == expected
+
+
 @pytest.mark.parametrize("position", ["user", "start"])
 @pytest.mark.parametrize("odd", ["<'>", '<">', "<\\>", "<\\n>", "<\n>", "<{{>"])
 def test_an_exported_template_writes_special_tokens_of_any_spelling(odd: str, position: Any) -> None:
