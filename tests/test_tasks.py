@@ -337,7 +337,7 @@ def test_mme_from_parquet(tmp_path: Path) -> None:
     rows = [
         {"question_id": f"existence/{n}.jpg", "image": picture(n), "question": q, "answer": a, "category": "existence"}
         for n in range(3)
-        for q, a in zip(asked, ("Yes", "No"), strict=True)
+        for q, a in zip(asked, ("Yes", "No."), strict=True)
     ]
     write(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
     questions = mme.read(tmp_path)
