@@ -6,7 +6,7 @@ RUN = $(VENV)/bin/python
 UV = .venv-uv/bin/uv
 CLUSTER = /tmp/hive-slurm
 
-.PHONY: install lock debug demo figures slurm-demo test test-newest test-oldest lint faults clean
+.PHONY: install lock debug demo figures slurm-demo test test-newest test-oldest lint faults mutants clean
 
 # exactly the versions of the lock, which were tested together
 install: $(VENV)/installed
@@ -85,6 +85,10 @@ test: lint
 # a hundred runs, each with a fault at a random instant: about an hour on two free cores
 faults: install
 	$(RUN) tests/faults/sweep.py --trials 100 --markdown
+
+# one-line errors in the product's formulas, a sample of them: do the tests notice? Twenty minutes on two free cores
+mutants: install
+	$(RUN) tests/mutants.py
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest .venv-uv runs build *.egg-info

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast, pipeline
 
+from hive_scale.chat_template import ChatTemplate
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.data.chat import chat_sample, prompt_with_slot
 from hive_scale.data.tokenizer import Tokenizer
@@ -183,6 +184,41 @@ def test_a_conversation_with_its_answers_is_what_was_trained(asked: Any) -> None
     ids = processor(images=image(), text=processor.apply_chat_template(said))["input_ids"][0]
     image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
     assert [token for token in ids if token != image_id] == list(sample.tokens)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_system_turns_are_rendered_by_the_template_itself_where_it_knows_them(family: str) -> None:
+    tokenizer = FAMILIES[family]
+    template = ChatTemplate(tokenizer)
+    conversation = [SYSTEM, *FIRST]
+    if family == "Gemma":  # which refuses them
+        said = [{"role": "user", "content": f"Be brief.\n\n{FIRST[0]['content']}"}, FIRST[1]]
+    else:
+        said = conversation
+    source, date = template.source, "26 Jul 2024"
+    expected = tokenizer.apply_chat_template(said, chat_template=source, tokenize=False, date_string=date)
+    assert template.render(conversation) == expected
+
+
+@pytest.mark.parametrize("position", ["user", "start"])
+@pytest.mark.parametrize("odd", ["<'>", '<">', "<\\>", "<\\n>", "<\n>", "<{{>"])
+def test_an_exported_template_writes_special_tokens_of_any_spelling(odd: str, position: Any) -> None:
+    tokenizer = tokenizer_of(None, odd, "<e>", False, [odd, "<e>"])
+    said = [*FIRST, {"role": "user", "content": "why ?"}]
+    exported = ChatTemplate(tokenizer).exported(position)
+    text = tokenizer.apply_chat_template(said, chat_template=exported, add_generation_prompt=True, tokenize=False)
+    assert text == f"{odd}USER: is it red ?\nASSISTANT: yes<e>USER: why ?\nASSISTANT:"
+
+
+def test_an_image_in_its_message_leaves_the_beginning_of_the_text_alone() -> None:
+    """Also where a text with a system turn begins with another special token than one without."""
+    marks = "{{ {'system': '<s>', 'user': '<u>', 'assistant': '<a>'}[message.role] }}"
+    template = f"{{% for message in messages %}}{marks}{{{{ message.content }}}}<e>{{% endfor %}}"
+    tokenizer = tokenizer_of(template, None, "<e>", False, ["<e>", "<s>", "<u>", "<a>"])
+    exported = ChatTemplate(tokenizer).exported("user")
+    said = [SYSTEM, {"role": "user", "content": "why ?"}]
+    text = tokenizer.apply_chat_template(said, chat_template=exported, add_generation_prompt=True, tokenize=False)
+    assert text == "<s>Be brief.<e><u>why ?<e><a>"
 
 
 def test_a_pipeline_answers_as_the_run_does(asked: Any, tmp_path: Path) -> None:

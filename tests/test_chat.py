@@ -126,7 +126,9 @@ def test_a_conversation_that_cannot_be_used_says_why(wrong: dict[str, Any], mess
 def test_limits_and_templates_that_will_not_do_say_so() -> None:
     tokenizer = TOKENIZERS["a default system text"]
     turns = turns_of(record("a" * 50, "horse"))
-    whole = chat_sample("k", torch.zeros(3, 2, 2), turns, tokenizer, 10_000)
+    pixels = torch.zeros(3, 2, 2)
+    whole = chat_sample("k", pixels, turns, tokenizer, 10_000)
+    assert (whole.key, whole.pixels) == ("k", pixels)
     first = whole.is_target.index(True)
     cut = chat_sample("k", None, turns, tokenizer, first + 1)
     assert list(cut.tokens) == list(whole.tokens[: first + 1])

@@ -99,6 +99,14 @@ def test_ranks_share_all_ranges_and_overlap_nowhere(data: st.DataObject) -> None
     assert set(written.values()) == {(1 << 40) - 1}
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 5))
+def test_replicas_share_the_writing_evenly(lengths: list[int], size: int) -> None:
+    table = [Owned(Range(f"w{i}", 0, length), (length,)) for i, length in enumerate(lengths)]
+    shares = [sum(piece.range.length for piece in divide([table] * size, rank)) for rank in range(size)]
+    assert sum(shares) == sum(lengths)
+    assert max(shares) - min(shares) <= 1
+
+
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
@@ -286,6 +294,8 @@ def test_another_models_state_is_refused_by_name(stage: Path) -> None:
 
 def test_a_long_difference_is_cut() -> None:
     assert difference({}, {f"p{i:02d}": (1,) for i in range(30)}).endswith("p09 and 20 more")
+    assert difference({}, {f"p{i:02d}": (1,) for i in range(11)}).endswith("p09 and 1 more")
+    assert difference({}, {f"p{i:02d}": (1,) for i in range(10)}).endswith("p08, p09")
 
 
 def test_a_manifest_cannot_point_elsewhere(stage: Path) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -90,11 +91,57 @@ def test_a_spike_is_told_from_noise() -> None:
     assert resumed.max_loss == guard.max_loss
 
 
-def test_losses_all_alike_leave_room() -> None:
-    guard = Guard(GuardConfig())
-    for _ in range(LEAST):
-        guard.accept(2.0)
-    assert guard.max_loss > 2.0
+def guard_of(losses: Iterable[float], **settings: Any) -> Guard:
+    guard = Guard(GuardConfig(**settings))
+    for loss in losses:
+        guard.accept(loss)
+    return guard
+
+
+def test_the_limit_is_so_many_standard_deviations_of_normal_losses_from_their_mean() -> None:
+    losses = [NormalDist(2.0, 0.05).inv_cdf((i + 0.5) / 200) for i in range(200)]
+    random.Random(0).shuffle(losses)
+    assert guard_of(losses, spike=20, window=200).max_loss == pytest.approx(2.0 + 20 * 0.05, abs=0.01)
+    assert guard_of(losses, spike=5, window=200).max_loss == pytest.approx(2.0 + 5 * 0.05, abs=0.01)
+    assert guard_of(losses, spike=0, window=200).max_loss == math.inf, "0 turns it off"
+
+
+def test_a_few_spikes_that_were_let_in_hardly_move_the_limit() -> None:
+    losses = [2.0 + 0.01 * (i % 10) for i in range(30)]
+    assert guard_of([*losses, 50.0, 50.0], spike=20, window=32).max_loss < 3.0
+
+
+def test_only_the_losses_of_the_window_count() -> None:
+    early, late = [9.0, 5.0] * 16, [2.0, 2.1] * 16
+    guard = guard_of([*early, *late], spike=20, window=32)
+    assert guard.losses == late
+    assert guard.max_loss == guard_of(late, spike=20, window=32).max_loss
+    guard.go_on([*early, *late])
+    assert guard.losses == late
+
+
+def test_losses_all_alike_leave_room_for_a_few_thousandths() -> None:
+    assert guard_of([2.0] * LEAST, spike=20).max_loss == pytest.approx(2.0 * (1 + 20 / 1000))
+
+
+def test_patience_begins_anew_from_a_checkpoint_and_going_back_is_counted() -> None:
+    guard = Guard(GuardConfig(patience=2, rollbacks=2))
+    assert [guard.refuse() for _ in range(2)] == [False, True]
+    guard.go_on([2.0])
+    assert [guard.refuse() for _ in range(3)] == [False, True, True]
+    guard.go_back()
+    guard.go_back()
+    with pytest.raises(ValueError, match="after going back 2 times"):
+        guard.go_back()
+
+
+def test_a_batch_left_out_is_said_and_written_down(tmp_path: Path) -> None:
+    guard = guard_of([2.0] * LEAST, spike=20)
+    said = guard.note(tmp_path / "bad.jsonl", "joint", 7, 9.5, math.nan, ("a", "b"))
+    assert said.startswith("joint: a batch for step 7 is left out: loss 9.500 (at most 2.040 is accepted)")
+    line = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert line.pop("max_loss") == pytest.approx(2.04)
+    assert line == {"stage": "joint", "step": 7, "loss": 9.5, "grad_norm": None, "keys": ["a", "b"]}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.model.build import assemble, materialise, skeleton
 from hive_scale.model.export import export_encoder
 from hive_scale.model.fusion import _visual_positions
-from hive_scale.model.vision import encoder_depths, group_ends, hidden_states, patches
+from hive_scale.model.vision import covered, encoder_depths, group_ends, hidden_states, mean_colour, patches
 from hive_scale.presets import load
 
 pytestmark = pytest.mark.contract
@@ -62,6 +62,24 @@ def test_the_densest_depths_are_all_between_embeddings_and_the_last_block(rule: 
     assert encoder_depths(24, 0.5, "uniform") == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23)
     with pytest.raises(ValueError, match="an encoder of 1 block has no depth to tap"):
         encoder_depths(1, 0.25, rule)
+
+
+def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches() -> None:
+    assert mean_colour("clip_vision_model") == (122, 116, 104)  # llava.mm_utils.expand2square is given these
+    assert mean_colour("siglip_vision_model") == (127, 127, 127)
+    for image_size, side in ((32, 32), (33, 32), (39, 32), (40, 40)):
+        model = skeleton(
+            replace(tiny.model_config(), vision=PartConfig(config=tiny.SIGLIP | {"image_size": image_size}))
+        )
+        assert covered(model.vision) == side
+
+
+def test_as_many_depths_as_llm_layers_pair_one_to_one() -> None:
+    shallow = PartConfig(config=tiny.language(num_hidden_layers=3))
+    model = skeleton(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, density=1.0))
+    assert model.encoder_depths == (1, 2, 3)
+    assert model.fusion.depths == (0, 1, 2)
+    assert model.features_shape == (3, 16, 32)  # 32 pixels in patches of 8
 
 
 @pytest.mark.parametrize("llm", FAMILIES)
@@ -168,9 +186,10 @@ def test_every_selected_depth_receives_gradient(fusion: str) -> None:
         assert tap.grad.norm() > 0, depth
 
 
+@pytest.mark.parametrize("tower", [tiny.SIGLIP, tiny.CLIP], ids=["siglip", "clip"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_the_parameters_without_gradient_are_those_called_dormant(fusion: str) -> None:
-    model = assemble(tiny.model_config(fusion), seed=0)
+def test_the_parameters_without_gradient_are_those_called_dormant(fusion: str, tower: dict[str, Any]) -> None:
+    model = assemble(replace(tiny.model_config(fusion), vision=PartConfig(config=tower)), seed=0)
     open_gates(model)
     model(**tiny.batch(2).inputs()).backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == model.dormant()
@@ -298,6 +317,23 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     deeper = PartConfig(str(tmp_path), tiny.language(num_hidden_layers=6))
     with pytest.raises(ValueError, match="does not fit this model: missing: "):
         assemble(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])
+@torch.no_grad()
+def test_norms_of_queries_and_keys_make_their_size_irrelevant(fusion: str) -> None:
+    """Weights ten times as large change nothing; in the layer as its host has it they do."""
+    batch = tiny.batch(3)
+    for qk_norm in (True, False):
+        model = assemble(tiny.model_config(fusion, qk_norm=qk_norm), seed=0).eval()
+        open_gates(model)
+        before = model.read(model.see(batch.pixels), batch.tokens)
+        for layer in model.fusion.layers:
+            layer.k_proj.weight.mul_(10)
+            if fusion == "cross_attention":
+                layer.q_proj.weight.mul_(10)
+        after = model.read(model.see(batch.pixels), batch.tokens)
+        assert torch.allclose(before, after, atol=1e-4) == qk_norm
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+from fractions import Fraction
+from math import ceil
 
 import numpy as np
 import pytest
@@ -53,7 +55,9 @@ def test_seeds_and_epochs_differ() -> None:
 
 def test_the_order_of_this_version_is_the_order_for_good() -> None:
     # a run checkpointed by one version resumes under the next
-    assert Order([5, 3, 4], 7, 6).ids(10, 8).tolist() == [3, 1, 6, 9, 8, 7, 10, 5]
+    order = Order([5, 3, 4], 7, 6)
+    assert order.ids(10, 8).tolist() == [3, 1, 6, 9, 8, 7, 10, 5]
+    assert [list(order.substitutes(position)) for position in (10, 19)] == [[4, 7, 1, 0, 2], [11, 2, 0, 3, 1]]
 
 
 @given(sizes.filter(lambda s: sum(s) > 1), seeds, windows, st.integers(0, 60))
@@ -90,6 +94,19 @@ def test_a_mixture_counts_exactly_and_spreads_evenly(
             assert abs(epochs[0, :done].sum() - done * count / mixture.num_samples) <= len(sets)
         seen = np.bincount(ids[of == i] - (ends[i] - sum(sizes)), minlength=sum(sizes))
         assert seen.max() - seen.min() <= 1  # no sample is ahead of another of its set
+
+
+@given(st.lists(st.tuples(st.integers(1, 60), st.sampled_from([0.3, 0.5, 1, 2, 2.6])), min_size=1, max_size=4), seeds)
+def test_the_samples_of_a_mixture_come_as_they_are_due(sets: list[tuple[int, float]], seed: int) -> None:
+    """Sample j of c at (j + 1/2) / c of the epoch, exactly; those due at once in the order of the sets."""
+    due = []
+    for number, (size, repeat) in enumerate(sets):
+        count = max(1, round(repeat * size))
+        due += [(Fraction(2 * j + 1, 2 * count), number) for j in range(count)]
+    mixture = Mixture([[size] for size, _ in sets], [repeat for _, repeat in sets], seed, window=1)
+    ids = mixture.ids(0, mixture.num_samples)
+    ends = np.cumsum([size for size, _ in sets])
+    assert np.searchsorted(ends, ids, side="right").tolist() == [number for _, number in sorted(due)]
 
 
 @given(sets, seeds, windows, st.integers(0, 100), st.lists(st.integers(1, 20), min_size=1, max_size=4))
@@ -162,3 +179,9 @@ def test_a_cut_has_all_samples_in_like_sized_batches(lengths: list[int], batch_s
     assert sorted(np.concatenate(batches).tolist()) == list(range(len(lengths)))
     assert max(map(len, batches)) <= batch_size
     assert max(map(len, batches)) - min(map(len, batches)) <= 1
+    assert len(batches) == ceil(len(lengths) / batch_size)
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths, reverse=True)
+
+
+def test_a_cut_of_nothing_is_one_empty_batch() -> None:
+    assert [len(batch) for batch in cut([], 4)] == [0]

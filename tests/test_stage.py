@@ -47,6 +47,7 @@ def test_groups_name_each_trained_parameter_once_and_spare_vectors_from_decay() 
     assert set(named) == {name for name, parameter in parameters.items() if parameter.requires_grad}
     assert set(named).isdisjoint(model.dormant())
     for group in groups:
+        assert (group.lr, group.steps_behind) == (2e-3, 0)
         for name in group.parameters:
             assert (group.weight_decay == 0) == (parameters[name].ndim < 2)
 
@@ -62,6 +63,12 @@ def test_decay_is_independent_of_the_peak_learning_rate(decoupled: bool, kept: f
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach(), before * kept)
+
+
+def test_a_group_that_stands_still_keeps_its_decay() -> None:
+    stage = StageConfig({"all": GroupConfig(["*"], lr=0.0, weight_decay=0.01)}, decoupled_decay=True)
+    (group,) = freeze(torch.nn.Linear(3, 2, bias=False), stage)
+    assert (group.lr, group.weight_decay) == (0.0, 0.01)
 
 
 def test_a_glob_that_matches_nothing_is_an_error() -> None:

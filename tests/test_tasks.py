@@ -254,6 +254,36 @@ def test_mme_by_hand() -> None:
         mme.score(answered[:-1])
 
 
+def test_mme_has_the_published_subtasks_and_maxima() -> None:
+    """Arxiv 2306.13394, section 2: ten of perception, four of cognition, 200 points each."""
+    perception = [
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ]
+    cognition = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
+    facts = [{"answer": "yes", "category": name, "picture": "1"} for name in (*perception, *cognition)] * 2
+    scores = mme.score([(ask(fact), "yes") for fact in facts])
+    assert (scores.pop("sum"), scores.pop("perception"), scores.pop("cognition")) == (2800, 2000, 800)
+    assert scores == dict.fromkeys([*perception, *cognition], 200)
+
+
+def test_one_question_and_none_are_scored() -> None:
+    assert okvqa.score([(ask({"answers": ["cat"] * 10}), "cat")]) == {"accuracy": 100.0}
+    assert scienceqa.score([(ask({"answer": "A"}), "A")]) == {"image": 100.0}
+    assert scienceqa.score([(ask({"answer": "A"}, about_picture=False), "A")]) == {"full": 100.0, "image": 0.0}
+    assert okvqa.score([]) == gqa.score([]) == {"accuracy": 0.0}
+    assert scienceqa.score([]) == {"image": 0.0}
+    assert mme.score([]) == {"sum": 0.0, "perception": 0.0, "cognition": 0.0}
+
+
 @pytest.mark.parametrize(
     ("matches", "accuracy"),
     [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)],  # 3: (3 x 2/3 + 7 x 1) / 10
@@ -307,7 +337,7 @@ def test_mme_from_parquet(tmp_path: Path) -> None:
     rows = [
         {"question_id": f"existence/{n}.jpg", "image": picture(n), "question": q, "answer": a, "category": "existence"}
         for n in range(3)
-        for q, a in zip(asked, ("Yes", "No"), strict=True)
+        for q, a in zip(asked, ("Yes", "No."), strict=True)
     ]
     write(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
     questions = mme.read(tmp_path)
