@@ -230,3 +230,51 @@ def test_a_pipeline_answers_as_the_run_does(asked: Any, tmp_path: Path) -> None:
     said = [{"role": "user", "content": [{"type": "image", "image": image(3)}, {"type": "text", "text": TEXT}]}]
     [found] = asks(text=said, max_new_tokens=6, do_sample=False, return_full_text=False)
     assert found["generated_text"].strip() == expected.text
+
+
+def test_a_question_with_the_images_token_in_it_is_asked_as_training_reads_it(asked: Any) -> None:
+    """LLaVA's records spell the image at either end of the question, or in a later turn; others type it by mistake."""
+    folder, asker, position = asked
+    expected = prompt_with_slot([{"role": "user", "content": TEXT}], asker.tokenizer, position)
+    for spelt in (f"<image>\n{TEXT}", f"{TEXT}\n<image>", f"  {TEXT} "):
+        assert prompt_with_slot([{"role": "user", "content": spelt}], asker.tokenizer, position) == expected
+    processor = AutoProcessor.from_pretrained(folder)
+    for content in (f"{TEXT}\n<image>", parts(f" {TEXT} "), [*parts(f"{TEXT} <image>")]):
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        ids = processor(images=image(), text=text)["input_ids"][0]
+        image_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+        assert [token for token in ids if token != image_id] == expected[0]
+    later = [*FIRST, {"role": "user", "content": f"<image>\n{TEXT}"}]
+    tokens, slot = prompt_with_slot([*FIRST, {"role": "user", "content": TEXT}], asker.tokenizer, position)
+    ids = processor(images=image(), text=processor.apply_chat_template(later, add_generation_prompt=True))["input_ids"][
+        0
+    ]
+    assert ids.index(image_id) == slot
+    assert [token for token in ids if token != image_id] == tokens
+
+
+def test_todays_date_is_not_asked_for() -> None:
+    template = "{{ bos_token }}{{ strftime_now('%d %b %H:%M:%S %f') }}" + QWEN2
+    tokenizer = Tokenizer(tokenizer_of(template, "<|endoftext|>", "<|im_end|>", False, IM))
+    turns = [{"role": "user", "content": TEXT}]
+    assert prompt_with_slot(turns, tokenizer, "user") == prompt_with_slot(turns, tokenizer, "user")
+    assert "26 Jul 00:00:00 000000" in tokenizer.template.render(turns)
+    assert "26 Jul" in tokenizer.template.exported("user")
+
+
+def test_every_end_of_an_answer_is_one() -> None:
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+        "{{ '<|endoftext|>' if loop.last else '<|im_end|>' }}{% endfor %}"
+    )
+    tokenizer = Tokenizer(tokenizer_of(template, None, "<|endoftext|>", False, IM))
+    assert [tokenizer.stock.convert_ids_to_tokens(id) for id in tokenizer.end_ids] == ["<|endoftext|>", "<|im_end|>"]
+
+
+def test_answers_that_the_template_would_change_are_refused() -> None:
+    template = QWEN2.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
+    tokenizer = Tokenizer(tokenizer_of(template, None, "<|im_end|>", False, IM))
+    said = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "<think>so</think>yes"}]
+    with pytest.raises(ValueError, match="chat template changes an answer"):
+        chat_sample("k", None, said, tokenizer, 999)
+    assert chat_sample("k", None, [said[0], {"role": "assistant", "content": "yes"}], tokenizer, 999)
