@@ -89,6 +89,12 @@ def _looks(config: Config, device: torch.device) -> None:
             console.print(f"  truth: {truth}\n  model: {text}", markup=False)
 
 
+def _next(config: Config) -> str:
+    if config.model.fusion == "concat":
+        return f"see both side by side: python -m hive_scale visualize report OTHER_RUN {config.run_dir}"
+    return "compare with the self-attention baseline: the same command with fusion=concat"
+
+
 @_told
 def _files(config: Config) -> None:
     stage_dir = config.run_dir / list(config.stages)[-1]
@@ -96,7 +102,7 @@ def _files(config: Config) -> None:
         f"weights  {stage_dir / WEIGHTS}\n"
         f"encoder  {stage_dir / 'encoder'}  (loads with transformers' from_pretrained)\n"
         f"metrics  {config.run_dir}/<stage>/metrics.jsonl\n"
-        "next     compare with the self-attention baseline: the same command with fusion=concat",
+        f"next     {_next(config)}",
         markup=False,
         soft_wrap=True,
     )

@@ -14,6 +14,7 @@ examples:
   python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
   python launchers/export.py verify runs/debug                           every checksum of a run
 
+Each makes RUN/export/WHAT, unless --output says otherwise.
 Exit codes: 0 done, 1 verify found damage, 2 something to change in the command.
 """
 KINDS = {
