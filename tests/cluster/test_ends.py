@@ -26,7 +26,11 @@ def test_no_daemon_outlives_the_tests(tmp_path: Path, number: signal.Signals) ->
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(line, cwd=root, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True) as child:
         started: set[int] = set()
+        deadline = time.monotonic() + 240
         while child.poll() is None and not (is_up.exists() and names(started) >= DAEMONS):
+            if time.monotonic() > deadline:
+                child.kill()
+                pytest.fail(f"of the cluster only {names(started)} run after four minutes")
             time.sleep(0.2)
             started = bearing(name)
         assert child.poll() is None, child.stdout.read() if child.stdout else ""
