@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 
 import pytest
 from chains import why_not
@@ -20,9 +22,10 @@ DAEMONS = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "slurmstepd"
 def test_no_daemon_outlives_the_tests(tmp_path: Path, number: signal.Signals) -> None:
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm here: {reason}")
+    base = Path(mkdtemp(dir="/tmp"))  # short: Slurm's sockets lie below it, and their paths have at most 108 bytes
     name, is_up = f"STARTED_HERE={os.getpid()}-{number}", tmp_path / "up"
     env = os.environ | {"IS_UP": str(is_up)} | dict([name.split("=")])
-    line = [sys.executable, "-m", "pytest", "-q", f"--basetemp={tmp_path / 'base'}", "tests/cluster/interrupted.py"]
+    line = [sys.executable, "-m", "pytest", "-q", f"--basetemp={base / 'b'}", "tests/cluster/interrupted.py"]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(line, cwd=root, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True) as child:
         started: set[int] = set()
@@ -41,6 +44,7 @@ def test_no_daemon_outlives_the_tests(tmp_path: Path, number: signal.Signals) ->
         child.wait(timeout=60)
         assert not until_none_runs(started, 60), names(running(started))
         assert not bearing(name) - {os.getpid()}
+    rmtree(base, ignore_errors=True)
 
 
 def names(pids: set[int]) -> set[str]:
