@@ -165,4 +165,6 @@ def test_a_llava(found: dict[str, dict[str, Tensor]], image: Path, tower: str, p
     asker.tokenizer = TOKENIZER
     [answer] = asker.answer([Question("q", TEXT, Picture("p", image.read_bytes), {})], 6)
     assert TOKENIZER.decode(found[f"llava-{tower}-{position}"]["written"][0].tolist()).strip() == answer.text
-    assert answer.text
+    assert found[f"llava-{tower}-{position}"][
+        "written"
+    ].numel()  # special tokens alone, with some releases' random weights
