@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,21 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def png() -> bytes:
+    pixels = torch.randint(0, 256, (tiny.IMAGE, tiny.IMAGE, 3), generator=torch.Generator().manual_seed(4)).byte()
+    data = BytesIO()
+    Image.fromarray(pixels.numpy()).save(data, "PNG")
+    return data.getvalue()
+
+
+def weights_of(model: Hive) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 @pytest.fixture(scope="module")
 def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("image") / "image.png"
-    pixels = torch.randint(0, 256, (tiny.IMAGE, tiny.IMAGE, 3), generator=torch.Generator().manual_seed(4)).byte()
-    Image.fromarray(pixels.numpy()).save(path)
+    path.write_bytes(png())
     return path
 
 
@@ -107,9 +119,18 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
 LONG = " ".join([TEXT] * 8)
 
 
-def of_llava(tower: str) -> tuple[Hive, dict[str, Tensor]]:
-    model = tiny.sighted(assemble(model_config(TOWERS[tower][0], "llama", rope_theta=500000.0), 3).eval(), 3)
-    return model, {name: parameter.detach() for name, parameter in model.named_parameters()}
+@cache
+def of_llava(tower: str) -> Hive:
+    """The first that says something; which random weights do differs between releases."""
+    config = model_config(TOWERS[tower][0], "llama", rope_theta=500000.0)
+    made = (tiny.sighted(assemble(config, seed).eval(), 3) for seed in range(3, 30))
+    return next(model for model in made if all(answer(model, tower, position) for position in ("user", "start")))
+
+
+def answer(model: Hive, tower: str, position: Any) -> str:
+    asker = HiveAnswerer(model, DataConfig(image=TOWERS[tower][1], image_position=position), torch.device("cpu"))
+    asker.tokenizer = TOKENIZER
+    return asker.answer([Question("q", TEXT, Picture("p", png), {})], 6)[0].text
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +144,7 @@ def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
         for position in ("user", "start"):
             path = folder / f"llava-{tower}-{position}"
             of_model = model_config(config, "llama", rope_theta=500000.0)
-            export.export_llava(of_model, of_llava(tower)[1], path, TOKENIZER.stock, mode, position=position)
+            export.export_llava(of_model, weights_of(of_llava(tower)), path, TOKENIZER.stock, mode, position=position)
             jobs.append(("llava", str(path), TEXT))
     for name, (llm, changes) in LLMS.items():
         weights = dict(assemble(model_config(tiny.SIGLIP, llm, **changes), 1).named_parameters())
@@ -159,12 +180,7 @@ def test_an_llm(found: dict[str, dict[str, Tensor]], name: str) -> None:
 
 @pytest.mark.parametrize("position", ["user", "start"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_llava(found: dict[str, dict[str, Tensor]], image: Path, tower: str, position: Any) -> None:
-    data = DataConfig(image=TOWERS[tower][1], image_position=position)
-    asker = HiveAnswerer(of_llava(tower)[0], data, torch.device("cpu"))
-    asker.tokenizer = TOKENIZER
-    [answer] = asker.answer([Question("q", TEXT, Picture("p", image.read_bytes), {})], 6)
-    assert TOKENIZER.decode(found[f"llava-{tower}-{position}"]["written"][0].tolist()).strip() == answer.text
-    assert found[f"llava-{tower}-{position}"][
-        "written"
-    ].numel()  # special tokens alone, with some releases' random weights
+def test_a_llava(found: dict[str, dict[str, Tensor]], tower: str, position: Any) -> None:
+    said = answer(of_llava(tower), tower, position)
+    assert TOKENIZER.decode(found[f"llava-{tower}-{position}"]["written"][0].tolist()).strip() == said
+    assert said
