@@ -287,3 +287,18 @@ def test_the_picture_decides_the_first_word_of_the_baseline() -> None:
     batch = tiny.batch(2)
     logits = [model.logits(model.read(model.see(pixels[None]), torch.tensor([[1]])))[0, 0] for pixels in batch.pixels]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_visual_keys_turn_as_the_llms_own_rotary_tables_do() -> None:
+    """On a line, which is how text stands; yarn also scales what it turns."""
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    parts = PartConfig(config=tiny.SIGLIP), PartConfig(config=tiny.language(rope_parameters=yarn))
+    model = assemble(ModelConfig(*parts, fusion="joint_attention", density=0.5, positions="line"), 0)
+    rotary, layer = model.language.model.rotary_emb, model.fusion.layers[0]
+    assert rotary.attention_scaling > 1.05
+    visual = torch.randn(1, 16, 48)
+    key = layer.k_proj(layer.norm(visual)).view(1, 16, -1, 12).transpose(1, 2)
+    cos, sin = rotary(visual, 1 + torch.arange(16)[None])
+    turned = torch.cat([-key[..., 6:], key[..., :6]], dim=-1)
+    torch.testing.assert_close(layer(visual)[0], key * cos[:, None] + turned * sin[:, None], atol=1e-5, rtol=1e-5)

@@ -185,16 +185,18 @@ class VisualKeyValue(nn.Module):
         if slots is not None:
             places = places + (slots - SLOT)[:, None, None, None]
         # not views, which FSDP2 warns of: hooks hang on what a unit returns
-        return self._rotate(key, places) * self.scaling, _heads(self.v_proj(normed), self.head_dim).contiguous()
+        return self._rotate(key, places, self.scaling), _heads(self.v_proj(normed), self.head_dim).contiguous()
 
     def move(self, key_BKVh: Tensor, slots: Tensor | None) -> Tensor:
         """Keys of images at `slots`, of those that `forward` has made for SLOT."""
         return key_BKVh if slots is None else self._rotate(key_BKVh, (slots - SLOT)[:, None, None, None])
 
-    def _rotate(self, key_BKVh: Tensor, places: Tensor) -> Tensor:
+    def _rotate(self, key_BKVh: Tensor, places: Tensor, scaling: float = 1.0) -> Tensor:
         """`places`: the positions by which pairs of channels turn, (V, pairs) or (B, 1, V or 1, pairs or 1)."""
         angles = places * self.inverse_frequencies  # (h / 2,)
-        cos, sin = (torch.cat([part, part], dim=-1).to(key_BKVh) for part in (angles.cos(), angles.sin()))
+        cos, sin = (
+            torch.cat([part, part], dim=-1).to(key_BKVh) for part in (scaling * angles.cos(), scaling * angles.sin())
+        )
         first, second = key_BKVh.chunk(2, dim=-1)
         return key_BKVh * cos + torch.cat([-second, first], dim=-1) * sin
 
