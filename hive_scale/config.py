@@ -6,18 +6,21 @@ config is written beside the run and reloads to the same run. This module import
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import ceil, floor
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from hive_scale.strict_json import dumps
 
 Fusion = Literal["cross_attention", "joint_attention", "concat"]
 Depths = Literal["uniform", "later"]
@@ -274,12 +277,17 @@ class Config:
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
     def __post_init__(self) -> None:
+        if not self.name.strip() or not self.name.isprintable() or ".." in Path(self.name).parts or len(self.name) > 200:
+            raise ValueError(f"name={self.name!r} cannot name a run: use printable characters, at most 200, and no '..'")
         for name in self.stages:
+            if not STAGE_NAME.fullmatch(name) or len(name) > 100 or name in TAKEN:
+                why = "the run directory has a file of its own of that name" if name in TAKEN else NAMING
+                raise ValueError(f"stages.{name!r} cannot name a stage, which has a folder of that name: {why}")
             self.data_of(name)  # a typo in what a stage overrides is answered at once
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.output.format(name=self.name))
+        return Path(os.path.expanduser(self.output.replace("{name}", self.name)))
 
     def data_of(self, stage: str) -> DataConfig:
         """The data that `stage` reads: the run's, with the stage's own keys over it. Raises ValueError for a typo.
@@ -295,11 +303,23 @@ class Config:
             raise ValueError(f"stages.{stage}.data: {str(error).removeprefix('config: ')}") from None
 
 
+# What a run directory holds besides its stages: no stage can have these names.
+TAKEN = frozenset(
+    [
+        *("config.yaml", "data.json", "bad_samples.jsonl", "bad_batches.jsonl", "outcome.txt", "log_id", "STOP"),
+        *("initial", "blank", "logs", "slurm", "tensorboard", "wandb", "llava", "vlm", "probes", "evaluation"),
+    ]
+)
+STAGE_NAME = re.compile(r"\w(?:[\w.+ -]*[\w.+-])?")
+NAMING = "begin with a letter or digit, go on with letters, digits, '_', '-', '+', '.' or spaces, at most 100"
+
 T = TypeVar("T")  # Config, or another dataclass of settings
 # YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
 LITERAL = re.compile(r"\d+:\d+|on|off|")
 RANGE = re.compile(r"\{\d+\.\.\d+\}")  # of shards; to YAML a brace begins a mapping
-ITEM = re.compile(r"""\s*(?:'[^']*'|"[^"]*"|[^,'"]+)""")  # of a list
+IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
+QUOTED = re.compile(IN_QUOTES)
+ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # of a list
 
 
 def resolve(base: T, *layers: Any) -> T:
@@ -313,7 +333,7 @@ def resolve(base: T, *layers: Any) -> T:
             _unlock(node)  # frozen dataclasses make read-only nodes
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
-            read = _read(layer)
+            read = _read(layer, type(base))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
         return cast(T, OmegaConf.to_object(node))
@@ -326,8 +346,18 @@ def resolve(base: T, *layers: Any) -> T:
 
 
 def save(config: Config, path: Path) -> None:
+    """Complete or absent: who reads `path` meanwhile finds what was there before. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_yaml(config))
+    unnamed = path.with_name(f".{path.name}.tmp")
+    try:
+        with unnamed.open("w", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+            file.flush()
+            os.fsync(file.fileno())
+        unnamed.replace(path)
+    except OSError:  # a full disk must not leave an empty file
+        unnamed.unlink(missing_ok=True)
+        raise
 
 
 def load(path: Path) -> Config:
@@ -412,11 +442,12 @@ def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
             raise ValueError(f"config: {'.'.join(parts)}: there is no stage '{parts[1]}': {hint}")
 
 
-def _read(layer: Any) -> DictConfig | ListConfig:
+def _read(layer: Any, kind: type) -> DictConfig | ListConfig:
     if isinstance(layer, Path):
         return read_yaml(layer)
     if isinstance(layer, Sequence):
-        return cast(DictConfig, OmegaConf.merge(*(_read_word(word) for word in layer)) if layer else OmegaConf.create())
+        words = [_read_word(word, kind) for word in layer]
+        return cast(DictConfig, OmegaConf.merge(*words) if words else OmegaConf.create())
     return cast(DictConfig, OmegaConf.create(layer))
 
 
@@ -439,27 +470,45 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
     return read
 
 
-def _read_word(word: str) -> DictConfig:
+def _read_word(word: str, kind: type) -> DictConfig:
+    """`word` as a layer over a config of type `kind`."""
     key, is_one, value = word.partition("=")
     if not is_one:
         raise ValueError(f"config: '{word}' is not key=value")
     try:
-        return OmegaConf.from_dotlist([f"{key}={_quoted(value)}"])
+        return OmegaConf.from_dotlist([f"{key}={_quoted(value, _type_of(kind, key.split('.')))}"])
     except YAMLError as error:
         raise ValueError(f"config: {key}={value}: not YAML: {_in_a_line(error)}: put it in quotation marks") from None
 
 
-def _quoted(value: str) -> str:
-    """`value` such that YAML takes it for what it says; of a list, the items that hold braces, as shards' names do."""
-    if LITERAL.fullmatch(value):
-        return f"'{value}'"
-    if value.startswith("[") and value.endswith("]") and RANGE.search(value):
-        return f"[{', '.join(_quoted_range(item.strip()) for item in ITEM.findall(value[1:-1]))}]"
-    return value
+def _type_of(kind: Any, keys: Sequence[str]) -> Any:
+    """The declared type of what `keys` lead to from dataclass `kind`; Any where none is declared."""
+    for key in keys:
+        if is_dataclass(kind):
+            kind = DataConfig if kind is StageConfig and key == "data" else get_type_hints(kind).get(key, Any)
+        else:
+            kind = get_args(kind)[1] if get_origin(kind) is dict else Any
+    return kind
 
 
-def _quoted_range(item: str) -> str:
-    return item if item.startswith(("'", '"')) or not RANGE.search(item) else f"'{item}'"
+def _quoted(value: str, kind: Any) -> str:
+    """`value` such that YAML takes it for what it says.
+
+    What is text by its type stays as it was typed: YAML would make 20240501 of 2024_05_01, true of yes, and cut
+    "a #1" short. Elsewhere the items of a list that hold braces are quoted, as shards' names do.
+    """
+    if value == "null":
+        return value
+    if kind is str:
+        return _as_text(value)
+    if value.startswith("[") and value.endswith("]") and (kind == list[str] or RANGE.search(value)):
+        items = filter(None, (match[1] for match in ITEM.finditer(value[1:-1])))
+        return f"[{', '.join(_as_text(item) if kind == list[str] or RANGE.search(item) else item for item in items)}]"
+    return f"'{value}'" if LITERAL.fullmatch(value) else value
+
+
+def _as_text(value: str) -> str:
+    return value if QUOTED.fullmatch(value) else dumps(value)
 
 
 def _in_a_line(error: Exception) -> str:
