@@ -35,7 +35,13 @@ def add_run_arguments(
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """What every launcher takes that trains."""
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
-    parser.add_argument("--overwrite", action="store_true", help="delete what the run directory holds and start over")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="move the run that is there to <output>.old-DATE and start over"
+    )
+    # one option, not a value: what follows --overwrite may be a key=value word
+    parser.add_argument(
+        "--overwrite=delete", dest="overwrite", action="store_const", const="delete", help="remove it instead"
+    )
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     levels = ("debug", "info", "warning", "error")
     parser.add_argument("--log_level", choices=levels, default="warning", help="of what libraries say (warning)")
@@ -45,12 +51,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     """The run that `arguments` name, changed by `words`. Raises ValueError with the remedy."""
     from hive_scale import presets
+    from hive_scale.rundir import at_home
 
     given = {"ds_config": arguments.ds_config and find_ds_config(arguments.ds_config)}
     given |= {"ds_config_owned": arguments.ds_config_owned}
     engine = [f"engine.{name}={value}" for name, value in given.items() if value]
     preset = arguments.preset or (None if arguments.config else arguments.default_preset)  # a file may name its own
-    return presets.load(preset, arguments.config, [*words, *engine])
+    config = presets.load(preset, arguments.config, [*words, *engine])
+    if arguments.config and not any(word.startswith(("output=", "name=")) for word in words):
+        config = at_home(config, arguments.config)
+    return config
 
 
 def find_ds_config(given: str) -> str:

@@ -277,8 +277,15 @@ class Config:
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or not self.name.isprintable() or ".." in Path(self.name).parts or len(self.name) > 200:
-            raise ValueError(f"name={self.name!r} cannot name a run: use printable characters, at most 200, and no '..'")
+        if (
+            not self.name.strip()
+            or not self.name.isprintable()
+            or ".." in Path(self.name).parts
+            or len(self.name) > 200
+        ):
+            raise ValueError(
+                f"name={self.name!r} cannot name a run: use printable characters, at most 200, and no '..'"
+            )
         for name in self.stages:
             if not STAGE_NAME.fullmatch(name) or len(name) > 100 or name in TAKEN:
                 why = "the run directory has a file of its own of that name" if name in TAKEN else NAMING

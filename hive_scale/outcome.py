@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS
@@ -91,7 +93,9 @@ def _looks(config: Config, device: torch.device) -> None:
 
 def _next(config: Config) -> str:
     if config.model.fusion == "concat":
-        return f"see both side by side: python -m hive_scale visualize report OTHER_RUN {config.run_dir}"
+        return (
+            f"see both side by side: python -m hive_scale visualize report OTHER_RUN {shlex.quote(str(config.run_dir))}"
+        )
     return "compare with the self-attention baseline: the same command with fusion=concat"
 
 
@@ -121,7 +125,7 @@ def _time(config: Config) -> str:
 
 
 def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:
-    table = Table("stage", "held-out loss", "at its end", title=f"{config.name} (nats per token)")
+    table = Table("stage", "held-out loss", "at its end", title=Text(f"{config.name} (nats per token)"))
     for name, values in losses.items():
         table.add_row(name, f"{values[0]:.4f}" if len(values) > 1 else "", f"{values[-1]:.4f}")
     return table

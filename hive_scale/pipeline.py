@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
+from hive_scale.checkpoint.claims import (
+    Overwrite,
+    begin,
+    check_owner,
+    claim,
+    is_again,
+    is_begun,
+    on_main,
+)
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
 from hive_scale.checkpoint.lock import locked
@@ -13,40 +23,57 @@ from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.initial import assemble
 from hive_scale.model.export import export_encoder
-from hive_scale.preparation import check, check_owner, claim, open_all, same_data
+from hive_scale.preparation import check, open_all, same_data
+from hive_scale.rundir import check_place
 from hive_scale.train import StageRun
 from hive_scale.watch.interrupt import Interrupt, listening
 
 
 def run_pipeline(
-    config: Config, world: World, overwrite: bool = False, until: str | None = None, patience: float = 0.0
+    config: Config,
+    world: World,
+    overwrite: Overwrite = False,
+    until: str | None = None,
+    patience: float = 0.0,
+    follows: bool = False,
 ) -> None:
     """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
 
-    `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
-    training starts, RuntimeError if another run is at work in the same directory and does not leave it within
-    `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
+    With `overwrite` a run that is there already is moved aside, or removed, and begun anew. `until` is the last stage
+    to train (None: all). A run that `follows` another, as its blank twin does, takes up what has changed there.
+    Raises ValueError for what the user must change, before training starts, and then leaves nothing behind,
+    RuntimeError if another run is at work in the same directory and does not leave it within `patience` seconds, and
+    Stopped when a signal or a file STOP has asked for it.
     """
-    with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
-        if not overwrite:
-            check_owner(config)
+    on_main(world, lambda: check_place(config))
+    with locked(config.run_dir, world, patience) as lock, listening(config.run_dir, world) as interrupt:
+        if overwrite and world.of_main("again" if is_again(config.run_dir) else ""):
+            overwrite = False
+        on_main(world, lambda: check_owner(config, overwrite, follows))
         names = list(config.stages)
         wanted = names[: names.index(until) + 1] if until else names
         if overwrite or not all(is_done(config.run_dir / name) for name in wanted):
-            _run_stages(config, wanted, world, interrupt, overwrite)
+            take = partial(claim, config, world, lock, overwrite, follows)
+            _run_stages(config, wanted, world, interrupt, bool(overwrite), take)
 
 
-def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt, overwrite: bool) -> None:
-    left = [name for name in wanted if overwrite or not is_done(config.run_dir / name)]
+def _run_stages(
+    config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt, anew: bool, take: Callable[[], None]
+) -> None:
+    left = [name for name in wanted if anew or not is_done(config.run_dir / name)]
     check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
-    if world.is_main and (overwrite or not find_weights(weights)):
+    # until a stage has begun, the config may still be edited in what the first one starts from
+    begun = any(is_begun(config.run_dir / name) for name in config.stages)
+    if world.is_main and (anew or not begun or not find_weights(weights)):
         first = assemble(config.model, seed=next(iter(config.stages.values())).seed)
     # not before: to a directory that a refused command had claimed, the corrected one would be another run
-    claim(config, world, overwrite)
+    take()
     data = open_all(config)
     same_data(config, data, world)
+    if world.is_main:
+        (config.run_dir / "outcome.txt").unlink(missing_ok=True)  # of fewer stages
     if first is not None:
         write_weights(weights, dict(first.named_parameters()))
         del first
@@ -54,6 +81,7 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
     for name in wanted:
         stage_dir = config.run_dir / name
         if not is_done(stage_dir):
+            begin(config, name, world)
             checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
             memory.release()
             if world.is_main:

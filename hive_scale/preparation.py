@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hive_scale import config as configs
-from hive_scale.checkpoint.lock import LOCK
+from hive_scale.checkpoint.claims import is_begun
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
@@ -114,36 +113,25 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
     path = config.run_dir / "data.json"
     sets = {name: one.train for name, one in data.items()}
     now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
-    if world.is_main and not path.exists():
-        unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(dumps(now, indent=1))
-        unnamed.rename(path)
+    if world.is_main:
+        before = json.loads(path.read_text()) if path.exists() else {}
+        if added := [name for name in now if name not in before or _reads_others(before[name], config, name)]:
+            unnamed = path.with_suffix(".tmp")
+            noted = before | {name: now[name] | {"shards": config.data_of(name).train} for name in added}
+            unnamed.write_text(dumps(noted, indent=1))
+            unnamed.rename(path)
     world.barrier()
     before = json.loads(path.read_text())
     for name in config.stages:
-        if before[name] != now[name] and not is_done(config.run_dir / name):
+        begun_with = {key: before[name][key] for key in now[name]}
+        if begun_with != now[name] and not is_done(config.run_dir / name):
             raise ValueError(
                 f"stages.{name}: the run began with {before[name]['samples']:,} training samples, and finds "
                 f"{now[name]['samples']:,}, not all of them the same: restore its shards, or use --overwrite"
             )
 
 
-def check_owner(config: Config) -> None:
-    """Raises ValueError if the run directory is another run's."""
-    saved = config.run_dir / "config.yaml"
-    if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
-        raise ValueError(
-            f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
-        )
-
-
-def claim(config: Config, world: World, overwrite: bool) -> None:
-    """Make the run directory this run's, which it stays; with `overwrite` empty it first."""
-    saved = config.run_dir / "config.yaml"
-    if world.is_main and overwrite and saved.exists():
-        for entry in config.run_dir.iterdir():
-            if entry.name != LOCK:  # which is ours
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    world.barrier()
-    if world.is_main and not saved.exists():
-        configs.save(config, saved)
+def _reads_others(noted: Mapping[str, Any], config: Config, name: str) -> bool:
+    """Whether a stage that has not begun is to read other shards than when the run began."""
+    shards = config.data_of(name).train
+    return noted.get("shards", shards) != shards and not is_begun(config.run_dir / name)

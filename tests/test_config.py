@@ -64,7 +64,8 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["stages.joint.data.max_tokens=1"], "stages.joint.data: .* leaves no room"),
         (["stages.joint.data=a.tar"], "stages.joint.data"),
         (["data.train=[a.tar"], r"data.train=\[a.tar: not YAML: .* quotation marks"),
-        (["data.train=[a/{b}.tar]"], "not YAML"),
+        (["name=a\nb"], r"name='a\\nb' cannot name a run"),
+        (["name=../up"], "no '[.][.]'"),
         (["model.vision.config=3"], "model.vision.config"),
         (["data.train=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
     ],
@@ -107,6 +108,35 @@ def test_ranges_of_shards_in_a_list() -> None:
     word = "data.train=[shards/{00000..00595}.tar, '3 x b/{0..9}.tar',plain.tar, 0.5 x {0..9}.tar]"
     shards = ["shards/{00000..00595}.tar", "3 x b/{0..9}.tar", "plain.tar", "0.5 x {0..9}.tar"]
     assert presets.load("debug", None, [word]).data.train == shards
+
+
+@pytest.mark.parametrize(
+    "text", ["2024_05_01", "yes", "1e3", "runs/a #1", "`x`", "a: b", "@x", "{x}/[y]", "it's", "~x", "0x1f", "- a", " "]
+)
+def test_text_in_a_word_stays_as_it_was_typed(text: str, tmp_path: Path) -> None:
+    run = presets.load("debug", None, [f"output={text}", f"stages.joint.data.tokenizer.path={text}", f"name=a{text}"])
+    assert (run.output, run.data_of("joint").tokenizer.path, run.name) == (text, text, f"a{text}")
+    config.save(run, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == run
+    listed = presets.load("debug", None, [f"data.train=[{text}.tar,'q, {{r}}.tar']"])
+    assert listed.data.train == [f"{text}.tar".strip(), "q, {r}.tar"]
+
+
+def test_quotation_marks_around_a_word_are_not_part_of_it() -> None:
+    run = presets.load("debug", None, ["name='a: b'", 'output="x"', "log.wandb=off", "profile.steps=10:13"])
+    assert (run.name, run.output, run.log.wandb, run.profile.window()) == ("a: b", "x", "off", (10, 13))
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc", "a\nb", "\x1b[31m", "[red]x", "a|b", "initial", ".git", "", "x "])
+def test_a_stage_is_named_as_a_folder_of_the_run_can_be(name: str) -> None:
+    run = presets.debug()
+    with pytest.raises(ValueError, match="cannot name a stage"):
+        replace(run, stages={name: run.stages["joint"]})
+
+
+def test_braces_in_a_path_are_taken_as_they_are() -> None:
+    run = presets.load("debug", None, ["output=runs/{x} {name}/{0}/{name.__class__}"])
+    assert run.run_dir == Path("runs/{x} debug/{0}/{name.__class__}")
 
 
 def test_a_config_of_another_family_takes_the_place_of_the_preset_s(tmp_path: Path) -> None:

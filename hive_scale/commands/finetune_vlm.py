@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -55,6 +56,10 @@ def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:
     from hive_scale.preparation import check, open_all
 
     arguments = _parse(argv)
+    if arguments.overwrite:
+        raise ValueError(
+            "--overwrite: a job of a chain may begin again, and goes on then: move its old run away yourself"
+        )
     config = _run(arguments, arguments.encoder)
     config = replace(config, model=replace(config.model, vision=vision))
     check(config, open_all(config, noted=False), dict.fromkeys(config.stages, world_size), here=False)
@@ -85,8 +90,9 @@ def _give(config: Config) -> None:
     if config.model.fusion == "concat" and not llava.exists():
         export_run("llava", config.run_dir, llava)
     model = llava if llava.exists() else config.run_dir
-    console.print(f"model    {model}", soft_wrap=True)
-    console.print(f"next     python launchers/evaluate.py {config.run_dir} --tasks NAMES", soft_wrap=True)
+    run = shlex.quote(str(config.run_dir))
+    console.print(f"model    {model}", soft_wrap=True, markup=False)
+    console.print(f"next     python launchers/evaluate.py {run} --tasks NAMES", soft_wrap=True, markup=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

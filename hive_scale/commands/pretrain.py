@@ -49,7 +49,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)
         if config.evidence:
-            run_pipeline(blank_twin(config), world)
+            run_pipeline(blank_twin(config), world, follows=True)
         if world.is_main:
             show(config, world.device)
 

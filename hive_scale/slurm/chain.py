@@ -61,6 +61,7 @@ class Record:
     """What was submitted, in ``<run>/slurm/chain.json``."""
 
     cwd: str = ""  # where relative paths of the config begin
+    run: str = ""  # the run's directory then
     code: dict[str, str] = field(default_factory=dict)  # {package: version}, ours with its commit
     cluster: str = ""
     jobs: dict[str, str] = field(default_factory=dict)  # the last job of each stage
@@ -78,7 +79,12 @@ class Record:
     @classmethod
     def read(cls, run_dir: Path) -> Record | None:
         path = cls.path(run_dir)
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        record = cls(**json.loads(path.read_text()))
+        if record.run and not _is_same(Path(record.run), run_dir):
+            record.jobs = {}  # those of the run that this one was copied from; of a moved run, jobs find nothing
+        return record
 
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)
@@ -87,12 +93,20 @@ class Record:
         unnamed.rename(path)
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
 def recorded(
     config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int], then: Followers
 ) -> Record:
     """The run's record, brought up to date and written, with its config beside it."""
     record = Record.read(config.run_dir) or Record()
     record.cwd, record.code, record.cluster, record.steps = os.getcwd(), code_version(), cluster, dict(steps)
+    record.run = str(config.run_dir.resolve())
     record.resources = {stage: asdict(resources) for stage, resources in asked.items()}
     record.then = {name: asdict(follower) for name, follower in then.items()}
     configs.save(config, Record.path(config.run_dir).with_name("config.yaml"))

@@ -66,7 +66,7 @@ def follow(config: Config, until: Callable[[], bool]) -> None:
                 live.update(_table(config), refresh=True)
             else:
                 for stage in (stage for stage in now if now[stage] != states.get(stage)):
-                    console.print(f"{datetime.now():%H:%M:%S}  {stage:<12} {now[stage]}", soft_wrap=True)
+                    console.print(f"{datetime.now():%H:%M:%S}  {stage:<12} {now[stage]}", soft_wrap=True, markup=False)
                 states = now
             if is_last:
                 break

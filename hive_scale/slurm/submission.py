@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import submitit
 
-from hive_scale import config as configs
 from hive_scale.config import Config
+from hive_scale.rundir import check_place
 from hive_scale.slurm import chain, controller, local, snapshot, status
 from hive_scale.slurm.chain import Link, Record
 from hive_scale.slurm.job import job_of
@@ -33,6 +34,9 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
     if cluster == "slurm" and not dry_run and not controller.is_here("sbatch"):
         raise ValueError("there is no sbatch here: log in to the cluster, or give --cluster local, or --dry_run")
     steps = validate(config, asked, then)
+    if cluster == "slurm" and (found := set(str(config.run_dir.absolute())) & set("%:\\")):
+        # Slurm would replace or drop them in the paths of logs; PYTHONPATH is cut at a colon
+        raise ValueError(f"output={config.run_dir}: Slurm cannot have {' '.join(sorted(found))} in it: choose another")
     if cluster != "slurm" and not dry_run:
         return local.run(config, asked, cluster, steps, then)
     order, done = in_order(list(config.stages), then), status.done_stages(config, then)
@@ -52,17 +56,18 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
                 record.jobs[link.stage] = _submit(config, link, asked[link.stage], code, record)
                 record.write(config.run_dir)  # each at once: the next may be refused
     status.show_plan(links, asked, costs, record.jobs)
-    print(f"watch, read, stop, go on: python slurm/submit_pipeline.py status|logs|cancel|resume {config.run_dir}")
+    run = shlex.quote(str(config.run_dir))
+    print(f"watch, read, stop, go on: python slurm/submit_pipeline.py status|logs|cancel|resume {run}")
     return 0
 
 
 def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
+    from hive_scale.checkpoint.claims import check_owner
     from hive_scale.preparation import check, open_all
 
-    saved = config.run_dir / "config.yaml"
-    if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
-        raise ValueError(f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR")
+    check_place(config)
+    check_owner(config)
     data = open_all(config, noted=False)
     check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
     for name, follower in then.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
@@ -22,13 +22,21 @@ RECORD = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?:WARNING|ERROR|CRITICAL) (.*)")
 
 
 @contextmanager
-def hushed(folder: Path, world: World, level: str = "warning", quiet: bool = False) -> Iterator[None]:
+def hushed(
+    folder: Path,
+    world: World,
+    level: str = "warning",
+    quiet: bool = False,
+    has_begun: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
     """Within, log records and warnings go to `folder`/rank_00000.log, and those of `level` to rank 0's screen.
 
-    `quiet` leaves the screen nothing but these.
+    `quiet` leaves the screen nothing but these. Until `has_begun` says so, nothing is written to `folder`: a run that
+    is refused leaves no file there.
     """
     root, threshold = logging.getLogger(), logging.getLevelNamesMapping()[level.upper()]
-    handlers = [_File(folder / f"rank_{world.rank:05d}.log"), *([_Teller(folder, threshold)] if world.is_main else [])]
+    file = _File(folder / f"rank_{world.rank:05d}.log", has_begun)
+    handlers = [file, *([_Teller(folder, threshold)] if world.is_main else [])]
     loggers = [logging.getLogger(name) for name in LOUD]
     before = root.level, [(logger.__class__, logger.handlers[:]) for logger in loggers]
     screen: Any = None if console.file is sys.stdout else console.file  # None: sys.stdout, whatever that is by then
@@ -74,11 +82,26 @@ class _Captive(logging.Logger):
 
 
 class _File(WatchedFileHandler):
-    """Made with its first record; made again should the run directory be emptied."""
+    """Made with its first record once the run has begun; made again should the run directory be moved away."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, has_begun: Callable[[], bool]) -> None:
         super().__init__(path, delay=True)
         self.setFormatter(logging.Formatter(FORMAT))
+        self._has_begun, self._early = has_begun, list[logging.LogRecord]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._early.append(record)
+        self._catch_up()
+
+    def close(self) -> None:
+        self._catch_up()
+        super().close()
+
+    def _catch_up(self) -> None:
+        if self._early and self._has_begun():
+            early, self._early = self._early, []
+            for record in early:
+                super().emit(record)
 
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
