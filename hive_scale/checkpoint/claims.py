@@ -139,7 +139,9 @@ def _check_overwrite(config: Config, overwrite: Overwrite) -> None:
     real, here = directory.resolve(), Path.cwd().resolve()
     if here.is_relative_to(real):
         raise ValueError(f"--overwrite would move {directory} away with you in it: change to another directory first")
-    for key, path in _paths(asdict(replace(config, name="", output=""))):
+    for key, path in _paths(asdict(config)):
+        if key in ("name", "output"):
+            continue
         if Path(os.path.abspath(os.path.expanduser(path))).resolve().is_relative_to(real):
             raise ValueError(
                 f"{key}={path} lies in {directory}, which --overwrite would move away: choose another output"
@@ -221,19 +223,30 @@ def claim(config: Config, world: World, lock: Lock, overwrite: Overwrite = False
     """
 
     def act() -> None:
-        directory = config.run_dir
+        directory, aside = config.run_dir, None
         if overwrite and look(directory) == "ours":
-            _set_aside(directory, lock, overwrite)
-        saved = directory / CONFIG
-        if follows or not saved.is_file() or not saved.stat().st_size:
-            configs.save(config, saved)
-        if not read_marker(directory):
-            unnamed = directory / f"{MARKER}.tmp"
-            unnamed.write_text(dumps({"format": FORMAT, "attempt": _attempt()}))
-            unnamed.replace(directory / MARKER)
+            aside = _set_aside(directory, lock)
+        try:
+            _mark(config, follows)
+        except OSError:
+            if aside:
+                _put_back(directory, aside)
+            raise
         lock.stay()
+        if aside:
+            _say(directory, aside, overwrite)
 
     on_main(world, act)
+
+
+def _mark(config: Config, follows: bool) -> None:
+    directory, saved = config.run_dir, config.run_dir / CONFIG
+    if follows or not saved.is_file() or not saved.stat().st_size:
+        configs.save(config, saved)
+    if not read_marker(directory):
+        unnamed = directory / f"{MARKER}.tmp"
+        unnamed.write_text(dumps({"format": FORMAT, "attempt": _attempt()}))
+        unnamed.replace(directory / MARKER)
 
 
 def begin(config: Config, stage: str, world: World) -> None:
@@ -262,7 +275,7 @@ def on_main(world: World, act: Callable[[], object]) -> None:
         raise ValueError(error)
 
 
-def _set_aside(directory: Path, lock: Lock, overwrite: Overwrite) -> None:
+def _set_aside(directory: Path, lock: Lock) -> Path:
     real = directory.resolve()  # a link to a larger disk stays, and so does the run on that disk
     aside = _unused(real.with_name(f"{real.name}.old-{datetime.now():%Y%m%d-%H%M%S}"))
     try:
@@ -273,14 +286,27 @@ def _set_aside(directory: Path, lock: Lock, overwrite: Overwrite) -> None:
         ) from None
     if owner := lock.take():
         raise RuntimeError(f"{directory}, whose old run is now {aside}, is in use by {owner}: choose another output")
-    if overwrite == "delete":
-        try:
-            shutil.rmtree(aside)
-            logger.warning("the run that %s held was removed", directory)
-        except OSError as error:
-            logger.warning("the run that %s held could not all be removed: %s", directory, error)
-    else:
+    return aside
+
+
+def _put_back(directory: Path, aside: Path) -> None:
+    real = directory.resolve()
+    with suppress(OSError):  # else the old run stays where it is, which its name tells
+        for path in real.iterdir():
+            path.unlink()  # the new run's first files, its lock among them
+        real.rmdir()
+        aside.rename(real)
+
+
+def _say(directory: Path, aside: Path, overwrite: Overwrite) -> None:
+    if overwrite != "delete":
         logger.warning("the run that %s held is now %s", directory, aside)
+        return
+    try:
+        shutil.rmtree(aside)
+        logger.warning("the run that %s held was removed", directory)
+    except OSError as error:
+        logger.warning("the run that %s held could not all be removed: %s", directory, error)
 
 
 def _unused(path: Path) -> Path:

@@ -101,11 +101,9 @@ class Lock:
                 raise ValueError(text) from None
 
     def _make(self) -> None:
-        missing, place = [], self.directory
-        while not place.exists():
-            missing.append(place)
-            place = place.parent
-        self.directory.mkdir(parents=True, exist_ok=True)
+        real = self.directory.resolve()  # a link may lead to a folder that is gone, from a scratch disk perhaps
+        missing = [place for place in (real, *real.parents) if not place.exists()]
+        real.mkdir(parents=True, exist_ok=True)
         self._made += missing
 
     def _is_ours(self, descriptor: int) -> bool:
