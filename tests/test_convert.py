@@ -469,7 +469,10 @@ def test_another_set_in_the_output_is_refused_and_overwrite_replaces_it(llava: P
     convert(source, llava / "out", PAIRS, workers=1)
     with pytest.raises(ValueError, match="made with other shard_size: choose another --output"):
         convert(source, llava / "out", replace(PAIRS, shard_size=5), workers=1)
+    other = llava / "out" / "movie.mp4.part"  # of a browser that downloads into the same folder
+    other.touch()
     convert(source, llava / "out", replace(PAIRS, shard_size=10), workers=1, overwrite=True)
+    assert other.exists()
     assert [path.name for path in (llava / "out").glob("*.tar")] == ["train-00000.tar"]
     (llava / "out" / JOURNAL).unlink()
     with pytest.raises(ValueError, match="holds other shards"):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tars
 from PIL import Image, ImageFile
 
 from hive_scale.data.sources import concepts, emoji, packages, smollm2, tuxpaint
@@ -342,6 +343,21 @@ def test_shards_are_replaced_only_when_told(tmp_path: Path) -> None:
         write(many[:5], tmp_path, Jpeg(size=8))
     write(many[:5], tmp_path, Jpeg(size=8), overwrite=True)
     assert len(list(tmp_path.iterdir())) == 1  # nothing stale is left to be trained on
+
+
+def test_what_somebody_else_made_is_not_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "train-00000.tar"
+    for content in (b"no tar", Path(tars.write_tar(tmp_path / "a.tar", [("k", tars.pair(1))])).read_bytes()):
+        mine.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-00000.tar was not made by this command"):
+            write([record("a")], tmp_path, Jpeg(size=8), overwrite=True)
+        assert mine.read_bytes() == content
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.tex").touch()
+    for output in (tmp_path / "model", mine):
+        with pytest.raises(ValueError, match="which is no part of a model"):
+            smollm2.prepare(output, tmp_path, overwrite=True)
+    assert (tmp_path / "model" / "thesis.tex").exists()
 
 
 def test_tuxpaint_pairs_each_png_with_its_first_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

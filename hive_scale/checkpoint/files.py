@@ -110,13 +110,15 @@ def _sync(path: Path) -> None:
 @contextmanager
 def published(directory: Path) -> Iterator[Path]:
     """A new directory to fill, which becomes `directory` at the end: complete or absent. Replaces what is there."""
-    partial = directory.with_name(f"{directory.name}.tmp")
+    partial = directory.with_name(f".{directory.name}.hive_scale.tmp")  # a name that nobody else gives
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
         _sync(path)
-    if directory.exists():
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
     sync_directory(directory.parent)

@@ -24,7 +24,7 @@ from hive_scale.data.cache import locked
 from hive_scale.data.convert.sources import Item, Source
 from hive_scale.data.images import FORMATS
 from hive_scale.data.sources.concepts import split_of
-from hive_scale.data.sources.records import write_shard
+from hive_scale.data.sources.records import check_made_here, write_shard
 from hive_scale.strict_json import dumps
 
 JOURNAL = "conversion.jsonl"
@@ -168,11 +168,13 @@ class _Journal:
 
     def __init__(self, output: Path, identity: dict[str, Any], overwrite: bool) -> None:
         self.path = output / JOURNAL
-        for part in output.glob("*.part"):  # of a run that was killed
-            part.unlink()
+        for split in SPLITS:
+            for part in output.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].part"):  # of a run that was killed
+                part.unlink()
         old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
         identity, lines = json.loads(dumps(identity)), self._read()
         if overwrite or not (old or lines[1:]):
+            check_made_here(old)
             for path in old:
                 path.unlink()
             lines = [identity]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +18,7 @@ from hive_scale.data.sources.pictures import Jpeg, to_jpeg
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
+OWNER = "hive"  # of every member of a shard that is written here
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,23 @@ def shards_in(output: Path, overwrite: bool) -> list[Path]:
     old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
     if old and not overwrite:
         raise ValueError(f"{output} holds shards already: choose another --output, or say --overwrite")
+    check_made_here(old)
     return old
+
+
+def check_made_here(shards: Iterable[Path]) -> None:
+    """Raises ValueError if one of `shards`, which are to be replaced, was not written by `write_shard`."""
+    for shard in shards:
+        try:
+            with tarfile.open(shard) as tar:
+                first = tar.next()
+        except (OSError, tarfile.TarError):
+            first = None
+        if first is None or first.uname != OWNER:
+            raise ValueError(
+                f"{shard} was not made by this command, and --overwrite replaces its own shards alone: choose another "
+                "--output, or move that file away"
+            )
 
 
 def _samples(
@@ -104,7 +122,7 @@ def write_shard(samples: Iterable[dict[str, str | bytes]], path: Path) -> int:
     part = path.with_suffix(".part")  # a shard is there whole or not at all
     with part.open("wb") as stream:
         # owner and time are fixed, the format is ustar: nothing of this machine or day gets in
-        with webdataset.TarWriter(stream, user="hive", group="hive", mtime=0, encoder=False) as tar:
+        with webdataset.TarWriter(stream, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
             for sample in samples:
                 tar.write(sample)
         size = stream.tell()

@@ -23,6 +23,11 @@ def prepare(output: Path, cache: Path, overwrite: bool = False) -> Path:
     """
     if output.exists() and not overwrite:
         raise ValueError(f"{output} is there already: use it, choose another --output, or say --overwrite")
+    if output.exists() and (strange := _strangers(output)):
+        raise ValueError(
+            f"{output} holds {strange[0]}, which is no part of a model, and --overwrite replaces models alone: choose "
+            "another --output, or move that away"
+        )
     for library in ("gguf", "accelerate"):
         if find_spec(library) is None:
             raise ValueError(f"reading a GGUF file needs the library {library}: pip install {library}")
@@ -37,6 +42,14 @@ def prepare(output: Path, cache: Path, overwrite: bool = False) -> Path:
             shutil.rmtree(output)
         made.replace(output)  # there whole, or not at all
     return output
+
+
+def _strangers(output: Path) -> list[str]:
+    """What a directory holds that `from_pretrained` has no use for."""
+    if not output.is_dir():
+        return [output.name]
+    parts = {".json", ".safetensors", ".txt", ".model", ".jinja"}
+    return sorted(path.name for path in output.iterdir() if path.is_dir() or path.suffix not in parts)
 
 
 def convert(gguf: Path, output: Path) -> Path:
