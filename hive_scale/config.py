@@ -341,6 +341,7 @@ def resolve(base: T, *layers: Any) -> T:
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
             read = _read(layer, type(base))
+            _check_text(type(base), OmegaConf.to_container(read, resolve=False))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
         return cast(T, OmegaConf.to_object(node))
@@ -496,6 +497,18 @@ def _type_of(kind: Any, keys: Sequence[str]) -> Any:
         else:
             kind = get_args(kind)[1] if get_origin(kind) is dict else Any
     return kind
+
+
+def _check_text(kind: Any, value: Any, key: str = "") -> None:
+    """Raises ValueError where a file has yes, or 1.10, in the place of text: nobody meant True, or 1.1."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _check_text(_type_of(kind, [str(name)]), child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and kind == list[str]:
+        for child in value:
+            _check_text(str, child, key)
+    elif kind is str and isinstance(value, bool | float):
+        raise ValueError(f"config: {key}: {value} is no text to YAML: put what was meant in quotation marks")
 
 
 def _quoted(value: str, kind: Any) -> str:

@@ -122,6 +122,15 @@ def test_text_in_a_word_stays_as_it_was_typed(text: str, tmp_path: Path) -> None
     assert listed.data.train == [f"{text}.tar".strip(), "q, {r}.tar"]
 
 
+@pytest.mark.parametrize(
+    "text", ["name: yes", "name: 1.10", "data: {train: [a, on]}", "stages: {joint: {data: {tokenizer: {path: no}}}}"]
+)
+def test_a_truth_value_in_a_file_is_not_taken_for_text(text: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match="is no text to YAML: put what was meant in quotation marks"):
+        presets.load("debug", tmp_path / "mine.yaml", [])
+
+
 def test_quotation_marks_around_a_word_are_not_part_of_it() -> None:
     run = presets.load("debug", None, ["name='a: b'", 'output="x"', "log.wandb=off", "profile.steps=10:13"])
     assert (run.name, run.output, run.log.wandb, run.profile.window()) == ("a: b", "x", "off", (10, 13))

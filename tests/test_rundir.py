@@ -197,6 +197,10 @@ def test_what_others_have_left_there_is_not_taken_for_a_run(base: Config, world:
             with pytest.raises(ValueError, match="is no run"):
                 run_pipeline(at(base, folder), world, overwrite)
         assert files(folder) == before
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / BEGAN).touch()
+    with pytest.raises(ValueError, match=r"has began.yaml, but is no run"):
+        run_pipeline(at(base, tmp_path / "stage"), world)
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "config.yaml").write_text(recipe)  # ours, but beside it there is nothing of a run
     assert look(tmp_path / "recipes") == "foreign"
@@ -417,6 +421,13 @@ def test_overwrite_keeps_what_the_new_run_needs(base: Config, world: World, run:
     shards = replace(base, data=replace(base.data, heldout=[f"3 x {run}/*.tar"]))
     with pytest.raises(ValueError, match=r"data.heldout=.* lies in"):
         run_pipeline(at(shards, run), world, overwrite=True)
+
+
+def test_overwrite_of_a_directory_of_runs_is_refused(base: Config, world: World, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, run / "another")
+    for overwrite in (True, "delete"):
+        with pytest.raises(ValueError, match=r"holds other runs, too \(another\)"):
+            run_pipeline(at(base, run), world, overwrite)  # type: ignore[arg-type]
 
 
 def test_overwrite_of_the_current_directory_is_refused(

@@ -64,7 +64,7 @@ def check_owner(config: Config, overwrite: Overwrite = False, follows: bool = Fa
 
 def _check_foreign(config: Config) -> None:
     directory = config.run_dir
-    mine = [CONFIG, "data.json", "initial", "blank", *config.stages]
+    mine = [CONFIG, "data.json", "initial", "blank", *config.stages, BEGAN, WEIGHTS]  # the last two: it is a stage
     if found := [name for name in mine if os.path.lexists(directory / name)]:
         raise ValueError(
             f"{directory} has {', '.join(found[:3])}, but is no run (a run has {MARKER}, or its own {CONFIG}): choose "
@@ -108,7 +108,7 @@ def _check_begun(config: Config) -> None:
     directory, names = config.run_dir, list(config.stages)
     for folder in (path.parent for path in sorted(directory.glob(f"*/{BEGAN}"))):
         began = configs.load(folder / BEGAN)
-        if folder.name != list(began.stages)[-1] or not is_begun(folder):
+        if [folder.name] != list(began.stages)[-1:] or not is_begun(folder):
             continue  # renamed, as a copy is, or nothing was trained there
         known = folder.name in names
         if changed := configs.differences(_until(config, folder.name), began) if known else [f"stages.{folder.name}"]:
@@ -139,6 +139,8 @@ def _check_overwrite(config: Config, overwrite: Overwrite) -> None:
     real, here = directory.resolve(), Path.cwd().resolve()
     if here.is_relative_to(real):
         raise ValueError(f"--overwrite would move {directory} away with you in it: change to another directory first")
+    if inner := [path.name for path in _others(directory, tuple(TAKEN)) if path.is_dir() and look(path) == "ours"]:
+        raise ValueError(f"{directory} holds other runs, too ({', '.join(inner[:3])}): choose another output")
     for key, path in _paths(asdict(config)):
         if key in ("name", "output"):
             continue
