@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hive_scale import checksums
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
 from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.marker import ENCODER, WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.runs import encoder_remedy
 from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import memory
@@ -16,6 +18,7 @@ from hive_scale.model.export import export_encoder
 from hive_scale.preparation import check, check_owner, claim, open_all, same_data
 from hive_scale.train import StageRun
 from hive_scale.watch.interrupt import Interrupt, listening
+from hive_scale.watch.terminal import console
 
 
 def run_pipeline(
@@ -24,7 +27,7 @@ def run_pipeline(
     """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
 
     `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
-    training starts, RuntimeError if another run is at work in the same directory and does not leave it within
+    training starts, and for weights or an encoder of the last stage that are damaged, RuntimeError if another run is at work in the same directory and does not leave it within
     `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
     """
     with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
@@ -32,8 +35,14 @@ def run_pipeline(
             check_owner(config)
         names = list(config.stages)
         wanted = names[: names.index(until) + 1] if until else names
+        if not overwrite and world.is_main:
+            for name in wanted:
+                _mend_encoder(config, name)
+        world.barrier()
         if overwrite or not all(is_done(config.run_dir / name) for name in wanted):
             _run_stages(config, wanted, world, interrupt, overwrite)
+        elif world.is_main:
+            _check_result(config, wanted[-1])
 
 
 def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt, overwrite: bool) -> None:
@@ -58,8 +67,27 @@ def _run_stages(config: Config, wanted: Sequence[str], world: World, interrupt: 
             memory.release()
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
-                with published(stage_dir / "encoder") as folder:
-                    image = config.data_of(name).image
-                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, image)
+                _give_encoder(config, name)
             world.barrier()
         weights = stage_dir / WEIGHTS
+
+
+def _give_encoder(config: Config, name: str) -> None:
+    stage_dir = config.run_dir / name
+    with published(stage_dir / ENCODER) as folder:
+        export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data_of(name).image)
+
+
+def _mend_encoder(config: Config, name: str) -> None:
+    """Make the encoder of a stage that has ended again if it is not there: its weights are enough for that."""
+    stage_dir = config.run_dir / name
+    if find_weights(stage_dir / WEIGHTS) and not (stage_dir / ENCODER).is_dir():
+        _give_encoder(config, name)
+        console.print(f"{stage_dir / ENCODER} was not there: made again from the stage's weights", soft_wrap=True)
+
+
+def _check_result(config: Config, name: str) -> None:
+    """See that what a finished run came to is still what was written. Raises Damaged, with the remedy."""
+    stage_dir = config.run_dir / name
+    read_weights(stage_dir / WEIGHTS)
+    checksums.check(stage_dir / ENCODER, remedy=encoder_remedy(stage_dir / ENCODER))

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from hive_scale import checksums
 from hive_scale import config as configs
 from hive_scale.checkpoint.lock import LOCK
 from hive_scale.checkpoint.marker import is_done
@@ -116,10 +118,11 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
     now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
     if world.is_main and not path.exists():
         unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(dumps(now, indent=1))
-        unnamed.rename(path)
+        with checksums.listing(path):
+            unnamed.write_text(dumps(now, indent=1))
+            unnamed.rename(path)
     world.barrier()
-    before = json.loads(path.read_text())
+    before = _noted(path)
     for name in config.stages:
         if before[name] != now[name] and not is_done(config.run_dir / name):
             raise ValueError(
@@ -128,9 +131,21 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
             )
 
 
+def _noted(path: Path) -> dict[str, Any]:
+    """What a run noted of its samples. Raises ValueError if that is not what was written."""
+    remedy = "restore it, or remove it: the samples that are there now are then taken for those it began with"
+    checksums.check_file(path, remedy)
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text())
+        return {name: one | {"samples": int(one["samples"])} for name, one in noted.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what was written ({error!r}): {remedy}") from None
+
+
 def check_owner(config: Config) -> None:
-    """Raises ValueError if the run directory is another run's."""
+    """Raises ValueError if the run directory is another run's, or its config is not what was written."""
     saved = config.run_dir / "config.yaml"
+    checksums.check_file(saved)
     if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
         raise ValueError(
             f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
@@ -146,4 +161,5 @@ def claim(config: Config, world: World, overwrite: bool) -> None:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     world.barrier()
     if world.is_main and not saved.exists():
-        configs.save(config, saved)
+        with checksums.listing(saved):
+            configs.save(config, saved)
