@@ -27,8 +27,9 @@ def run_pipeline(
     """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
 
     `until` is the last stage to train (None: all). Raises ValueError for what the user must change, before
-    training starts, and for weights or an encoder of the last stage that are damaged, RuntimeError if another run is at work in the same directory and does not leave it within
-    `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
+    training starts, and for damaged weights or a damaged encoder of the last stage, RuntimeError if another run is at
+    work in the same directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP
+    has asked for it.
     """
     with locked(config.run_dir, world, patience), listening(config.run_dir, world) as interrupt:
         if not overwrite:
