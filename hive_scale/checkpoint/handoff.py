@@ -112,7 +112,7 @@ def _read_sharded(found: Path) -> Weights:
     try:
         index = json.loads(found.read_text())
         weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
-        paths = [found.with_name(name) for name in sorted(set(weight_map.values()))]
+        paths = [found.with_name(name) for name in sorted({*weight_map.values(), *seals})]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{found} is not what was written: {error}") from error
     checked = [check_seal(path, seals.get(path.name)) for path in paths]

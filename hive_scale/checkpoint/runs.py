@@ -119,12 +119,13 @@ def verify(run: Run) -> Iterator[Finding]:
             parent = identity
             if stage != INITIAL and not encoder.is_dir():
                 yield Finding(encoder, "it is missing: the command that trained the run makes it again")
-        elif encoder.is_dir():
-            yield Finding(directory / WEIGHTS, "they are missing, though the stage had come to its end")
+        elif encoder.is_dir() or (stage == INITIAL and run.finished()):
+            yield Finding(directory / WEIGHTS, "they are missing, though a later step was made of them")
         if encoder.is_dir():
             yield verify_directory(encoder)
-    for sums in sorted((*run.dir.glob(f"export/*/{checksums.SUMS}"), *run.dir.glob(f"llava/{checksums.SUMS}"))):
-        yield verify_directory(sums.parent)
+    for directory in (*sorted(run.dir.glob("export/*")), run.dir / "llava"):
+        if directory.is_dir() and directory.suffix != ".tmp":  # which a killed command left
+            yield verify_directory(directory)
 
 
 def verify_directory(directory: Path) -> Finding:
