@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hive_scale import checksums
 from hive_scale.card import card
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import Weights, read_weights, write_weights
@@ -60,6 +61,7 @@ def from_pretrained(path: Path) -> Hive:
 
     Raises ValueError if `path` holds no HIVE, or one that is damaged.
     """
+    checksums.check(path, weights=False)  # which bear checksums of their own
     try:
         fields = json.loads((path / "config.json").read_text())["model"]
     except (OSError, ValueError, KeyError) as error:

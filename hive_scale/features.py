@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from hive_scale.config import Config
 from hive_scale.data import transform
 from hive_scale.data.batches import ignore_signals
-from hive_scale.data.kept import KeptFeatures, open_kept, room_in, size_of
+from hive_scale.data.kept import FORMAT, DiskError, KeptFeatures, agree, open_kept, parts, room_in, size_of
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
@@ -25,6 +27,7 @@ from hive_scale.model.identity import identity, key_of
 from hive_scale.precision import DTYPES
 
 AT_ONCE = 32  # pictures that run through the encoder together
+logger = logging.getLogger(__name__)
 LOOKED_AT = 16  # pictures of a set whose bytes tell it from one of equal sizes: all would take as long as training
 
 
@@ -34,21 +37,39 @@ def kept_features(
     """What `config.feature_cache` has of `loader`'s set, completed; None where the encoder of `stage` learns.
 
     A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
-    weights, config, depths, precision, transform and set: other features are never read for these. Raises ValueError
-    if the disk has no room for them.
+    weights, config, depths, precision, transform and set: other features are never read for these. None, too, if the
+    disk cannot take them: the stage then trains on pictures, which is said.
     """
     if not _are_kept(config, stage, loader):
         return None
+    try:
+        return _completed(config, loader, weights, world, stop)
+    except DiskError as error:
+        logger.warning(
+            "feature_cache=%s: %s. The stage trains on pictures, with the encoder at work", config.feature_cache, error
+        )
+        return None
+
+
+def _completed(
+    config: Config, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
+) -> KeptFeatures:
+    """Raises DiskError."""
     dtype = DTYPES[config.engine.precision]
     model = build.eyes(config.model, weights, world.device, dtype)
+
+    def again() -> Hive:
+        return build.eyes(config.model, weights, world.device, dtype)
+
     pixels = loader.pad_colour, transform.VERSION
-    key = key_of(_digest(model), pixels, *_digest_of_set(loader))
+    key = key_of(FORMAT, _digest(model), pixels, *_digest_of_set(loader))
     path = Path(config.feature_cache).expanduser() / key
     numbers = np.arange(len(loader.index))
     kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
-    parts = np.array_split(missing, max(1, -(-len(missing) // AT_ONCE)))
-    mine = [part.tolist() for part in parts[world.rank :: world.size]]
-    mine += [[] for _ in range(-(-len(parts) // world.size) - len(mine))]  # as many for each: they meet at every one
+    kept.encode = _Eyes(again)
+    cut = [part.tolist() for part in parts(missing, AT_ONCE)]
+    mine = cut[world.rank :: world.size]
+    mine += [[] for _ in range(-(-len(cut) // world.size) - len(mine))]  # as many for each: they meet at every one
     pictures = DataLoader(
         _Pictures(loader),
         batch_size=None,
@@ -59,25 +80,55 @@ def kept_features(
     )
     text = f"features of {len(missing)} pictures, once"
     quiet = not (world.is_main and len(missing))
+    failed: OSError | None = None
     for read, broken, pixels in track(pictures, text, total=len(mine), disable=quiet):
-        if any(world.sum(stop())):
+        if any(world.sum(stop(), failed is not None)):
             break
-        if read:
-            with torch.no_grad():
-                kept.put(read, torch.stack(model.features(model.encode(pixels.to(world.device))), dim=1))
-        if broken:
+        try:
+            if read:
+                kept.put(read, _features(model, pixels))
             kept.give_up(broken)
-    world.barrier()
+        except OSError as error:
+            failed = error
+    try:
+        kept.sync()
+    except OSError as error:
+        failed = error
+    try:
+        agree(world, failed)
+    except DiskError:
+        if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
+            kept.file.unlink(missing_ok=True)
+        raise
     return kept
 
 
+class _Eyes:
+    """The encoder for pictures whose features cannot be read in training: not there before the first of them."""
+
+    def __init__(self, make: Callable[[], Hive]) -> None:
+        self.model = cache(make)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return _features(self.model(), pixels)
+
+
+@torch.no_grad()
+def _features(model: Hive, pixels_BCHW: Tensor) -> Tensor:
+    """(B, S, V, C) of pictures, uint8."""
+    states = model.encode(pixels_BCHW.to(model.pixel_mean.device))
+    return torch.stack(model.features(states), dim=1)
+
+
 def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
-    """Raises ValueError if what `kept_features` would keep is more than the disk can hold.
+    """Raises ValueError if what `kept_features` would keep is more than the disk can hold, and the run is a new one.
+
+    One that has begun goes on without, since nobody may be there to name another disk.
 
     Features that are there may be those wanted: only the stage's weights, which a stage before may yet have to make,
     tell which.
     """
-    if not _are_kept(config, stage, loader):
+    if not _are_kept(config, stage, loader) or (config.run_dir / "config.yaml").exists():
         return
     needed = size_of(len(loader.index), stage.features_shape, DTYPES[config.engine.precision])
     if needed > (room := room_in(Path(config.feature_cache).expanduser())):

@@ -48,7 +48,7 @@ def show(config: Config, device: torch.device) -> None:
             console.out(text.get(), end="")
             return
         kept.write_text(text.get())
-    console.out(kept.read_text(), end="")
+    console.out(kept.read_text(errors="replace"), end="")
 
 
 def _told(what: Callable[..., None]) -> Callable[..., bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from hive_scale import checksums
 from hive_scale.checkpoint.claims import (
     Overwrite,
     begin,
@@ -17,7 +18,8 @@ from hive_scale.checkpoint.claims import (
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
 from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.marker import ENCODER, WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.runs import encoder_remedy
 from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import memory
@@ -27,6 +29,7 @@ from hive_scale.preparation import check, open_all, same_data
 from hive_scale.rundir import check_place
 from hive_scale.train import StageRun
 from hive_scale.watch.interrupt import Interrupt, listening
+from hive_scale.watch.terminal import console
 
 
 def run_pipeline(
@@ -41,9 +44,9 @@ def run_pipeline(
 
     With `overwrite` a run that is there already is moved aside, or removed, and begun anew. `until` is the last stage
     to train (None: all). A run that `follows` another, as its blank twin does, takes up what has changed there.
-    Raises ValueError for what the user must change, before training starts, and then leaves nothing behind,
-    RuntimeError if another run is at work in the same directory and does not leave it within `patience` seconds, and
-    Stopped when a signal or a file STOP has asked for it.
+    Raises ValueError for what the user must change, before training starts, and then leaves nothing behind; also for
+    damaged weights or a damaged encoder of the last stage. Raises RuntimeError if another run is at work in the same
+    directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
     """
     on_main(world, lambda: check_place(config))
     with locked(config.run_dir, world, patience) as lock, listening(config.run_dir, world) as interrupt:
@@ -52,9 +55,15 @@ def run_pipeline(
         on_main(world, lambda: check_owner(config, overwrite, follows))
         names = list(config.stages)
         wanted = names[: names.index(until) + 1] if until else names
+        if not overwrite and world.is_main:
+            for name in wanted:
+                _mend_encoder(config, name)
+        world.barrier()
         if overwrite or not all(is_done(config.run_dir / name) for name in wanted):
             take = partial(claim, config, world, lock, overwrite, follows)
             _run_stages(config, wanted, world, interrupt, bool(overwrite), take)
+        elif world.is_main:
+            _check_result(config, wanted[-1])
 
 
 def _run_stages(
@@ -86,8 +95,27 @@ def _run_stages(
             memory.release()
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
-                with published(stage_dir / "encoder") as folder:
-                    image = config.data_of(name).image
-                    export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, image)
+                _give_encoder(config, name)
             world.barrier()
         weights = stage_dir / WEIGHTS
+
+
+def _give_encoder(config: Config, name: str) -> None:
+    stage_dir = config.run_dir / name
+    with published(stage_dir / ENCODER) as folder:
+        export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data_of(name).image)
+
+
+def _mend_encoder(config: Config, name: str) -> None:
+    """Make the encoder of a stage that has ended again if it is not there: its weights are enough for that."""
+    stage_dir = config.run_dir / name
+    if find_weights(stage_dir / WEIGHTS) and not (stage_dir / ENCODER).is_dir():
+        _give_encoder(config, name)
+        console.print(f"{stage_dir / ENCODER} was not there: made again from the stage's weights", soft_wrap=True)
+
+
+def _check_result(config: Config, name: str) -> None:
+    """See that what a finished run came to is still what was written. Raises Damaged, with the remedy."""
+    stage_dir = config.run_dir / name
+    read_weights(stage_dir / WEIGHTS)
+    checksums.check(stage_dir / ENCODER, remedy=encoder_remedy(stage_dir / ENCODER))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hive_scale import checksums
 from hive_scale.checkpoint.claims import is_begun
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
@@ -114,14 +115,15 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
     sets = {name: one.train for name, one in data.items()}
     now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
     if world.is_main:
-        before = json.loads(path.read_text()) if path.exists() else {}
+        before = _noted(path) if path.exists() else {}
         if added := [name for name in now if name not in before or _reads_others(before[name], config, name)]:
             unnamed = path.with_suffix(".tmp")
             noted = before | {name: now[name] | {"shards": config.data_of(name).train} for name in added}
-            unnamed.write_text(dumps(noted, indent=1))
-            unnamed.rename(path)
+            with checksums.listing(path):
+                unnamed.write_text(dumps(noted, indent=1))
+                unnamed.rename(path)
     world.barrier()
-    before = json.loads(path.read_text())
+    before = _noted(path)
     for name in config.stages:
         begun_with = {key: before[name][key] for key in now[name]}
         if begun_with != now[name] and not is_done(config.run_dir / name):
@@ -135,3 +137,14 @@ def _reads_others(noted: Mapping[str, Any], config: Config, name: str) -> bool:
     """Whether a stage that has not begun is to read other shards than when the run began."""
     shards = config.data_of(name).train
     return noted.get("shards", shards) != shards and not is_begun(config.run_dir / name)
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """What a run noted of its samples. Raises ValueError if that is not what was written."""
+    remedy = "restore it, or remove it: the samples that are there now are then taken for those it began with"
+    checksums.check_file(path, remedy)
+    try:
+        noted: dict[str, Any] = json.loads(path.read_text())
+        return {name: one | {"samples": int(one["samples"])} for name, one in noted.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what was written ({error!r}): {remedy}") from None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hive_scale import checksums
 from hive_scale.checkpoint.handoff import read_weights
-from hive_scale.checkpoint.runs import CONFIG, Run
+from hive_scale.checkpoint.marker import ENCODER
+from hive_scale.checkpoint.runs import CONFIG, Run, encoder_remedy
 from hive_scale.config import Config, ModelConfig, PartConfig
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
@@ -15,22 +17,30 @@ from hive_scale.model.hive import Hive
 def find_encoder(path: Path) -> Path:
     """The Hugging Face directory of the encoder at `path`: that itself, a stage's, or that of a run's last stage.
 
-    Raises ValueError if there is none, or its image processor makes pictures of another size than it takes.
+    Raises ValueError if there is none, its files are not what was written, or its image processor makes pictures of
+    another size than it takes.
     """
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or (checksums.is_listed(path) and not (path / CONFIG).is_file()):
+        checksums.check(path, remedy=encoder_remedy(path))
         _check_processor(path)
         return path
     run, stage = _find(path)
-    folder = run.dir / stage / "encoder"
+    folder = run.dir / stage / ENCODER
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not there: name a stage that is done")
-    return folder
+        raise ValueError(
+            f"{folder} is not there: name a stage that is done; of one that is, the command that trained the run "
+            "makes it again"
+        )
+    return find_encoder(folder)
 
 
 def _check_processor(path: Path) -> None:
     """A directory whose parts do not belong together would be used on pictures of the wrong size."""
     file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
-    told = json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        told = dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is no JSON object ({error}): get it again from where it came") from None
     size = told.get("crop_size") or told.get("size") or {}
     side = size.get("height", size.get("shortest_edge", wanted)) if isinstance(size, dict) else size
     if side != wanted:

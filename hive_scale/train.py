@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -34,6 +35,8 @@ from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.profiler import profiling
 from hive_scale.watch.starvation import Starvation
 from hive_scale.watch.throughput import Throughput
+
+logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
@@ -72,6 +75,7 @@ class StageRun:
             raise Stopped(f"stopped before {self.name}")
         with HangWatch(self.world, self.config.hang_seconds):
             if not self.at.resume():
+                self._tell_if_again()
                 self.moments.fill(self.engine.fragments())
             self.goodput = Goodput(self.world.pulse, read_metrics(self.metrics), self.at.step)
             while not self._train():
@@ -80,6 +84,14 @@ class StageRun:
             checkpoint = self.store.finish()
         assert checkpoint is not None
         return checkpoint
+
+    def _tell_if_again(self) -> None:
+        """A stage that was trained before, and left neither weights nor a checkpoint, must not begin again untold."""
+        if self.world.is_main and (lines := read_metrics(self.metrics)):
+            logger.warning(
+                "%s begins again: its log reaches step %d, but neither its weights nor a checkpoint is there",
+                self.dir, lines[-1]["step"],
+            )  # fmt: skip
 
     def _train(self) -> bool:
         """Step by step to the end, or False if leaving batches out has not helped, or the weights are spoiled."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +18,11 @@ import tars
 import tiny
 import torch
 
+from hive_scale import config as configs
 from hive_scale import presets
 from hive_scale.checkpoint.handoff import Weights, read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
-from hive_scale.data.kept import open_kept
+from hive_scale.data.kept import DiskError, KeptFeatures, open_kept, record_size, size_of
 from hive_scale.distributed import World, session
 from hive_scale.features import check_disk, kept_features
 from hive_scale.model import build
@@ -101,6 +106,10 @@ def opened(config: Config, world: World, stage: str, weights: Weights, stop: Any
     return kept_features(config, model, open_data(config).train, weights, world, stop)
 
 
+def missing_of(kept: Any) -> list[int]:
+    return np.flatnonzero(kept.missing(np.arange(PICTURES))).tolist()
+
+
 def test_what_was_made_stays_and_only_for_its_own_encoder(shard: str, tmp_path: Path, world: World) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
     run_pipeline(config, world)
@@ -108,13 +117,14 @@ def test_what_was_made_stays_and_only_for_its_own_encoder(shard: str, tmp_path: 
     assert opened(config, world, "joint", first) is None, "the encoder learns"
     [file] = (tmp_path / "cache").glob("*.features")
     made = opened(config, world, "language", first)
-    assert not len(made.missing())
+    assert not len(missing_of(made))
     assert made.get(7) is None
     assert made.get(8).shape == (2, 16, 32)
     stopped = opened(config, world, "language", last, stop=lambda: True)
-    assert len(stopped.missing()) == PICTURES, "the joint stage has changed the encoder"
+    assert len(missing_of(stopped)) == PICTURES, "the joint stage has changed the encoder"
     made.put([0], torch.zeros(1, *made.shape))  # as only one who does not make it again would find it
     assert not opened(config, world, "language", first).get(0).any()
+    assert file.stat().st_size <= size_of(PICTURES, made.shape, made.dtype)
     with file.open("r+b") as values:
         values.truncate(1000)
     assert opened(config, world, "language", first).get(0).any(), "a file that was cut is made again"
@@ -148,10 +158,10 @@ def test_features_of_the_same_weights_are_made_anew_for_anything_else_that_chang
 ) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
     weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
-    assert len(opened(config, world, "language", weights).missing()) == 0
+    assert len(missing_of(opened(config, world, "language", weights))) == 0
     stopped = opened(change(config), world, "language", weights, stop=lambda: True)
-    assert len(stopped.missing()) == PICTURES
-    assert len(opened(config, world, "language", weights, stop=lambda: True).missing()) == 0
+    assert len(missing_of(stopped)) == PICTURES
+    assert len(missing_of(opened(config, world, "language", weights, stop=lambda: True))) == 0
 
 
 def test_a_set_of_the_same_sizes_with_other_pictures_is_another(tmp_path: Path, world: World) -> None:
@@ -189,9 +199,9 @@ def test_weights_that_no_depth_reads_do_not_count(shard: str, tmp_path: Path, wo
     opened(config, world, "language", weights)
     for name in ("vision.encoder.layers.3.mlp.fc1.weight", "vision.post_layernorm.weight", "projector.0.up.weight"):
         weights[name] = weights[name] + 1
-    assert not len(opened(config, world, "language", weights, stop=lambda: True).missing())
+    assert not len(missing_of(opened(config, world, "language", weights, stop=lambda: True)))
     weights["vision.encoder.layers.2.mlp.fc1.weight"] = weights["vision.encoder.layers.2.mlp.fc1.weight"] + 1
-    assert len(opened(config, world, "language", weights, stop=lambda: True).missing()) == PICTURES
+    assert len(missing_of(opened(config, world, "language", weights, stop=lambda: True))) == PICTURES
 
 
 def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Path, world: World) -> None:
@@ -205,7 +215,7 @@ def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Pa
 
 def test_a_disk_without_room_is_met_before_the_first_picture(tmp_path: Path, world: World) -> None:
     some, shape = np.arange(10**6), (6, 576, 1024)
-    with pytest.raises(ValueError, match=r" GB of features are still to be made, .* GB are free"):
+    with pytest.raises(DiskError, match=r" GB of features are still to be made, .* GB are free"):
         open_kept(world, tmp_path / "large", some, len(some), shape, torch.bfloat16)
     _, missing = open_kept(world, tmp_path / "large", some[:3], len(some), shape, torch.bfloat16)
     assert missing.tolist() == [0, 1, 2]
@@ -218,8 +228,176 @@ def test_features_beyond_the_disk_are_refused_before_the_run(shard: str, tmp_pat
     freeze(model, config.stages["projector"])
     check_disk(config, model, loader)
     loader.index = replace(loader.index, arrays={"caption_bytes": np.broadcast_to(np.int8(0), 10**12)})
-    with pytest.raises(ValueError, match=r"1,000,000,000,000 pictures are 4096000.0 GB, .* name another disk"):
+    with pytest.raises(ValueError, match=r"1,000,000,000,000 pictures are 4224000.0 GB, .* name another disk"):
         check_disk(config, model, loader)
     check_disk(replace(config, feature_cache=""), model, loader)
     freeze(model, config.stages["joint"])
     check_disk(config, model, loader)  # whose encoder trains: nothing is kept
+
+
+def test_a_run_that_has_begun_is_not_refused_for_a_disk_that_has_filled_up(shard: str, tmp_path: Path) -> None:
+    config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
+    loader = copy(open_data(config).train)
+    loader.index = replace(loader.index, arrays={"caption_bytes": np.broadcast_to(np.int8(0), 10**12)})
+    model = build.skeleton(config.model)
+    freeze(model, config.stages["projector"])
+    with pytest.raises(ValueError, match="name another disk"):
+        check_disk(config, model, loader)
+    configs.save(config, config.run_dir / "config.yaml")
+    check_disk(config, model, loader)
+
+
+SHAPE = 2, 16, 32
+RECORD = record_size(SHAPE, torch.float32)
+
+
+def kept_of(path: Path, count: int = 70) -> tuple[KeptFeatures, torch.Tensor]:
+    kept = KeptFeatures(path, count, SHAPE, torch.float32)
+    features = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+    kept.put(list(range(count)), features)
+    return kept, features
+
+
+def test_no_damage_of_a_file_is_read_as_features(tmp_path: Path) -> None:
+    """Whichever byte of a record is another, that record alone is not believed."""
+    kept, features = kept_of(tmp_path / "some")
+    whole = kept.file.read_bytes()
+    random = np.random.default_rng(0)
+    places = [5 * RECORD - 1 - place for place in range(40)]  # all of what is behind the features of number 4
+    places += random.integers(4 * RECORD, 5 * RECORD - 40, 40).tolist()
+    for place in places:
+        data = bytearray(whole)
+        data[place] ^= 1 << random.integers(8)
+        kept.file.write_bytes(data)
+        found = [kept.get(number) for number in (3, 4, 5, 69)]
+        assert found[1] is None, place
+        for number, one in zip((3, 5, 69), (found[0], *found[2:]), strict=True):
+            assert torch.equal(one, features[number])  # type: ignore[arg-type]
+    for damaged in (b"", whole[:100], whole[: 4 * RECORD + 10], bytes(len(whole)), whole[RECORD:]):
+        kept.file.write_bytes(damaged)
+        assert kept.get(4) is None
+    kept.file.write_bytes(whole)
+    other = kept.file.rename(tmp_path / "other.features")
+    assert KeptFeatures(other.with_suffix(""), 70, SHAPE, torch.float32).get(4) is None, "it is of another set"
+
+
+def test_neighbours_lie_on_pages_that_no_other_part_touches(tmp_path: Path) -> None:
+    kept = KeptFeatures(tmp_path / "some", 100, SHAPE, torch.float32)
+    kept.put(list(range(32, 64)), torch.ones(32, *SHAPE))
+    data = np.frombuffer(kept.file.read_bytes(), np.uint8)
+    first = size_of(32, SHAPE, torch.float32)
+    assert first % 4096 == 0
+    assert not data[:first].any()
+    assert len(data) <= 2 * first
+    assert kept.missing(np.arange(100)).tolist() == [True] * 32 + [False] * 32 + [True] * 36
+
+
+def flipped(file: Path, every: int) -> None:
+    """Damage every so many bytes."""
+    data = bytearray(file.read_bytes())
+    for place in range(every // 2, len(data), every):
+        data[place] ^= 64
+    file.write_bytes(data)
+
+
+def zeroed(file: Path) -> None:
+    """The features alone, while what is behind them stays: as a disk that lost the one and not the other."""
+    data = bytearray(file.read_bytes())
+    group = size_of(32, SHAPE, torch.float32)
+    for number in range(PICTURES):
+        place = number // 32 * group + number % 32 * RECORD
+        data[place : place + RECORD - 32] = bytes(RECORD - 32)
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_features_that_are_damaged_are_made_again_while_a_stage_trains(
+    shard: str, tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    """In the place of each picture; the losses are those of sound ones."""
+    config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
+    config = replace(config, data=replace(config.data, workers=workers))
+    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    train = open_data(config).train
+
+    def batches(kept: Any) -> list[Any]:
+        steps = train.fed(kept).steps(global_batch=8, accumulation=2, seed=0, start=0, world=world)
+        return [batch for _ in range(6) for batch in next(steps)]
+
+    sound = batches(opened(config, world, "language", weights))
+    assert not caplog.records
+    for damage in (partial(flipped, every=RECORD * 3), zeroed):
+        kept = opened(config, world, "language", weights)
+        damage(kept.file)
+        for found, wanted in zip(batches(kept), sound, strict=True):
+            assert found.keys == wanted.keys
+            assert found.pixels.flatten(1).any(1).all()
+            torch.testing.assert_close(found.pixels, wanted.pixels)
+        assert "the encoder makes them again" in caplog.text
+        told = {Path(str(record.args[0])).name for record in caplog.records if record.args}
+        assert kept.file.name in told
+        caplog.clear()
+        assert all(kept.get(n) is not None for n in range(PICTURES) if n != 7), "and they are kept"
+
+
+def full_disk(folder: Path, megabytes: int) -> bool:
+    folder.mkdir()
+    return os.system(f"mount -t tmpfs -o size={megabytes}m tmpfs {folder} 2>/dev/null") == 0
+
+
+def test_a_disk_that_fills_up_in_the_pass_leaves_the_stage_its_pictures(
+    shard: str, tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others fill it meanwhile: the room that was there at the beginning is there no more."""
+    disk = tmp_path / "disk"
+    if not full_disk(disk, 1):
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        config = recipe(tmp_path / "run", shard, feature_cache=str(disk / "cache"))
+        weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+        calls = iter(range(100))
+
+        def fill() -> bool:
+            if next(calls) == 1:  # after the first part
+                with (disk / "others").open("wb", buffering=0) as file, suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+            return False
+
+        assert opened(config, world, "language", weights, stop=fill) is None
+        assert "No space left" in caplog.text
+        assert "trains on pictures" in caplog.text
+        assert not list((disk / "cache").iterdir()), "what it had made is no use, and checkpoints may need the room"
+    finally:
+        os.system(f"umount -l {disk}")
+
+
+def test_a_disk_that_goes_away_does_not_stop_a_run(
+    shard: str, tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And gives the losses of pictures."""
+    found = []
+    for name, cache in (("plain", ""), ("lost", str(tmp_path / "file" / "cache"))):
+        (tmp_path / "file").touch()
+        config = recipe(tmp_path / name, shard, feature_cache=cache)
+        run_pipeline(replace(config, stages={"projector": config.stages["projector"]}), world)
+        found.append(losses(replace(config, stages={"projector": config.stages["projector"]})))
+    assert found[0] == found[1]
+    assert "trains on pictures" in caplog.text
+
+
+def half_full(world: World, folder: str, shard: str) -> tuple[bool, bool]:
+    """Whether each rank got features where one alone cannot write, and after that where all can."""
+    config = recipe(Path(folder, "run"), shard, feature_cache=str(Path(folder, "cache")))
+    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
+    first = opened(config, world, "language", weights)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    second = opened(config, world, "language", weights)
+    return first is not None, second is not None and len(missing_of(second)) == 0
+
+
+def test_a_rank_that_cannot_write_takes_the_others_with_it_to_the_pictures(shard: str, tmp_path: Path) -> None:
+    assert ranks.run(half_full, 2, str(tmp_path), shard) == [(False, True)] * 2

@@ -22,6 +22,7 @@ LEAVES = {
     "chat_template",
     "config",
     "batch",
+    "checksums",
     "distributed",
     "pulse",
     "stage",

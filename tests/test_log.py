@@ -6,16 +6,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import struct
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -27,9 +29,14 @@ from hive_scale import config as configs
 from hive_scale import presets
 from hive_scale.config import LogConfig
 from hive_scale.distributed import World
-from hive_scale.watch import mirror, noise, terminal
+from hive_scale.gallery import runs as gallery
+from hive_scale.gallery.report import report
+from hive_scale.pulse import Pulse
+from hive_scale.slurm.status import _progress
+from hive_scale.watch import goodput, mirror, noise, terminal
+from hive_scale.watch.goodput import Goodput
 from hive_scale.watch.log import StageLog
-from hive_scale.watch.metrics import Follower, read_metrics
+from hive_scale.watch.metrics import Follower, damage, read_metrics
 from hive_scale.watch.sinks import replay, wandb_id
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +71,109 @@ def test_a_cut_line_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptu
     path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert read_metrics(path) == [{"step": 1}]
     assert "line 2 is cut off" in caplog.text
+
+
+def described(path: Path, draw: bool = False) -> list[str]:
+    """What every reader of a log says of it: status, goodput, mirrors and, to `draw`, the report."""
+    if draw:
+        notes = report([gallery.Run(path.parents[1])], look=False).notes
+        assert [note.partition(": ")[2] for note in notes] == damage(path)
+    lines = read_metrics(path)
+    _progress(lines, 10, 4)
+    goodput.summary(*goodput.added(lines[-1:]))
+    Goodput(Pulse(), lines, 3).line()
+    list(Follower(path).lines())
+    return damage(path)
+
+
+def written(folder: Path, steps: int = 8) -> Path:
+    run_dir(folder)
+    spent = {"spent": dict.fromkeys(goodput.ACCOUNTS, 1.0), "lost_steps": 0}
+    with StageLog(folder / "joint", 10, 0, 0, OFF, WORLD) as log:
+        for step in range(1, steps + 1):
+            log.step(step, 4 * step, values(eval_loss=2.0, grad_rms={"vision.1": 1.0}, gates={"0": 0.5}, **spent))
+    return folder / "joint" / "metrics.jsonl"
+
+
+def wrong_key(text: str) -> str:
+    return text.replace('"step"', '"stpe"')
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        wrong_key,
+        lambda text: text.replace('"samples"', '"smaples"'),
+        lambda text: text.replace('"step": 4', '"step": 40000000000000000000000000'),
+        lambda text: text.replace('"step": 4', '"step": "4"'),
+        lambda text: text.replace('"schema": 1', '"schema": 9'),
+        lambda text: text.replace('"schema": 1', '"schema": "1"'),
+        lambda text: text.replace('"lr": {"a": 0.1}', '"lr": 0.1'),
+        lambda text: text.replace('"lr": {"a": 0.1}', '"lr": {"a": [1]}'),
+        lambda text: text.replace('"loss": 2.0', '"loss": "2.0"'),
+        lambda text: text.replace('"seconds": ', '"seconds": -'),
+        lambda text: text[: len(text) // 2],
+        lambda text: "[1, 2]",
+        lambda text: "\x00" * len(text),
+        lambda text: text.replace("tokens", "tok\udcffens"),  # the byte 0xff
+        lambda text: text.replace('"spent"', '"spend"').replace('"step": 4', '"step": 44'),
+    ],
+)
+def test_a_damaged_line_is_left_out_and_the_hole_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Callable[[str], str]
+) -> None:
+    """Only that line: and a stage that goes on, and every reader, does so."""
+    path = written(tmp_path / "run")
+    lines = path.read_text().split("\n")
+    lines[3] = change(lines[3])
+    path.write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 5, 6, 7, 8]
+    assert "line 4 is cut off or damaged, and left out" in caplog.text
+    assert "step 4 is missing" in caplog.text
+    said = ["line 4 is cut off or damaged, and left out", "step 4 is missing"]
+    assert described(path, draw=change is wrong_key) == said
+    train(path.parent, 7, 10)
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 5, 6, 7, 8, 9, 10]
+    assert described(path) == ["step 4 is missing"], "for good"
+
+
+def test_no_bytes_in_a_log_stop_a_stage_or_its_readers(tmp_path: Path) -> None:
+    path = written(tmp_path / "run", 4)
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for number in range(40):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data), random.integers(1, 12)):
+            data[place] = random.integers(256)
+        path.write_bytes(data)
+        described(path, draw=number % 10 == 0)
+        train(path.parent, 4, 5)
+        assert read_metrics(path)[-1]["step"] == 5
+
+
+def test_what_was_not_finite_or_not_recorded_is_no_damage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As logs of the first versions have it, which wrote NaN, and logs whose gradient was not finite."""
+    path = written(tmp_path / "run", 3)
+    first = '{"step": 4, "samples": 16, "loss": NaN, "grad_norm": Infinity, "lr": {"a": 0.1}, "seconds": 1.5}\n'
+    path.write_text(path.read_text().replace('"grad_norm": 1.0, ', "") + first)
+    assert read_metrics(path)[-1] == {"step": 4, "samples": 16, "lr": {"a": 0.1}, "seconds": 1.5}
+    assert described(path, draw=True) == []
+    assert not caplog.records
+
+
+def test_a_disk_that_takes_no_line_does_not_stop_a_stage(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with StageLog(tmp_path / "joint", 10, 0, 0, OFF, WORLD) as log:
+        for step in range(1, 8):
+            if step == 3:
+                size = (tmp_path / "joint" / "metrics.jsonl").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limit[1]))
+            if step == 6:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            log.step(step, 4 * step, values())
+    assert sum("cannot be written" in record.message for record in caplog.records) == 1
+    caplog.clear()
+    assert [line["step"] for line in read_metrics(tmp_path / "joint" / "metrics.jsonl")] == [1, 2, 6, 7]
+    assert "steps 3 to 5 are missing" in caplog.text
 
 
 def test_a_schema_from_the_future_is_refused(tmp_path: Path) -> None:

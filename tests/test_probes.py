@@ -236,17 +236,30 @@ def test_features_are_made_once(encoder: Path, pictures: Path, tmp_path: Path, m
     assert sorted(tmp_path.iterdir()) == files
 
 
-@pytest.mark.parametrize("lost", [".labels", ".features", ".state"])
-def test_a_file_of_features_or_labels_that_is_lost_or_cut_is_made_again(
-    encoder: Path, pictures: Path, tmp_path: Path, lost: str
-) -> None:
+def test_a_file_of_features_that_is_lost_or_cut_is_made_again(encoder: Path, pictures: Path, tmp_path: Path) -> None:
     first = run(ALONE, encoder, pictures, tmp_path, False)
-    for file in tmp_path.glob(f"train-*{lost}"):
+    for file in tmp_path.glob("train-*.features"):
         file.unlink()
-    for file in tmp_path.glob(f"test-*{lost}"):
+    for file in tmp_path.glob("test-*.features"):
         with file.open("r+b") as opened:
             opened.truncate(11)
     assert run(ALONE, encoder, pictures, tmp_path, False) == first
+
+
+def test_damaged_features_are_made_again_and_a_disk_that_takes_none_is_done_without(
+    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = run(ALONE, encoder, pictures, tmp_path, False)
+    for file in tmp_path.glob("*.features"):
+        data = bytearray(file.read_bytes())
+        for place in range(1000, len(data), len(data) // 7):  # features, labels or states of some pictures
+            data[place] ^= 16
+        file.write_bytes(data)
+    assert run(ALONE, encoder, pictures, tmp_path, False) == first
+    assert "made again" in caplog.text
+    (tmp_path / "file").touch()
+    assert run(ALONE, encoder, pictures, tmp_path / "file" / "no folder", False) == first
+    assert "sees each picture again" in caplog.text
 
 
 def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hive_scale.checksums import Damaged as Damaged  # part of this room's public face
+from hive_scale.checksums import write_sums
 from hive_scale.strict_json import dumps
 
 # Large pieces, since both the write and the checksum give up the GIL once per piece
@@ -31,10 +33,6 @@ _DTYPE_NAMES = {
     torch.bool: "BOOL",
 }
 DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-
-
-class Damaged(ValueError):
-    """What is on disk is not what was written; the message says what and where."""
 
 
 def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
@@ -109,11 +107,15 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def published(directory: Path) -> Iterator[Path]:
-    """A new directory to fill, which becomes `directory` at the end: complete or absent. Replaces what is there."""
+    """A new directory to fill, which becomes `directory` at the end: complete or absent. Replaces what is there.
+
+    Its files are listed with their checksums, see `checksums`.
+    """
     partial = directory.with_name(f".{directory.name}.hive_scale.tmp")  # a name that nobody else gives
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    write_sums(partial)
     for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
         _sync(path)
     if directory.is_symlink():

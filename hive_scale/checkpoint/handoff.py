@@ -18,7 +18,7 @@ from hive_scale.checkpoint.files import file_hash as file_hash  # part of this r
 from hive_scale.checkpoint.marker import find_weights, index_of
 from hive_scale.checkpoint.ranges import Shape, difference
 from hive_scale.checkpoint.seal import SEAL, Source, check_seal, unnamed_path, write_sealed
-from hive_scale.checkpoint.snapshot import Snapshot, audit
+from hive_scale.checkpoint.snapshot import Snapshot, audit, steps_in
 
 
 class Weights(Mapping[str, Tensor]):
@@ -93,7 +93,8 @@ def write_weights(
 def read_weights(path: Path) -> Weights:
     """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
 
-    Raises FileNotFoundError, or Damaged if a seal does not hold; files without a seal are taken as they are.
+    Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold; files without a seal are taken as
+    they are.
     """
     if path.is_dir():
         candidates = (path / "weights.safetensors", path / "model.safetensors")
@@ -101,19 +102,42 @@ def read_weights(path: Path) -> Weights:
     found = find_weights(path)
     if found is None:
         raise FileNotFoundError(f"there are no weights at {path}")
-    if found.suffix != ".json":
-        return Weights([found], check_seal(found, None))
+    try:
+        return Weights([found], check_seal(found, None)) if found.suffix != ".json" else _read_sharded(found)
+    except Damaged as error:
+        raise Damaged(f"{error}: {_remedy(found)}") from None
+
+
+def _read_sharded(found: Path) -> Weights:
     try:
         index = json.loads(found.read_text())
         weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
-    except (ValueError, KeyError) as error:
+        paths = [found.with_name(name) for name in sorted({*weight_map.values(), *seals})]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{found} is not what was written: {error}") from error
-    paths = [found.with_name(name) for name in sorted(set(weight_map.values()))]
     checked = [check_seal(path, seals.get(path.name)) for path in paths]
     weights = Weights(paths, xxhash.xxh3_128_hexdigest("".join(checked).encode()))
     if lost := sorted(weight_map.keys() - weights.keys()):
         raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
+    if seals and (more := sorted(weights.keys() - weight_map.keys())):
+        raise Damaged(f"{found} does not name tensors that its files hold: {', '.join(more)}")
     return weights
+
+
+def _remedy(weights: Path) -> str:
+    """How to come by what was at `weights` again."""
+    stage = weights.parent
+    if not (stage.parent / "config.yaml").is_file():
+        return "get it again from where it came"
+    if stage.name != "initial" and not steps_in(stage):
+        return (
+            f"restore it from a copy, or remove {weights.name}: the command that trained the run then trains this "
+            "stage again"
+        )
+    source = (
+        f"the stage's last checkpoint, {steps_in(stage)[-1].name}" if steps_in(stage) else "what the run began with"
+    )
+    return f"remove {weights.name}, and the command that trained the run makes it again from {source}"
 
 
 def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> Path:

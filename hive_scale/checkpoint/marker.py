@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 WEIGHTS = "weights.safetensors"
+ENCODER = "encoder"
 
 
 def is_done(stage_dir: Path) -> bool:
     """Whether the stage has ended, and left all that the next one and the user need."""
-    return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / "encoder").is_dir()
+    return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / ENCODER).is_dir()
 
 
 def find_weights(path: Path) -> Path | None:

@@ -13,6 +13,7 @@ examples:
   python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for hive_scale.export
   python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
   python launchers/export.py verify runs/debug                           every checksum of a run
+  python launchers/export.py verify hive                                 every checksum of what was exported
 
 Each makes RUN/export/WHAT, unless --output says otherwise.
 Exit codes: 0 done, 1 verify found damage, 2 something to change in the command.
@@ -36,8 +37,8 @@ def main() -> int:
         subparser.add_argument("--output", type=Path, metavar="DIR", help="to make (default RUN/export/WHAT)")
         subparser.add_argument("--stage", default="", help="whose weights (default: the last that is done)")
         subparser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
-    subparsers.add_parser("verify", help="read all of a run against its checksums").add_argument(
-        "run", type=Path, metavar="RUN", help="the run's directory"
+    subparsers.add_parser("verify", help="read all of a run, or of an export, against its checksums").add_argument(
+        "run", type=Path, metavar="RUN", help="the run's directory, or one that was exported"
     )
     arguments = parser.parse_args()
     try:
@@ -57,9 +58,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _verify(directory: Path) -> int:
-    from hive_scale.checkpoint.runs import Run, verify
+    from hive_scale.checkpoint.runs import verify_path
 
-    found = list(verify(Run(directory)))
-    for path, damage in found:
-        print(f"{'DAMAGED' if damage else 'sound  '} {path}{': ' if damage else ''}{damage}")
-    return int(any(damage for _, damage in found))
+    is_damaged = False
+    for path, damage, remark in verify_path(directory):
+        said = damage or remark
+        print(f"{'DAMAGED' if damage else 'sound  '} {path}{': ' if said else ''}{said}", flush=True)
+        is_damaged |= bool(damage)
+    return int(is_damaged)

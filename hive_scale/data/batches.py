@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -34,26 +35,30 @@ Request = tuple[Slots, int]  # and the room for its pictures
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used."""
+    """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used.
+
+    `lost` are (row, sample, picture, uint8 (3, H, W)) of those whose features could not be read.
+    """
 
     batch: Batch | None
     bad: list[Fault]
+    lost: list[tuple[int, int, NDArray[np.uint8]]]
 
     def pin_memory(self) -> Loaded:
-        return Loaded(self.batch and self.batch.pin(), self.bad)
+        return Loaded(self.batch and self.batch.pin(), self.bad, self.lost)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Small tensors go through the pipe: for each torch would make a file, and pass it by a socket of its own."""
         if self.batch is None:
-            return Loaded, (None, self.bad)
+            return Loaded, (None, self.bad, self.lost)
         fields = vars(self.batch)
         small = {name: fields[name].numpy() for name in ("has_image", "tokens", "target_rows", "target_ids")}
-        return _arrived, (fields | small, self.bad)
+        return _arrived, (fields | small, self.bad, self.lost)
 
 
-def _arrived(fields: dict[str, Any], bad: list[Fault]) -> Loaded:
+def _arrived(fields: dict[str, Any], bad: list[Fault], lost: list[tuple[int, int, NDArray[np.uint8]]]) -> Loaded:
     tensors = {name: torch.from_numpy(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
-    return Loaded(Batch(**fields | tensors), bad)
+    return Loaded(Batch(**fields | tensors), bad, lost)
 
 
 class Batches(Dataset[Loaded]):
@@ -98,7 +103,12 @@ class Batches(Dataset[Loaded]):
         bad = [fault for _, faults in filled for fault in faults]
         decoded = [one for one, _ in filled if one is not None]
         if self.order is not None and len(decoded) < len(slots):
-            return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
+            return Loaded(
+                None, bad, []
+            )  # told by the caller: an error raised in a worker arrives as a page of traceback
+        lost = [(row, one.number, one.pixels.numpy()) for row, one in enumerate(decoded) if one.number >= 0]
+        for row, _, _ in lost:  # what is to lie there is made where the encoder is
+            decoded[row] = decoded[row]._replace(pixels=pixels[row])
         tokenizer = self.samples.tokenizer
         samples = self.samples.finished(decoded)
         if not samples:
@@ -107,7 +117,7 @@ class Batches(Dataset[Loaded]):
         batch = collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)])
         if get_worker_info() and room != NONE:
             batch = replace(batch, pixels=self.rooms.sent(room, len(samples)))
-        return Loaded(batch, bad)
+        return Loaded(batch, bad, lost)
 
     def _place(self, room: int, samples: int) -> Tensor:
         if room == NONE:
@@ -129,7 +139,8 @@ class Batches(Dataset[Loaded]):
         for i, one in chain([(first, read)], ((i, self._read(i)) for i in substitutes)):
             found = one if isinstance(one, Fault) else self._try(i, self.samples.decoded, one, pixels)
             if not isinstance(found, Fault):
-                return found, bad
+                is_lost = self.samples.features is not None and found.pixels.dtype == torch.uint8
+                return (found._replace(number=i) if is_lost else found), bad
             bad.append(found)
         return None, bad
 

@@ -1,72 +1,170 @@
-"""What a frozen encoder makes of each picture of a set, kept on disk: made once, by as many processes as there are."""
+"""What a frozen encoder makes of each picture of a set, kept on disk: made once, by as many processes as there are.
+
+One file, PATH.features, holds a record of each picture:
+
+    features    (S, V, C), in the precision of compute
+    label       int64, what the caller knows of the picture
+    status      int64, MADE or BROKEN; anything else: nothing is known yet
+    digest      xxh3-128 of the file's name, layout, the picture's number, and all that comes before
+
+So nothing can be lost while something else says that it is there, and a record that was cut, zeroed, flipped or copied
+from another set is not believed. Records are written and read by `pwrite` and `pread`: a disk that is full, or gone,
+is an OSError and no signal. Neighbours lie on pages of their own, which one process alone writes.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from errno import EACCES, ENOSPC, EPERM, EROFS
+from itertools import repeat
 from math import prod
 from pathlib import Path
+from typing import Any
+from weakref import finalize
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hive_scale.distributed import World
 
+FORMAT = 2  # part of the key of whatever keeps features: those of another format are not read
 Numbers = list[int] | NDArray[np.integer]  # of pictures
-TO_DO, MADE, BROKEN = 0, 1, 2
-INTEGERS = {2: (np.int16, torch.int16), 4: (np.int32, torch.int32)}  # by size: numpy knows no bfloat16; bits are bits
+Shape = tuple[int, int, int]
+MADE, BROKEN = 1, 2
+NEIGHBOURS, PAGE = 32, 4096
+STATE = struct.Struct("<qq")  # label and status
+DIGEST = 16  # bytes
+logger = logging.getLogger(__name__)
+
+
+class DiskError(ValueError):
+    """A disk cannot hold the features, or not be reached; every rank gets it."""
 
 
 class KeptFeatures:
     """Features of N pictures, (S, V, C) each: of S depths, V visual tokens of width C.
 
-    Two files, PATH.features and PATH.state; a picture's features are written before its state says so, and a process
-    that dies between the two has lost that part alone.
+    `encode`, where it is set, makes them of pictures (B, 3, H, W), uint8, for `make`.
     """
 
-    def __init__(self, path: Path, count: int, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    encode: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, path: Path, count: int, shape: Shape, dtype: torch.dtype) -> None:
+        """Raises OSError."""
         self.count, self.shape, self.dtype = count, shape, dtype
-        self._path = path
-        values, state = path.with_suffix(".features"), path.with_suffix(".state")
-        size = size_of(count, shape, dtype)
-        if not values.exists() or values.stat().st_size != size:
-            forget(path)  # deleted, cut or copied in part: what it holds is not known
-        make(values, size)
-        make(state, count)
-        self._state: NDArray[np.uint8] = np.memmap(state, np.uint8, "r+", shape=(count,))
-        self._values: NDArray[np.integer] = np.memmap(values, INTEGERS[dtype.itemsize][0], "r+", shape=(count, *shape))
+        self.file = path.with_suffix(".features")
+        self._size = prod(shape) * dtype.itemsize
+        self._name = f"{self.file.name} {count} {shape} {dtype}"
+        self._told = False
+        self._open()
 
-    def missing(self) -> NDArray[np.integer]:
-        """Numbers of the pictures whose features nobody has made yet."""
-        return np.flatnonzero(self._state == TO_DO)
+    def missing(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Of each of the pictures, whether nobody has told anything of it yet."""
+        numbers = np.asarray(numbers)
+        missing = np.ones(len(numbers), bool)
+        written = np.flatnonzero(self._place(numbers) < os.fstat(self._descriptor).st_size)  # of a new file none
+        missing[written] = [self._status(number) not in (MADE, BROKEN) for number in numbers[written].tolist()]
+        return missing
 
-    def put(self, numbers: Numbers, features: Tensor) -> None:
-        """Keep `features`, (len(numbers), S, V, C)."""
-        self._values[numbers] = features.to(self.dtype).view(INTEGERS[self.dtype.itemsize][1]).cpu().numpy()
-        self._state[numbers] = MADE
+    def put(self, numbers: Numbers, features: Tensor, labels: Iterable[int] = repeat(0)) -> None:
+        """Keep `features`, (len(numbers), S, V, C), and what is known of the pictures. Raises OSError."""
+        rows = features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).reshape(len(numbers), -1).numpy()
+        for number, row, label in zip(numbers, rows, labels, strict=False):
+            self._write(int(number), row, STATE.pack(label, MADE))
 
     def give_up(self, numbers: Numbers) -> None:
-        """Those pictures cannot be used."""
-        self._state[numbers] = BROKEN
+        """Those pictures cannot be used. Raises OSError."""
+        for number in numbers:
+            self._write(int(number), b"", STATE.pack(0, BROKEN))
 
     def get(self, number: int) -> Tensor | None:
-        """Features (S, V, C) of a picture; None if there are none."""
-        if self._state[number] != MADE:
+        """Features (S, V, C) of a picture; None if there are none, or not those that were written."""
+        found = self.read(number)
+        return found and found[0]
+
+    def read(self, number: int) -> tuple[Tensor, int] | None:
+        """As `get`, with the label."""
+        record = np.empty(record_size(self.shape, self.dtype), np.uint8)
+        try:
+            if os.preadv(self._descriptor, [record.data], self._place(number)) < len(record):
+                return None
+        except OSError:  # a disk that fails, or is there no longer
             return None
-        return torch.from_numpy(self._values[number]).view(self.dtype)
+        row, state, digest = np.split(record, [self._size, self._size + STATE.size])
+        label, status = STATE.unpack(state.tobytes())
+        if status != MADE or digest.tobytes() != self._digest(number, row, state):
+            return None
+        return torch.from_numpy(row).view(self.dtype).view(self.shape), label
 
-    def rows(self, numbers: Numbers) -> Tensor:
-        """Features (len(numbers), S, V, C) of pictures that have been made."""
-        return torch.from_numpy(self._values[numbers]).view(self.dtype)
+    def make(self, numbers: Numbers, pixels: Tensor) -> Tensor:
+        """Features (len(numbers), S, V, C) of pictures that have none, and keep them if the disk takes them."""
+        assert self.encode is not None
+        if not self._told:
+            logger.warning("%s: features cannot be read, or are damaged: the encoder makes them again", self.file)
+            self._told = True
+        features = self.encode(pixels)
+        with suppress(OSError):
+            self.put(numbers, features)
+        return features
 
-    def __reduce__(self) -> tuple[object, ...]:
-        return KeptFeatures, (self._path, self.count, self.shape, self.dtype)  # the files are opened again
+    def sync(self) -> None:
+        """What was put is on disk, and what others have put before is seen. Raises OSError."""
+        os.fsync(self._descriptor)
+        self._close()
+        self._open()
+
+    def _open(self) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in (EACCES, EPERM, EROFS):
+                raise
+            self._descriptor = os.open(self.file, os.O_RDONLY)  # another user's: good enough where nothing is missing
+        self._close = finalize(self, os.close, self._descriptor)
+
+    def _write(self, number: int, row: Any, state: bytes) -> None:
+        parts = [row, state, self._digest(number, row, state)]
+        place = self._place(number) + (0 if len(row) else self._size)
+        if os.pwritev(self._descriptor, parts, place) < sum(map(len, parts)):
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+
+    def _status(self, number: int) -> int:
+        try:
+            state = os.pread(self._descriptor, STATE.size, self._place(number) + self._size)
+        except OSError:
+            return 0
+        return int(STATE.unpack(state)[1]) if len(state) == STATE.size else 0
+
+    def _place(self, number: Any) -> Any:
+        """Where the records of pictures begin, an integer or an array of them."""
+        group, place = divmod(number, NEIGHBOURS)
+        return group * size_of(NEIGHBOURS, self.shape, self.dtype) + place * record_size(self.shape, self.dtype)
+
+    def _digest(self, number: int, row: Any, state: Any) -> bytes:
+        digest = xxhash.xxh3_128(f"{self._name} {number}".encode())
+        digest.update(row)
+        digest.update(state)
+        return digest.digest()
 
 
-def size_of(count: int, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
-    """Bytes of the features of `count` pictures."""
-    return count * prod(shape) * dtype.itemsize
+def record_size(shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes of the record of one picture."""
+    return prod(shape) * dtype.itemsize + STATE.size + DIGEST
+
+
+def size_of(count: int, shape: Shape, dtype: torch.dtype) -> int:
+    """Bytes that the features of `count` pictures take on disk, in whole groups of neighbours."""
+    pages = -(-NEIGHBOURS * record_size(shape, dtype) // PAGE)
+    return -(-count // NEIGHBOURS) * pages * PAGE
 
 
 def room_in(folder: Path) -> int:
@@ -75,35 +173,41 @@ def room_in(folder: Path) -> int:
     return shutil.disk_usage(disk).free + sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
 
 
-def forget(path: Path) -> None:
-    """None of the features under `path` are taken to be there any more."""
-    path.with_suffix(".state").unlink(missing_ok=True)
-
-
-def make(file: Path, size: int) -> None:
-    """A file of `size` bytes, zeros where nothing has been written; one that is there stays as it is."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("ab") as opened:
-        opened.truncate(size)
+def parts(missing: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
+    """`missing`, ascending, in parts of at most `size`, which is whole groups of neighbours: each for one process."""
+    assert size % NEIGHBOURS == 0
+    return [part for part in np.split(missing, np.flatnonzero(np.diff(missing // size)) + 1) if len(part)]
 
 
 def open_kept(
-    world: World, path: Path, wanted: NDArray[np.integer], count: int, shape: tuple[int, int, int], dtype: torch.dtype
+    world: World, path: Path, wanted: NDArray[np.integer], count: int, shape: Shape, dtype: torch.dtype
 ) -> tuple[KeptFeatures, NDArray[np.integer]]:
     """The features under `path`, and which of the `wanted` are missing, the same for all ranks. A collective.
 
-    Raises ValueError if the disk has no room for those.
+    Raises DiskError if the disk cannot be used, or has no room for those.
     """
-    if world.is_main:
-        KeptFeatures(path, count, shape, dtype)
-    world.barrier()
-    kept = KeptFeatures(path, count, shape, dtype)
-    missing = np.intersect1d(kept.missing(), wanted)
+    kept, reason = None, "another rank cannot use it"
+    try:
+        kept = KeptFeatures(path, count, shape, dtype)
+    except OSError as error:
+        reason = str(error)
+    if world.sum(kept is None)[0] or kept is None:
+        raise DiskError(f"{path.parent}: {reason}: name another disk for features, or keep none")
+    flags = torch.zeros(len(wanted), dtype=torch.uint8)
+    mine = slice(world.rank * len(wanted) // world.size, (world.rank + 1) * len(wanted) // world.size)
+    flags[mine] = torch.from_numpy(kept.missing(wanted[mine]).astype(np.uint8))
+    world.add_up([flags])
+    missing = np.sort(wanted[flags.numpy() > 0])
     needed, free = size_of(len(missing), shape, dtype), shutil.disk_usage(path.parent).free
-    world.barrier()  # all have looked before one begins to change it
-    if needed > free:
-        raise ValueError(
+    if world.sum(world.is_main and needed > free)[0]:
+        raise DiskError(
             f"{path.parent}: {needed / 1e9:.1f} GB of features are still to be made, {free / 1e9:.1f} GB are free: "
             "name another disk for them, or keep none"
         )
     return kept, missing
+
+
+def agree(world: World, error: OSError | None) -> None:
+    """Raises DiskError on all ranks if one has met an `error` while it wrote. A collective."""
+    if world.sum(error is not None)[0]:
+        raise DiskError(f"features cannot be kept: {error or 'another rank could not write its own'}")

@@ -123,4 +123,8 @@ class Loader(Samples):
             self._ledger.add(loaded.bad)
             if loaded.batch is None:
                 raise ValueError(f"no sample near {loaded.bad[0].describe()} can be used: repair the shards")
+            if loaded.lost and self.features:
+                rows, numbers, pictures = map(list, zip(*loaded.lost, strict=True))
+                made = self.features.make(numbers, torch.from_numpy(np.stack(pictures)))
+                loaded.batch.pixels[rows] = made.to(loaded.batch.pixels)
             yield loaded.batch

@@ -42,6 +42,7 @@ class Decoded(NamedTuple):
     key: str
     text: Text
     pixels: Tensor
+    number: int = -1  # of the sample, where `pixels` is a picture though features were wanted
 
 
 class Samples:
@@ -76,7 +77,7 @@ class Samples:
         size = self._size(i)
         key = self.index.key(i)
         text: Text = self._conversation(key, i) if self.config.text == "conversation" else self.caption(i)
-        kept = self.features.get(i) if self.features else None
+        kept = self.features.get(i) if self.features else None  # else a picture, which is broken or not kept soundly
         return Read(key, text, self._lying(i) if kept is None else kept, size)
 
     def _conversation(self, key: str, i: int) -> Sample:
@@ -84,7 +85,12 @@ class Samples:
         return chat_sample(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
 
     def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
-        """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be."""
+        """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be.
+
+        Where features are wanted and those of the picture cannot be read, the picture stays out of `out`.
+        """
+        if self.features and not isinstance(read.picture, Tensor):
+            out = None
         return Decoded(read.key, read.text, self._pixels(read.picture, read.size, out))
 
     def finished(self, decoded: Sequence[Decoded]) -> list[Sample]:

@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hive_scale import checksums
 from hive_scale.batch import Sample
 from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import TokenizerConfig
@@ -122,6 +124,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         stock: Any = PreTrainedTokenizerFast
         return Tokenizer(stock(tokenizer_object=byte_tokenizer(), **special))
     try:
+        checksums.check(Path(config.path).expanduser(), weights=False)
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
         reason = next(iter(str(error).splitlines()), type(error).__name__)

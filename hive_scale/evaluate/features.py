@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
-from hive_scale.data.kept import forget, make, open_kept
+from hive_scale.data.kept import FORMAT, agree, open_kept, parts
 from hive_scale.data.transform import VERSION, augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
@@ -22,9 +24,10 @@ from hive_scale.model.identity import identity, key_of
 from hive_scale.model.vision import PIXEL_STATISTICS, hidden_states, patches
 
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
-Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of pictures
+Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of pictures
 AT_ONCE = 128  # pictures that run through the encoder together
 LARGEST = 65504.0  # of float16
+logger = logging.getLogger(__name__)
 
 
 class Encoder:
@@ -106,29 +109,53 @@ def cut(part: Numbers, size: int) -> list[Numbers]:
 
 
 class Cache:
-    """Features of a split as float16 on disk, shared by all ranks, probes and seeds.
+    """Features of a split as float16 on disk, with its labels, shared by all ranks, probes and seeds.
 
-    The files' name tells encoder, set and split: other features are never read for these.
+    The file's name tells encoder, set and split: other features are never read for these.
     """
 
     def __init__(self, folder: Path, data: str, source: Source, numbers: Numbers, world: World) -> None:
-        """Make what is missing of those pictures, each rank its share. `data` identifies the set. A collective."""
+        """Make what is missing of those pictures, each rank its share. `data` identifies the set. A collective.
+
+        Raises DiskError if the disk cannot take them.
+        """
         encoder, split = source.encoder, source.split
-        path = folder / f"{split.name}-{key_of(encoder.identity, VERSION, data, split.size)}"
+        self.source, self._told = source, False
+        path = folder / f"{split.name}-{key_of(FORMAT, encoder.identity, VERSION, data, split.size)}"
         shape = 1, encoder.num_tokens, encoder.width
-        labels, size = path.with_suffix(".labels"), 8 * split.size
-        if world.is_main and not (labels.exists() and labels.stat().st_size == size):
-            forget(path)  # features without labels: both are made again
-            make(labels, size)
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
-        self.labels = np.memmap(labels, np.int64, "r+", shape=(split.size,))
-        mine = np.array_split(missing, world.size)[world.rank]
-        groups = cut(mine, AT_ONCE)
-        for group, (values, told) in zip(groups, source.batches(groups), strict=True):
-            self.labels[group] = told.cpu().numpy()
-            self.features.put(group, values.clamp(-LARGEST, LARGEST)[:, None])
-        world.barrier()
+        groups = parts(missing, AT_ONCE)[world.rank :: world.size]
+        agree(world, self._complete(groups))
 
     def read(self, numbers: Numbers, device: torch.device) -> Features:
-        features = self.features.rows(numbers)[:, 0].to(device).float()
-        return features, torch.from_numpy(self.labels[numbers]).to(device)
+        found = [self.features.read(number) or self._make(number) for number in numbers.tolist()]
+        features = torch.cat([features for features, _ in found]).to(device).float()
+        return features, torch.tensor([label for _, label in found], device=device)
+
+    def _complete(self, groups: Sequence[Numbers]) -> OSError | None:
+        """Why the disk does not take the features of all groups, if it does not."""
+        for group, (values, told) in zip(groups, self.source.batches(groups), strict=True):
+            try:
+                self._put(group, values, told)
+            except OSError as error:
+                return error
+        try:
+            self.features.sync()
+        except OSError as error:
+            return error
+        return None
+
+    def _make(self, number: int) -> tuple[Tensor, int]:
+        """What cannot be read, made again."""
+        if not self._told:
+            logger.warning("%s: features cannot be read, or are damaged: made again", self.features.file)
+            self._told = True
+        encoder = self.source.encoder
+        pixels, label = Pictures(self.source.split, encoder.image_size, encoder.mode)[number]
+        features = encoder(pixels[None]).clamp(-LARGEST, LARGEST).cpu().half()
+        with suppress(OSError):
+            self._put(np.array([number]), features, torch.tensor([label]))
+        return features, label
+
+    def _put(self, numbers: Numbers, features: Tensor, labels: Tensor) -> None:
+        self.features.put(numbers, features.clamp(-LARGEST, LARGEST)[:, None], labels.tolist())

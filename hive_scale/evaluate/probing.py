@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hive_scale.data.kept import DiskError
 from hive_scale.distributed import World
 from hive_scale.evaluate.features import AT_ONCE, Cache, Encoder, Numbers, Source, cut
 from hive_scale.evaluate.files import write_json
@@ -22,6 +24,7 @@ from hive_scale.evaluate.probes import Grid, Kind, Recipe, nearest_neighbours
 from hive_scale.model.identity import key_of
 from hive_scale.strict_json import dumps
 
+logger = logging.getLogger(__name__)
 HELD_BACK = 0.1  # share of the training pictures on which rates are chosen, where the set has no split for it
 
 
@@ -113,7 +116,10 @@ class Bench:
             if not self.plan.augment:  # seen again and again unchanged, pictures need the encoder once
                 wanted = self.whole if split is self.data.train else np.arange(split.size)
                 held = key_of(self.data.name, self.data.identity)
-                source.cache = Cache(self.cache, held, source, wanted, self.world)
+                try:
+                    source.cache = Cache(self.cache, held, source, wanted, self.world)
+                except DiskError as error:
+                    logger.warning("%s: %s. The encoder sees each picture again each time", self.cache, error)
         return self._sources[split.name]
 
     def _share_right(self, grid: Grid, split: Split, part: Numbers) -> list[float]:

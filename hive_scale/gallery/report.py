@@ -18,6 +18,7 @@ from hive_scale.show.figure import save
 from hive_scale.show.gradient_map import gradient_figure
 from hive_scale.show.page import Report, page
 from hive_scale.strict_json import read_lines
+from hive_scale.watch.metrics import damage
 
 Captioned = tuple[Tensor, Mapping[str, str]]  # a picture, and texts by whose they are
 
@@ -25,7 +26,7 @@ Captioned = tuple[Tensor, Mapping[str, str]]  # a picture, and texts by whose th
 def report(runs: Sequence[Run], look: bool = True, pictures: int = 4) -> Report:
     """What there is to say of `runs`. Without `look` no model is loaded: no captions, no maps."""
     histories = [run.history() for run in runs]
-    notes = _cut_lines(runs) + _other_recipes(runs)
+    notes = _holes(runs) + _other_recipes(runs)
     captions: list[Captioned] = []
     maps: dict[str, str] = {}
     if look:
@@ -115,12 +116,15 @@ def _recipe(run: Run, several: bool) -> list[dict[str, str]]:
 def _memory(run: Run, several: bool) -> dict[str, str]:
     files = {stage: run.dir / stage / "memory.txt" for stage in run.config.stages}
     return {
-        f"{run.name}: {stage}" if several else stage: path.read_text() for stage, path in files.items() if path.exists()
+        f"{run.name}: {stage}" if several else stage: path.read_text(errors="replace")
+        for stage, path in files.items()
+        if path.exists()
     }
 
 
 def _faults(run: Run) -> list[dict[str, str]]:
-    faults = _json_lines(run.dir / "bad_samples.jsonl")
+    told = _json_lines(run.dir / "bad_samples.jsonl")
+    faults = [fault for fault in told if all(isinstance(fault.get(key), str) for key in ("reason", "shard", "key"))]
     first = {fault["reason"]: f"{fault['shard']}: {fault['key']}" for fault in reversed(faults)}
     counts = Counter(fault["reason"] for fault in faults)
     return [
@@ -133,9 +137,9 @@ def _json_lines(path: Path) -> list[dict[str, str]]:
     return read_lines(path)[0]
 
 
-def _cut_lines(runs: Sequence[Run]) -> list[str]:
+def _holes(runs: Sequence[Run]) -> list[str]:
     paths = [run.dir / stage / "metrics.jsonl" for run in runs for stage in run.config.stages]
-    return [f"{path}: line {number} is cut off and left out" for path in paths for number in read_lines(path)[1]]
+    return [f"{path}: {text}" for path in paths for text in damage(path)]
 
 
 def _other_recipes(runs: Sequence[Run]) -> list[str]:

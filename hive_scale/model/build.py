@@ -21,6 +21,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from hive_scale import checksums
 from hive_scale.config import ModelConfig, PartConfig, holds_weights_alone, run_of
 from hive_scale.model import pretrained
 from hive_scale.model.hive import Hive
@@ -240,6 +241,7 @@ def _as_said(
 
 def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
     """What ``config.json`` beside the weights says, if it can be had. Raises ValueError if they are none to train."""
+    checksums.check(Path(part.path).expanduser(), weights=False)
     try:
         said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
     except OSError:

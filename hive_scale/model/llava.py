@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from hive_scale import checksums
+
 
 class StockLlava:
     """``LlavaForConditionalGeneration`` with its processor; greedy answers in batches padded on the left."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Raises ValueError if there is no chat template, or the processor has another image size than the encoder."""
+        """Raises ValueError if there is no chat template, the processor has another image size than the encoder, or
+        the directory is ours and its files are not what was written."""
+        checksums.check(path)
         auto: Any = AutoProcessor
         processor = auto.from_pretrained(path, trust_remote_code=False)
         self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template

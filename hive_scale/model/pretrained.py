@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from hive_scale import checksums
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +27,13 @@ def quiet() -> None:
 def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Tensor] | None) -> nn.Module | None:
     """A model of class `kind` with the weights of a Hugging Face `path`, or with those `given`; None without a path.
 
-    Raises ValueError that names what is missing or of another shape.
+    Raises ValueError that names what is missing or of another shape, and Damaged for a directory of ours whose files
+    are not what was written.
     """
     if not path:
         return None
+    if given is None:
+        checksums.check(Path(path).expanduser())
     quiet()
     try:
         model, report = kind.from_pretrained(

@@ -31,7 +31,7 @@ class History:
         """(samples seen in the whole run, line)."""
         for start, lines in self._starts():
             for line in lines:
-                yield start + line["samples"], line
+                yield start + line.get("samples", 0), line
 
     def borders(self) -> list[int]:
         return [start for start, _ in self._starts()][1:]
@@ -40,7 +40,7 @@ class History:
         start = 0
         for lines in self.stages.values():
             yield start, lines
-            start += lines[-1]["samples"] if lines else 0
+            start += lines[-1].get("samples", 0) if lines else 0
 
 
 class Curve(NamedTuple):
@@ -53,15 +53,16 @@ class Curve(NamedTuple):
 
 def curves(runs: Sequence[History]) -> dict[str, str]:
     """Plots by title, as <svg> elements; those without anything to show are left out."""
-    seconds = "samples per second", lambda line: line["fresh"] / line["seconds"]
+    # a line may lack what was not finite, or was not recorded by an older version
+    pace = _with_fresh(runs)
     plots = {
-        "Training loss": _each(runs, lambda line: line["loss"]),
+        "Training loss": _each(runs, lambda line: line.get("loss")),
         "Held-out loss": _each(runs, lambda line: line.get("eval_loss")),
-        "Learning rates": _by_key(runs, lambda line: line["lr"]),
-        "Gradient norm": _each(runs, lambda line: line["grad_norm"]),
+        "Learning rates": _by_key(runs, lambda line: line.get("lr", {})),
+        "Gradient norm": _each(runs, lambda line: line.get("grad_norm")),
         "Gradient norm by component": _by_key(runs, lambda line: by_component(line.get("grad_rms", {}))),
         "Gates": _by_key(runs, lambda line: {f"gate {key}": value for key, value in line.get("gates", {}).items()}),
-        "Samples per second": _each(_with_fresh(runs), seconds[1]),
+        "Samples per second": _each(pace, lambda line: line["fresh"] / line["seconds"] if "seconds" in line else None),
         "MFU": _each(runs, lambda line: line.get("mfu")),
         "Peak memory": _each(runs, lambda line: line.get("memory_gb")),
     }
@@ -171,8 +172,9 @@ def _with_fresh(runs: Sequence[History]) -> list[History]:
 def _freshened(lines: Sequence[Line]) -> Iterator[Line]:
     before = 0
     for line in lines:
-        yield {**line, "fresh": line["samples"] - before}
-        before = line["samples"]
+        samples = line.get("samples", before)
+        yield {**line, "fresh": samples - before}
+        before = samples
 
 
 def _plot(found: Sequence[Curve], unit: str, logarithmic: bool, borders: Sequence[int]) -> str:
@@ -197,7 +199,7 @@ def _plot(found: Sequence[Curve], unit: str, logarithmic: bool, borders: Sequenc
 def _layers(line: Line) -> dict[int, float]:
     """Encoder layer (from 0) to norm."""
     parts = ((name.partition("."), norm) for name, norm in line.get("grad_rms", {}).items())
-    return {int(layer): norm for (room, _, layer), norm in parts if room == "vision" and layer}
+    return {int(layer): norm for (room, _, layer), norm in parts if room == "vision" and layer.isdecimal()}
 
 
 def _spent(run: History) -> dict[str, float]:
@@ -212,8 +214,8 @@ def _ledger(lines: Sequence[Line]) -> Mapping[str, float]:
     if lines and "spent" in lines[-1]:
         ledger: Mapping[str, float] = lines[-1]["spent"]
         return ledger
-    data = sum(line["data_seconds"] for line in lines)
-    return {"steps": sum(line["seconds"] for line in lines) - data, "data": data}
+    data = sum(line.get("data_seconds", 0.0) for line in lines)
+    return {"steps": sum(line.get("seconds", 0.0) for line in lines) - data, "data": data}
 
 
 def _shade(share: float) -> str:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
+from math import inf, nan
 from statistics import median
 from typing import Any
 
@@ -25,6 +26,7 @@ from hive_scale.watch.metrics import read_metrics
 
 console = Console(highlight=False)
 POLL = 2.0  # seconds between looks
+LONGEST = 1e9  # seconds that are worth telling
 
 
 def show_plan(
@@ -109,7 +111,7 @@ def _table(config: Config) -> Table:
         lines = read_metrics(config.run_dir / stage / "metrics.jsonl")
         row = _progress(lines, steps.get(stage, 0), config.stages[stage].global_batch)
         # of the time in which the stage held its nodes: the queue's is not its own
-        share = f"{goodput.share(lines[-1]['spent'] | {'down': 0.0}):.0%}" if lines else ""
+        share = f"{goodput.share(lines[-1].get('spent', {}) | {'down': 0.0}):.0%}" if lines else ""
         table.add_row(stage, state, *row, str(starts or ""), share)
     return table
 
@@ -117,6 +119,7 @@ def _table(config: Config) -> Table:
 def _progress(lines: Sequence[Mapping[str, Any]], num_steps: int, global_batch: int) -> tuple[str, str, str, str]:
     if not lines:
         return f"0/{num_steps}", "", "", ""
-    step, pace = lines[-1]["step"], median(line["seconds"] for line in lines[-20:])
-    left = timedelta(seconds=round((num_steps - step) * pace))
-    return f"{step}/{num_steps}", f"{lines[-1]['loss']:.4f}", f"{global_batch / pace:.0f}", str(left)
+    step, pace = lines[-1]["step"], median(line.get("seconds", inf) for line in lines[-20:])
+    seconds = (num_steps - step) * pace
+    left = str(timedelta(seconds=round(seconds))) if 0 <= seconds < LONGEST else ""
+    return f"{step}/{num_steps}", f"{lines[-1].get('loss', nan):.4f}", f"{global_batch / pace:.0f}", left

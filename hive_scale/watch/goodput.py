@@ -25,9 +25,9 @@ class Goodput:
         self.lost_steps = 0
         self._before = dict.fromkeys(ACCOUNTS, 0.0)
         if lines:
-            self._before |= lines[-1].get("spent", {})
+            self._before |= _spent(lines[-1])
             self.lost_steps = lines[-1].get("lost_steps", 0)
-            self._before["down"] += max(0.0, time.time() - pulse.age - lines[-1]["time"])
+            self._before["down"] += max(0.0, time.time() - pulse.age - lines[-1].get("time", time.time()))
         self._forget(lines, done_steps)
 
     def go_back(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -63,8 +63,8 @@ class Goodput:
     def _forget(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
         dropped = [line for line in lines if line["step"] > step]
         if dropped:
-            kept = [line["spent"]["steps"] for line in lines if line["step"] <= step]
-            self._move(dropped[-1]["spent"]["steps"] - (kept[-1] if kept else 0.0), "lost")
+            kept = [_spent(line)["steps"] for line in lines if line["step"] <= step]
+            self._move(_spent(dropped[-1])["steps"] - (kept[-1] if kept else 0.0), "lost")
             self.lost_steps += len(dropped)
 
     def _move(self, seconds: float, account: str) -> None:
@@ -72,9 +72,15 @@ class Goodput:
         self._before[account] += seconds
 
 
+def _spent(line: Mapping[str, Any]) -> dict[str, float]:
+    """The accounts of a line; zeros for those that it lacks, as lines of the first versions do."""
+    told = line.get("spent", {})
+    return {account: told.get(account, 0.0) for account in ACCOUNTS}
+
+
 def share(spent: Mapping[str, float]) -> float:
     """Of all the time in `spent`, what went into steps that count."""
-    return spent["steps"] / max(sum(spent.values()), 1e-9)
+    return spent.get("steps", 0.0) / max(sum(spent.values()), 1e-9)
 
 
 def summary(spent: Mapping[str, float], lost_steps: int) -> str:
@@ -87,7 +93,7 @@ def added(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], int]:
     """The accounts of several stages, by the last line of each, together."""
     total, lost = dict.fromkeys(ACCOUNTS, 0.0), 0
     for line in lines:
-        lost += line["lost_steps"]
-        for account in ACCOUNTS:
-            total[account] += line["spent"].get(account, 0.0)
+        lost += line.get("lost_steps", 0)
+        for account, seconds in _spent(line).items():
+            total[account] += seconds
     return total, lost

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from errno import ENOSPC
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -43,10 +45,11 @@ class StageLog(AbstractContextManager["StageLog"]):
         kept = [line for line in before if line["step"] <= done_steps]
         rewrite(self._path, kept)
         self._restarts = before[-1].get("restarts", 0) + 1 if before else 0
-        self._samples = int(kept[-1]["samples"]) if kept else 0
+        self._samples = int(kept[-1].get("samples", 0)) if kept else 0
         self._view = StageView(stage_dir.name, num_steps, done_steps)
         self._mirrors = open_mirrors(config, stage_dir.parent, stage_dir.name, done_steps)
-        self._file = self._path.open("a")
+        self._file = self._path.open("ab", buffering=0)
+        self._is_cut = False  # whether the last line may have been written in part
         self._now = time.perf_counter()
 
     def __enter__(self) -> StageLog:
@@ -89,10 +92,21 @@ class StageLog(AbstractContextManager["StageLog"]):
             "time": round(time.time(), 2),
             "restarts": self._restarts,
         }
-        self._file.write(dumps(numbers(line)) + "\n")
-        self._file.flush()
+        self._write(dumps(numbers(line)))
         self._view.show(line, fresh, tokens)
         self._warn([mirror.failed() for mirror in self._mirrors])
+
+    def _write(self, line: str) -> None:
+        """Training is worth more than its log: a line that a full disk does not take is missing, and that is said."""
+        data = (("\n" if self._is_cut else "") + line + "\n").encode()
+        try:
+            if self._file.write(data) != len(data):
+                raise OSError(ENOSPC, os.strerror(ENOSPC))
+            self._is_cut = False
+        except OSError as error:
+            if not self._is_cut:
+                logger.warning("%s cannot be written (%s): it lacks steps from here on", self._path, error.strerror)
+            self._is_cut = True
 
     def _warn(self, texts: list[str]) -> None:
         for text in filter(None, texts):

@@ -34,7 +34,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count, pairwise, takewhile
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -46,18 +48,92 @@ logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 
+# of a line that names its schema: what schema 1 had from its first day, but for numbers that may be left out
+ALWAYS = {"samples", "tokens", "lr", "seconds", "data_seconds", "memory_gb", "time", "restarts"}
+NUMBERS = ALWAYS - {"lr"} | {"loss", "grad_norm", "lost_steps", "mfu", "hfu", "eval_loss"}
+TABLES = {"lr", "spent", "gates", "grad_rms"}  # of numbers, by name
+LARGEST = 2**53  # of whole numbers that JSON's readers agree on
+
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a metrics file; what is cut in its middle, as by a killed run, is left out and said.
+    """The lines of a metrics file; those that are damaged, as by a killed run or a failing disk, are left out and said.
 
+    Each line has a `step`, above that of the line before; what it has of the keys above has their type.
     Raises ValueError for a schema that this version does not know.
     """
-    lines, cut = read_lines(path)
-    for number in cut:
-        logger.warning("%s: line %d is cut off and left out", path, number)
-    if newer := [line["schema"] for line in lines if line.get("schema", SCHEMA) > SCHEMA]:
-        raise ValueError(f"{path} has schema {newer[0]}, this version reads up to {SCHEMA}: update hive_scale")
+    lines, said = _read(path)
+    for text in said:
+        logger.warning("%s: %s", path, text)
     return lines
+
+
+def damage(path: Path) -> list[str]:
+    """What is wrong with a metrics file, a sentence each: lines that cannot be used, steps that have none."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[list[Line], list[str]]:
+    whole, cut = read_lines(path)
+    _check_schema(path, whole)
+    is_cut = set(cut)
+    places = (number for number in count(1) if number not in is_cut)
+    sound = {number: numbers(line) for number, line in zip(places, whole, strict=False) if _is_sound(numbers(line))}
+    kept = _ascending({number: line["step"] for number, line in sound.items()})
+    left_out = sorted({*range(1, len(whole) + len(cut) + 1)}.difference(kept))
+    lines = [sound[number] for number in kept]
+    return lines, [f"line {number} is cut off or damaged, and left out" for number in left_out] + _holes(lines)
+
+
+def _holes(lines: Sequence[Line]) -> list[str]:
+    steps = [0, *(line["step"] for line in lines)]
+    gaps = [(before + 1, after - 1) for before, after in pairwise(steps) if after > before + 1]
+    return [f"step {a} is missing" if a == b else f"steps {a} to {b} are missing" for a, b in gaps]
+
+
+def _check_schema(path: Path, lines: Sequence[Line]) -> None:
+    """A newer version writes on to the end; a single line that says so has a damaged digit."""
+    newer = list(takewhile(lambda line: _of(line) > SCHEMA, reversed(lines)))
+    if len(newer) > 1 or (newer and len(newer) == len(lines)):
+        raise ValueError(f"{path} has schema {_of(newer[0])}, this version reads up to {SCHEMA}: update hive_scale")
+
+
+def _of(line: Line) -> int:
+    schema = line.get("schema", SCHEMA)
+    return schema if isinstance(schema, int) else 0
+
+
+def _is_sound(line: Line) -> bool:
+    """Whether a reader can use what a line says, whatever bits of it have changed."""
+    if _of(line) != SCHEMA or ("schema" in line and not line.keys() >= ALWAYS):
+        return False
+    tables = [line[key] for key in TABLES & line.keys()]
+    values = [line[key] for key in NUMBERS & line.keys()]
+    if not all(isinstance(table, dict) for table in tables):
+        return False
+    values += [value for table in tables for value in table.values()]
+    step, seconds = line.get("step"), line.get("seconds", 1)
+    return all(map(_is_number, (*values, step, seconds))) and type(step) is int and step > 0 and seconds > 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < LARGEST)
+
+
+def _ascending(steps: Mapping[int, int]) -> list[int]:
+    """The most line numbers such that their steps ascend: one wrong step puts itself out, not its neighbours."""
+    ends: list[int] = []  # the lowest step in which so many ascending ones can end, and the line of it
+    at: list[int] = []
+    before: dict[int, int | None] = {}
+    for number, step in steps.items():
+        place = bisect_left(ends, step)
+        before[number] = at[place - 1] if place else None
+        ends[place : place + 1], at[place : place + 1] = [step], [number]
+    chain: list[int] = []
+    last = at[-1] if at else None
+    while last is not None:
+        chain.append(last)
+        last = before[last]
+    return chain[::-1]
 
 
 def rewrite(path: Path, lines: Iterable[Line]) -> None:
@@ -86,8 +162,9 @@ class Follower:
                 if not text.endswith(b"\n"):
                     break
                 offset += len(text)
-                if (line := parse_line(text.decode(errors="replace"))) is not None:
-                    yield line
+                line = parse_line(text.decode(errors="replace"))
+                if line is not None and _is_sound(numbers(line)):
+                    yield numbers(line)
             self._place = inode, offset
 
 

@@ -73,7 +73,7 @@ class TensorBoard:
         if line["step"] > self._drawn:
             self._drawn = line["step"]
             for name, value in flat(line).items():
-                self._writer.add_scalar(name, value, self._drawn, walltime=line["time"])
+                self._writer.add_scalar(name, value, self._drawn, walltime=line.get("time"))
 
     def close(self) -> None:
         self._writer.close()

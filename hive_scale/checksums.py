@@ -1,0 +1,159 @@
+"""Checksums of what is published: one file per directory, which `sha256sum -c hive_scale.sha256` checks, too.
+
+A directory with such a file is ours, and is checked by whoever reads it. One without is others', or was written by
+an older version: it is read as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from stat import S_ISREG
+from typing import NamedTuple
+
+SUMS = "hive_scale.sha256"
+SEALED = ".safetensors"  # the suffix of files that are large, and may carry a checksum of their own
+REMEDY = f"get it again from where it came, or, if you changed it yourself, remove {SUMS}"
+_HEADER = "# hive_scale 1, {count} files. Check them with: sha256sum -c " + SUMS
+_ENTRY = re.compile(r"# (?P<size>\d+) bytes\n(?P<digest>[0-9a-f]{64})  (?P<name>[^\n]+)\n")
+_seen: dict[tuple[Path, bool], list[tuple[int, ...]]] = {}  # directories that were sound, and the stat of their files
+
+
+class Damaged(ValueError):
+    """What is on disk is not what was written; the message says what and where."""
+
+
+class Entry(NamedTuple):
+    size: int  # bytes
+    digest: str  # SHA-256, in hex
+
+
+def write_sums(directory: Path) -> None:
+    """List every file below `directory` in its `SUMS`. Call it before the directory gets its name. Raises OSError."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS)
+    _write(directory, {path.relative_to(directory).as_posix(): _entry_of(path) for path in files})
+
+
+@contextmanager
+def listing(path: Path) -> Iterator[None]:
+    """Within, write `path` anew, complete or absent. It is listed in its directory's `SUMS` afterwards.
+
+    A process that dies within leaves it without a checksum, not with a wrong one. Raises Damaged, OSError.
+    """
+    directory = path.parent
+    before = dict(read_sums(directory)) if is_listed(directory) else {}
+    if before.pop(path.name, None):
+        _write(directory, before)
+    yield
+    _write(directory, before | {path.name: _entry_of(path)})
+
+
+def is_listed(directory: Path) -> bool:
+    """Whether `directory` bears checksums of ours."""
+    return (directory / SUMS).is_file()
+
+
+def read_sums(directory: Path) -> Mapping[str, Entry]:
+    """{name: entry} of a directory that is listed. Raises Damaged."""
+    try:
+        header, _, rest = (directory / SUMS).read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError) as error:
+        raise Damaged(f"{directory / SUMS} cannot be read: {error}") from None
+    found = {match["name"]: Entry(int(match["size"]), match["digest"]) for match in _ENTRY.finditer(rest)}
+    if rest != "".join(map(_line, found, found.values())) or header != _HEADER.format(count=len(found)):
+        raise Damaged(f"{directory / SUMS} is not what was written")
+    if outside := [name for name in found if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
+        raise Damaged(f"{directory / SUMS} names files outside its directory: {outside[0]!r}")
+    return found
+
+
+def faults(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
+    """What is missing of a listed directory or is not as it was written; of all files those `wanted` are read."""
+    try:
+        listed = read_sums(directory)
+    except Damaged as error:
+        return [str(error)]
+    return [fault for name, entry in listed.items() if (fault := _fault(directory, name, entry, wanted(name)))]
+
+
+def unexpected(directory: Path) -> list[str]:
+    """Files beside those that are listed. What lies in folders without a listed file is others', and not looked at."""
+    listed = read_sums(directory)
+    folders = {directory, *((directory / name).parent for name in listed)}
+    there = {
+        path.relative_to(directory).as_posix() for folder in folders for path in folder.glob("*") if path.is_file()
+    }
+    return sorted(there - listed.keys() - {SUMS})
+
+
+def check(directory: Path, weights: bool = True, remedy: str = REMEDY) -> None:
+    """See that a directory that is about to be read is what was written, if it bears checksums.
+
+    Without `weights` their files, which are large, need only be there. Within a process each directory is read once,
+    unless a file of it changes. Raises Damaged.
+    """
+    if not is_listed(directory):
+        return
+    key, now = (directory.resolve(), weights), _stats(directory)
+    if now and _seen.get(key) == now:
+        return
+    if found := faults(directory, lambda name: weights or not name.endswith(SEALED)):
+        raise Damaged(f"{directory}: {'; '.join(found)}: {remedy}")
+    _seen[key] = now
+
+
+def check_file(path: Path, remedy: str = REMEDY) -> None:
+    """As `check`, of one file alone."""
+    if not is_listed(path.parent):
+        return
+    entry = read_sums(path.parent).get(path.name)
+    if entry and (fault := _fault(path.parent, path.name, entry, True)):
+        raise Damaged(f"{path.parent}: {fault}: {remedy}")
+
+
+def _fault(directory: Path, name: str, entry: Entry, read: bool) -> str:
+    path = directory / name
+    try:
+        stat = path.stat()
+        if not S_ISREG(stat.st_mode):
+            return f"{name} is no file"
+        if stat.st_size != entry.size:
+            return f"{name} has {stat.st_size:,} bytes instead of {entry.size:,}"
+        if read and _entry_of(path) != entry:
+            return f"{name} does not match its checksum"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return ""
+
+
+def _entry_of(path: Path) -> Entry:
+    with path.open("rb") as file:
+        return Entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _stats(directory: Path) -> list[tuple[int, ...]]:
+    """Of the listed files, by which a change is seen; nothing where the list, or one of them, cannot be read."""
+    try:
+        found = [(directory / name).stat() for name in (SUMS, *read_sums(directory))]
+    except (OSError, Damaged):
+        return []
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
+
+
+def _write(directory: Path, entries: Mapping[str, Entry]) -> None:
+    unnamed = directory / f"{SUMS}.tmp"
+    with unnamed.open("w", encoding="utf-8") as file:
+        file.write(_HEADER.format(count=len(entries)) + "\n" + "".join(map(_line, entries, entries.values())))
+        file.flush()
+        os.fsync(file.fileno())
+    unnamed.replace(directory / SUMS)
+
+
+def _line(name: str, entry: Entry) -> str:
+    return f"# {entry.size} bytes\n{entry.digest}  {name}\n"
