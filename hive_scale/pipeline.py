@@ -46,7 +46,7 @@ def run_pipeline(
     to train (None: all). A run that `follows` another, as its blank twin does, takes up what has changed there.
     Raises ValueError for what the user must change, before training starts, and then leaves nothing behind; also for
     damaged weights or a damaged encoder of the last stage. Raises RuntimeError if another run is at work in the same
-    directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP has asked for it.
+    directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP has asked it.
     """
     on_main(world, lambda: check_place(config))
     with locked(config.run_dir, world, patience) as lock, listening(config.run_dir, world) as interrupt:
