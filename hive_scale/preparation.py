@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hive_scale import config as configs
 from hive_scale.checkpoint.lock import LOCK
@@ -18,6 +19,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import check_compiler
 from hive_scale.features import check_disk
 from hive_scale.model import build
+from hive_scale.shared_files import replacing
 from hive_scale.stage import freeze
 from hive_scale.strict_json import dumps
 
@@ -27,6 +29,11 @@ class Data:
     tokenizer: Tokenizer
     train: Loader
     heldout: Loader
+
+    @property
+    def names(self) -> list[str]:
+        """What checkpoints call these data: today, and by what they were known to older versions."""
+        return [f"{self.train.fingerprint}-{self.heldout.fingerprint}", self.train.layout]
 
 
 def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
@@ -106,32 +113,61 @@ def _try_some(loader: Loader, count: int = 4) -> None:
 
 
 def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
-    """Note what samples the run begins with; from then on see that they are there. A collective.
+    """Note what samples the run begins with; from then on see that they are there, wherever they lie. A collective.
 
     Checkpoints know their samples, but a stage that has none yet would begin with whatever a pattern still matches.
-    Raises ValueError.
+    Raises ValueError that names the stage and a shard that is not as it was.
     """
     path = config.run_dir / "data.json"
-    sets = {name: one.train for name, one in data.items()}
-    now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
-    if world.is_main and not path.exists():
-        unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(dumps(now, indent=1))
-        unnamed.rename(path)
-    world.barrier()
-    before = json.loads(path.read_text())
-    for name in config.stages:
-        if before[name] != now[name] and not is_done(config.run_dir / name):
+    before = json.loads(path.read_text()) if path.exists() else {}
+    world.barrier()  # all have read it
+    done = {name: noted for name, noted in before.items() if is_done(config.run_dir / name)}
+    for name, noted in before.items():
+        if name in data and name not in done:
+            _compare(name, noted, data[name])
+    now = {name: {"train": _noted(one.train), "heldout": _noted(one.heldout)} for name, one in data.items()} | done
+    if world.is_main and now != before:
+        with replacing(path) as unnamed:
+            unnamed.write_text(dumps(now, indent=1))
+
+
+def _noted(loader: Loader) -> dict[str, Any]:
+    index = loader.index
+    shards = {shard: stamp.digest for shard, stamp in zip(index.shards, index.stamps, strict=True)}
+    return {"samples": len(index), "fingerprint": index.fingerprint, "shards": shards}
+
+
+def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:
+    """Raises ValueError if `before`, what is noted of a stage's data, is not of `data`."""
+    if "train" not in before:  # an older version's, which knew the training samples' places and sizes alone
+        before = {"train": {**before, "shards": {}}}
+    for part, loader in (("train", data.train), ("heldout", data.heldout)):
+        noted = before.get(part)
+        if noted and noted["fingerprint"] not in (loader.fingerprint, loader.layout):
             raise ValueError(
-                f"stages.{name}: the run began with {before[name]['samples']:,} training samples, and finds "
-                f"{now[name]['samples']:,}, not all of them the same: restore its shards, or use --overwrite"
+                f"stages.{stage}: the run began with {noted['samples']:,} samples of data.{part}, and finds "
+                f"{len(loader.index):,}, not all of them the same{_which(noted['shards'], _noted(loader)['shards'])}: "
+                "restore its shards, or use --overwrite"
             )
 
 
+def _which(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first of the shards `now`, each with its digest, that is another than `before`; or the first that is gone."""
+    names = {Path(shard).name for shard in before}
+    for shard, digest in now.items():
+        if before and digest not in before.values():
+            return f" ({shard} {'has changed' if Path(shard).name in names else 'was not among them'})"
+    return next((f" ({shard} is gone)" for shard, digest in before.items() if digest not in now.values()), "")
+
+
 def check_owner(config: Config) -> None:
-    """Raises ValueError if the run directory is another run's."""
+    """Raises ValueError if the run directory is another run's.
+
+    The data of one that goes on may have moved: `same_data` looks at what they are.
+    """
     saved = config.run_dir / "config.yaml"
-    if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
+    goes_on = not all(is_done(config.run_dir / name) for name in config.stages)
+    if saved.exists() and (changed := configs.differences(config, configs.load(saved), moved=goes_on)):
         raise ValueError(
             f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite"
         )

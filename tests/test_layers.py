@@ -28,6 +28,7 @@ LEAVES = {
     "schedule",
     "precision",
     "randomness",
+    "shared_files",
     "strict_json",
 }
 # a room and what it may read besides the leaves

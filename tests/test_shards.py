@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hive_scale.data.cache import ShardCache
+from hive_scale.data.scan import scan_shard
 from hive_scale.data.shards import ShardReader, all_shards, expand
 
 CACHE = ShardCache(10**9)
@@ -56,7 +57,8 @@ def test_no_shards_at_all_is_an_error() -> None:
 
 
 def test_reads_ranges_with_few_files_open(directory: Path) -> None:
-    reader = ShardReader(all_shards(expand([f"{directory}/a-*.tar"])), CACHE, max_open=2)
+    shards = all_shards(expand([f"{directory}/a-*.tar"]))
+    reader = ShardReader(shards, [scan_shard(shard, CACHE).stamp for shard in shards], CACHE, max_open=2)
     for s in (0, 1, 2, 0, 2, 1, 1):
         assert reader.read(s, 3, 4) == bytes([s]) * 4
         assert len(reader._open) <= 2

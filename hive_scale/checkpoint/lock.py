@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from hive_scale import shared_files
 from hive_scale.distributed import World
+from hive_scale.shared_files import Held
 
 LOCK = ".lock"
 
@@ -23,41 +23,39 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Non
 
     `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
 
-    The lock is the kernel's and dies with its process, so that a killed run leaves nothing to clean up. It is
-    a record lock: unlike flock, data workers do not inherit it, and it reaches across nodes on shared disks.
+    The lock dies with its process, so that a killed run leaves nothing to clean up; data workers do not hold it, and it
+    reaches across nodes on shared disks (see `shared_files.locked`).
     """
-    descriptor = -1
-    if world.is_main:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ValueError(f"output={directory} cannot be written ({error.strerror}): choose another") from None
-    try:
-        owner = _take(descriptor, time.monotonic() + patience) if world.is_main else ""
+    with ExitStack() as stack:
+        owner = _take(stack, directory, patience) if world.is_main else ""
         if world.sum(bool(owner))[0]:
             raise RuntimeError(
                 f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
                 "wait for it, stop it, or choose another output"
             )
         yield
-    finally:
-        if world.is_main:
-            os.close(descriptor)  # and with it the lock
 
 
-def _take(descriptor: int, deadline: float) -> str:
-    """Who holds the lock, or "" now that it is ours."""
-    while True:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):  # POSIX allows either
-            if time.monotonic() >= deadline:
-                owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-                return owner or "a run that does not say who it is"
-            time.sleep(0.5)
-    owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, owner.encode(), 0)
+def _take(stack: ExitStack, directory: Path, patience: float) -> str:
+    """Who holds the lock, or "" now that it is ours, until `stack` is closed."""
+    path = directory / LOCK
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(shared_files.locked(path, patience))
+        _sign(path)
+    except Held as held:
+        owner = path.read_text(errors="replace").strip() if path.is_file() else ""
+        return (owner or "a run that does not say who it is") + (f" ({held})" if str(held) else "")
+    except OSError as error:
+        raise ValueError(f"output={directory} cannot be written ({error.strerror}): choose another") from None
     return ""
+
+
+def _sign(path: Path) -> None:
+    """Write into the lock who holds it."""
+    owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+    try:
+        os.write(descriptor, owner.encode())
+    finally:
+        os.close(descriptor)

@@ -61,7 +61,7 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     from hive_scale.preparation import check, open_all
 
     saved = config.run_dir / "config.yaml"
-    if saved.exists() and (changed := configs.differences(config, configs.load(saved))):
+    if saved.exists() and (changed := configs.differences(config, configs.load(saved), moved=True)):
         raise ValueError(f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR")
     data = open_all(config, noted=False)
     check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
