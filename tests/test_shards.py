@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -67,3 +68,14 @@ def test_reads_ranges_with_few_files_open(directory: Path) -> None:
     assert pickle.loads(pickle.dumps(reader)).read(2, 0, 1) == b"\x02"
     reader.close()
     assert not reader._open
+
+
+def test_a_shard_that_changes_under_a_run_is_not_read(directory: Path) -> None:
+    shard = directory / "a-0000.tar"
+    reader = ShardReader([str(shard)], [scan_shard(str(shard), CACHE).stamp], CACHE)
+    os.utime(shard, ns=(1, 1))
+    assert reader.read(0, 3, 4) == bytes(4), "only touched"
+    reader.close()
+    shard.write_bytes(b"0123456789")
+    with pytest.raises(OSError, match=r"a-0000.tar has changed since it was indexed"):
+        reader.read(0, 3, 4)
