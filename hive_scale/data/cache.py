@@ -57,9 +57,14 @@ class ShardCache:
         """
         if not is_remote(shard):
             return os.open(shard, os.O_RDONLY)
-        folder = cache_dir() / "shards"
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = folder / xxhash.xxh3_64_hexdigest(shard.encode())
+        stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(shard.encode())
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            return self._open_fetched(shard, stem, digest)
+        except PermissionError as error:
+            raise OSError(f"shard {shard}: {error}: set XDG_CACHE_HOME to a folder of yours") from None
+
+    def _open_fetched(self, shard: str, stem: Path, digest: str) -> int:
         while True:
             for path in _kept(stem, digest):
                 with suppress(FileNotFoundError):  # given up for room
