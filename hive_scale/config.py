@@ -393,14 +393,28 @@ FREE = (
     *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
     *("*data.workers", "*data.threads", "*data.cache_gb", "*data.max_bad_samples", "feature_cache"),
 )
+PLACES = ("data.train", "data.heldout")
 
 
-def differences(one: Config, other: Config) -> list[str]:
-    """Keys whose change makes it another run, at most three."""
+def differences(one: Config, other: Config, moved: bool = False) -> list[str]:
+    """Keys whose change makes it another run, at most three. `moved`: the folders of its shards may be others."""
     special = {name for run in (one, other) for name, stage in run.stages.items() if stage.data}
     flat, wanted = (_flat(_with_data(run, special)) for run in (one, other))
     keys = [key for key in sorted(flat.keys() | wanted.keys()) if flat.get(key) != wanted.get(key)]
+    if moved:  # what lies there is compared when it is opened
+        keys = [
+            key
+            for key in keys
+            if not key.endswith(PLACES) or without_folders(flat.get(key)) != without_folders(wanted.get(key))
+        ]
     return [key for key in keys if not any(fnmatchcase(key, free) for free in FREE)][:3]
+
+
+def without_folders(patterns: Any) -> Any:
+    """Patterns of shards without their folders: ``2 x /old/set/*.tar`` is ``2 x *.tar``."""
+    if not isinstance(patterns, list):
+        return patterns
+    return [re.sub(r"^((?:[\d.]+ x )?).*/", r"\1", str(pattern)) for pattern in patterns]
 
 
 def _with_data(config: Config, stages: Collection[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale import checksums
+from hive_scale import config as configs
 from hive_scale.checkpoint.claims import is_begun
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
@@ -18,6 +19,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import check_compiler
 from hive_scale.features import check_disk
 from hive_scale.model import build
+from hive_scale.shared_files import replacing
 from hive_scale.stage import freeze
 from hive_scale.strict_json import dumps
 
@@ -27,6 +29,11 @@ class Data:
     tokenizer: Tokenizer
     train: Loader
     heldout: Loader
+
+    @property
+    def names(self) -> list[str]:
+        """What checkpoints call these data: today, and by what they were known to older versions."""
+        return [f"{self.train.fingerprint}-{self.heldout.fingerprint}", self.train.layout]
 
 
 def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
@@ -106,45 +113,74 @@ def _try_some(loader: Loader, count: int = 4) -> None:
 
 
 def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
-    """Note what samples the run begins with; from then on see that they are there. A collective.
+    """Note what samples the run begins with; from then on see that they are there, wherever they lie. A collective.
 
     Checkpoints know their samples, but a stage that has none yet would begin with whatever a pattern still matches.
-    Raises ValueError.
+    Raises ValueError that names the stage and a shard that is not as it was.
     """
     path = config.run_dir / "data.json"
-    sets = {name: one.train for name, one in data.items()}
-    now = {name: {"samples": len(one.index), "fingerprint": one.fingerprint} for name, one in sets.items()}
-    if world.is_main:
-        before = _noted(path) if path.exists() else {}
-        if added := [name for name in now if name not in before or _reads_others(before[name], config, name)]:
-            unnamed = path.with_suffix(".tmp")
-            noted = before | {name: now[name] | {"shards": config.data_of(name).train} for name in added}
-            with checksums.listing(path):
-                unnamed.write_text(dumps(noted, indent=1))
-                unnamed.rename(path)
-    world.barrier()
-    before = _noted(path)
-    for name in config.stages:
-        begun_with = {key: before[name][key] for key in now[name]}
-        if begun_with != now[name] and not is_done(config.run_dir / name):
-            raise ValueError(
-                f"stages.{name}: the run began with {before[name]['samples']:,} training samples, and finds "
-                f"{now[name]['samples']:,}, not all of them the same: restore its shards, or use --overwrite"
-            )
+    before = _read_noted(path) if path.exists() else {}
+    world.barrier()  # all have read it
+    done = {name: noted for name, noted in before.items() if is_done(config.run_dir / name)}
+    for name, noted in before.items():
+        if name in data and name not in done and not _reads_others(noted, config, name):
+            _compare(name, noted, data[name])
+    now = {name: _all_noted(one, config, name) for name, one in data.items()} | done
+    if world.is_main and now != before:
+        with checksums.listing(path), replacing(path) as unnamed:
+            unnamed.write_text(dumps(now, indent=1))
 
 
-def _reads_others(noted: Mapping[str, Any], config: Config, name: str) -> bool:
-    """Whether a stage that has not begun is to read other shards than when the run began."""
-    shards = config.data_of(name).train
-    return noted.get("shards", shards) != shards and not is_begun(config.run_dir / name)
+def _all_noted(data: Data, config: Config, stage: str) -> dict[str, Any]:
+    patterns = config.data_of(stage).train
+    return {"train": _noted(data.train), "heldout": _noted(data.heldout), "patterns": patterns}
 
 
-def _noted(path: Path) -> dict[str, Any]:
+def _noted(loader: Loader) -> dict[str, Any]:
+    index = loader.index
+    shards = {shard: stamp.digest for shard, stamp in zip(index.shards, index.stamps, strict=True)}
+    return {"samples": len(index), "fingerprint": index.fingerprint, "shards": shards}
+
+
+def _reads_others(noted: Mapping[str, Any], config: Config, stage: str) -> bool:
+    """Whether a stage that has not begun is to read other shards than when the run began, not moved ones."""
+    patterns = config.data_of(stage).train
+    same = configs.without_folders(noted.get("patterns", patterns)) == configs.without_folders(patterns)
+    return not same and not is_begun(config.run_dir / stage)
+
+
+def _read_noted(path: Path) -> dict[str, Any]:
     """What a run noted of its samples. Raises ValueError if that is not what was written."""
     remedy = "restore it, or remove it: the samples that are there now are then taken for those it began with"
     checksums.check_file(path, remedy)
     try:
         noted: dict[str, Any] = json.loads(path.read_text())
-        return {name: one | {"samples": int(one["samples"])} for name, one in noted.items()}
+        # an older version's knew the training samples' places and sizes alone
+        noted = {name: one if "train" in one else {"train": {**one, "shards": {}}} for name, one in noted.items()}
+        return {
+            name: one | {"train": {**one["train"], "samples": int(one["train"]["samples"])}}
+            for name, one in noted.items()
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what was written ({error!r}): {remedy}") from None
+
+
+def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:
+    """Raises ValueError if `before`, what is noted of a stage's data, is not of `data`."""
+    for part, loader in (("train", data.train), ("heldout", data.heldout)):
+        noted = before.get(part)
+        if noted and noted["fingerprint"] not in (loader.fingerprint, loader.layout):
+            raise ValueError(
+                f"stages.{stage}: the run began with {noted['samples']:,} samples of data.{part}, and finds "
+                f"{len(loader.index):,}, not all of them the same{_which(noted['shards'], _noted(loader)['shards'])}: "
+                "restore its shards, or use --overwrite"
+            )
+
+
+def _which(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first of the shards `now`, each with its digest, that is another than `before`; or the first that is gone."""
+    names = {Path(shard).name for shard in before}
+    for shard, digest in now.items():
+        if before and digest not in before.values():
+            return f" ({shard} {'has changed' if Path(shard).name in names else 'was not among them'})"
+    return next((f" ({shard} is gone)" for shard, digest in before.items() if digest not in now.values()), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -22,9 +22,12 @@ class Progress:
     """What a checkpoint says beside masters and moments; random numbers and schedule are functions of the step."""
 
     def __init__(
-        self, store: Store, engine: Engine, guard: Guard, origin: Mapping[str, str], known: Mapping[str, Any]
+        self, store: Store, engine: Engine, guard: Guard, origin: Mapping[str, Sequence[str]], known: Mapping[str, Any]
     ) -> None:
-        """`origin` is what a checkpoint must agree with to be gone on from, `known` what it only tells."""
+        """`origin` is what a checkpoint must agree with to be gone on from, `known` what it only tells.
+
+        Each of `origin` has the name that is written, and after it those that older versions wrote.
+        """
         self.store, self.engine, self.guard, self.origin, self.known = store, engine, guard, origin, known
         self.step = 0  # optimizer steps taken
         self.passed = 0  # global batches left out on the way
@@ -50,7 +53,8 @@ class Progress:
             return False
         state: dict[str, Any] = {"step": self.step, "samples": self.step * global_batch, "tokens": self.tokens}
         state |= {"passed": self.passed, "losses": self.guard.losses, "eval_loss": self.eval_loss}
-        self.store.save(self.step, self.engine.fragments(), {**state, **self.origin, **self.known}, wait=wait)
+        state |= {what: names[0] for what, names in self.origin.items()}
+        self.store.save(self.step, self.engine.fragments(), {**state, **self.known}, wait=wait)
         return True
 
     def _is_finite(self) -> bool:
@@ -71,8 +75,8 @@ class Progress:
         if newest is None:
             return False
         state = self.store.load(newest, self.engine.fragments())
-        for what, identity in self.origin.items():
-            if state[what] != identity:
+        for what, names in self.origin.items():
+            if state[what] not in names:
                 raise ValueError(f"{newest} belongs to other {what}: restore what it began with, or use --overwrite")
         if state["code"] != code_version() and self.store.world.is_main:
             logger.warning("%s was saved by %s, and goes on with %s", newest, state["code"], code_version())

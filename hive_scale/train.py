@@ -61,7 +61,7 @@ class StageRun:
         self.train = data.train.fed(features)
         self.engine = open_engine(model, groups, self.stage, config.engine, world, weights)
         self.store = Store(self.dir, world, config.keep, config.max_failed_saves)
-        origin = {"parent": weights.identity, "data": data.train.fingerprint}
+        origin = {"parent": [weights.identity], "data": data.names}
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = Guard(config.guard)
         self.at = Progress(self.store, self.engine, self.guard, origin, known)

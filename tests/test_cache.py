@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from zlib import crc32
 
 import fsspec
 import pytest
@@ -17,8 +18,9 @@ from tars import write_set
 
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
+from hive_scale.data.index import open_index
 from hive_scale.data.loader import Loader
-from hive_scale.data.shards import expand
+from hive_scale.data.shards import ShardReader, expand
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import World
 
@@ -34,6 +36,7 @@ class Remote:
     fail_first: int = 0  # requests answered with 503
     wrong_range: int = 0  # bytes by which an asked part is off
     short_range: bool = False  # parts are at most 1000 bytes, and say so
+    next_version: bytes = b""  # of every file, behind the first request
     requests: list[str] = field(default_factory=list)
 
 
@@ -46,6 +49,8 @@ def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
         def do_GET(self) -> None:
             state.requests.append(self.path)
             content = state.files.get(self.path.lstrip("/"))
+            if state.next_version and len(state.requests) > 1:
+                content = state.next_version
             if content is None or len(state.requests) <= state.fail_first:
                 self.send_error(404 if content is None else 503)
                 return
@@ -57,6 +62,7 @@ def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
                 end = min(end, start + 1000) if state.short_range else end
             self.send_response(206 if ranged else 200)
             self.send_header("Content-Length", str(end - start))
+            self.send_header("ETag", f'"{crc32(content)}"')
             if ranged:
                 self.send_header("Content-Range", f"bytes {start}-{end - 1}/{total}")
             self.end_headers()
@@ -113,6 +119,27 @@ def test_a_server_that_sends_another_part_or_less_than_the_whole_is_not_believed
         _cache().open(f"{remote.address}/a.tar")
     remote.wrong_range, remote.short_range = 0, True  # parts whose own length is right, of a whole that is longer
     assert _read(_cache(), f"{remote.address}/a.tar") == remote.files["a.tar"]
+
+
+def test_a_shard_is_not_put_together_of_two_versions(remote: Remote) -> None:
+    remote.files["a.tar"], remote.next_version, remote.drop_after = b"old" * 1000, b"new" * 1000, 1600
+    assert _read(_cache(), f"{remote.address}/a.tar") == b"new" * 1000
+
+
+def test_a_shard_that_has_changed_since_it_was_indexed_is_not_read(remote: Remote, tmp_path: Path) -> None:
+    (local,) = write_set(tmp_path, [4])
+    content, url = Path(local).read_bytes(), f"{remote.address}/a.tar"
+    remote.files["a.tar"] = content
+    index = open_index([url], _cache())
+    remote.files["a.tar"] = content.replace(b"w1 ", b"wI ")
+    for path in (tmp_path / "cache" / "hive_scale" / "shards").glob("*.tar"):
+        path.unlink()
+    assert _read(_cache(), url) != content, "another set has fetched it as it is now"
+    reader = ShardReader([url], index.stamps, _cache())
+    with pytest.raises(OSError, match=r"a.tar is not what it was when it was indexed"):
+        reader.read(0, 0, 10)
+    remote.files["a.tar"] = content
+    assert reader.read(0, 0, 10) == content[:10]
 
 
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(remote: Remote) -> None:

@@ -84,12 +84,46 @@ def test_a_set_that_moves_keeps_its_index(tmp_path: Path) -> None:
     assert len(list((tmp_path / "new").glob("*.index"))) == 1
 
 
-def test_a_read_only_directory_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = write_set(tmp_path / "set", [2])
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(os, "access", lambda *_: False)  # tests may run as root, whom no mode stops
-    assert tmp_path / "cache" in open_index(shards, CACHE).path.parents
-    assert not list((tmp_path / "set").glob("*.index"))
+def test_other_bytes_of_equal_length_are_another_set_and_a_touched_shard_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = write_set(tmp_path, [3, 3])
+    first, content = open_index(shards, CACHE), Path(shards[1]).read_bytes()
+    scans: list[str] = []
+    monkeypatch.setattr(
+        index_module, "scan_shard", lambda shard, cache: scans.append(shard) or scan_shard(shard, cache)
+    )
+    os.utime(shards[1], ns=(1, 1))
+    touched = open_index(shards, CACHE)
+    assert touched.fingerprint == first.fingerprint
+    assert scans == [shards[1]], "the other one is as it was"
+    assert [touched.key(i) for i in range(6)] == [first.key(i) for i in range(6)]
+    assert (touched.members == first.members).all()
+    for old, new in ((b"w100 ", b"w1OO "), (b"JFIF", b"jfif")):  # a caption, a picture
+        assert old in content
+        Path(shards[1]).write_bytes(content.replace(old, new, 1))
+        changed = open_index(shards, CACHE)
+        assert changed.layout == first.layout, "every sample lies where it lay"
+        assert changed.fingerprint not in (first.fingerprint, touched.fingerprint)
+    Path(shards[1]).write_bytes(content)
+    assert open_index(shards, CACHE).fingerprint == first.fingerprint
+
+
+def test_faults_of_a_set_that_moves_are_told_where_it_lies_now(tmp_path: Path) -> None:
+    (shard,) = write_set(tmp_path / "old", [2])
+    Path(shard).write_bytes(Path(shard).read_bytes() + b"and more")
+    assert open_index([shard], CACHE).faults[0].shard == shard
+    (tmp_path / "old").rename(tmp_path / "new")
+    moved = str(tmp_path / "new" / Path(shard).name)
+    assert open_index([moved], CACHE).faults[0].shard == moved
+
+
+def test_a_digest_that_is_damaged_in_the_index_is_not_believed(tmp_path: Path) -> None:
+    shards = write_set(tmp_path, [2])
+    index = open_index(shards, CACHE)
+    content, digest = index.path.read_bytes(), index.stamps[0].digest.encode()
+    index.path.write_bytes(content.replace(digest, digest[:-1] + (b"0" if digest[-1:] != b"0" else b"1")))
+    assert open_index(shards, CACHE).fingerprint == index.fingerprint
 
 
 def test_processes_share_the_work_on_large_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ LEAVES = {
     "precision",
     "randomness",
     "rundir",
+    "shared_files",
     "strict_json",
 }
 # a room and what it may read besides the leaves

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
 import pytest
 
 from hive_scale.data.cache import ShardCache
+from hive_scale.data.scan import scan_shard
 from hive_scale.data.shards import ShardReader, all_shards, expand
 
 CACHE = ShardCache(10**9)
@@ -56,7 +58,8 @@ def test_no_shards_at_all_is_an_error() -> None:
 
 
 def test_reads_ranges_with_few_files_open(directory: Path) -> None:
-    reader = ShardReader(all_shards(expand([f"{directory}/a-*.tar"])), CACHE, max_open=2)
+    shards = all_shards(expand([f"{directory}/a-*.tar"]))
+    reader = ShardReader(shards, [scan_shard(shard, CACHE).stamp for shard in shards], CACHE, max_open=2)
     for s in (0, 1, 2, 0, 2, 1, 1):
         assert reader.read(s, 3, 4) == bytes([s]) * 4
         assert len(reader._open) <= 2
@@ -65,3 +68,14 @@ def test_reads_ranges_with_few_files_open(directory: Path) -> None:
     assert pickle.loads(pickle.dumps(reader)).read(2, 0, 1) == b"\x02"
     reader.close()
     assert not reader._open
+
+
+def test_a_shard_that_changes_under_a_run_is_not_read(directory: Path) -> None:
+    shard = directory / "a-0000.tar"
+    reader = ShardReader([str(shard)], [scan_shard(str(shard), CACHE).stamp], CACHE)
+    os.utime(shard, ns=(1, 1))
+    assert reader.read(0, 3, 4) == bytes(4), "only touched"
+    reader.close()
+    shard.write_bytes(b"0123456789")
+    with pytest.raises(OSError, match=r"a-0000.tar has changed since it was indexed"):
+        reader.read(0, 3, 4)

@@ -33,7 +33,7 @@ from hive_scale.distributed import World, session
 from hive_scale.model import build
 from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.pipeline import run_pipeline
-from hive_scale.preparation import open_all, open_data
+from hive_scale.preparation import Data, open_all, open_data
 from hive_scale.randomness import seed_step
 from hive_scale.train import Stopped
 from hive_scale.watch.log import StageLog
@@ -151,11 +151,64 @@ def test_a_shard_that_is_gone_is_missed_where_no_checkpoint_knows_of_it(tmp_path
     config = replace(config, data=replace(config.data, train=[str(tmp_path / "set" / "*.tar")]))
     run_pipeline(config, world, until="projector")
     away = shards[1].rename(tmp_path / "away")
-    with pytest.raises(ValueError, match="language: the run began with 24 training samples, and finds 12"):
+    with pytest.raises(ValueError, match=r"language: .* 24 samples of data.train, and finds 12.*set-0001.tar is gone"):
         run_pipeline(config, world)
     away.rename(shards[1])
     run_pipeline(config, world)
     assert is_done(config.run_dir / "joint")
+
+
+def test_data_that_moved_are_those_it_began_with_and_changed_ones_are_named(tmp_path: Path, world: World) -> None:
+    """Captions that change places, or a picture with other bits, leave every sample its size and place."""
+
+    def at(folder: str) -> Config:
+        train, heldout = (str(tmp_path / folder / part / "*.tar") for part in ("train", "heldout"))
+        config = small(tmp_path / "run")
+        return replace(config, data=replace(config.data, train=[f"2 x {train}"], heldout=[heldout]))
+
+    sets = [tars.write_set(tmp_path / "old" / part, [12, 12]) for part in ("train", "heldout")]
+    run_pipeline(at("old"), world, until="projector")
+    (tmp_path / "old").rename(tmp_path / "new")
+    for part, shards in zip(("train", "heldout"), sets, strict=True):
+        shard = tmp_path / "new" / part / Path(shards[1]).name
+        content = shard.read_bytes()
+        for change in ((b"w100", b"w1OO"), (b"JFIF", b"jfif")):
+            shard.write_bytes(content.replace(*change, 1))
+            with pytest.raises(ValueError, match=rf"language: .*24 samples of data.{part}.*{shard} has changed"):
+                run_pipeline(at("new"), world)
+        shard.write_bytes(content)
+    once = replace(at("new").data, train=[at("new").data.train[0].removeprefix("2 x ")])
+    with pytest.raises(ValueError, match=r"other data\.train"):  # as many samples, but in another order
+        run_pipeline(replace(at("new"), data=once), world)
+    run_pipeline(at("new"), world)
+    assert is_done(tmp_path / "run" / "joint")
+
+
+def test_a_run_that_an_older_version_began_goes_on_by_what_that_noted(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(tmp_path / "run")
+    config = replace(config, data=replace(config.data, train=tars.write_set(tmp_path / "set", [12, 12])))
+    layout = open_data(config).train.layout
+    with monkeypatch.context() as patch:  # its checkpoints hold what its data.json holds
+        patch.setattr(Data, "names", [layout])
+        log_step = StageLog.step
+
+        def stop(self: StageLog, step: int, *arguments: Any) -> None:
+            log_step(self, step, *arguments)
+            signal.raise_signal(signal.SIGTERM)
+
+        patch.setattr(StageLog, "step", stop)
+        with pytest.raises(Stopped, match="projector stopped after step 2"):
+            run_pipeline(config, world)
+    note = config.run_dir / "data.json"
+    old = {name: {"samples": 24, "fingerprint": layout} for name in config.stages}
+    note.write_text(json.dumps(old | {"projector": {"samples": 24, "fingerprint": "0" * 32}}))
+    with pytest.raises(ValueError, match=r"projector: the run began with 24 samples of data\.train"):
+        run_pipeline(config, world)
+    note.write_text(json.dumps(old))
+    run_pipeline(config, world, until="projector")
+    assert json.loads(note.read_text())["joint"]["train"]["shards"].keys() == set(config.data.train)
 
 
 def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: World) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from hive_scale import config as configs
 from hive_scale.checkpoint.lock import Lock
-from hive_scale.checkpoint.marker import WEIGHTS, find_weights
+from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
 from hive_scale.checkpoint.snapshot import steps_in
 from hive_scale.config import TAKEN, Config
 from hive_scale.distributed import World
@@ -95,7 +95,9 @@ def _check_plan(config: Config, follows: bool) -> None:
     saved = config.run_dir / CONFIG
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: restore it, or use --overwrite")
-    if not follows and (changed := configs.differences(config, configs.load(saved))):
+    # the shards of a run that goes on may have moved: `preparation.same_data` looks at what they are
+    goes_on = not all(is_done(config.run_dir / name) for name in config.stages)
+    if not follows and (changed := configs.differences(config, configs.load(saved), goes_on)):
         raise ValueError(
             f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite; to "
             f"change a stage that has not begun, edit {saved} and go on with --config {saved}"
@@ -110,8 +112,11 @@ def _check_begun(config: Config) -> None:
         began = configs.load(folder / BEGAN)
         if [folder.name] != list(began.stages)[-1:] or not is_begun(folder):
             continue  # renamed, as a copy is, or nothing was trained there
-        known = folder.name in names
-        if changed := configs.differences(_until(config, folder.name), began) if known else [f"stages.{folder.name}"]:
+        if (
+            changed := configs.differences(_until(config, folder.name), began, moved=True)
+            if known
+            else [f"stages.{folder.name}"]
+        ):
             raise ValueError(
                 f"stage {folder.name} has begun with other {', '.join(changed)} than the config has now; what has "
                 f"begun stays as it is: undo that change, or move {folder} and the folders of later stages away to "

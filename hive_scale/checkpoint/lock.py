@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from hive_scale import shared_files
 from hive_scale.distributed import World
 from hive_scale.rundir import LOCK
+from hive_scale.shared_files import Held
 
 
 @contextmanager
@@ -22,8 +22,8 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Loc
 
     `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
 
-    The lock is the kernel's and dies with its process, so that a killed run leaves nothing to clean up. It is
-    a record lock: unlike flock, data workers do not inherit it, and it reaches across nodes on shared disks.
+    The lock dies with its process, so that a killed run leaves nothing to clean up; data workers do not hold it, and it
+    reaches across nodes on shared disks (see `shared_files.locked`).
     """
     lock = Lock(directory)
     try:
@@ -43,7 +43,7 @@ class Lock:
 
     def __init__(self, directory: Path) -> None:
         self.directory, self._path = directory, directory / LOCK
-        self._held: list[int] = []
+        self._held = ExitStack()
         self._made: list[Path] = []  # what is to go again unless the run stays: innermost first
 
     def take(self, patience: float = 0.0) -> str:
@@ -51,28 +51,24 @@ class Lock:
 
         Once more after it was moved away: then the one that has come in its place. Raises ValueError.
         """
-        deadline = time.monotonic() + patience
         while True:
-            descriptor = self._open()
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # POSIX allows either
-                owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-                os.close(descriptor)
-                if time.monotonic() >= deadline:
-                    return owner or "a run that does not say who it is"
-                time.sleep(0.5)
+                if self._path.is_symlink():
+                    raise ValueError(f"{self._path} is a link, and would be written through: remove it")
+                self._make()
+                with ExitStack() as stack:
+                    stack.enter_context(shared_files.locked(self._path, patience))
+                    self._sign()
+                    self._held.enter_context(stack.pop_all())
+                return ""
+            except Held as held:
+                owner = self._path.read_text(errors="replace").strip() if self._path.is_file() else ""
+                return (owner or "a run that does not say who it is") + (f" ({held})" if str(held) else "")
+            except FileNotFoundError:  # of another start that has just given up, and has removed what it made
                 continue
-            if self._is_ours(descriptor):
-                break
-            os.close(descriptor)  # of a start that has given up, or a run that was moved away, since it was opened
-        if not os.fstat(descriptor).st_size:  # nobody has held it before
-            self._made.insert(0, self._path)
-        self._held.append(descriptor)
-        owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, owner.encode(), 0)
-        return ""
+            except OSError as error:
+                text = f"output={self.directory} cannot be written ({error.strerror}): choose another"
+                raise ValueError(text) from None
 
     def stay(self) -> None:
         """The run has begun: what was made for it is not to go again."""
@@ -83,22 +79,7 @@ class Lock:
         for path in self._made:
             with suppress(OSError):  # somebody has put something into a directory
                 path.rmdir() if path.is_dir() else path.unlink()
-        for descriptor in self._held:
-            os.close(descriptor)  # and with it the lock
-        self._held.clear()
-
-    def _open(self) -> int:
-        while True:
-            try:
-                if self._path.is_symlink():
-                    raise ValueError(f"{self._path} is a link, and would be written through: remove it")
-                self._make()
-                return os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            except FileNotFoundError:  # another start that made the directory, too, has just given up
-                continue
-            except OSError as error:
-                text = f"output={self.directory} cannot be written ({error.strerror}): choose another"
-                raise ValueError(text) from None
+        self._held.close()
 
     def _make(self) -> None:
         real = self.directory.resolve()  # a link may lead to a folder that is gone, from a scratch disk perhaps
@@ -106,9 +87,16 @@ class Lock:
         real.mkdir(parents=True, exist_ok=True)
         self._made += missing
 
-    def _is_ours(self, descriptor: int) -> bool:
-        """Whether the file that is open is still the one in the directory."""
+    def _sign(self) -> None:
+        """Write into the lock who holds it. Raises FileNotFoundError if it is the lock of a start that gave it up."""
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        soft = Path(f"{self._path}.soft").exists()  # which stands for the lock where the disk knows none
+        create = os.O_CREAT if soft else 0
+        descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | create, 0o666)
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._path, follow_symlinks=False))
-        except OSError:
-            return False
+            if not os.fstat(descriptor).st_size:  # nobody has held it before
+                self._made.insert(0, self._path)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, owner.encode())
+        finally:
+            os.close(descriptor)

@@ -5,11 +5,10 @@ Reads keep to the few shards of a window (see `order`), so a cache that holds so
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -21,6 +20,7 @@ from urllib.request import Request, urlopen
 import xxhash
 
 from hive_scale.data.sources.packages import cache_dir
+from hive_scale.shared_files import locked, own_lock
 
 TRIES = 6
 PIECE = 2**20  # bytes read at a time
@@ -30,38 +30,61 @@ def is_remote(shard: str) -> bool:
     return "://" in shard
 
 
+def digest_of(descriptor: int) -> str:
+    """xxh3-128 of a file's bytes, in hex."""
+    digest, at = xxhash.xxh3_128(), 0
+    while piece := os.pread(descriptor, PIECE, at):
+        digest.update(piece)
+        at += len(piece)
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class ShardCache:
     """Opens shards, local or remote. Fetched ones take at most `max_bytes` of disk, the least used going first.
 
-    A remote shard is taken to stay as it is; one that changes needs another name.
+    A remote shard is taken to stay as it is; one that changes needs another name. Files are named by what is in them,
+    so that none stands for another.
     """
 
     max_bytes: int
     pause: float = 0.5  # seconds before the second try, doubled before each further one
 
-    def open(self, shard: str) -> int:
-        """A file descriptor on `shard`. Raises OSError for a missing file and for a URL that cannot be fetched."""
+    def open(self, shard: str, digest: str = "") -> int:
+        """A file descriptor on `shard`, if that is remote on one whose content has the `digest`, where that is known.
+
+        Raises OSError for a missing file, and for a URL that cannot be fetched or brings something else.
+        """
         if not is_remote(shard):
             return os.open(shard, os.O_RDONLY)
-        folder = cache_dir() / "shards"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{xxhash.xxh3_64_hexdigest(shard.encode())}.tar"
-        while True:
-            with suppress(FileNotFoundError):  # never fetched, or given up for room
-                os.utime(path)
-                return os.open(path, os.O_RDONLY)  # stays readable when its name is given up
-            with locked(path.with_suffix(".lock")):  # ranks and workers that want the same shard wait for one fetch
-                if not path.exists():
-                    self._fetch(shard, path)
+        stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(shard.encode())
+        try:
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            return self._open_fetched(shard, stem, digest)
+        except PermissionError as error:
+            raise OSError(f"shard {shard}: {error}: set XDG_CACHE_HOME to a folder of yours") from None
 
-    def _fetch(self, url: str, path: Path) -> None:
-        """Download `url` to `path`, going on from what has come after each failure."""
-        part = path.with_suffix(".part")
+    def _open_fetched(self, shard: str, stem: Path, digest: str) -> int:
+        while True:
+            for path in _kept(stem, digest):
+                with suppress(FileNotFoundError):  # given up for room
+                    descriptor = os.open(path, os.O_RDONLY)  # stays readable when its name is given up
+                    with suppress(PermissionError, FileNotFoundError):  # another user's
+                        os.utime(path)
+                    return descriptor
+            with locked(own_lock(stem)):  # ranks and workers that want the same shard wait for one fetch
+                if not _kept(stem, digest):
+                    self._fetch(shard, stem, digest)
+
+    def _fetch(self, url: str, stem: Path, wanted: str) -> None:
+        """Download `url` to `stem`-DIGEST.tar, going on from what has come after each failure."""
+        part = stem.with_name(f".{stem.name}.{os.getuid()}.part")
         part.unlink(missing_ok=True)
+        part.touch(exist_ok=False)  # not through a link
+        versions = set[str]()
         for attempt in range(TRIES):
             try:
-                _download(url, part)
+                _download(url, part, versions)
                 break
             except ImportError as error:
                 raise ValueError(f"shard {url} needs another package: {error}") from None
@@ -71,25 +94,56 @@ class ShardCache:
                 if hopeless or attempt == TRIES - 1:
                     raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
             time.sleep(self.pause * 2**attempt)
+        with part.open("rb") as file:
+            digest = digest_of(file.fileno())
+        if wanted not in ("", digest):
+            part.unlink()
+            raise OSError(
+                f"shard {url} is not what it was when it was indexed: restore it, or give the new one another name"
+            )
+        path = stem.with_name(f"{stem.name}-{digest}.tar")
         part.replace(path)
-        with locked(path.parent / "room.lock"):
+        with locked(own_lock(path.with_name("room"))):
             self._make_room(path)
 
     def _make_room(self, newest: Path) -> None:
-        used = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in newest.parent.glob("*.tar"))
+        used = sorted(_sizes(newest.parent.glob("*.tar")))
         total = sum(size for _, size, _ in used)
         for _, size, path in used:
             if total > self.max_bytes and path != newest:
-                path.unlink()
-                total -= size
+                with suppress(OSError):  # another user's, or gone by now
+                    path.unlink()
+                    total -= size
 
 
-def _download(url: str, part: Path) -> None:
-    """Append to `part` what it lacks of `url`. Raises OSError or HTTPException if the connection fails."""
+def _kept(stem: Path, digest: str) -> list[Path]:
+    """The files that hold the shard of `stem`, the latest first; of older versions' none, which do not say what."""
+    found = stem.parent.glob(f"{stem.name}-{digest or '*'}.tar")
+    return [path for *_, path in sorted(_sizes(found), reverse=True)]
+
+
+def _sizes(paths: Iterable[Path]) -> Iterator[tuple[float, int, Path]]:
+    """(time of last use, bytes, path) of those that are still there: another user may share the folder."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            found = path.stat()
+            yield found.st_mtime, found.st_size, path
+
+
+def _download(url: str, part: Path, versions: set[str]) -> None:
+    """Append to `part` what it lacks of `url`, all of one version: `versions` are the ETags of what it has.
+
+    Raises OSError or HTTPException if the connection fails.
+    """
     with part.open("ab") as file:
-        with _stream(url, file.tell()) as (stream, start, total):
+        with _stream(url, file.tell()) as (stream, start, total, version):
             file.truncate(start)
             file.seek(start)
+            if start and versions and version not in versions:
+                file.truncate(0)
+                raise OSError("it has changed while it was fetched")
+            versions.clear()
+            versions.update({version} - {""})
             while piece := stream.read(PIECE):
                 file.write(piece)
         if total is not None and file.tell() != total:
@@ -97,8 +151,8 @@ def _download(url: str, part: Path) -> None:
 
 
 @contextmanager
-def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None]]:
-    """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length)."""
+def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
+    """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length; ETag)."""
     if url.startswith(("http://", "https://")):
         with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60) as response:
             start = start if response.status == 206 else 0  # a server without ranges sends all again
@@ -109,18 +163,10 @@ def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None]]:
                 if int(told[1]) != start:
                     raise OSError(f"asked for what is behind byte {start}, the server sends it from byte {told[1]} on")
                 total = total if told[2] == "*" else int(told[2])
-            yield response, start, total
+            yield response, start, total, response.headers["ETag"] or ""
     else:
         import fsspec  # s3://, gs:// and others, each with its own package
 
         with fsspec.open(url) as file:
             file.seek(start)
-            yield file, start, getattr(file, "size", None)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold `path` against all other processes."""
-    with path.open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+            yield file, start, getattr(file, "size", None), ""

@@ -2,7 +2,8 @@
 
 The index holds each sample's key, the byte range of its picture, caption and record, the picture's size and the
 caption's length. So any sample is one seek away, batches can be balanced before anything is read, and samples
-that could never be used are listed as faults instead of met in the middle of a run.
+that could never be used are listed as faults instead of met in the middle of a run. Of each shard it holds the digest,
+by which a run knows the data that it began with.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import json
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import astuple, dataclass
 from functools import cached_property, partial
 from itertools import accumulate
 from multiprocessing import get_context
@@ -24,14 +26,16 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from rich.progress import track
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from hive_scale.data.cache import ShardCache, is_remote, locked
-from hive_scale.data.scan import Fault, ShardTable, scan_shard
+from hive_scale.data.cache import ShardCache, is_remote
+from hive_scale.data.scan import Fault, ShardTable, Stamp, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.data.sources.packages import cache_dir
+from hive_scale.shared_files import locked, own_lock, replacing
 
-VERSION = 2  # raised when a scan finds other things in the same tars
+VERSION = 4  # raised when a scan finds other things in the same tars, or the file holds others
 LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
 
 Ints = NDArray[np.int64]
@@ -44,11 +48,17 @@ class Index:
     path: Path  # of the index file
     shards: tuple[str, ...]
     faults: tuple[Fault, ...]  # what is in the tars but not among the samples, and why
-    fingerprint: str  # of the samples: resuming on another set is noticed
+    stamps: tuple[Stamp, ...]  # of the shards
+    layout: str  # digest of the arrays, by which alone older versions knew a set
     arrays: dict[str, NDArray[Any]]
 
     def __len__(self) -> int:
         return len(self.caption_bytes)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the samples, wherever they lie: resuming on another set is noticed."""
+        return xxhash.xxh3_128_hexdigest(" ".join([self.layout, *(stamp.digest for stamp in self.stamps)]).encode())
 
     @property
     def shard_sizes(self) -> Ints:
@@ -90,63 +100,114 @@ class Index:
 
 
 def open_index(shards: Sequence[str], cache: ShardCache) -> Index:
-    """The index of `shards`, scanned if there is none yet or a shard's size or time has changed since.
+    """The index of `shards`, scanned if there is none yet; of it those shards whose size or time has changed since.
 
-    It is kept beside the first shard, or in the user's cache directory where that cannot be written.
-    Processes that ask for the same index at once wait for the first one's scan. Raises ValueError when no
-    sample is usable.
+    It is kept beside the first shard, or in the user's cache directory where that cannot be written; an index beside
+    the shards is good for everybody who may read them. This user's processes that ask for the same index at once wait
+    for the first one's scan. Raises ValueError when no sample is usable, or there is no place for the index.
     """
-    path = _index_path(shards)
-    index = _load_fresh(path, shards)
-    if index is None:
-        with locked(path.with_suffix(".lock")):
-            index = _load_fresh(path, shards)
-            if index is None:
-                _write(path, shards, _scan(shards, cache))
-                index = _load(path, tuple(shards))
+    places = _places(shards)
+    index = _find(places, shards)
+    if index is None or not _is_fresh(index):
+        with _turn(places):
+            index = _find(places, shards)
+            if index is None or not _is_fresh(index):
+                index = _keep(places, shards, _scan(shards, index, cache))
     if not len(index):
         reason = f": {index.faults[0].describe()}" if index.faults else ""
         raise ValueError(f"no usable sample in {shards[0]} and {len(shards) - 1} more shards{reason}")
     return index
 
 
-def _scan(shards: Sequence[str], cache: ShardCache) -> list[ShardTable]:
-    scan = partial(scan_shard, cache=cache)
-    if not any(map(is_remote, shards)) and sum(map(os.path.getsize, shards)) < LONG_WORK:
-        return [scan(shard) for shard in shards]
-    # forked, since a script without a __main__ guard must be able to open a set
-    with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
-        return list(track(pool.map(scan, shards), f"indexing {len(shards)} shards", total=len(shards)))
-
-
-def _index_path(shards: Sequence[str]) -> Path:
+def _places(shards: Sequence[str]) -> list[Path]:
+    """Where the index may lie, the best first."""
     if is_remote(shards[0]):
-        names, beside, place = list(shards), None, ""
+        names, beside = list(shards), None
     else:
         beside = Path(shards[0]).resolve().parent
         # relative names, so that a set that moves keeps its index
         names = [shard if is_remote(shard) else os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
-        place = str(beside)
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
-    if beside is not None and beside != SAMPLE_DIR and os.access(beside, os.W_OK):
-        return beside / name
-    folder = cache_dir() / "indices"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{_short(place)}-{name}"
+    own = cache_dir() / "indices" / f"{_short(str(beside or ''))}-{name}"
+    return [own] if beside in (None, SAMPLE_DIR) else [beside / name, own]
+
+
+def _find(places: Sequence[Path], shards: Sequence[str]) -> Index | None:
+    """The first index that is there, whole and of this version, and fresh if any is."""
+    found = [index for index in (_load_sound(path, shards) for path in places) if index]
+    return next(filter(_is_fresh, found), found[0] if found else None)
+
+
+@contextmanager
+def _turn(places: Sequence[Path]) -> Iterator[None]:
+    """Wait for this user's other processes that make the same index. Where there can be no lock, it is made twice."""
+    with ExitStack() as stack:
+        for path in places:
+            with suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(own_lock(path)))
+                break
+        yield
+
+
+def _is_fresh(index: Index) -> bool:
+    return all(map(_looks_the_same, index.shards, index.stamps))
+
+
+def _looks_the_same(shard: str, stamp: Stamp) -> bool:
+    return is_remote(shard) or stamp.fits(os.stat(shard))
+
+
+def _scan(shards: Sequence[str], old: Index | None, cache: ShardCache) -> list[ShardTable]:
+    """The tables of `shards`, those that look as in the `old` index taken from it."""
+    stamps = old.stamps if old else ()
+    tables = {i: _table(old, i) for i, stamp in enumerate(stamps) if old and _looks_the_same(shards[i], stamp)}
+    left = [i for i in range(len(shards)) if i not in tables]
+    scan, to_do = partial(scan_shard, cache=cache), [shards[i] for i in left]
+    if not any(map(is_remote, to_do)) and sum(map(os.path.getsize, to_do)) < LONG_WORK:
+        tables |= zip(left, map(scan, to_do), strict=True)
+    else:
+        # forked, since a script without a __main__ guard must be able to open a set
+        with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
+            scanned = track(pool.map(scan, to_do), f"indexing {len(to_do)} shards", total=len(to_do))
+            tables |= zip(left, scanned, strict=True)
+    return [tables[i] for i in range(len(shards))]
+
+
+def _table(index: Index, i: int) -> ShardTable:
+    """Shard number i of `index`, as its scan had it."""
+    end = int(index.shard_sizes[: i + 1].sum())
+    rows = range(end - int(index.shard_sizes[i]), end)
+    return ShardTable(
+        stamp=index.stamps[i],
+        keys=[index.key(row) for row in rows],
+        members=index.members[rows.start : end],
+        picture_sizes=index.picture_sizes[rows.start : end],
+        caption_bytes=index.caption_bytes[rows.start : end],
+        faults=[fault for fault in index.faults if fault.shard == index.shards[i]],
+    )
 
 
 def _short(text: str) -> str:
     return xxhash.xxh3_64_hexdigest(text.encode())
 
 
-def _stamps(shards: Sequence[str]) -> list[list[int]]:
-    """[size, time of change] of each shard; a remote one is taken to stay as it is."""
-    stats = [None if is_remote(shard) else os.stat(shard) for shard in shards]
-    return [[stat.st_size, stat.st_mtime_ns] if stat else [0, 0] for stat in stats]
+def _keep(places: Sequence[Path], shards: Sequence[str], tables: Sequence[ShardTable]) -> Index:
+    """Write what was found to the first of `places` that takes it."""
+    reason = ""
+    for path in places:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, tables)
+        except (OSError, SafetensorError) as error:  # another's folder, a full disk
+            reason = str(error)
+        else:
+            return _load(path, tuple(shards))
+    raise ValueError(f"no place for the index of {shards[0]} ({reason}): set XDG_CACHE_HOME to a folder of yours")
 
 
-def _write(path: Path, shards: Sequence[str], tables: Sequence[ShardTable]) -> None:
-    """One safetensors file with the shards, their stamps, the faults and a checksum in its header."""
+def _write(path: Path, tables: Sequence[ShardTable]) -> None:
+    """One safetensors file with the shards' stamps, the faults and a checksum in its header."""
     arrays = {
         "shard_sizes": np.array([len(table) for table in tables], np.int64),
         "members": np.concatenate([table.members for table in tables]),
@@ -157,13 +218,14 @@ def _write(path: Path, shards: Sequence[str], tables: Sequence[ShardTable]) -> N
     }
     metadata = {
         "version": VERSION,
-        "stamps": _stamps(shards),
-        "faults": [asdict(fault) for table in tables for fault in table.faults],
+        "stamps": [astuple(table.stamp) for table in tables],
+        # by number, since a set may move
+        "faults": [(i, fault.key, fault.reason) for i, table in enumerate(tables) for fault in table.faults],
         "checksum": _checksum(arrays),
     }
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(arrays, temporary, {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()})
-    temporary.replace(path)
+    metadata["seal"] = _seal(metadata)
+    with replacing(path) as part:
+        save_file(arrays, part, {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()})
 
 
 def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
@@ -174,14 +236,18 @@ def _checksum(arrays: dict[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def _load_fresh(path: Path, shards: Sequence[str]) -> Index | None:
-    """The index at `path` if it is there, whole, of this version and younger than its shards."""
+def _seal(metadata: Mapping[str, Any]) -> str:
+    fields = [metadata[name] for name in ("version", "stamps", "faults", "checksum")]
+    return xxhash.xxh3_128_hexdigest(json.dumps(fields, allow_nan=False).encode())
+
+
+def _load_sound(path: Path, shards: Sequence[str]) -> Index | None:
+    """The index at `path` if it is there, whole and of this version."""
     try:
-        metadata = _header(path)[0]
-        if metadata.get("version") == VERSION and metadata["stamps"] == _stamps(shards):
+        if path.is_file() and _header(path)[0].get("version") == VERSION:
             return _load(path, tuple(shards))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError):
-        pass  # missing, of another making or damaged: made again
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError):
+        pass  # of another making, damaged, or not ours to read: made again
     return None
 
 
@@ -198,10 +264,13 @@ def _load(path: Path, shards: tuple[str, ...]) -> Index:
             raise ValueError(f"index {path} is cut short: delete it")
         flat = np.frombuffer(buffer, dtypes[entry["dtype"]], count, start + entry["data_offsets"][0])
         arrays[name] = flat.reshape(shape)
-    if _checksum(arrays) != metadata["checksum"]:
+    if _checksum(arrays) != metadata["checksum"] or _seal(metadata) != metadata["seal"]:
         raise ValueError(f"index {path} is damaged: delete it")
-    faults = tuple(Fault(**fault) for fault in metadata["faults"])
-    return Index(path, shards, faults, metadata["checksum"], arrays)
+    stamps = tuple(Stamp(*stamp) for stamp in metadata["stamps"])
+    if not len(stamps) == len(shards) == len(arrays["shard_sizes"]):
+        raise ValueError(f"index {path} is of other shards: delete it")
+    faults = tuple(Fault(shards[i], key, reason) for i, key, reason in metadata["faults"])
+    return Index(path, shards, faults, stamps, metadata["checksum"], arrays)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:

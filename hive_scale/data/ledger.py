@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
 from hive_scale.data.scan import Fault
+from hive_scale.shared_files import PATIENCE, Held, locked
 
 
 class Ledger:
@@ -57,10 +57,10 @@ class Ledger:
 @contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        with suppress(OSError):  # a file system without locks: at worst a sample is listed by two ranks
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        yield file
+    with ExitStack() as stack:
+        with suppress(Held):  # by a machine that died, on a file system without locks: at worst two ranks list a sample
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock"), PATIENCE))
+        yield stack.enter_context(path.open("a+"))
 
 
 def _read(file: TextIO) -> Iterator[Fault]:

@@ -50,7 +50,7 @@ class Loader(Samples):
         cache = ShardCache(round(config.cache_gb * 1e9))
         super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size, pad_colour)
         self.num_samples = self.stream(0).num_samples  # in an epoch
-        self.fingerprint = self.index.fingerprint
+        self.fingerprint, self.layout = self.index.fingerprint, self.index.layout
         self._ledger = Ledger(bad_samples, config.max_bad_samples)
         self._ledger.add(self.index.faults)
 

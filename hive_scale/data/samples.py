@@ -66,7 +66,7 @@ class Samples:
         self.image_size = image_size
         self.pad_colour = pad_colour
         self.features: KeptFeatures | None = None  # read in place of pictures, where there are any
-        self._reader = ShardReader(index.shards, cache)
+        self._reader = ShardReader(index.shards, index.stamps, cache)
 
     def sample(self, i: int) -> Sample:
         """Sample number i, ready for the model. Raises ValueError if it is broken."""

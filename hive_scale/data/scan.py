@@ -1,4 +1,4 @@
-"""One tar's samples, from its headers alone: nothing is decoded.
+"""One tar's samples, by its headers, and the digest of all its bytes: nothing is decoded.
 
 The walk goes on behind damage, at the next header whose checksum is right, and accounts for every byte: what leads to
 no sample is a fault of the shard.
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hive_scale.data.cache import ShardCache, is_remote
+from hive_scale.data.cache import ShardCache, digest_of, is_remote
 from hive_scale.data.images import FORMATS, upright_size
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -47,9 +47,27 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Stamp:
+    """By which a shard is known: size in bytes, time of its last change in ns, and the xxh3-128 of its bytes.
+
+    Size and time tell whether it must be read again, the digest alone whether it is another. A remote shard has no time
+    of its own.
+    """
+
+    size: int
+    changed: int
+    digest: str
+
+    def fits(self, found: os.stat_result) -> bool:
+        """Whether a local shard looks as it did when it was read."""
+        return (self.size, self.changed) == (found.st_size, found.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class ShardTable:
     """The n usable samples of one shard, in its order; shapes as in `index.Index`."""
 
+    stamp: Stamp
     keys: list[str]
     members: NDArray[np.int64]
     picture_sizes: NDArray[np.int32]
@@ -63,6 +81,8 @@ class ShardTable:
 def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     """Every sample of the tar `shard`; of one that is cut short or damaged, those before and behind the damage.
 
+    All its bytes are read once, for their digest; what is looked at behind that comes from memory.
+
     A sample is a run of members with one key (the path up to the first dot of the file name): a picture
     (jpg, png, webp), a caption (txt) and perhaps a record (json), in any order.
     """
@@ -71,6 +91,9 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     rows: list[tuple[str, list[Range], Range, int]] = []
     seen: set[str] = set()
     with os.fdopen(cache.open(shard), "rb") as file:
+        found = os.fstat(file.fileno())  # before it is read: what changes it meanwhile is seen by the time
+        changed = 0 if is_remote(shard) else found.st_mtime_ns
+        stamp = Stamp(found.st_size, changed, digest_of(file.fileno()))
         for key, members in _groups(_files(file, gaps)):
             try:
                 if key in seen:
@@ -83,6 +106,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     if reason := "; ".join(filter(None, reasons)):
         faults.append(Fault(shard, "", reason))
     return ShardTable(
+        stamp=stamp,
         keys=[row[0] for row in rows],
         members=np.array([row[1] for row in rows], np.int64).reshape(-1, 3, 2),
         picture_sizes=np.array([row[2] for row in rows], np.int32).reshape(-1, 2),

@@ -14,7 +14,8 @@ from typing import Any
 
 from braceexpand import braceexpand
 
-from hive_scale.data.cache import ShardCache, is_remote
+from hive_scale.data.cache import ShardCache, digest_of, is_remote
+from hive_scale.data.scan import Stamp
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
 
@@ -81,11 +82,13 @@ def _find(pattern: str) -> list[str]:
 class ShardReader:
     """Reads byte ranges of tars, keeping at most `max_open` of them open.
 
-    Ranges are read in place (pread), so that copies of a reader in forked workers do not disturb each other.
+    Ranges are read in place (pread), so that copies of a reader in forked workers do not disturb each other. `stamps`
+    are those of the index: a shard with other bytes, in which its ranges mean nothing, is not read.
     """
 
-    def __init__(self, shards: Sequence[str], cache: ShardCache, max_open: int = 64) -> None:
+    def __init__(self, shards: Sequence[str], stamps: Sequence[Stamp], cache: ShardCache, max_open: int = 64) -> None:
         self.shards = shards
+        self.stamps = stamps
         self.cache = cache
         self.max_open = max_open
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
@@ -94,8 +97,8 @@ class ShardReader:
     def read(self, shard: int, start: int, length: int) -> bytes:
         """`length` bytes from `start` of shard number `shard`.
 
-        Raises ValueError if the file ends before, OSError if it cannot be opened at all: the first is a broken
-        sample, the second a broken machine.
+        Raises ValueError if the file ends before, OSError if it cannot be opened at all or has changed since it was
+        indexed: the first is a broken sample, the second a broken machine.
         """
         with self._lock:
             data = os.pread(self._descriptor(shard), length, start)
@@ -107,13 +110,25 @@ class ShardReader:
         if shard not in self._open:
             if len(self._open) >= self.max_open:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[shard] = self.cache.open(self.shards[shard])
+            self._open[shard] = self._opened(self.shards[shard], self.stamps[shard])
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _opened(self, shard: str, stamp: Stamp) -> int:
+        descriptor = self.cache.open(shard, stamp.digest)
+        if not is_remote(shard) and not stamp.fits(os.fstat(descriptor)) and digest_of(descriptor) != stamp.digest:
+            os.close(descriptor)
+            raise OSError(f"shard {shard} has changed since it was indexed: restore it")
+        return descriptor
 
     def close(self) -> None:
         while self._open:
             os.close(self._open.popitem()[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.shards, self.cache, self.max_open)  # descriptors mean nothing in another process
+        return ShardReader, (
+            self.shards,
+            self.stamps,
+            self.cache,
+            self.max_open,
+        )  # descriptors mean nothing in another process

@@ -208,7 +208,7 @@ def _tars(name: str, known: Known, root: Path) -> Labelled | None:
         if not files:
             return None
         index = open_index(all_shards(expand([str(path) for path in files])), cache)
-        reader = ShardReader(index.shards, cache)
+        reader = ShardReader(index.shards, index.stamps, cache)
 
         told = [_label(_member(index, reader, i, 2), known.label) for i in range(len(index))]
         if not any(told):

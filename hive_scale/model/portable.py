@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from hive_scale.shared_files import share
+
 # a tensor's name in memory begins with the first (transformers 5), in the file with the second, which both read
 ENCODER_FILE = {"": "vision_model."}
 LLM_FILE = {"": ""}
@@ -34,6 +36,7 @@ def save_model(module: Any, tensors: Mapping[str, Tensor], names: Mapping[str, s
         memory, file = next((a, b) for a, b in names.items() if name.startswith(a))
         state[file + name.removeprefix(memory)] = tensor
     save_torch_state_dict(state, path, max_shard_size="5GB", metadata={"format": "pt"})
+    share(path)
     config = module.config
     config.architectures = [type(module).__name__]
     dtype = next(iter(tensors.values())).dtype

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from hive_scale import config as configs
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
+from hive_scale.shared_files import locked, replacing
 from hive_scale.slurm import controller
 from hive_scale.slurm.controller import Job
 from hive_scale.slurm.resources import Resources
@@ -88,9 +88,8 @@ class Record:
 
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)
-        unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(dumps(asdict(self), indent=1))
-        unnamed.rename(path)
+        with replacing(path) as unnamed:
+            unnamed.write_text(dumps(asdict(self), indent=1))
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -119,8 +118,7 @@ def submitting(run_dir: Path) -> Iterator[Path]:
     """Keep others from submitting this run meanwhile; gives ``<run>/slurm``."""
     folder = run_dir / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".submitting").open("w") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+    with locked(folder / ".submitting"):
         yield folder
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from PIL import Image
 
-from hive_scale.data.cache import locked
 from hive_scale.data.convert.sources import Item, Source
 from hive_scale.data.images import FORMATS
 from hive_scale.data.sources.concepts import split_of
 from hive_scale.data.sources.records import check_made_here, write_shard
+from hive_scale.shared_files import locked
 from hive_scale.strict_json import dumps
 
 JOURNAL = "conversion.jsonl"

