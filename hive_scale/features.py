@@ -23,8 +23,11 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, key_of
 from hive_scale.precision import DTYPES
+from hive_scale.pulse import tick
+from hive_scale.stops import TryAgain
 
 AT_ONCE = 32  # pictures that run through the encoder together
+Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
 LOOKED_AT = 16  # pictures of a set whose bytes tell it from one of equal sizes: all would take as long as training
 
 
@@ -57,11 +60,15 @@ def kept_features(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),
     )
+    world.pulse.enter("features")
     text = f"features of {len(missing)} pictures, once"
     quiet = not (world.is_main and len(missing))
-    for read, broken, pixels in track(pictures, text, total=len(mine), disable=quiet):
+    for read, broken, pixels, error in track(pictures, text, total=len(mine), disable=quiet):
+        if error is not None:
+            raise error
         if any(world.sum(stop())):
             break
+        tick()
         if read:
             with torch.no_grad():
                 kept.put(read, torch.stack(model.features(model.encode(pixels.to(world.device))), dim=1))
@@ -112,17 +119,26 @@ def _digest_of_set(loader: Loader) -> tuple[object, ...]:
     return loader.fingerprint, shown.hexdigest(), loader.image_size, data.image, data.max_pixels
 
 
-class _Pictures(Dataset[tuple[list[int], list[int], Tensor | None]]):
-    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W)."""
+class _Pictures(Dataset[Seen]):
+    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W).
+
+    And, as in `batches.Loaded`, why there are none.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getitem__(self, numbers: list[int]) -> tuple[list[int], list[int], Tensor | None]:
+    def __getitem__(self, numbers: list[int]) -> Seen:
+        try:
+            return self._seen(numbers)
+        except (OSError, TryAgain) as error:
+            return [], [], None, error
+
+    def _seen(self, numbers: list[int]) -> Seen:
         pixels, broken = {}, []
         for number in numbers:
             try:
                 pixels[number] = self.loader.pixels(number)
             except ValueError:  # told when its turn comes in training
                 broken.append(number)
-        return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None
+        return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None, None

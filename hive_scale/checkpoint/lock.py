@@ -7,18 +7,20 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
 from hive_scale.distributed import World
+from hive_scale.pulse import tick
+from hive_scale.stops import TryAgain
 
 LOCK = ".lock"
 
 
 @contextmanager
 def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[None]:
-    """Hold `directory` for this run, on all ranks. Raises RuntimeError naming the run that holds it already,
+    """Hold `directory` for this run, on all ranks. Raises TryAgain naming the run that holds it already,
     and ValueError if the directory cannot be written.
 
     `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
@@ -36,7 +38,7 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Non
     try:
         owner = _take(descriptor, time.monotonic() + patience) if world.is_main else ""
         if world.sum(bool(owner))[0]:
-            raise RuntimeError(
+            raise TryAgain(
                 f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
                 "wait for it, stop it, or choose another output"
             )
@@ -56,8 +58,10 @@ def _take(descriptor: int, deadline: float) -> str:
             if time.monotonic() >= deadline:
                 owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
                 return owner or "a run that does not say who it is"
+            tick()  # the other ranks wait for this one, which waits on purpose
             time.sleep(0.5)
     owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, owner.encode(), 0)
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
     return ""

@@ -6,7 +6,9 @@ Reads keep to the few shards of a window (see `order`), so a cache that holds so
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
+import random
 import re
 import time
 from collections.abc import Iterator
@@ -21,9 +23,14 @@ from urllib.request import Request, urlopen
 import xxhash
 
 from hive_scale.data.sources.packages import cache_dir
+from hive_scale.pulse import tick
+from hive_scale.stops import FULL, TryAgain
 
-TRIES = 6
 PIECE = 2**20  # bytes read at a time
+LONGEST = 30.0  # seconds between two tries
+RETRIED = (408, 429)  # of the answers that blame the one who asks: too slow, too often
+logger = logging.getLogger(__name__)
+drawn = random.Random()  # its own, so that waiting moves nobody's random numbers
 
 
 def is_remote(shard: str) -> bool:
@@ -34,14 +41,19 @@ def is_remote(shard: str) -> bool:
 class ShardCache:
     """Opens shards, local or remote. Fetched ones take at most `max_bytes` of disk, the least used going first.
 
-    A remote shard is taken to stay as it is; one that changes needs another name.
+    A remote shard is taken to stay as it is; one that changes needs another name. One that does not come is asked for
+    again, until none of it has come for `retry_seconds`.
     """
 
     max_bytes: int
-    pause: float = 0.5  # seconds before the second try, doubled before each further one
+    retry_seconds: float = 300.0
+    pause: float = 0.5  # seconds before the second try, at most; doubled before each further one
 
     def open(self, shard: str) -> int:
-        """A file descriptor on `shard`. Raises OSError for a missing file and for a URL that cannot be fetched."""
+        """A file descriptor on `shard`.
+
+        Raises OSError for a missing file and for a URL whose server refuses it, TryAgain for one that does not come.
+        """
         if not is_remote(shard):
             return os.open(shard, os.O_RDONLY)
         folder = cache_dir() / "shards"
@@ -59,21 +71,38 @@ class ShardCache:
         """Download `url` to `path`, going on from what has come after each failure."""
         part = path.with_suffix(".part")
         part.unlink(missing_ok=True)
-        for attempt in range(TRIES):
-            try:
-                _download(url, part)
-                break
-            except ImportError as error:
-                raise ValueError(f"shard {url} needs another package: {error}") from None
-            except (OSError, HTTPException) as error:
-                refused = isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
-                hopeless = refused or isinstance(error, FileNotFoundError | PermissionError)
-                if hopeless or attempt == TRIES - 1:
-                    raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
-            time.sleep(self.pause * 2**attempt)
-        part.replace(path)
+        try:
+            self._download(url, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         with locked(path.parent / "room.lock"):
             self._make_room(path)
+
+    def _download(self, url: str, part: Path) -> None:
+        furthest, ends, pause, told = 0, time.monotonic() + self.retry_seconds, self.pause, False
+        while True:
+            try:
+                return _append(url, part)
+            except ImportError as error:
+                raise ValueError(f"shard {url} needs another package: {error}") from None
+            except Exception as error:
+                if _is_refused(error):
+                    raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
+                if not _may_pass(error):
+                    raise
+                if part.exists() and part.stat().st_size > furthest:  # it comes, if in pieces
+                    furthest, ends, pause = part.stat().st_size, time.monotonic() + self.retry_seconds, self.pause
+                if time.monotonic() >= ends:
+                    waited = f"{error}, for {self.retry_seconds:.0f} s: data.retry_seconds"
+                    raise TryAgain(f"shard {url} cannot be fetched ({waited})") from None
+                if not told:
+                    logger.warning("shard %s does not come (%s): it is asked for again", url, error)
+                    told = True
+            tick()
+            # at a random time, so that those who failed together do not all come back together
+            time.sleep(drawn.uniform(0.0, pause))
+            pause = min(LONGEST, 2 * pause)
 
     def _make_room(self, newest: Path) -> None:
         used = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in newest.parent.glob("*.tar"))
@@ -84,7 +113,21 @@ class ShardCache:
                 total -= size
 
 
-def _download(url: str, part: Path) -> None:
+def _is_refused(error: Exception) -> bool:
+    """Whether asking again would be in vain."""
+    if isinstance(error, HTTPError):
+        return 400 <= error.code < 500 and error.code not in RETRIED
+    return isinstance(error, FileNotFoundError | PermissionError)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the network's error, or of a client package, such as s3fs, whose errors are its own."""
+    if isinstance(error, OSError):
+        return error.errno not in FULL
+    return isinstance(error, HTTPException) or type(error).__module__ != "builtins"
+
+
+def _append(url: str, part: Path) -> None:
     """Append to `part` what it lacks of `url`. Raises OSError or HTTPException if the connection fails."""
     with part.open("ab") as file:
         with _stream(url, file.tell()) as (stream, start, total):
@@ -92,6 +135,7 @@ def _download(url: str, part: Path) -> None:
             file.seek(start)
             while piece := stream.read(PIECE):
                 file.write(piece)
+                tick()
         if total is not None and file.tell() != total:
             raise OSError(f"{file.tell()} of {total} bytes came")
 

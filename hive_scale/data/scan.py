@@ -22,6 +22,7 @@ from PIL import Image
 
 from hive_scale.data.cache import ShardCache, is_remote
 from hive_scale.data.images import FORMATS, upright_size
+from hive_scale.pulse import tick
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
@@ -72,6 +73,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     seen: set[str] = set()
     with os.fdopen(cache.open(shard), "rb") as file:
         for key, members in _groups(_files(file, gaps)):
+            tick()
             try:
                 if key in seen:
                     raise ValueError("duplicate key: the first one is used")

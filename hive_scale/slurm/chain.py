@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
+from hive_scale.atomic import write_text
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
 from hive_scale.slurm import controller
@@ -77,14 +78,15 @@ class Record:
 
     @classmethod
     def read(cls, run_dir: Path) -> Record | None:
+        """None where nothing was submitted. Raises ValueError if it is not what was written."""
         path = cls.path(run_dir)
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        try:
+            return cls(**json.loads(path.read_text())) if path.exists() else None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): cancel the run's jobs and remove it") from None
 
     def write(self, run_dir: Path) -> None:
-        path = self.path(run_dir)
-        unnamed = path.with_suffix(".tmp")
-        unnamed.write_text(dumps(asdict(self), indent=1))
-        unnamed.rename(path)
+        write_text(self.path(run_dir), dumps(asdict(self), indent=1))
 
 
 def recorded(
@@ -111,7 +113,7 @@ def submitting(run_dir: Path) -> Iterator[Path]:
 
 
 def job_name(config: Config, stage: str) -> str:
-    return f"{config.name}-{stage}"
+    return controller.plain(f"{config.name}-{stage}")
 
 
 def known_jobs(config: Config) -> dict[str, Job]:
