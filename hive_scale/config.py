@@ -358,14 +358,8 @@ def holds_weights_alone(path: str) -> bool:
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
     *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
-    *(
-        "*data.workers",
-        "*data.threads",
-        "*data.cache_gb",
-        "*data.retry_seconds",
-        "*data.max_bad_samples",
-        "feature_cache",
-    ),
+    *("*data.workers", "*data.threads", "*data.cache_gb", "*data.retry_seconds", "*data.max_bad_samples"),
+    "feature_cache",
 )
 
 

@@ -143,21 +143,20 @@ def tell_others(error: BaseException, code: int) -> None:
     """
     with suppress(Exception):
         place = _place(os.environ)
-        if place.size > 1 and not _met and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if place.size > 1 and not _tried and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             guard = _meet(place)
             guard.stop()
             guard.led_by_another(error, code)
 
 
-_met = False  # whether this process has ever joined others
+_tried = False  # whether this process has ever gone to meet others
 
 
 def _meet(place: _Place) -> _Guard:
-    global _met
+    global _tried
+    _tried = True
     os.environ.update(place.master)
-    store = _Meeting(place).hold()
-    _met = True
-    return _Guard(store, place.rank)
+    return _Guard(_Meeting(place).hold(), place.rank)
 
 
 def _backend(device: torch.device) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -27,7 +28,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID")  # set where there may be several processes
 
 
-class TryAgain(Exception):
+class TryAgain(RuntimeError):
     """What may pass by itself. The message is a line with the reason."""
 
 
@@ -66,7 +67,7 @@ def code_of(error: BaseException) -> int:
         return TRY_AGAIN
     if is_loss_of_contact(error) or _is_device_failure(error):
         return TRY_AGAIN
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or _errno(error):
         return REFUSED if _lasts(error) else TRY_AGAIN
     return REFUSED if isinstance(error, ValueError | MemoryError) or _is_out_of_memory(error) else FAULT
 
@@ -79,7 +80,7 @@ def line_of(error: BaseException, code: int) -> str:
     first = said.splitlines()[0]
     if isinstance(error, ValueError) and code == REFUSED:
         return f"error: {said}"  # of several lines where several things are wrong
-    if isinstance(error, OSError) and error.errno in FULL:
+    if _errno(error) in FULL:
         return f"stopped: {first}: make room, then the same command goes on"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return f"error: out of memory ({first}): lower micro_batch, or see what fits with `hive_scale plan --fit`"
@@ -119,9 +120,17 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def _lasts(error: OSError) -> bool:
+def _lasts(error: BaseException) -> bool:
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in (408, 429)
-    if error.errno is None:  # a library's own words
-        return not isinstance(error, URLError | TimeoutError | ConnectionError)
-    return error.errno in LASTING
+    if number := _errno(error):
+        return number in LASTING
+    return not isinstance(error, URLError | TimeoutError | ConnectionError)  # else a library's own words
+
+
+def _errno(error: BaseException) -> int:
+    """The system's number of an error, 0 if it has none; libraries in Rust, such as safetensors, put it into words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(told[1]) if told else 0

@@ -27,6 +27,7 @@ from hive_scale.pulse import tick
 from hive_scale.stops import FULL, TryAgain
 
 PIECE = 2**20  # bytes read at a time
+TIMEOUT = 60.0  # seconds in which a server says something
 LONGEST = 30.0  # seconds between two tries
 RETRIED = (408, 429)  # of the answers that blame the one who asks: too slow, too often
 logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def _append(url: str, part: Path) -> None:
 def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None]]:
     """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length)."""
     if url.startswith(("http://", "https://")):
-        with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60) as response:
+        with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=TIMEOUT) as response:
             start = start if response.status == 206 else 0  # a server without ranges sends all again
             length = response.headers["Content-Length"]
             total = start + int(length) if length else None
