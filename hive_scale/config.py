@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hive_scale.atomic import write_text
 from hive_scale.strict_json import dumps
 
 Fusion = Literal["cross_attention", "joint_attention", "concat"]
@@ -93,12 +94,15 @@ class DataConfig:
     workers: int = 0  # processes that load data; 0: the training process does
     threads: int = 1  # that decode, in each of them
     cache_gb: float = 100.0  # disk for shards fetched from URLs, under $XDG_CACHE_HOME or ~/.cache
+    retry_seconds: float = 300.0  # in which nothing of such a shard has come: then the run ends, to be tried again
     max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
     max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
             raise ValueError(f"data.max_tokens={self.max_tokens} leaves no room for a caption: use 3 or more")
+        if self.retry_seconds < 0:
+            raise ValueError(f"data.retry_seconds={self.retry_seconds:g} must be at least 0; 0 asks once")
         if self.threads < 1:
             raise ValueError(f"data.threads={self.threads} must be at least 1")
         if self.window < 1:
@@ -272,7 +276,7 @@ class Config:
     max_failed_saves: int = 3  # that many checkpoints in a row that cannot be written stop the run
     failures_per_day: float = 2.0  # that the whole run is taken to meet
     grace_seconds: float = 30.0  # between a request to stop and the kill: many launchers' and Slurm's KillWait
-    hang_seconds: float = 480.0  # a phase of a step that takes longer ends the job, to be tried again; 0: never
+    hang_seconds: float = 480.0  # without progress, in a step or (at least 60) outside: try the job again; 0: never
     guard: GuardConfig = field(default_factory=GuardConfig)
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
@@ -356,16 +360,7 @@ def resolve(base: T, *layers: Any) -> T:
 def save(config: Config, path: Path) -> None:
     """Complete or absent: who reads `path` meanwhile finds what was there before. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unnamed = path.with_name(f".{path.name}.tmp")
-    try:
-        with unnamed.open("w", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-            file.flush()
-            os.fsync(file.fileno())
-        unnamed.replace(path)
-    except OSError:  # a full disk must not leave an empty file
-        unnamed.unlink(missing_ok=True)
-        raise
+    write_text(path, to_yaml(config))
 
 
 def load(path: Path) -> Config:
@@ -391,7 +386,8 @@ def holds_weights_alone(path: str) -> bool:
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
     *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
-    *("*data.workers", "*data.threads", "*data.cache_gb", "*data.max_bad_samples", "feature_cache"),
+    *("*data.workers", "*data.threads", "*data.cache_gb", "*data.retry_seconds", "*data.max_bad_samples"),
+    "feature_cache",
 )
 PLACES = ("data.train", "data.heldout")
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -19,16 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from hive_scale import pulse
 from hive_scale.pulse import Pulse
+from hive_scale.stops import TRY_AGAIN, TryAgain, code_of
 
 stores: Any = dist  # which names its stores in public, but not in its type hints
-JOINING = timedelta(minutes=5)  # a process that has not come by then will not
+JOINING = timedelta(minutes=2)  # where none has come for so long, none will
 JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
 SAYING = 15.0  # seconds between words about who is missing
 POLL, GRACE = 1.0, 5.0  # seconds between looks for a failed rank, and to leave by oneself after one
-FAILURE = "hive_scale/failure"  # key of the store: which rank failed first, and how
-TRY_AGAIN = 75  # exit code: the same command goes on from the last checkpoint (EX_TEMPFAIL of sysexits.h)
-ORPHANED = "rank 0, which holds the job together, has gone"
+FAILURE = "hive_scale/failure"  # key of the store: the exit code, which rank failed first, and how
+ORPHANED = f"{TRY_AGAIN} rank 0, which holds the job together, has gone"
 
 
 class Fragment(NamedTuple):
@@ -90,43 +91,76 @@ def rank() -> int:
     return _place(os.environ).rank
 
 
+class NotMet(TryAgain, ValueError):
+    """Some rank has not come, and nobody sits there to be told: the next start may have all of them."""
+
+
 @contextmanager
 def session() -> Iterator[World]:
     """Join the group that the launcher's environment describes, or found a world of one.
 
     torchrun, accelerate and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT; srun and submitit say the same in words of their own. gloo serves CPUs, NCCL GPUs. The first
-    rank that raises ends all others within seconds, and only its traceback is shown.
+    rank that raises ends all others within seconds, with its own exit code, and only its error is shown.
     """
     place = _place(os.environ)
-    device = _device(place)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    pulse.begin()
     if place.size == 1:
+        device = _device(place)
         # a HashStore needs neither port nor launcher
-        dist.init_process_group(backend, store=stores.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(_backend(device), store=stores.HashStore(), rank=0, world_size=1)
         try:
             yield World(0, 1, device)
         finally:
             dist.destroy_process_group()
         return
-    os.environ.update(place.master)
-    store = _Meeting(place).hold()
-    guard = _Guard(store.clone(), place.rank)
+    guard, device = _meet(place), torch.device("cpu")
     try:
-        device_id = device if device.type == "cuda" else None
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, device_id=device_id)
-        yield World(place.rank, place.size, device, store)
+        device = _device(place)
+        on = device if device.type == "cuda" else None
+        dist.init_process_group(
+            _backend(device), store=guard.store, rank=place.rank, world_size=place.size, device_id=on
+        )
+        yield World(place.rank, place.size, device, guard.store)
         dist.barrier()  # else the store may go before all have stopped looking at it
     except BaseException as error:
-        if not guard.is_first(error):
-            os._exit(1)
+        if code := guard.led_by_another(error):
+            os._exit(code)
         if device.type == "cuda":
             raise  # what is left of NCCL may wait for the others: it goes with the process
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
         raise
     finally:
         guard.stop()
     dist.destroy_process_group()
+
+
+def tell_others(error: BaseException, code: int) -> None:
+    """Where `error` ends this process before it has joined the others: join them, to say so.
+
+    torchrun's agent ends them by itself.
+    """
+    with suppress(Exception):
+        place = _place(os.environ)
+        if place.size > 1 and not _tried and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            guard = _meet(place)
+            guard.stop()
+            guard.led_by_another(error, code)
+
+
+_tried = False  # whether this process has ever gone to meet others
+
+
+def _meet(place: _Place) -> _Guard:
+    global _tried
+    _tried = True
+    os.environ.update(place.master)
+    return _Guard(_Meeting(place).hold(), place.rank)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 class _Meeting:
@@ -139,20 +173,21 @@ class _Meeting:
     def __init__(self, place: _Place) -> None:
         self.rank, self.size = place.rank, place.size
         is_watched = place.by_slurm and sys.stdin is not None and sys.stdin.isatty()  # somebody sits and waits
+        self.watched = is_watched
         self.patience = min(JOINING, JOINING_WATCHED) if is_watched else JOINING
         self.where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         self.missing = list(range(1, place.size)) if place.rank == 0 else [0]
-        self._ends = time.monotonic() + self.patience.total_seconds()
         self._over = threading.Event()
+        self._expect()
 
     def hold(self) -> Any:
-        """The part of the store that is this attempt's. Raises ValueError that says who has not come."""
+        """The part of the store that is this attempt's. Raises ValueError, or NotMet, that says who has not come."""
         threading.Thread(target=self._say, daemon=True).start()
         try:
             store = self._open()
             attempt = self._gather(store) if self.rank == 0 else self._greet(store)
         except dist.DistError as error:
-            raise ValueError(self._in_vain(str(error).splitlines()[0], taken=self.rank == 0)) from None
+            raise self._in_vain(str(error).splitlines()[0], taken=self.rank == 0) from None
         finally:
             self._over.set()
         return stores.PrefixStore(attempt, store)
@@ -173,10 +208,12 @@ class _Meeting:
                 word = store.get(f"hello/{rank}") if store.check([f"hello/{rank}"]) else None
                 if store.check([f"{attempt}/here/{rank}"]):
                     self.missing.remove(rank)
+                    self._expect()
                 elif word is not None and word != answered.get(rank):
                     store.set(f"answer/{rank}", f"{word.decode()} {attempt}")
                     answered[rank] = word
             self._wait()
+        store.set(f"{attempt}/all here", "")
         return attempt
 
     def _greet(self, store: Any) -> str:
@@ -186,30 +223,40 @@ class _Meeting:
             self._wait()
         attempt: str = store.get(key).decode().split()[1]
         store.set(f"{attempt}/here/{self.rank}", "")
+        self.missing.clear()  # the others are rank 0's to wait for; should it give up, its store goes with it
+        while not store.check([f"{attempt}/all here"]):
+            self._wait()
         return attempt
+
+    def _expect(self) -> None:
+        """Wait for the missing as long as for the first of them: that others come is a sign that they may."""
+        self._ends = time.monotonic() + self.patience.total_seconds()
 
     def _wait(self) -> None:
         if self.missing and time.monotonic() > self._ends:
-            raise ValueError(self._in_vain(f"not within {self.patience.total_seconds():.0f} s"))
+            raise self._in_vain(f"not within {self.patience.total_seconds():.0f} s")
         time.sleep(0.02)
 
-    def _in_vain(self, reason: str, taken: bool = False) -> str:
+    def _in_vain(self, reason: str, taken: bool = False) -> ValueError:
         remedy = (
             "if another program has the port, set MASTER_PORT to a free one"
             if taken
             else f"start all {self.size} by one command; an interactive session for one process has one task (srun -n1)"
         )
-        return f"rank {self.rank} of {self.size} cannot meet {self._who()} at {self.where} ({reason}): {remedy}"
+        told = f"rank {self.rank} of {self.size} cannot meet {self._who()} at {self.where} ({reason}): {remedy}"
+        return ValueError(told) if taken or self.watched else NotMet(told)
 
     def _who(self) -> str:
+        if not self.missing:
+            return "the others"
         first = ", ".join(str(rank) for rank in self.missing[:8])
         more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
         return f"rank{'s' * (len(self.missing) > 1)} {first}{more}"
 
     def _say(self) -> None:
         while not self._over.wait(SAYING):
-            left = max(0.0, self._ends - time.monotonic())
-            text = f"rank {self.rank} of {self.size} waits at {self.where} for {self._who()}, {left:.0f} s more"
+            left = f", {max(0.0, self._ends - time.monotonic()):.0f} s more" if self.missing else ""
+            text = f"rank {self.rank} of {self.size} waits at {self.where} for {self._who()}{left}"
             print(text, file=sys.stderr, flush=True)
 
 
@@ -218,27 +265,32 @@ class _Guard:
 
     def __init__(self, store: Any, rank: int) -> None:
         self.store, self.rank = store, rank
+        self._said = store.clone()  # a connection of its own: a wait in the other's would block it
         self.stopped = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def is_first(self, error: BaseException) -> bool:
-        """Tell all ranks of `error`, unless another came first, which this rank's error then follows from."""
-        mine = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+    def led_by_another(self, error: BaseException, code: int | None = None) -> int:
+        """Tell all ranks of `error` and its exit code.
+
+        Returns:
+            0, or the exit code of another rank that came first, and which this rank's error then follows from.
+        """
+        mine = f"{code or code_of(error)} rank {self.rank} failed: {type(error).__name__}: {error}"
         first: str
         try:
-            first = self.store.compare_set(FAILURE, "", mine).decode()
+            first = self._said.compare_set(FAILURE, "", mine).decode()
         except RuntimeError:
             first = ORPHANED
         if first != mine:
-            print(f"rank {self.rank} stops: {first}", file=sys.stderr, flush=True)
+            self._say(first)
         time.sleep(2 * POLL)  # the others look before this process, and perhaps the store, goes
-        return first == mine
+        return 0 if first == mine else _code(first)
 
     def stop(self) -> None:
         self.stopped.set()
 
     def _watch(self) -> None:
-        store = self.store.clone()  # a connection of its own: a wait in the other's would block it
+        store = self.store.clone()
         while not self.stopped.wait(POLL):
             try:
                 if not store.check([FAILURE]):
@@ -247,9 +299,15 @@ class _Guard:
             except RuntimeError:
                 failure = ORPHANED
             if not self.stopped.wait(GRACE):
-                print(f"rank {self.rank} stops: {failure}", file=sys.stderr, flush=True)
-                # the main thread waits in a collective, out of the reach of exceptions
-                os._exit(TRY_AGAIN if failure == ORPHANED else 1)
+                self._say(failure)
+                os._exit(_code(failure))  # the main thread waits in a collective, out of the reach of exceptions
+
+    def _say(self, failure: str) -> None:
+        print(f"rank {self.rank} stops: {failure.partition(' ')[2]}", file=sys.stderr, flush=True)
+
+
+def _code(failure: str) -> int:
+    return int(failure.partition(" ")[0])
 
 
 class _Place(NamedTuple):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-import xxhash
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,10 +23,12 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, key_of
 from hive_scale.precision import DTYPES
+from hive_scale.pulse import tick
+from hive_scale.stops import TryAgain
 
 AT_ONCE = 32  # pictures that run through the encoder together
 logger = logging.getLogger(__name__)
-LOOKED_AT = 16  # pictures of a set whose bytes tell it from one of equal sizes: all would take as long as training
+Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
 
 
 def kept_features(
@@ -78,22 +78,26 @@ def _completed(
         worker_init_fn=ignore_signals,
         generator=torch.Generator(),
     )
+    world.pulse.enter("features")
     text = f"features of {len(missing)} pictures, once"
     quiet = not (world.is_main and len(missing))
     failed: OSError | None = None
-    for read, broken, pixels in track(pictures, text, total=len(mine), disable=quiet):
+    for read, broken, pixels, error in track(pictures, text, total=len(mine), disable=quiet):
+        if error is not None:
+            raise error
         if any(world.sum(stop(), failed is not None)):
             break
+        tick()
         try:
             if read:
                 kept.put(read, _features(model, pixels))
             kept.give_up(broken)
-        except OSError as error:
-            failed = error
+        except OSError as full:
+            failed = full
     try:
         kept.sync()
-    except OSError as error:
-        failed = error
+    except OSError as full:
+        failed = full
     try:
         agree(world, failed)
     except DiskError:
@@ -154,26 +158,31 @@ def _digest(model: Hive) -> str:
 
 
 def _digest_of_set(loader: Loader) -> tuple[object, ...]:
-    """Of what they depend on in the data. The index knows each picture's place and size, but not what it shows."""
-    shown = xxhash.xxh3_128()
-    for number in np.linspace(0, len(loader.index) - 1, LOOKED_AT).astype(int).tolist():
-        with suppress(ValueError):  # a broken one is told when its turn comes in training
-            shown.update(loader.encoded(number))
+    """Of what they depend on in the data, whose fingerprint knows every byte."""
     data = loader.config  # too large a picture counts as broken, and that is kept, too
-    return loader.fingerprint, shown.hexdigest(), loader.image_size, data.image, data.max_pixels
+    return loader.fingerprint, loader.image_size, data.image, data.max_pixels
 
 
-class _Pictures(Dataset[tuple[list[int], list[int], Tensor | None]]):
-    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W)."""
+class _Pictures(Dataset[Seen]):
+    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W).
+
+    And, as in `batches.Loaded`, why there are none.
+    """
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
 
-    def __getitem__(self, numbers: list[int]) -> tuple[list[int], list[int], Tensor | None]:
+    def __getitem__(self, numbers: list[int]) -> Seen:
+        try:
+            return self._seen(numbers)
+        except (OSError, TryAgain) as error:
+            return [], [], None, error
+
+    def _seen(self, numbers: list[int]) -> Seen:
         pixels, broken = {}, []
         for number in numbers:
             try:
                 pixels[number] = self.loader.pixels(number)
             except ValueError:  # told when its turn comes in training
                 broken.append(number)
-        return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None
+        return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None, None

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 
 from hive_scale.config import Config
-from hive_scale.distributed import TRY_AGAIN, World, session
+from hive_scale.distributed import World, session
 from hive_scale.rundir import MARKER, check_place
-from hive_scale.train import Stopped
+from hive_scale.stops import Stopped
+from hive_scale.watch.hang import HangWatch
+from hive_scale.watch.interrupt import end_of_stop
 from hive_scale.watch.noise import hushed
-from hive_scale.watch.terminal import console
+
+logger = logging.getLogger(__name__)
 
 
 def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World], None]) -> int:
-    """Do `work` among the processes of this launch. The exit code: 0, or TRY_AGAIN if it was stopped and has saved.
+    """Do `work` among the processes of this launch. The exit code: 0, or that of a stop after which it can go on.
 
     `arguments` are those of `command.add_training_arguments`. Raises ValueError if the run directory cannot be one.
     """
@@ -24,7 +28,17 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
         try:
             work(world)
         except Stopped as stopped:
-            if world.is_main:
-                console.print(f"{stopped}. The same command goes on from there.", soft_wrap=True, markup=False)
-            return TRY_AGAIN
+            return end_of_stop(stopped, config.run_dir, world)
+        except Exception:
+            logger.info("what ended it", exc_info=True)  # in the log: the screen gets a line
+            raise
     return 0
+
+
+def by_main(config: Config, world: World, what: Callable[[], None]) -> None:
+    """Do `what` on rank 0, for which the others wait as long as it gets on. A collective."""
+    with HangWatch(world, config.hang_seconds):
+        world.pulse.enter("handoff")
+        if world.is_main:
+            what()
+        world.barrier()

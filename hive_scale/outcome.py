@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from hive_scale.batch import Batch
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS
 from hive_scale.config import Config
@@ -20,6 +21,7 @@ from hive_scale.distributed import World
 from hive_scale.evaluate.captions import matched_share, write
 from hive_scale.model import build
 from hive_scale.preparation import open_data
+from hive_scale.pulse import tick
 from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.terminal import console
@@ -82,13 +84,18 @@ def _looks(config: Config, device: torch.device) -> None:
     model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
     if config.evidence:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
-        share = matched_share(model, (batch.to(device) for batch in batches))
+        share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
         console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
         console.print(_gain(config, heldout_losses(config)))
     if pairs := list(data.heldout.spread(3)):
         written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
         for (_, truth), text in zip(pairs, written, strict=True):
             console.print(f"  truth: {truth}\n  model: {text}", markup=False)
+
+
+def _got_on(batch: Batch) -> Batch:
+    tick()  # the other ranks wait
+    return batch
 
 
 def _next(config: Config) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from hive_scale import checksums
 from hive_scale.checkpoint.claims import (
@@ -20,14 +21,16 @@ from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_wei
 from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.marker import ENCODER, WEIGHTS, find_weights, is_done
 from hive_scale.checkpoint.runs import encoder_remedy
-from hive_scale.config import Config
+from hive_scale.config import Config, ModelConfig
 from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.initial import assemble
 from hive_scale.model.export import export_encoder
-from hive_scale.preparation import check, open_all, same_data
+from hive_scale.pulse import FETCH
 from hive_scale.rundir import check_place
+from hive_scale.stops import Stopped
 from hive_scale.train import StageRun
+from hive_scale.watch.hang import HangWatch
 from hive_scale.watch.interrupt import Interrupt, listening
 from hive_scale.watch.terminal import console
 
@@ -45,11 +48,16 @@ def run_pipeline(
     With `overwrite` a run that is there already is moved aside, or removed, and begun anew. `until` is the last stage
     to train (None: all). A run that `follows` another, as its blank twin does, takes up what has changed there.
     Raises ValueError for what the user must change, before training starts, and then leaves nothing behind; also for
-    damaged weights or a damaged encoder of the last stage. Raises RuntimeError if another run is at work in the same
+    damaged weights or a damaged encoder of the last stage. Raises TryAgain if another run is at work in the same
     directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP has asked it.
     """
+    world.pulse.enter("start")
     on_main(world, lambda: check_place(config))
-    with locked(config.run_dir, world, patience) as lock, listening(config.run_dir, world) as interrupt:
+    with (
+        HangWatch(world, config.hang_seconds),
+        locked(config.run_dir, world, patience) as lock,
+        listening(config.run_dir, world) as interrupt,
+    ):
         if overwrite and world.of_main("again" if is_again(config.run_dir) else ""):
             overwrite = False
         on_main(world, lambda: check_owner(config, overwrite, follows))
@@ -60,6 +68,8 @@ def run_pipeline(
                 _mend_encoder(config, name)
         world.barrier()
         if overwrite or not all(is_done(config.run_dir / name) for name in wanted):
+            if any(world.sum(interrupt.requested())):
+                raise Stopped("stopped before it began")
             take = partial(claim, config, world, lock, overwrite, follows)
             _run_stages(config, wanted, world, interrupt, bool(overwrite), take)
         elif world.is_main:
@@ -76,7 +86,9 @@ def _run_stages(
     # until a stage has begun, the config may still be edited in what the first one starts from
     begun = any(is_begun(config.run_dir / name) for name in config.stages)
     if world.is_main and (anew or not begun or not find_weights(weights)):
+        world.pulse.enter(FETCH if _comes_from_a_hub(config.model) else "start")
         first = assemble(config.model, seed=next(iter(config.stages.values())).seed)
+        world.pulse.enter("start")
     # not before: to a directory that a refused command had claimed, the corrected one would be another run
     take()
     data = open_all(config)
@@ -90,8 +102,10 @@ def _run_stages(
     for name in wanted:
         stage_dir = config.run_dir / name
         if not is_done(stage_dir):
+            world.pulse.enter("start")
             begin(config, name, world)
             checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
+            world.pulse.enter("handoff")
             memory.release()
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
@@ -119,3 +133,8 @@ def _check_result(config: Config, name: str) -> None:
     stage_dir = config.run_dir / name
     read_weights(stage_dir / WEIGHTS)
     checksums.check(stage_dir / ENCODER, remedy=encoder_remedy(stage_dir / ENCODER))
+
+
+def _comes_from_a_hub(model: ModelConfig) -> bool:
+    paths = [path for path in (model.vision.path, model.language.path) if path]
+    return not all(Path(path).expanduser().exists() for path in paths)

@@ -1,14 +1,39 @@
-"""What this process is doing right now, and how long it has been at each kind of thing."""
+"""What this process is doing right now, how long it has been at each kind of thing, and whether it gets anywhere."""
 
 from __future__ import annotations
 
 import time
+from mmap import mmap
+
+# what is done outside steps, where libraries are silent for long: loading, handing over, showing
+OUTSIDE = {"start", "features", "fetch", "handoff"}
+FETCH = "fetch"  # a library fetches from a hub, which has time limits of its own and tells nobody how far it is
+
+# in memory that processes forked from this one share: their work is this one's
+_moves = memoryview(mmap(-1, 8)).cast("Q")
+
+
+def tick() -> None:
+    """Say that work of unknown length has got on by a piece: bytes written, read or fetched, a batch seen."""
+    _moves[0] = (_moves[0] + 1) % 2**63
+
+
+def ticks() -> int:
+    """A number that changes with each `tick` of this process, or of one forked from it."""
+    return _moves[0]
+
+
+def begin() -> None:
+    """Count anew, apart from the process that this one was forked from."""
+    global _moves
+    _moves = memoryview(mmap(-1, 8)).cast("Q")
 
 
 class Pulse:
     """Written by whoever does the work, read by the hang watch and by the account of time.
 
-    Phases are: start, data, forward, backward, reduce (with waiting for the other ranks), update, evaluate, save.
+    Phases of steps are: data, forward, backward, reduce (with waiting for the other ranks), update, evaluate, save;
+    the others are in OUTSIDE.
     """
 
     def __init__(self) -> None:

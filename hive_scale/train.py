@@ -24,11 +24,11 @@ from hive_scale.progress import Progress
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
+from hive_scale.stops import Stopped as Stopped
 from hive_scale.watch.cadence import Cadence
 from hive_scale.watch.gauge import gauge
 from hive_scale.watch.goodput import Goodput
 from hive_scale.watch.guard import BAD_BATCHES, Guard
-from hive_scale.watch.hang import HangWatch
 from hive_scale.watch.interrupt import Interrupt
 from hive_scale.watch.log import StageLog
 from hive_scale.watch.metrics import read_metrics
@@ -37,10 +37,6 @@ from hive_scale.watch.starvation import Starvation
 from hive_scale.watch.throughput import Throughput
 
 logger = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has saved what it needs to go on."""
 
 
 class StageRun:
@@ -73,15 +69,14 @@ class StageRun:
         """Train to the end; the last checkpoint."""
         if any(self.world.sum(self.interrupt.requested())):
             raise Stopped(f"stopped before {self.name}")
-        with HangWatch(self.world, self.config.hang_seconds):
-            if not self.at.resume():
-                self._tell_if_again()
-                self.moments.fill(self.engine.fragments())
-            self.goodput = Goodput(self.world.pulse, read_metrics(self.metrics), self.at.step)
-            while not self._train():
-                self.at.go_back()
-                self.goodput.go_back(read_metrics(self.metrics), self.at.step)
-            checkpoint = self.store.finish()
+        if not self.at.resume():
+            self._tell_if_again()
+            self.moments.fill(self.engine.fragments())
+        self.goodput = Goodput(self.world.pulse, read_metrics(self.metrics), self.at.step)
+        while not self._train():
+            self.at.go_back()
+            self.goodput.go_back(read_metrics(self.metrics), self.at.step)
+        checkpoint = self.store.finish()
         assert checkpoint is not None
         return checkpoint
 

@@ -28,6 +28,8 @@ BENCHMARKS = (
 
 
 def main() -> int:
+    from hive_scale.stops import ended
+
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,12 +43,7 @@ def main() -> int:
         subparser.add_argument("--quick", action="store_true", help="toy sizes: does it run? The figures mean nothing")
         subparser.set_defaults(run=benchmark.run)
     arguments = parser.parse_args()
-    try:
-        arguments.run(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: arguments.run(arguments) or 0)
 
 
 if __name__ == "__main__":

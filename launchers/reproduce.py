@@ -32,16 +32,18 @@ Exit codes: 0 done, 2 something to change.
 
 
 def main() -> int:
+    from hive_scale.stops import ended
+
     arguments = _parse()
-    try:
-        if arguments.scale != "paper" and (arguments.submit or arguments.words):
-            raise ValueError(f"--submit and slurm.* words are for --scale paper: {arguments.scale} runs here")
-        if arguments.scale == "paper":
-            return _submit(arguments) if arguments.submit else _paper(arguments)
-        return _reproduce(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.scale != "paper" and (arguments.submit or arguments.words):
+        raise ValueError(f"--submit and slurm.* words are for --scale paper: {arguments.scale} runs here")
+    if arguments.scale == "paper":
+        return _submit(arguments) if arguments.submit else _paper(arguments)
+    return _reproduce(arguments)
 
 
 def _paper(arguments: argparse.Namespace) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import fsspec
@@ -17,12 +19,14 @@ import torch
 from tars import write_set
 
 from hive_scale.config import DataConfig
+from hive_scale.data import cache as caches
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
 from hive_scale.data.loader import Loader
 from hive_scale.data.shards import ShardReader, expand
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import World
+from hive_scale.stops import REFUSED, TRY_AGAIN, TryAgain, code_of
 
 
 @dataclass
@@ -34,6 +38,8 @@ class Remote:
     ranges: bool = True
     drop_after: int = 0  # bytes, after which each connection closes
     fail_first: int = 0  # requests answered with 503
+    refusal: int = 0  # the code of all answers
+    silent: bool = False  # answers nobody
     wrong_range: int = 0  # bytes by which an asked part is off
     short_range: bool = False  # parts are at most 1000 bytes, and say so
     next_version: bytes = b""  # of every file, behind the first request
@@ -49,6 +55,12 @@ def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
         def do_GET(self) -> None:
             state.requests.append(self.path)
             content = state.files.get(self.path.lstrip("/"))
+            if state.silent:
+                time.sleep(0.3)
+                return
+            if state.refusal:
+                self.send_error(state.refusal)
+                return
             if state.next_version and len(state.requests) > 1:
                 content = state.next_version
             if content is None or len(state.requests) <= state.fail_first:
@@ -89,7 +101,7 @@ def _read(cache: ShardCache, url: str) -> bytes:
 
 
 def _cache(max_bytes: int = 10**9) -> ShardCache:
-    return ShardCache(max_bytes, pause=0.001)
+    return ShardCache(max_bytes, retry_seconds=0.5, pause=0.001)
 
 
 def test_a_shard_is_fetched_once(remote: Remote) -> None:
@@ -107,7 +119,7 @@ def test_a_dropped_connection_goes_on_where_it_broke(remote: Remote, ranges: boo
         assert _read(_cache(), f"{remote.address}/a.tar") == remote.files["a.tar"]
         assert len(remote.requests) == 4
     else:  # begins again each time and never gets there, which is said instead of a short shard kept
-        with pytest.raises(OSError, match="1500 of 5000 bytes"):
+        with pytest.raises(TryAgain, match="1500 of 5000 bytes"):
             _cache().open(f"{remote.address}/a.tar")
         remote.drop_after = 0
         assert _read(_cache(), f"{remote.address}/a.tar") == remote.files["a.tar"]
@@ -115,7 +127,7 @@ def test_a_dropped_connection_goes_on_where_it_broke(remote: Remote, ranges: boo
 
 def test_a_server_that_sends_another_part_or_less_than_the_whole_is_not_believed(remote: Remote) -> None:
     remote.files["a.tar"], remote.drop_after, remote.wrong_range = os.urandom(5000), 1500, 7
-    with pytest.raises(OSError, match="asked for what is behind byte 1500, the server sends it from byte 1507 on"):
+    with pytest.raises(TryAgain, match="asked for what is behind byte 1500, the server sends it from byte 1507 on"):
         _cache().open(f"{remote.address}/a.tar")
     remote.wrong_range, remote.short_range = 0, True  # parts whose own length is right, of a whole that is longer
     assert _read(_cache(), f"{remote.address}/a.tar") == remote.files["a.tar"]
@@ -150,6 +162,46 @@ def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(remote: Remote) 
     with pytest.raises(OSError, match=r"none\.tar cannot be fetched .*404"):
         _cache().open(f"{remote.address}/none.tar")
     assert len(remote.requests) == 1
+
+
+@pytest.mark.parametrize("bad", [{"fail_first": 10**6}, {"drop_after": 1, "ranges": False}, {"silent": True}])
+def test_a_server_that_stays_away_ends_the_run_to_be_tried_again(
+    remote: Remote, bad: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caches, "TIMEOUT", 0.1)
+    remote.files["a.tar"] = b"x" * 100
+    vars(remote).update(bad)
+    began = time.monotonic()
+    with pytest.raises(TryAgain, match=r"a\.tar cannot be fetched \(.*, for 0 s: data\.retry_seconds\)") as ended:
+        ShardCache(10**9, retry_seconds=0.4, pause=0.1).open(f"{remote.address}/a.tar")
+    assert 0.4 <= time.monotonic() - began < 5
+    assert 2 <= len(remote.requests) < 30  # it waits longer each time
+    assert code_of(ended.value) == TRY_AGAIN
+    assert not list((Path(os.environ["XDG_CACHE_HOME"]) / "hive_scale" / "shards").glob("*.part"))
+
+
+@pytest.mark.parametrize("code", [401, 403, 404, 410])
+def test_a_refusal_is_not_asked_for_again_and_says_what_to_do(remote: Remote, code: int) -> None:
+    remote.files["a.tar"], remote.refusal = b"x" * 100, code
+    with pytest.raises(OSError, match=rf"cannot be fetched .*{code}.*: check address and access") as ended:
+        _cache().open(f"{remote.address}/a.tar")
+    assert len(remote.requests) == 1
+    assert code_of(ended.value) == REFUSED
+
+
+def test_in_a_worker_it_is_no_bad_sample_but_the_end(remote: Remote, tmp_path: Path) -> None:
+    """Else a server's bad day would pass for broken pictures, all left out."""
+    local = write_set(tmp_path / "set", [5, 5])
+    remote.files = {Path(shard).name: Path(shard).read_bytes() for shard in local}
+    urls = [f"{remote.address}/{Path(shard).name}" for shard in local]
+    for workers in (0, 1):
+        config = DataConfig(cache_gb=1e-9, retry_seconds=0.2, workers=workers, window=1)
+        loader = Loader(config, urls, open_tokenizer(config.tokenizer), image_size=8)
+        remote.fail_first = 10**6
+        with pytest.raises(TryAgain, match=r"cannot be fetched \(.*503") as ended:
+            list(loader.once(batch_size=5, world=World(0, 1, torch.device("cpu"))))
+        assert "Traceback" not in str(ended.value)
+        remote.fail_first = 0
 
 
 def test_the_cache_gives_up_the_least_used(remote: Remote) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from hive_scale import presets
 from hive_scale.data.batches import Batches
-from hive_scale.distributed import TRY_AGAIN, World, session
+from hive_scale.distributed import World, session
 from hive_scale.engine.native import NativeEngine
 from hive_scale.pipeline import run_pipeline
+from hive_scale.stops import TRY_AGAIN
 from hive_scale.watch.hang import HangWatch
 
 FAULTS = ("sleeps in its forward", "is killed in its forward", "waits for its data", "is killed, and is rank 0")

@@ -26,6 +26,7 @@ from hive_scale.data.order import Order
 from hive_scale.data.samples import Read
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
+from hive_scale.stops import TryAgain
 
 CPU = torch.device("cpu")
 BROKEN = {"0-3", "1-1", "2-0"}  # their headers are well, so that only decoding finds out
@@ -335,7 +336,7 @@ def test_a_dead_worker_names_the_sample(
         return decode(loader, read, out)
 
     monkeypatch.setattr(Loader, "decoded", die)
-    with pytest.raises(RuntimeError, match=r"while reading .*1-4"):
+    with pytest.raises(TryAgain, match=r"while reading .*1-4"):
         _steps(_loader(shards, tokenizer, workers=2, threads=threads), 1, 1, 0, 2)
 
 

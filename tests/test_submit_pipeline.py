@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from test_vlm import recipe, write_questions
 from hive_scale import presets
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import DataConfig
-from hive_scale.slurm import submission
+from hive_scale.slurm import controller, status, submission
 from hive_scale.slurm import then as followers
-from hive_scale.slurm.chain import Link, decide
+from hive_scale.slurm.chain import Link, Record, decide, job_name
 from hive_scale.slurm.controller import NEVER, Job
-from hive_scale.slurm.job import StageJob, attempts_file, read_attempts
+from hive_scale.slurm.job import FollowerJob, StageJob, attempts_file, read_attempts
 from hive_scale.slurm.resources import PROFILES, Resources, environment, read, split
 from hive_scale.slurm.then import Follower, order
+from hive_scale.stops import HALTED, REFUSED
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["projector", "language", "joint"]
@@ -210,6 +212,65 @@ def test_an_attempt_cut_off_is_left_out_and_said(tmp_path: Path, caplog: pytest.
     begun.note("end", datetime.now(), code=0)  # on a line of its own
     assert [line["event"] for line in read_attempts(tmp_path)] == ["begin", "end"]
     assert "attempts.jsonl: line 2 is cut off and left out" in caplog.text
+
+
+def test_lines_that_are_no_attempts_stop_neither_a_job_nor_the_status(tmp_path: Path) -> None:
+    config = presets.load("debug", None, [f"output={tmp_path}"])
+    begun = StageJob(config, "projector", 5)
+    path = attempts_file(tmp_path)
+    path.parent.mkdir()
+    path.write_bytes(b'{}\n[1]\n{"event": "begin"}\n\x00\x00\n{"event": "begin", "stage": 3, "job": "7"}\n7\n\xff{"ev')
+    begun.begin(datetime.now())
+    assert [line["stage"] for line in read_attempts(tmp_path)] == ["projector"]
+    Record().write(tmp_path)
+    assert status.show(config, follow_jobs=False) == 1
+
+
+def test_a_record_that_was_cut_is_named(tmp_path: Path) -> None:
+    Record().write(tmp_path)
+    for text in ("", '{"cwd": "/a', '{"what": 1}', "[]"):
+        Record.path(tmp_path).write_text(text)
+        with pytest.raises(ValueError, match=r"chain\.json cannot be read \(.*\): cancel the run's jobs and remove it"):
+            Record.read(tmp_path)
+
+
+def test_a_job_that_gets_nowhere_gives_up_with_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = StageJob(presets.load("debug", None, [f"output={tmp_path}"]), "projector", 2)
+    for _ in range(2):
+        job.begin(datetime.now())
+    assert job() == REFUSED
+    said = capsys.readouterr().err
+    assert said.startswith("error: 2 attempts in a row began at projector:0 and saved no step: ")
+    assert said.count("\n") == 1
+
+
+def test_a_stop_file_keeps_a_job_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = presets.load("debug", None, [f"output={tmp_path}"])
+    follower = Follower("probe", "joint", ["--output", str(tmp_path / "probes")])
+    (tmp_path / "STOP").touch()
+    for job in (StageJob(config, "projector", 5), FollowerJob(config, "probe", 5, follower)):
+        assert job() == HALTED
+        assert f"stopped before it began. Remove {tmp_path / 'STOP'}" in capsys.readouterr().out.replace("\n", " ")
+    assert (tmp_path / "STOP").exists()
+    assert [line["code"] for line in read_attempts(tmp_path) if line["event"] == "end"] == [HALTED, HALTED]
+
+
+ODD = ["a|b", "a b", "a#1", "a`b`", "$(a)", "é", "a'b", 'a"b', "a;b", "a\nb", "a%b,c", "<b>", "-x", "x" * 300]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_job_is_known_again_whatever_the_run_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not is submitted a second time while it runs."""
+    given = job_name(replace(presets.load("debug"), name=name), "joint")
+    assert re.fullmatch(r"[A-Za-z0-9._+-]+", given)
+    monkeypatch.setattr(controller, "_squeue", lambda ids: f"7|RUNNING|n[1-2]|{given}\n")
+    assert controller.look_up({"7": given}) == {"7": Job("7", "RUNNING", "n[1-2]")}
+    # one that an earlier version has submitted under the very name
+    monkeypatch.setattr(controller, "_squeue", lambda ids: f"7|PENDING|(Dependency)|{name}-joint\n")
+    if "\n" not in name:
+        assert controller.look_up({"7": given})["7"] == Job("7", "PENDING", "Dependency")
+    monkeypatch.setattr(controller, "_squeue", lambda ids: "7|RUNNING|n1|other-joint\n")
+    assert controller.look_up({"7": given})["7"].state == ""  # another cluster's job of that number
 
 
 def test_nodes_that_are_not_there_are_refused_before_anything_is_written(tmp_path: Path) -> None:

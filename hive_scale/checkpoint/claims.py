@@ -112,11 +112,10 @@ def _check_begun(config: Config) -> None:
         began = configs.load(folder / BEGAN)
         if [folder.name] != list(began.stages)[-1:] or not is_begun(folder):
             continue  # renamed, as a copy is, or nothing was trained there
-        if (
-            changed := configs.differences(_until(config, folder.name), began, moved=True)
-            if known
-            else [f"stages.{folder.name}"]
-        ):
+        changed = [f"stages.{folder.name}"]
+        if folder.name in names:
+            changed = configs.differences(_until(config, folder.name), began, moved=True)
+        if changed:
             raise ValueError(
                 f"stage {folder.name} has begun with other {', '.join(changed)} than the config has now; what has "
                 f"begun stays as it is: undo that change, or move {folder} and the folders of later stages away to "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hive_scale.checksums import Damaged as Damaged  # part of this room's public face
 from hive_scale.checksums import write_sums
+from hive_scale.pulse import tick
 from hive_scale.strict_json import dumps
 
 # Large pieces, since both the write and the checksum give up the GIL once per piece
@@ -89,6 +90,7 @@ def read_pieces(path: Path, start: int = 0) -> Iterator[memoryview]:
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         while size := file.readinto(buffer):
+            tick()
             yield buffer[:size]
 
 
@@ -134,3 +136,4 @@ def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:
         if hasattr(os, "posix_fadvise"):  # start writing to disk now: the sync at the end is a fifth shorter
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest.update(piece)
+        tick()

@@ -13,11 +13,12 @@ from hive_scale import shared_files
 from hive_scale.distributed import World
 from hive_scale.rundir import LOCK
 from hive_scale.shared_files import Held
+from hive_scale.stops import TryAgain
 
 
 @contextmanager
 def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Lock]:
-    """Hold `directory` for this run, on all ranks. Raises RuntimeError naming the run that holds it already,
+    """Hold `directory` for this run, on all ranks. Raises TryAgain naming the run that holds it already,
     and ValueError if the directory cannot be written.
 
     `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
@@ -29,7 +30,7 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Loc
     try:
         owner = lock.take(patience) if world.is_main else ""
         if world.sum(bool(owner))[0]:
-            raise RuntimeError(
+            raise TryAgain(
                 f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
                 "wait for it, stop it, or choose another output"
             )
@@ -96,7 +97,8 @@ class Lock:
         try:
             if not os.fstat(descriptor).st_size:  # nobody has held it before
                 self._made.insert(0, self._path)
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, owner.encode())
+            with suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, owner.encode())
         finally:
             os.close(descriptor)

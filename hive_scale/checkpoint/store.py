@@ -24,6 +24,7 @@ from hive_scale.checkpoint.snapshot import Snapshot, audit, directory_name, step
 from hive_scale.checkpoint.staging import Staging
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
+from hive_scale.stops import TryAgain
 from hive_scale.strict_json import dumps
 
 LAST_TWO = KeepConfig()
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class WriteError(RuntimeError):
+class WriteError(TryAgain):
     """A checkpoint could not be written; every rank gets the same message."""
 
 
@@ -134,7 +135,11 @@ class Store:
             self._failures = 0
             return None
         self._failures += 1
-        return error if isinstance(error, WriteError) else WriteError(f"checkpoint not written: {error!r}")
+        if isinstance(error, WriteError):
+            return error
+        failure = WriteError(f"checkpoint not written: {error!r}")
+        failure.__cause__ = error  # which may be the loss of a rank
+        return failure
 
     def _damage(self, path: Path) -> str:
         """Why `path` cannot be trusted, or ""; the ranks share the reading."""

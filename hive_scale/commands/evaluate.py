@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale.stops import ended
+
 if TYPE_CHECKING:
     from hive_scale.distributed import World
     from hive_scale.evaluate.answering import Answerer
@@ -38,13 +40,9 @@ LMMS_RESULTS = "*_results.json"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        if arguments.backend == "lmms_eval":
-            return _lmms_eval(arguments)
-        return _score(arguments) if arguments.score else _evaluate(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.backend == "lmms_eval":
+        return ended(lambda: _lmms_eval(arguments))
+    return ended(lambda: _score(arguments) if arguments.score else _evaluate(arguments))
 
 
 def check(argv: Sequence[str]) -> None:
@@ -70,11 +68,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.answering import answer_all, read_predictions, result
+    from hive_scale.watch.hang import watching
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
     asked, results = _questions(arguments), {}
-    with session() as world:
+    with session() as world, watching(world):
         output, answerer = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, disable=not world.is_main) as bar:

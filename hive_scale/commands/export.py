@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from hive_scale.stops import ended
 
 EXAMPLES = """\
 examples:
@@ -41,11 +42,7 @@ def main() -> int:
         "run", type=Path, metavar="RUN", help="the run's directory, or one that was exported"
     )
     arguments = parser.parse_args()
-    try:
-        return _verify(arguments.run) if arguments.what == "verify" else _export(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: _verify(arguments.run) if arguments.what == "verify" else _export(arguments))
 
 
 def _export(arguments: argparse.Namespace) -> int:

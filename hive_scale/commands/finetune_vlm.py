@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hive_scale.command import add_run_arguments, add_training_arguments, named_run
+from hive_scale.stops import ended
 
 if TYPE_CHECKING:
     from hive_scale.config import Config, PartConfig
@@ -28,24 +28,24 @@ Presets: vlm (Llama-3.2-1B-Instruct, LCS-558K, LLaVA-NeXT) and vlm_small. llm_on
 in the second stage, as the paper's text has it; without, both train on, as in its code. The result is a run of two
 stages and, beside them, <output>/llava: a stock LlavaForConditionalGeneration directory. The same command again goes
 on. Exit codes: 0 done, 2 something to change in command, config or data, 75 try again: stopped and saved, or a rank
-was lost.
+was lost, 76 stopped by a file STOP.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
+    return ended(lambda: _finetune(arguments))
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
     from hive_scale import config
     from hive_scale.runs import find_encoder
 
-    try:
-        resolved = _run(arguments, find_encoder(arguments.encoder))
-        if arguments.print_config:
-            print(config.to_yaml(resolved), end="")
-            return 0
-        return _train(resolved, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    resolved = _run(arguments, find_encoder(arguments.encoder))
+    if arguments.print_config:
+        print(config.to_yaml(resolved), end="")
+        return 0
+    return _train(resolved, arguments)
 
 
 def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:
@@ -70,13 +70,12 @@ def _run(arguments: argparse.Namespace, encoder: Path) -> Config:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.launch import launch
+    from hive_scale.launch import by_main, launch
     from hive_scale.pipeline import run_pipeline
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)
-        if world.is_main:
-            _give(config)
+        by_main(config, world, lambda: _give(config))
 
     return launch(config, arguments, work)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.command import add_run_arguments, named_run
+from hive_scale.stops import ended
 from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -31,19 +31,19 @@ CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K, the set of the paper
 
 def main() -> int:
     arguments = _parse()
+    return ended(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from hive_scale.plan.devices import find
     from hive_scale.plan.run import Machine
 
-    try:
-        config = named_run(arguments, arguments.overrides)
-        host = arguments.host_gb * 1e9 if arguments.host_gb else None
-        machine = Machine(find(arguments.gpu), arguments.world, host)
-        if arguments.sweep:
-            return _sweep(config, machine, arguments)
-        return _plan(config, machine, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = named_run(arguments, arguments.overrides)
+    host = arguments.host_gb * 1e9 if arguments.host_gb else None
+    machine = Machine(find(arguments.gpu), arguments.world, host)
+    if arguments.sweep:
+        return _sweep(config, machine, arguments)
+    return _plan(config, machine, arguments)
 
 
 def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> int:

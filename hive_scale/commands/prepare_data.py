@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.data.convert.commands import CONVERTERS  # which imports as late as this file
+from hive_scale.stops import code_of
 
 if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
     from hive_scale.data.sources.records import Record
@@ -38,7 +39,7 @@ img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for what the user can mend, said in one line."""
+    """Exit code: 0 done, 2 for what the user can mend, 75 for what may pass, said in one line; 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         description="Turn public packages and sets into WebDataset tars of picture, caption and record.",
         epilog=EXAMPLES,
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
         print(f"prepare_data.py {arguments.source}: {error}", file=sys.stderr)
-        return 2
+        return code_of(error)
     except KeyboardInterrupt:
         print(f"stopped; finished shards stay, {arguments.again}", file=sys.stderr)
         return 130

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from hive_scale.command import add_run_arguments, add_training_arguments, named_run
+from hive_scale.stops import ended
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -22,27 +22,27 @@ examples:
   python launchers/pretrain.py --config runs/debug/config.yaml      a run again, or on
 
 Run the same command again to resume; a finished run returns at once. Exit codes: 0 done, 2 something to
-change in command, config or data, 75 try again: stopped and saved, or a rank was lost.
+change in command, config or data, 75 try again: stopped and saved, or a rank was lost, 76 stopped by a file STOP.
 """
 
 
 def main() -> int:
     arguments = _parse()
+    return ended(lambda: _pretrain(arguments))
+
+
+def _pretrain(arguments: argparse.Namespace) -> int:
     from hive_scale import config
 
-    try:
-        resolved = named_run(arguments, arguments.overrides)
-        if arguments.print_config:
-            print(config.to_yaml(resolved), end="")
-            return 0
-        return _train(resolved, arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    resolved = named_run(arguments, arguments.overrides)
+    if arguments.print_config:
+        print(config.to_yaml(resolved), end="")
+        return 0
+    return _train(resolved, arguments)
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.launch import launch
+    from hive_scale.launch import by_main, launch
     from hive_scale.outcome import blank_twin, show
     from hive_scale.pipeline import run_pipeline
 
@@ -50,8 +50,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
         run_pipeline(config, world, arguments.overwrite)
         if config.evidence:
             run_pipeline(blank_twin(config), world, follows=True)
-        if world.is_main:
-            show(config, world.device)
+        by_main(config, world, lambda: show(config, world.device))
 
     return launch(config, arguments, work)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hive_scale.stops import ended
 
 if TYPE_CHECKING:
     from hive_scale.evaluate.labelled import Labelled
@@ -30,11 +31,7 @@ over sets that it has results of. Exit codes: 0 done, 2 something to change.
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        return _probe(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: _probe(arguments))
 
 
 def check(argv: Sequence[str]) -> None:
@@ -52,12 +49,13 @@ def _probe(arguments: argparse.Namespace) -> int:
     from hive_scale.evaluate.probing import Bench, read_results, save, warnings
     from hive_scale.precision import DTYPES
     from hive_scale.runs import find_encoder
+    from hive_scale.watch.hang import watching
 
     path = find_encoder(arguments.encoder)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
     dtype = DTYPES[arguments.precision]
     sets = _sets(arguments)
-    with session() as world:
+    with session() as world, watching(world):
         say = Console(quiet=not world.is_main).print
         encoder = Encoder(path, world.device, dtype, arguments.depth)
         for data in sets:

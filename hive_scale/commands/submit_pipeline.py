@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hive_scale.stops import ended
+
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.slurm.chain import Record
@@ -31,33 +33,31 @@ leaves its run in <output>/vlm, and launchers/evaluate.py on that, or without it
 are given as then.NAME='OPTIONS'; else they are the paper's sets, recipe and tasks.
 
 Exit codes: 0 submitted (or, off Slurm, done), 1 a stage failed, 2 something to change in command, config or data,
-75 stopped by a signal and saved.
+75 try again: stopped by a signal and saved, a process was lost, or Slurm does not answer, 76 stopped by a file STOP.
 """
 
 
 def main() -> int:
-    from hive_scale.slurm.controller import SlurmError
-
     words = sys.argv[1:]
     commands = {"status": follow, "logs": logs, "cancel": cancel, "resume": resume}
-    try:
-        if words and words[0] in commands:
-            return commands[words[0]](words[1:])
-        arguments = _parser().parse_intermixed_args(words)
-        from hive_scale.command import named_run
-        from hive_scale.slurm import chain, resources, submission, then
+    if words and words[0] in commands:
+        return ended(lambda: commands[words[0]](words[1:]))
+    arguments = _parser().parse_intermixed_args(words)
+    return ended(lambda: _submit(arguments))
 
-        plain, slurm_words = resources.split(arguments.overrides)
-        plain, then_words = then.split(plain)
-        config = named_run(arguments, plain)
-        before = chain.Record.read(config.run_dir) or chain.Record()
-        followers = then.read(arguments.then, then_words, config) or before.followers()
-        bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
-        asked = resources.read(arguments.profile, slurm_words, bases)
-        return submission.submit(config, asked, arguments.cluster, followers, arguments.dry_run)
-    except (ValueError, SlurmError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from hive_scale.command import named_run
+    from hive_scale.slurm import chain, resources, submission, then
+
+    plain, slurm_words = resources.split(arguments.overrides)
+    plain, then_words = then.split(plain)
+    config = named_run(arguments, plain)
+    before = chain.Record.read(config.run_dir) or chain.Record()
+    followers = then.read(arguments.then, then_words, config) or before.followers()
+    bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
+    asked = resources.read(arguments.profile, slurm_words, bases)
+    return submission.submit(config, asked, arguments.cluster, followers, arguments.dry_run)
 
 
 # -- a run that was submitted ---------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from hive_scale.stops import ended
 
 EXAMPLES = """\
 examples:
@@ -20,12 +21,12 @@ examples:
 
 def main() -> int:
     arguments = _parse()
+    return ended(lambda: _act(arguments))
+
+
+def _act(arguments: argparse.Namespace) -> int:
     act: Callable[[argparse.Namespace], None] = arguments.act
-    try:
-        act(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    act(arguments)
     return 0
 
 

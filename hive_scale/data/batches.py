@@ -27,6 +27,7 @@ from hive_scale.data.order import Stream
 from hive_scale.data.rooms import NONE, Layout, Rooms
 from hive_scale.data.samples import Decoded, Read, Samples
 from hive_scale.data.scan import Fault
+from hive_scale.stops import TryAgain, is_worker_death
 
 Made = TypeVar("Made")
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
@@ -37,20 +38,22 @@ Request = tuple[Slots, int]  # and the room for its pictures
 class Loaded:
     """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used.
 
-    `lost` are (row, sample, picture, uint8 (3, H, W)) of those whose features could not be read.
+    `lost` are (row, sample, picture, uint8 (3, H, W)) of those whose features could not be read. `error` is why the
+    machine, or a server, gives no batch: raised in a worker it would arrive as a page of traceback.
     """
 
     batch: Batch | None
     bad: list[Fault]
     lost: list[tuple[int, int, NDArray[np.uint8]]]
+    error: Exception | None = None
 
     def pin_memory(self) -> Loaded:
-        return Loaded(self.batch and self.batch.pin(), self.bad, self.lost)
+        return replace(self, batch=self.batch and self.batch.pin())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Small tensors go through the pipe: for each torch would make a file, and pass it by a socket of its own."""
         if self.batch is None:
-            return Loaded, (None, self.bad, self.lost)
+            return Loaded, (None, self.bad, self.lost, self.error)
         fields = vars(self.batch)
         small = {name: fields[name].numpy() for name in ("has_image", "tokens", "target_rows", "target_ids")}
         return _arrived, (fields | small, self.bad, self.lost)
@@ -83,18 +86,24 @@ class Batches(Dataset[Loaded]):
         try:
             yield from loaded
         except RuntimeError as error:
-            dead = [(process, i) for process, i in self.reading.tolist() if process and str(process) in str(error)]
-            if not dead:
+            if not is_worker_death(error):
                 raise
+            dead = [(process, i) for process, i in self.reading.tolist() if process and str(process) in str(error)]
             where = " or ".join(f"{self.samples.index.key(i)} of {self.samples.index.shard(i)}" for _, i in dead)
-            raise RuntimeError(f"data worker {dead[0][0]} died while reading {where} ({error})") from None
+            said = str(error).strip()
+            raise TryAgain(f"a data worker died while reading {where} ({said})" if where else said) from None
 
     def requests(self, slots: Iterable[Slots]) -> Iterator[Request]:
         """Each with a room; drawn where the batches are used."""
         return ((one, self.rooms.take()) for one in slots)
 
     def __getitem__(self, request: Request) -> Loaded:
-        slots, room = request
+        try:
+            return self._loaded(*request)
+        except (OSError, TryAgain) as error:
+            return Loaded(None, [], [], error)
+
+    def _loaded(self, slots: Slots, room: int) -> Loaded:
         pixels = self._place(room, max(1, len(slots)))
         over = self._pool.map if self.threads > 1 else map
         # all are read before the first is decoded: after each picture the caches would have to be filled again

@@ -5,7 +5,9 @@ Reads keep to the few shards of a window (see `order`), so a cache that holds so
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import re
 import time
 from collections.abc import Iterable, Iterator
@@ -20,10 +22,16 @@ from urllib.request import Request, urlopen
 import xxhash
 
 from hive_scale.data.sources.packages import cache_dir
+from hive_scale.pulse import tick
 from hive_scale.shared_files import locked, own_lock
+from hive_scale.stops import FULL, TryAgain
 
-TRIES = 6
 PIECE = 2**20  # bytes read at a time
+TIMEOUT = 60.0  # seconds in which a server says something
+LONGEST = 30.0  # seconds between two tries
+RETRIED = (408, 429)  # of the answers that blame the one who asks: too slow, too often
+logger = logging.getLogger(__name__)
+drawn = random.Random()  # its own, so that waiting moves nobody's random numbers
 
 
 def is_remote(shard: str) -> bool:
@@ -44,16 +52,19 @@ class ShardCache:
     """Opens shards, local or remote. Fetched ones take at most `max_bytes` of disk, the least used going first.
 
     A remote shard is taken to stay as it is; one that changes needs another name. Files are named by what is in them,
-    so that none stands for another.
+    so that none stands for another. A shard that does not come is asked for again, until none of it has come for
+    `retry_seconds`.
     """
 
     max_bytes: int
-    pause: float = 0.5  # seconds before the second try, doubled before each further one
+    retry_seconds: float = 300.0
+    pause: float = 0.5  # seconds before the second try, at most; doubled before each further one
 
     def open(self, shard: str, digest: str = "") -> int:
         """A file descriptor on `shard`, if that is remote on one whose content has the `digest`, where that is known.
 
-        Raises OSError for a missing file, and for a URL that cannot be fetched or brings something else.
+        Raises OSError for a missing file, and for a URL whose server refuses it or that brings something else, TryAgain
+        for one that does not come.
         """
         if not is_remote(shard):
             return os.open(shard, os.O_RDONLY)
@@ -81,30 +92,46 @@ class ShardCache:
         part = stem.with_name(f".{stem.name}.{os.getuid()}.part")
         part.unlink(missing_ok=True)
         part.touch(exist_ok=False)  # not through a link
-        versions = set[str]()
-        for attempt in range(TRIES):
-            try:
-                _download(url, part, versions)
-                break
-            except ImportError as error:
-                raise ValueError(f"shard {url} needs another package: {error}") from None
-            except (OSError, HTTPException) as error:
-                refused = isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
-                hopeless = refused or isinstance(error, FileNotFoundError | PermissionError)
-                if hopeless or attempt == TRIES - 1:
-                    raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
-            time.sleep(self.pause * 2**attempt)
-        with part.open("rb") as file:
-            digest = digest_of(file.fileno())
-        if wanted not in ("", digest):
-            part.unlink()
-            raise OSError(
-                f"shard {url} is not what it was when it was indexed: restore it, or give the new one another name"
-            )
-        path = stem.with_name(f"{stem.name}-{digest}.tar")
-        part.replace(path)
+        try:
+            self._download(url, part)
+            with part.open("rb") as file:
+                digest = digest_of(file.fileno())
+            if wanted not in ("", digest):
+                raise OSError(
+                    f"shard {url} is not what it was when it was indexed: restore it, or give the new one another name"
+                )
+            path = stem.with_name(f"{stem.name}-{digest}.tar")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         with locked(own_lock(path.with_name("room"))):
             self._make_room(path)
+
+    def _download(self, url: str, part: Path) -> None:
+        versions = set[str]()
+        furthest, ends, pause, told = 0, time.monotonic() + self.retry_seconds, self.pause, False
+        while True:
+            try:
+                return _append(url, part, versions)
+            except ImportError as error:
+                raise ValueError(f"shard {url} needs another package: {error}") from None
+            except Exception as error:
+                if _is_refused(error):
+                    raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
+                if not _may_pass(error):
+                    raise
+                if part.exists() and part.stat().st_size > furthest:  # it comes, if in pieces
+                    furthest, ends, pause = part.stat().st_size, time.monotonic() + self.retry_seconds, self.pause
+                if time.monotonic() >= ends:
+                    waited = f"{error}, for {self.retry_seconds:.0f} s: data.retry_seconds"
+                    raise TryAgain(f"shard {url} cannot be fetched ({waited})") from None
+                if not told:
+                    logger.warning("shard %s does not come (%s): it is asked for again", url, error)
+                    told = True
+            tick()
+            # at a random time, so that those who failed together do not all come back together
+            time.sleep(drawn.uniform(0.0, pause))
+            pause = min(LONGEST, 2 * pause)
 
     def _make_room(self, newest: Path) -> None:
         used = sorted(_sizes(newest.parent.glob("*.tar")))
@@ -130,7 +157,21 @@ def _sizes(paths: Iterable[Path]) -> Iterator[tuple[float, int, Path]]:
             yield found.st_mtime, found.st_size, path
 
 
-def _download(url: str, part: Path, versions: set[str]) -> None:
+def _is_refused(error: Exception) -> bool:
+    """Whether asking again would be in vain."""
+    if isinstance(error, HTTPError):
+        return 400 <= error.code < 500 and error.code not in RETRIED
+    return isinstance(error, FileNotFoundError | PermissionError)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether it is the network's error, or of a client package, such as s3fs, whose errors are its own."""
+    if isinstance(error, OSError):
+        return error.errno not in FULL
+    return isinstance(error, HTTPException) or type(error).__module__ != "builtins"
+
+
+def _append(url: str, part: Path, versions: set[str]) -> None:
     """Append to `part` what it lacks of `url`, all of one version: `versions` are the ETags of what it has.
 
     Raises OSError or HTTPException if the connection fails.
@@ -146,6 +187,7 @@ def _download(url: str, part: Path, versions: set[str]) -> None:
             versions.update({version} - {""})
             while piece := stream.read(PIECE):
                 file.write(piece)
+                tick()
         if total is not None and file.tell() != total:
             raise OSError(f"{file.tell()} of {total} bytes came")
 
@@ -154,7 +196,7 @@ def _download(url: str, part: Path, versions: set[str]) -> None:
 def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
     """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length; ETag)."""
     if url.startswith(("http://", "https://")):
-        with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60) as response:
+        with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=TIMEOUT) as response:
             start = start if response.status == 206 else 0  # a server without ranges sends all again
             length = response.headers["Content-Length"]
             total = start + int(length) if length else None

@@ -47,7 +47,7 @@ class Loader(Samples):
         bad_samples: Path | None = None,
     ) -> None:
         self.sets = expand(shards)
-        cache = ShardCache(round(config.cache_gb * 1e9))
+        cache = ShardCache(round(config.cache_gb * 1e9), config.retry_seconds)
         super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size, pad_colour)
         self.num_samples = self.stream(0).num_samples  # in an epoch
         self.fingerprint, self.layout = self.index.fingerprint, self.index.layout
@@ -121,6 +121,8 @@ class Loader(Samples):
         )
         for loaded in batches.watch(loader):
             self._ledger.add(loaded.bad)
+            if loaded.error is not None:
+                raise loaded.error
             if loaded.batch is None:
                 raise ValueError(f"no sample near {loaded.bad[0].describe()} can be used: repair the shards")
             if loaded.lost and self.features:

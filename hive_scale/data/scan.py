@@ -22,6 +22,7 @@ from PIL import Image
 
 from hive_scale.data.cache import ShardCache, digest_of, is_remote
 from hive_scale.data.images import FORMATS, upright_size
+from hive_scale.pulse import tick
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
@@ -95,6 +96,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
         changed = 0 if is_remote(shard) else found.st_mtime_ns
         stamp = Stamp(found.st_size, changed, digest_of(file.fileno()))
         for key, members in _groups(_files(file, gaps)):
+            tick()
             try:
                 if key in seen:
                     raise ValueError("duplicate key: the first one is used")

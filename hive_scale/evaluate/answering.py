@@ -24,11 +24,15 @@ from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 from hive_scale.model.vision import mean_colour
+from hive_scale.pulse import tick
 from hive_scale.strict_json import dumps
 
 PREDICTIONS = "predictions.jsonl"
 # of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
-LOADING = {"train", "heldout", "tokenizer", "blank", "window", "workers", "threads", "cache_gb", "max_bad_samples"}
+LOADING = {
+    *("train", "heldout", "tokenizer", "blank", "window", "workers", "threads", "cache_gb", "retry_seconds"),
+    "max_bad_samples",
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def answer_all(
                 line = {"id": question.id, **answer, **asked.of(question)}
                 part.write(dumps(line, ensure_ascii=False) + "\n")
             part.flush()
+            tick()
             advance(len(batch) * world.size)
     world.barrier()
     if world.is_main:

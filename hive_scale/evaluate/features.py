@@ -22,6 +22,7 @@ from hive_scale.evaluate.labelled import Split
 from hive_scale.model import build
 from hive_scale.model.identity import identity, key_of
 from hive_scale.model.vision import PIXEL_STATISTICS, hidden_states, patches
+from hive_scale.pulse import tick
 
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
 Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of pictures
@@ -95,12 +96,14 @@ class Source:
         """Features of each group of pictures, augmented by `draw` (seed, epoch) if it is given."""
         if self.cache and draw is None:
             for group in groups:
+                tick()
                 yield self.cache.read(group, self.encoder.device)
             return
         pictures = Pictures(self.split, self.encoder.image_size, self.encoder.mode, draw)
         sampler = [group.tolist() for group in groups]
         loader = DataLoader(pictures, batch_sampler=sampler, num_workers=self.workers, generator=torch.Generator())
         for pixels, labels in loader:
+            tick()
             yield self.encoder(pixels), labels.to(self.encoder.device)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hive_scale.distributed import World
+from hive_scale.pulse import tick
 from hive_scale.schedule import lr_factor
 
 Kind = Literal["attentive", "linear"]
@@ -134,6 +135,7 @@ def nearest_neighbours(
     voted = []
     for part in torch.split(asked, 1024):
         similarity, which = (part @ known.T).topk(min(neighbours, len(known)), dim=1)
+        tick()
         votes = torch.zeros(len(part), num_classes, device=part.device)
         voted.append(votes.scatter_add_(1, labels_N[which], (similarity / 0.07).exp()).argmax(1))
     return torch.cat(voted)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
+from hive_scale.atomic import write_text
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
-from hive_scale.shared_files import locked, replacing
+from hive_scale.shared_files import locked
 from hive_scale.slurm import controller
 from hive_scale.slurm.controller import Job
 from hive_scale.slurm.resources import Resources
@@ -78,18 +79,20 @@ class Record:
 
     @classmethod
     def read(cls, run_dir: Path) -> Record | None:
+        """None where nothing was submitted. Raises ValueError if it is not what was written."""
         path = cls.path(run_dir)
         if not path.exists():
             return None
-        record = cls(**json.loads(path.read_text()))
+        try:
+            record = cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} cannot be read ({error}): cancel the run's jobs and remove it") from None
         if record.run and not _is_same(Path(record.run), run_dir):
             record.jobs = {}  # those of the run that this one was copied from; of a moved run, jobs find nothing
         return record
 
     def write(self, run_dir: Path) -> None:
-        path = self.path(run_dir)
-        with replacing(path) as unnamed:
-            unnamed.write_text(dumps(asdict(self), indent=1))
+        write_text(self.path(run_dir), dumps(asdict(self), indent=1))
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -123,7 +126,7 @@ def submitting(run_dir: Path) -> Iterator[Path]:
 
 
 def job_name(config: Config, stage: str) -> str:
-    return f"{config.name}-{stage}"
+    return controller.plain(f"{config.name}-{stage}")
 
 
 def known_jobs(config: Config) -> dict[str, Job]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
+
+from hive_scale.stops import TryAgain
 
 ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -16,8 +19,12 @@ ENDED = {
 NEVER = "DependencyNeverSatisfied"  # pending for ever
 
 
-class SlurmError(RuntimeError):
-    """Slurm refuses, or does not answer."""
+class SlurmError(ValueError):
+    """Slurm refuses."""
+
+
+class Silent(TryAgain, SlurmError):
+    """Slurm does not answer."""
 
 
 class Job(NamedTuple):
@@ -58,7 +65,7 @@ def look_up(jobs: Mapping[str, str]) -> dict[str, Job]:
     """What became of `jobs`, given as {id: name}: from squeue, or once that has forgotten them from sacct.
 
     An id under another name is some other job: a cluster that was set up anew counts from one again. Raises
-    SlurmError when the controller does not answer, for then nothing may be concluded.
+    Silent when the controller does not answer, for then nothing may be concluded.
     """
     if not jobs:
         return {}
@@ -66,11 +73,16 @@ def look_up(jobs: Mapping[str, str]) -> dict[str, Job]:
     found = _parse(_squeue(ids), jobs)
     if lost := [job for job in jobs if job not in found]:
         # without accounting there is nothing to add
-        command = ["sacct", "-X", "-n", "-P", "-o", "JobID,JobName,State,NodeList", "-j", ",".join(lost)]
+        command = ["sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,JobName", "-j", ",".join(lost)]
         shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
         # what the controller no longer knows does not run, whatever accounting believes
         found |= {id: job for id, job in _parse(shown, jobs).items() if not job.is_active}
     return {id: found.get(id, Job(id, "")) for id in jobs}
+
+
+def plain(name: str) -> str:
+    """`name` as Slurm gives it back, whatever is in it: a job's name goes through a script's comment and tables."""
+    return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -80,18 +92,18 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def _squeue(ids: str) -> str:
-    command = ["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%i|%j|%T|%R"]
+    command = ["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%i|%T|%R|%j"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:  # so it answers when it has forgotten a single job
-        raise SlurmError(f"Slurm does not answer: {done.stderr.strip()}: try again when squeue works")
+        raise Silent(f"Slurm does not answer: {done.stderr.strip()}: try again when squeue works")
     return done.stdout
 
 
 def _parse(shown: str, jobs: Mapping[str, str]) -> dict[str, Job]:
     found = {}
     for line in shown.splitlines():
-        id, name, state, reason = line.split("|", 3)
-        if jobs.get(id) == name:
+        id, state, reason, name = [*line.split("|", 3), "", "", ""][:4]  # the name last: it may hold whatever it likes
+        if id in jobs and plain(jobs[id]) == plain(name):
             # "CANCELLED by 0"; "(Dependency)" or "n[1-2]"
             found[id] = Job(id, state.split()[0], reason.strip("()"))
     return found

@@ -9,7 +9,7 @@ import socket
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -22,10 +22,10 @@ from hive_scale import config as configs
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.slurm.then import Follower, Followers
+from hive_scale.stops import HALTED, TRY_AGAIN, Stopped, ended
 from hive_scale.strict_json import append_line, read_lines
+from hive_scale.watch.interrupt import STOP
 
-SAVED = 75  # exit code of a job that was told to stop and saved: its script queues it again
-HALTED = 76  # the same, but somebody asked for it with a file STOP: it stays down
 logger = logging.getLogger(__name__)
 PATIENCE = 300.0  # seconds for the processes of an attempt before this one to die
 
@@ -41,9 +41,12 @@ class ChainJob(ABC):
     stage: str
     attempts: int
 
-    @abstractmethod
     def __call__(self) -> int:
-        """Returns 0 once all is done, SAVED or HALTED; under Slurm it exits with these two."""
+        """The exit code, with which it exits under Slurm: its script queues a job again that ends with TRY_AGAIN."""
+        return leave(ended(self._run))
+
+    @abstractmethod
+    def _run(self) -> int: ...
 
     @abstractmethod
     def is_done(self) -> bool: ...
@@ -57,17 +60,28 @@ class ChainJob(ABC):
         return DelayedSubmission(self)
 
     def begin(self, began: datetime) -> None:
-        """Note this attempt. Raises RuntimeError if as many as allowed began where it does."""
+        """Note this attempt, before it meets the other processes: that may be what it fails at.
+
+        Raises ValueError if as many as allowed began where it does, or it cannot be noted and so not be counted.
+        """
         at = self.position()
         before = [line for line in read_attempts(self.config.run_dir) if line["event"] == "begin"]
         mine = [line for line in before if line["job"] == job_id()]
-        stuck = len(list(takewhile(lambda line: line["at"] == at, reversed(mine))))
+        stuck = len(list(takewhile(lambda line: line.get("at") == at, reversed(mine))))
         if stuck >= self.attempts and not self.is_done():
-            raise RuntimeError(
+            raise ValueError(
                 f"{stuck} attempts in a row began at {at} and saved no step: see the log for what ended them; give "
                 "slurm.grace or slurm.hours more time if a step and a save do not fit; then submit again"
             )
-        self.note("begin", began, at=at, nodes=os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()))
+        try:
+            self.note("begin", began, at=at, nodes=os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()))
+        except OSError as error:
+            path = attempts_file(self.config.run_dir)
+            raise ValueError(f"{path} cannot be written ({error.strerror}): see to it, then submit again") from None
+
+    def end(self, code: int) -> None:
+        with suppress(OSError):  # what was done stays done
+            self.note("end", datetime.now(), code=code)
 
     def note(self, event: str, when: datetime, **what: Any) -> None:
         time = when.astimezone().isoformat(timespec="milliseconds")
@@ -78,20 +92,20 @@ class ChainJob(ABC):
 class StageJob(ChainJob):
     """Trains `stage` and whatever before it is unfinished."""
 
-    def __call__(self) -> int:
+    def _run(self) -> int:
         began = datetime.now()
         with noting() as asked:
-            return self._run(began, asked)
+            return self._train(began, asked)
 
-    def _run(self, began: datetime, asked: list[int]) -> int:
-        from hive_scale.distributed import session
+    def _train(self, began: datetime, asked: list[int]) -> int:
+        from hive_scale.distributed import rank, session
         from hive_scale.pipeline import run_pipeline
-        from hive_scale.train import Stopped
+        from hive_scale.watch.interrupt import end_of_stop
 
-        code, stop_file = 0, self.config.run_dir / "STOP"
+        if rank() == 0:
+            self.begin(began)
+        code = 0
         with session() as world:
-            if world.is_main:
-                self.begin(began)
             is_over, is_asked = world.sum(world.is_main and self.is_done(), len(asked))
             try:
                 if is_asked and not is_over:
@@ -99,11 +113,10 @@ class StageJob(ChainJob):
                 if not is_over:
                     run_pipeline(self.config, world, until=self.stage, patience=PATIENCE)
             except Stopped as stopped:
-                print(f"{stopped}", flush=True)
-                code = HALTED if any(world.sum(world.is_main and stop_file.exists())) else SAVED
+                code = end_of_stop(stopped, self.config.run_dir, world)
             if world.is_main:
-                self.note("end", datetime.now(), code=code)
-        return leave(code)
+                self.end(code)
+        return code
 
     def is_done(self) -> bool:
         """Whether this stage and all before it are, so that not even the lock is needed."""
@@ -120,24 +133,27 @@ class FollowerJob(ChainJob):
 
     follower: Follower
 
-    def __call__(self) -> int:
+    def _run(self) -> int:
         from hive_scale.distributed import rank
 
-        began, is_main, stop_file = datetime.now(), rank() == 0, self.follower.output / "STOP"
+        began, is_main = datetime.now(), rank() == 0
         if is_main:
             self.begin(began)
         # training heeds signals by itself; what else runs here has written all that it will not do twice
-        with handling(lambda *_: os._exit(SAVED)):
-            code = 0 if self.is_done() else self.follower.run()
-        if code == SAVED and stop_file.exists():
-            code = HALTED
+        with handling(lambda *_: os._exit(TRY_AGAIN)):
+            code = 0 if self.is_done() else self._follow()
         if is_main:
-            self.note("end", datetime.now(), code=code)
+            self.end(code)
             if code == 0:
                 self.follower.mark_done(self.config.run_dir, self.stage)
-        if code not in (0, SAVED, HALTED):
-            raise RuntimeError(f"{self.stage} ended with exit code {code}: the line above says why")
-        return leave(code)
+        return code
+
+    def _follow(self) -> int:
+        for folder in (self.config.run_dir, self.follower.output):
+            if (folder / STOP).exists():
+                print(f"{self.stage} is stopped before it began. Remove {folder / STOP}, then submit again", flush=True)
+                return HALTED
+        return self.follower.run()
 
     def is_done(self) -> bool:
         return self.follower.is_done(self.config.run_dir, self.stage)
@@ -206,4 +222,7 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
     lines, cut = read_lines(path)
     for number in cut:
         logger.warning("%s: line %d is cut off and left out", path, number)
-    return lines
+    known = [line for line in lines if all(isinstance(line.get(key), str) for key in ("event", "stage", "job"))]
+    if len(known) < len(lines):
+        logger.warning("%s: %d lines are no attempts and left out", path, len(lines) - len(known))
+    return known

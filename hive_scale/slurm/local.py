@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 import submitit
 
@@ -15,6 +16,7 @@ from hive_scale.slurm import chain, snapshot, status
 from hive_scale.slurm.job import ChainJob, job_of
 from hive_scale.slurm.resources import Resources, environment
 from hive_scale.slurm.then import Followers, order
+from hive_scale.stops import TRY_AGAIN
 
 YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
 
@@ -65,8 +67,11 @@ def _wait(job: submitit.Job[int], config: Config) -> int:
         print("saving", file=sys.stderr)
         while not job.done():
             time.sleep(0.2)
-    try:
-        return max(job.results())
-    except submitit.core.utils.UncompletedJobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    codes: list[int] = []
+    for task in range(job.num_tasks):
+        with suppress(submitit.core.utils.UncompletedJobError):  # ended by another's failure, by a kill or as hung
+            codes.append(job.task(task).result())
+    if not any(codes) and len(codes) < job.num_tasks:
+        print(f"stopped: a process of job {job.job_id} was lost: see {job.paths.stdout}", file=sys.stderr)
+        return TRY_AGAIN
+    return max(codes)

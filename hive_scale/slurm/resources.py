@@ -12,7 +12,7 @@ from typing import Any
 
 from hive_scale.config import DataConfig, resolve
 from hive_scale.presets import read_file
-from hive_scale.slurm.job import SAVED
+from hive_scale.stops import TRY_AGAIN
 
 PROFILES = Path(__file__).parent / "profiles"
 PREFIX = "slurm."
@@ -121,7 +121,7 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
 # Slurm has queued again already, is not RUNNING any more.
 REQUEUE = [
     "status=$?",
-    f'if [ $status = {SAVED} ] && [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then',
+    f'if [ $status = {TRY_AGAIN} ] && [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then',
     "  scontrol requeue $SLURM_JOB_ID  # stopped and saved: back into the queue under the same id",
     "fi",
     "exit $status",

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
+from hive_scale.atomic import write_text
 from hive_scale.config import Config
 from hive_scale.strict_json import dumps
 
@@ -56,7 +57,7 @@ class Follower:
     def mark_done(self, run_dir: Path, name: str) -> None:
         file = _marker(run_dir, name)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(dumps(asdict(self)))
+        write_text(file, dumps(asdict(self)))
 
 
 Followers = Mapping[str, Follower]  # by name, in the order in which they could run

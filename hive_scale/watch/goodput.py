@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from hive_scale.pulse import Pulse
+from hive_scale.pulse import OUTSIDE, Pulse
 
 ACCOUNTS = ("steps", "data", "evaluate", "save", "start", "lost", "down")
-OF_PHASE = {"data": "data", "evaluate": "evaluate", "save": "save", "start": "start"}  # the others are of a step
+# the others are of a step
+OF_PHASE = {"data": "data", "evaluate": "evaluate", "save": "save"} | dict.fromkeys(OUTSIDE, "start")
 
 
 class Goodput:

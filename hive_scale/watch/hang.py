@@ -1,9 +1,12 @@
-"""A step that does not end, or a rank that is gone: who, where and since when, then the end of the job.
+"""A run that gets nowhere, or a rank that is gone: who, where and since when, then the end of the job.
 
 Every rank has a thread that looks at its own pulse once a second. One whose phase lasts longer than the deadline, or
 whose collective failed because another rank has vanished, calls the roll through the store that all ranks share:
 each rank that still lives answers with what it is doing and the stacks of all its threads, the caller names those
 that did not answer, and all end with the code that asks for another try.
+
+Work of unknown length, such as writing weights while the other ranks wait, says by `pulse.tick` that it gets on. While
+any rank gets on, none is late.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
-from hive_scale.distributed import FAILURE, TRY_AGAIN, World
+from hive_scale import pulse
+from hive_scale.config import Config
+from hive_scale.distributed import FAILURE, World
+from hive_scale.stops import TRY_AGAIN, is_loss_of_contact
 
 POLL = 1.0  # seconds between looks
 ANSWER = 5.0  # seconds in which a living rank answers
 CALL = "hive_scale/roll_call"
+PROGRESS = "hive_scale/progress"  # a count that grows while any rank gets on
+SILENCE = 60.0  # seconds, at least, that a phase outside steps may last: loading libraries and weights is silent
 
 
 class HangWatch(AbstractContextManager["HangWatch"]):
@@ -51,24 +57,37 @@ class HangWatch(AbstractContextManager["HangWatch"]):
             self._call_roll(f"a collective failed ({str(error).splitlines()[0]})")
 
     def _watch(self) -> None:
-        pulse = self.world.pulse
         asleep = resumed = time.monotonic()
+        mine, all_of_us = pulse.ticks(), 0
         while not self._stopped.wait(min(POLL, self.deadline / 4)):
             now = time.monotonic()
             if now - asleep > self.deadline / 2:  # stopped in its sleep; a store that does not answer is another matter
                 resumed = now
+            moved, mine = self.world.pulse.phase == pulse.FETCH or pulse.ticks() != mine, pulse.ticks()
             try:
-                called = self._store is not None and self._store.check([CALL])
+                called, before = self._store is not None and self._store.check([CALL]), all_of_us
+                all_of_us = self._store.add(PROGRESS, int(moved)) if self._store is not None else before + int(moved)
             except RuntimeError:
                 return  # rank 0 has gone with the store, which others see, too
             if called:
                 self._answer()
                 time.sleep(ANSWER + POLL)
                 os._exit(TRY_AGAIN)
-            late = time.monotonic() - max(pulse.since, resumed)
-            if late > self.deadline and pulse.phase != "start":
-                self._call_roll(f"step {pulse.step} has been in its {pulse.phase} for {late:.0f} s")
+            if all_of_us != before:
+                resumed = time.monotonic()
+            if self._late(resumed) > self._limit():
+                self._call_roll(f"{self._doing()} for {self._late(resumed):.0f} s")
             asleep = time.monotonic()
+
+    def _late(self, resumed: float) -> float:
+        return time.monotonic() - max(self.world.pulse.since, resumed)
+
+    def _limit(self) -> float:
+        return max(self.deadline, SILENCE) if self.world.pulse.phase in pulse.OUTSIDE else self.deadline
+
+    def _doing(self) -> str:
+        phase, step = self.world.pulse.phase, self.world.pulse.step
+        return f"it has been at its {phase}" if phase in pulse.OUTSIDE else f"step {step} has been in its {phase}"
 
     def _call_roll(self, reason: str) -> None:
         """Say what is wrong, hear who is there, name who is not, and end this process."""
@@ -80,10 +99,10 @@ class HangWatch(AbstractContextManager["HangWatch"]):
             os._exit(TRY_AGAIN)
 
     def _answer(self) -> None:
-        pulse, rank = self.world.pulse, self.world.rank
-        late = time.monotonic() - pulse.since
-        keys = ", ".join(pulse.keys[:4]) + (f" and {len(pulse.keys) - 4} more" if len(pulse.keys) > 4 else "")
-        state = f"step {pulse.step}, {pulse.phase} for {late:.1f} s, samples {keys or 'none'}"
+        at, rank = self.world.pulse, self.world.rank
+        late = time.monotonic() - at.since
+        keys = ", ".join(at.keys[:4]) + (f" and {len(at.keys) - 4} more" if len(at.keys) > 4 else "")
+        state = f"step {at.step}, {at.phase} for {late:.1f} s, samples {keys or 'none'}"
         say(f"rank {rank}: {state}\n{stacks()}")
         try:
             if self._store is not None:
@@ -119,9 +138,9 @@ class HangWatch(AbstractContextManager["HangWatch"]):
             return True
 
 
-def is_loss_of_contact(error: BaseException) -> bool:
-    """Whether this is how torch tells that another rank has gone: gloo raises plain RuntimeErrors."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def watching(world: World) -> HangWatch:
+    """For commands that have no config: as long as a run's own. One process alone waits for nobody."""
+    return HangWatch(world, Config().hang_seconds if world.size > 1 else 0.0)
 
 
 def stacks() -> str:

@@ -1,7 +1,7 @@
 """What asks a run to stop: a signal to any of its processes, or a file STOP in its directory.
 
 The first request is noted, and obeyed by all ranks together at the end of a step. A second signal ends its process
-at once.
+at once. The file is obeyed until somebody removes it, also by a run that begins later.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from hive_scale.distributed import World
+from hive_scale.stops import HALTED, TRY_AGAIN, Stopped
+from hive_scale.watch.terminal import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOP = "STOP"
@@ -51,21 +53,23 @@ class Interrupt:
 
 @contextmanager
 def listening(run_dir: Path, world: World) -> Iterator[Interrupt]:
-    """Turn signals, and a file STOP in `run_dir`, into a flag while the context lasts.
-
-    A file that is there already was meant for another run: it is removed.
-    """
-    stop_file = run_dir / STOP
-    if world.is_main and stop_file.exists():
-        stop_file.unlink()
-        _tell(f"{stop_file} was left by an earlier run: removed")
-    interrupt = Interrupt(stop_file if world.is_main else None)
+    """Turn signals, and a file STOP in `run_dir`, into a flag while the context lasts."""
+    interrupt = Interrupt(run_dir / STOP if world.is_main else None)
     before = {number: signal.signal(number, interrupt.note) for number in SIGNALS}
     try:
         yield interrupt
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_of_stop(stopped: Stopped, run_dir: Path, world: World) -> int:
+    """Say how to go on after `stopped`. A collective. The exit code: HALTED where a file STOP lies in `run_dir`."""
+    (halted,) = world.sum(world.is_main and (run_dir / STOP).exists())
+    if world.is_main:
+        remedy = f"Remove {run_dir / STOP}, and the" if halted else "The"
+        console.print(f"{stopped}. {remedy} same command goes on from there.", soft_wrap=True, markup=False)
+    return HALTED if halted else TRY_AGAIN
 
 
 def _tell(text: str) -> None:

@@ -103,6 +103,9 @@ class _File(WatchedFileHandler):
             for record in early:
                 super().emit(record)
 
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass  # a full disk: whoever has something to save says so, without a traceback for each record
+
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()

@@ -48,7 +48,7 @@ json.dumps = held
 def recipe(output: Path, pairs: Path) -> Config:
     """The debug recipe with a tiny model on a few small pairs."""
     train, heldout = (str(pairs / kind / "*.tar") for kind in ("train", "heldout"))
-    run = presets.load("debug", None, [f"output={output}", "name=hive", "evidence=false", "eval_interval=0"])
+    run = presets.load("debug", None, [f"output={output}", "name=hive|a b", "evidence=false", "eval_interval=0"])
     llm = tiny.language(vocab_size=259, hidden_size=32)
     model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=llm))
     stages = {

@@ -1,0 +1,136 @@
+"""How a process ends: the exit codes, which of them an error has, and the line that tells it. Nobody else knows.
+
+docs/stops.md has every kind of stop with its code and its remedy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from urllib.error import HTTPError, URLError
+
+FAULT = 1  # of this program: the only end with a traceback
+REFUSED = 2  # something to change in command, config, data or machine
+TRY_AGAIN = 75  # the same command goes on from the last checkpoint (EX_TEMPFAIL of sysexits.h)
+HALTED = 76  # somebody asked for it with a file STOP: it stays down until that is removed
+
+# of an OSError: what the same command meets again, until somebody changes something
+LASTING = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID")  # set where there may be several processes
+
+
+class TryAgain(RuntimeError):
+    """What may pass by itself. The message is a line with the reason."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved what it needs to go on."""
+
+
+def ended(work: Callable[[], int]) -> int:
+    """Do `work`, and tell on stderr in a line what ends it before its time.
+
+    An error of a process that has not met the others yet is told to these, too, who would wait for it in vain.
+
+    Args:
+        work: what a command does; returns its exit code.
+
+    Returns:
+        The exit code of `work`, or of what it raised.
+    """
+    try:
+        return work()
+    except (Exception, KeyboardInterrupt) as error:
+        code = code_of(error)
+        print(line_of(error, code), file=sys.stderr, flush=True)
+        if code == FAULT:
+            traceback.print_exception(error)
+        if any(name in os.environ for name in LAUNCHED):
+            from hive_scale.distributed import tell_others
+
+            tell_others(error, code)
+        return code
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that `error` ends."""
+    if isinstance(error, TryAgain | BrokenProcessPool | KeyboardInterrupt) or is_worker_death(error):
+        return TRY_AGAIN
+    if is_loss_of_contact(error) or _is_device_failure(error):
+        return TRY_AGAIN
+    if isinstance(error, OSError) or _errno(error):
+        return REFUSED if _lasts(error) else TRY_AGAIN
+    return REFUSED if isinstance(error, ValueError | MemoryError) or _is_out_of_memory(error) else FAULT
+
+
+def line_of(error: BaseException, code: int) -> str:
+    """What to tell a person of `error`."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped before it began: the same command begins again"
+    said = str(error).strip() or type(error).__name__
+    first = said.splitlines()[0]
+    if isinstance(error, ValueError) and code == REFUSED:
+        return f"error: {said}"  # of several lines where several things are wrong
+    if _errno(error) in FULL:
+        return f"stopped: {first}: make room, then the same command goes on"
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return f"error: out of memory ({first}): lower micro_batch, or see what fits with `hive_scale plan --fit`"
+    if code == REFUSED:
+        return f"error: {first}"
+    if code == TRY_AGAIN:
+        reason = f"another rank has gone ({first})" if is_loss_of_contact(error) else first
+        return f"stopped: {reason}: the same command goes on from what is saved"
+    return f"error: {type(error).__name__}: {first}: this is a fault of the program, and how it came to it follows"
+
+
+def is_loss_of_contact(error: BaseException | None) -> bool:
+    """Whether this is how torch tells that another rank has gone, or follows from it.
+
+    gloo raises plain RuntimeErrors.
+    """
+    if error is None:
+        return False
+    torch = sys.modules.get("torch.distributed")
+    told = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return told or (torch is not None and isinstance(error, torch.DistError)) or is_loss_of_contact(error.__cause__)
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether a data worker was killed, or crashed: torch raises a plain RuntimeError, wherever training is then."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def _is_device_failure(error: BaseException) -> bool:
+    """A device that is lost, not one that has been given wrong numbers."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.AcceleratorError) and "device-side assert" not in str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+def _lasts(error: BaseException) -> bool:
+    if isinstance(error, HTTPError):
+        return 400 <= error.code < 500 and error.code not in (408, 429)
+    if number := _errno(error):
+        return number in LASTING
+    return not isinstance(error, URLError | TimeoutError | ConnectionError)  # else a library's own words
+
+
+def _errno(error: BaseException) -> int:
+    """The system's number of an error, 0 if it has none; libraries in Rust, such as safetensors, put it into words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    told = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(told[1]) if told else 0
