@@ -26,6 +26,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.initial import assemble
 from hive_scale.model.export import export_encoder
+from hive_scale.preparation import check, open_all, same_data
 from hive_scale.pulse import FETCH
 from hive_scale.rundir import check_place
 from hive_scale.stops import Stopped
