@@ -318,7 +318,8 @@ class Config:
 TAKEN = frozenset(
     [
         *("config.yaml", "data.json", "bad_samples.jsonl", "bad_batches.jsonl", "outcome.txt", "log_id", "STOP"),
-        *("initial", "blank", "logs", "slurm", "tensorboard", "wandb", "llava", "vlm", "probes", "evaluation"),
+        *("initial", "blank", "logs", "slurm", "tensorboard", "wandb", "export", "llava", "vlm"),
+        *("probes", "evaluation"),
     ]
 )
 STAGE_NAME = re.compile(r"\w(?:[\w.+ -]*[\w.+-])?")

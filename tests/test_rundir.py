@@ -327,6 +327,13 @@ def test_a_run_of_a_newer_version_is_refused(base: Config, world: World, half: P
 
 
 def test_a_lost_config_is_named(base: Config, world: World, half: Path) -> None:
+    began = half / "projector" / BEGAN
+    text = began.read_text()
+    for damage in ("[", "nonsense: 1", text[: len(text) // 2]):
+        began.write_text(damage)
+        with pytest.raises(ValueError, match=r"began.yaml cannot be read .*: restore it|has begun with other"):
+            run_pipeline(at(base, half), world)
+    began.write_text(text)
     (half / "config.yaml").unlink()
     with pytest.raises(ValueError, match=r"config.yaml is missing: restore it"):
         run_pipeline(at(base, half), world)

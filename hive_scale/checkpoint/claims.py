@@ -27,7 +27,10 @@ Overwrite = bool | Literal["delete"]  # True: what is there is moved aside
 BEGAN = "began.yaml"  # in a stage's folder: the run's config up to that stage, as it was when the stage began
 FORMAT = 1  # of a run directory
 LATE = ("report*.html", "attention*", "gradients*", "*.tmp", ".nfs*")  # what else a run directory may hold
-OF_STAGE = (BEGAN, "step_*", "metrics.jsonl*", "weights*.safetensors*", "encoder", "memory.txt", "profile", *LATE)
+OF_STAGE = (
+    *(BEGAN, "step_*", "metrics.jsonl*", "weights*.safetensors*", "encoder", "memory.txt", "profile"),
+    *("probes", "evaluation", *LATE),
+)
 logger = logging.getLogger(__name__)
 
 
@@ -83,7 +86,7 @@ def _check_links(config: Config) -> None:
     directory = config.run_dir
     folders = [directory / name for name in ("initial", "logs", "slurm", *config.stages)]
     for path in (path for folder in (directory, *folders) if folder.is_dir() for path in folder.iterdir()):
-        if path.is_symlink() and not path.is_dir() and path.suffix != ".safetensors":
+        if path.is_symlink() and not path.is_dir() and ".safetensors" not in path.name:
             raise ValueError(f"{path} is a link to {os.readlink(path)}: put a file of the run's own in its place")
     for folder in folders:
         if folder.is_symlink() and folder.name in config.stages and (found := _others(folder.resolve(), OF_STAGE)):
@@ -97,7 +100,7 @@ def _check_plan(config: Config, follows: bool) -> None:
         raise ValueError(f"{saved} is missing: restore it, or use --overwrite")
     # the shards of a run that goes on may have moved: `preparation.same_data` looks at what they are
     goes_on = not all(is_done(config.run_dir / name) for name in config.stages)
-    if not follows and (changed := configs.differences(config, configs.load(saved), goes_on)):
+    if not follows and (changed := configs.differences(config, _load(saved), goes_on)):
         raise ValueError(
             f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite; to "
             f"change a stage that has not begun, edit {saved} and go on with --config {saved}"
@@ -109,7 +112,7 @@ def _check_begun(config: Config) -> None:
     """What has begun is still what the config says, and follows from what the config has before it."""
     directory, names = config.run_dir, list(config.stages)
     for folder in (path.parent for path in sorted(directory.glob(f"*/{BEGAN}"))):
-        began = configs.load(folder / BEGAN)
+        began = _load(folder / BEGAN)
         if [folder.name] != list(began.stages)[-1:] or not is_begun(folder):
             continue  # renamed, as a copy is, or nothing was trained there
         changed = [f"stages.{folder.name}"]
@@ -127,6 +130,13 @@ def _check_begun(config: Config) -> None:
                 f"stage {after} has begun, but {directory / before / WEIGHTS}, which it began with, is not there: "
                 f"restore it, or move {directory / after} and the folders of later stages away to train them again"
             )
+
+
+def _load(file: Path) -> Config:
+    try:
+        return configs.load(file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): restore it, or use --overwrite") from None
 
 
 def _until(config: Config, stage: str) -> Config:
@@ -205,7 +215,8 @@ def is_again(directory: Path) -> bool:
     Slurm and torchrun count their attempts. Whatever else starts a command again does not tell.
     """
     before = read_marker(directory).get("attempt")
-    return isinstance(before, dict) and any(count > before.get(name, count) for name, count in _attempt().items())
+    counts = before if isinstance(before, dict) else {}
+    return any(isinstance(counts.get(name), int) and now > counts[name] for name, now in _attempt().items())
 
 
 def _attempt() -> dict[str, int]:
@@ -290,7 +301,12 @@ def _set_aside(directory: Path, lock: Lock) -> Path:
         raise ValueError(
             f"{directory} cannot be moved to {aside} ({error.strerror}): move it yourself, or choose another output"
         ) from None
-    if owner := lock.take():
+    try:
+        owner = lock.take()
+    except ValueError:
+        _put_back(directory, aside)
+        raise
+    if owner:
         raise RuntimeError(f"{directory}, whose old run is now {aside}, is in use by {owner}: choose another output")
     return aside
 
@@ -298,10 +314,9 @@ def _set_aside(directory: Path, lock: Lock) -> Path:
 def _put_back(directory: Path, aside: Path) -> None:
     real = directory.resolve()
     with suppress(OSError):  # else the old run stays where it is, which its name tells
-        for path in real.iterdir():
+        for path in real.iterdir() if real.exists() else ():
             path.unlink()  # the new run's first files, its lock among them
-        real.rmdir()
-        aside.rename(real)
+        aside.rename(real)  # which may be an empty directory
 
 
 def _say(directory: Path, aside: Path, overwrite: Overwrite) -> None:
