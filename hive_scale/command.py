@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,13 +46,16 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     """The run that `arguments` name, changed by `words`. Raises ValueError with the remedy."""
-    from hive_scale import presets
+    from hive_scale import credentials, presets
 
     given = {"ds_config": arguments.ds_config and find_ds_config(arguments.ds_config)}
     given |= {"ds_config_owned": arguments.ds_config_owned}
     engine = [f"engine.{name}={value}" for name, value in given.items() if value]
     preset = arguments.preset or (None if arguments.config else arguments.default_preset)  # a file may name its own
-    return presets.load(preset, arguments.config, [*words, *engine])
+    config = presets.load(preset, arguments.config, [*words, *engine])
+    if (named := credentials.variables()) and os.environ.get("RANK", "0") == "0":
+        print(f"the command's shards read environment variables: {', '.join(named)}", file=sys.stderr)
+    return config
 
 
 def find_ds_config(given: str) -> str:

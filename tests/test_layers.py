@@ -21,6 +21,7 @@ PACKAGE = ROOT / "hive_scale"
 LEAVES = {
     "chat_template",
     "config",
+    "credentials",
     "batch",
     "distributed",
     "pulse",

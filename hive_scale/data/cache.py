@@ -5,6 +5,7 @@ Reads keep to the few shards of a window (see `order`), so a cache that holds so
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import os
 import re
@@ -16,10 +17,12 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 import xxhash
 
+from hive_scale import credentials
 from hive_scale.data.sources.packages import cache_dir
 
 TRIES = 6
@@ -27,7 +30,7 @@ PIECE = 2**20  # bytes read at a time
 
 
 def is_remote(shard: str) -> bool:
-    return "://" in shard
+    return "://" in credentials.place(shard)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ShardCache:
     def open(self, shard: str) -> int:
         """A file descriptor on `shard`. Raises OSError for a missing file and for a URL that cannot be fetched."""
         if not is_remote(shard):
-            return os.open(shard, os.O_RDONLY)
+            return os.open(credentials.place(shard), os.O_RDONLY)
         folder = cache_dir() / "shards"
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{xxhash.xxh3_64_hexdigest(shard.encode())}.tar"
@@ -61,15 +64,18 @@ class ShardCache:
         part.unlink(missing_ok=True)
         for attempt in range(TRIES):
             try:
-                _download(url, part)
+                _download(credentials.place(url), part)
                 break
-            except ImportError as error:
-                raise ValueError(f"shard {url} needs another package: {error}") from None
-            except (OSError, HTTPException) as error:
+            except (ImportError, ValueError) as error:
+                told = credentials.hide(f"shard {url} cannot be fetched, or needs another package: {error}")
+                raise ValueError(told) from None
+            except Exception as error:  # packages that read a store raise what they like, and may tell its secrets
                 refused = isinstance(error, HTTPError) and error.code in (401, 403, 404, 410)
                 hopeless = refused or isinstance(error, FileNotFoundError | PermissionError)
-                if hopeless or attempt == TRIES - 1:
-                    raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
+                may_pass = isinstance(error, OSError | HTTPException) and not hopeless
+                if not may_pass or attempt == TRIES - 1:
+                    told = credentials.hide(f"shard {url} cannot be fetched ({error or type(error).__name__})")
+                    raise OSError(f"{told}: check address and access{_forgotten(error)}") from None
             time.sleep(self.pause * 2**attempt)
         part.replace(path)
         with locked(path.parent / "room.lock"):
@@ -100,7 +106,10 @@ def _download(url: str, part: Path) -> None:
 def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None]]:
     """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length)."""
     if url.startswith(("http://", "https://")):
-        with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=60) as response:
+        request = _request(url)
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        with urlopen(request, timeout=60) as response:
             start = start if response.status == 206 else 0  # a server without ranges sends all again
             length = response.headers["Content-Length"]
             total = start + int(length) if length else None
@@ -113,9 +122,42 @@ def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None]]:
     else:
         import fsspec  # s3://, gs:// and others, each with its own package
 
-        with fsspec.open(url) as file:
+        address, options = _of_store(url)
+        with fsspec.open(address, **options) as file:
             file.seek(start)
             yield file, start, getattr(file, "size", None)
+
+
+def _request(url: str) -> Request:
+    """A request for `url`, whose user and password go into a header, and not to where it may be redirected."""
+    address, user, password = _split(url)
+    request = Request(address)
+    if user or password:
+        token = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
+
+
+def _of_store(url: str) -> tuple[str, dict[str, str]]:
+    """(address, options) for fsspec, whose S3 takes no key and secret in the address."""
+    if not url.startswith(("s3://", "s3a://")):
+        return url, {}
+    address, key, secret = _split(url)
+    return address, {"key": key, "secret": secret} if key else {}
+
+
+def _split(url: str) -> tuple[str, str, str]:
+    """(`url` without them, user, password)."""
+    given = credentials.USER.search(url)
+    if not given:
+        return url, "", ""
+    user, _, password = given[0][:-1].partition(":")
+    return url[: given.start()] + url[given.end() :], unquote(user), unquote(password)
+
+
+def _forgotten(error: Exception) -> str:
+    is_refused = isinstance(error, PermissionError) or (isinstance(error, HTTPError) and error.code in (401, 403))
+    return "; credentials are in no saved config: the command gives them each time" if is_refused else ""
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 from safetensors.numpy import save_file
 
+from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, is_remote, locked
 from hive_scale.data.scan import Fault, ShardTable, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
@@ -112,7 +113,7 @@ def open_index(shards: Sequence[str], cache: ShardCache) -> Index:
 
 def _scan(shards: Sequence[str], cache: ShardCache) -> list[ShardTable]:
     scan = partial(scan_shard, cache=cache)
-    if not any(map(is_remote, shards)) and sum(map(os.path.getsize, shards)) < LONG_WORK:
+    if not any(map(is_remote, shards)) and sum(map(os.path.getsize, map(credentials.place, shards))) < LONG_WORK:
         return [scan(shard) for shard in shards]
     # forked, since a script without a __main__ guard must be able to open a set
     with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
@@ -123,9 +124,10 @@ def _index_path(shards: Sequence[str]) -> Path:
     if is_remote(shards[0]):
         names, beside, place = list(shards), None, ""
     else:
-        beside = Path(shards[0]).resolve().parent
+        beside = Path(credentials.place(shards[0])).resolve().parent
+        places = [shard if is_remote(shard) else os.path.abspath(credentials.place(shard)) for shard in shards]
         # relative names, so that a set that moves keeps its index
-        names = [shard if is_remote(shard) else os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
+        names = [place if is_remote(place) else os.path.relpath(place, beside) for place in places]
         place = str(beside)
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
     if beside is not None and beside != SAMPLE_DIR and os.access(beside, os.W_OK):
@@ -141,7 +143,7 @@ def _short(text: str) -> str:
 
 def _stamps(shards: Sequence[str]) -> list[list[int]]:
     """[size, time of change] of each shard; a remote one is taken to stay as it is."""
-    stats = [None if is_remote(shard) else os.stat(shard) for shard in shards]
+    stats = [None if is_remote(shard) else os.stat(credentials.place(shard)) for shard in shards]
     return [[stat.st_size, stat.st_mtime_ns] if stat else [0, 0] for stat in stats]
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, is_remote
 from hive_scale.data.images import FORMATS, upright_size
 
@@ -199,7 +200,7 @@ def _missing(shard: str, found: int) -> str:
     if is_remote(shard):
         return ""
     try:
-        told = json.loads(Path(f"{shard.removesuffix('.tar')}_stats.json").read_bytes())
+        told = json.loads(Path(f"{credentials.place(shard).removesuffix('.tar')}_stats.json").read_bytes())
         promised = int(told["successes"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
+from hive_scale import credentials
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
 from hive_scale.slurm import controller
@@ -69,6 +70,8 @@ class Record:
     then: dict[str, dict[str, Any]] = field(default_factory=dict)  # what follows the last stage
 
     def followers(self) -> dict[str, Follower]:
+        for name, fields in self.then.items():
+            configs.refuse_references(fields.get("words"), Path(f"then.{name}"))  # which a job would resolve
         return {name: Follower(**fields) for name, fields in self.then.items()}
 
     @staticmethod
@@ -97,6 +100,7 @@ def recorded(
     record.then = {name: asdict(follower) for name, follower in then.items()}
     configs.save(config, Record.path(config.run_dir).with_name("config.yaml"))
     record.write(config.run_dir)
+    credentials.keep(config.run_dir)
     return record
 
 

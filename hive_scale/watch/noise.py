@@ -12,6 +12,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
+from hive_scale import credentials
 from hive_scale.distributed import World
 from hive_scale.watch.terminal import console
 
@@ -78,11 +79,18 @@ class _File(WatchedFileHandler):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, delay=True)
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(_Discreet(FORMAT))
 
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
         return super()._open()
+
+
+class _Discreet(logging.Formatter):
+    """Clients of object stores log their requests, signatures included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return credentials.hide(super().format(record))
 
 
 class _Teller(logging.Handler):
@@ -97,7 +105,7 @@ class _Teller(logging.Handler):
         self._read = {path: path.stat().st_size for path in self._others()}  # earlier runs' are told
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"{record.name}: {record.getMessage()}".splitlines()[0]
+        text = credentials.hide(f"{record.name}: {record.getMessage()}").splitlines()[0]
         if text not in self._told:
             self._told.add(text)
             self._say(f"{record.levelname.lower()}: {text}")
