@@ -378,6 +378,9 @@ PRESETS: dict[str, Callable[..., Config]] = {
 }
 
 
+SAVED = {"name", "output", "model", "data", "stages", "engine", "log", "profile", "eval_interval", "evidence"}
+
+
 def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     """The run that a preset, a YAML file and ``key=value`` words describe, each overriding the one before.
 
@@ -413,7 +416,7 @@ def read_file(file: Path) -> dict[str, Any]:
 def _is_a_runs(file: Path, content: Mapping[str, Any]) -> bool:
     """Whether a run wrote `file`, by what it says or by where it lies: it may be a stranger's, and is no command."""
     folder = file.resolve().parent
-    says_all = {"output", "model", "data", "stages", "engine"} <= content.keys() and "preset" not in content
+    says_all = content.keys() >= SAVED and "preset" not in content
     signs = (place / name for place in (folder, folder.parent) for name in ("initial", "data.json", "slurm/chain.json"))
     return says_all or (file.name == "config.yaml" and any(sign.exists() for sign in signs))
 
