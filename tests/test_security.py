@@ -13,10 +13,11 @@ import tarfile
 import zipfile
 import zlib
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
 from threading import Thread
@@ -225,7 +226,9 @@ def damaged() -> bytes:
     return buffer.getvalue()
 
 
-def test_no_planted_secret_is_in_any_output(tmp_path: Path, guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_planted_secret_is_in_any_output(
+    tmp_path: Path, guarded: str, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A submitted run of one stage, by a local job, and everything that is made of it."""
     for name, value in {"XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "TMPDIR": "tmp"}.items():
         monkeypatch.setenv(name, str(tmp_path / value))
@@ -244,27 +247,22 @@ def test_no_planted_secret_is_in_any_output(tmp_path: Path, guarded: str, monkey
         sig=TYPED["sig"],
     )
     file.write_text(content)
-    submit = ["slurm/submit_pipeline.py", "--config", str(file)]
-    commands = [
-        ["launchers/pretrain.py", "--config", str(file), "--print_config"],
-        [*submit, "--dry_run"],
-        [*submit, "--cluster", "local"],
-        ["launchers/pretrain.py", "--config", str(file), "--log_level", "debug"],
-        ["launchers/export.py", "hive", str(run)],
-        ["launchers/export.py", "encoder", str(run)],
-        ["launchers/visualize.py", "report", str(run)],
-        ["slurm/submit_pipeline.py", "status", str(run)],
-    ]
-    with out.open("ab") as told:
-        for command in commands:
-            done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=told, stderr=told, check=False)
-            assert done.returncode == 0, f"{command}: {out.read_text()[-2000:]}"
+    submit = ["submit_pipeline", "--config", str(file), "--cluster", "local"]
+    with out.open("a") as told:
+        told.write(command("pretrain", "--config", str(file), "--print_config"))
+        told.write(command(*submit, "--dry_run"))
+        line = [sys.executable, "-m", "hive_scale", *submit]
+        job = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        told.write(job.stdout + job.stderr)
+        assert job.returncode == 0, job.stderr
+        for kind in ("hive", "encoder"):
+            told.write(command("export", kind, str(run)))
+        told.write(command("visualize", "report", str(run)))
         with wandb_server.serving() as server:
             monkeypatch.setenv("WANDB_BASE_URL", server.url)
-            sync = [sys.executable, "launchers/visualize.py", "sync", str(run)]
-            subprocess.run(sync, cwd=ROOT, stdout=told, stderr=told, check=True)
+            told.write(command("visualize", "sync", str(run)))
             assert server.asked
-            told.write("\n".join(server.asked).encode())
+            told.write("\n".join(server.asked))
     assert "read environment variables: SHARD_PASSWORD, SHARD_PATH" in out.read_text()
     kept = credentials.store(run)
     assert stat.S_IMODE(kept.stat().st_mode) == 0o600
@@ -279,6 +277,22 @@ def test_no_planted_secret_is_in_any_output(tmp_path: Path, guarded: str, monkey
         in (run / "export/hive/README.md").read_text()
     )
     assert [*run.rglob("*_submitted.pkl"), *run.rglob("run-*.wandb"), *run.rglob("events.*")]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command in this process, which knows the secrets; what it said."""
+    for ring in ("_given", "_hidden", "_places"):
+        monkeypatch.setattr(credentials, ring, {})
+
+    def run(name: str, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        code = import_module(f"hive_scale.commands.{name}").main()
+        said = "".join(capfd.readouterr())
+        assert code == 0, said
+        return said
+
+    return run
 
 
 def leaks(folder: Path, beside: Sequence[Path]) -> list[str]:
