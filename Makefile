@@ -6,7 +6,9 @@ RUN = $(VENV)/bin/python
 UV = .venv-uv/bin/uv
 CLUSTER = /tmp/hive-slurm
 
-.PHONY: install lock debug demo figures slurm-demo test test-newest test-oldest lint faults mutants clean
+SUPPLY = .venv-supply/bin
+
+.PHONY: install lock debug demo figures slurm-demo test test-newest test-oldest lint faults mutants sbom licences wheel clean
 
 # exactly the versions of the lock, which were tested together
 install: $(VENV)/installed
@@ -80,6 +82,7 @@ lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/bandit --quiet --configfile pyproject.toml --recursive hive_scale launchers slurm
 
 # files side by side: much of the time is spent waiting, for processes to start and for Slurm, of which there is one
 test: lint
@@ -93,5 +96,29 @@ faults: install
 mutants: install
 	$(RUN) tests/mutants.py
 
+# what is installed, for who must know it (CycloneDX)
+sbom: install $(SUPPLY)
+	$(SUPPLY)/cyclonedx-py environment $(VENV) --pyproject pyproject.toml --output-reproducible --output-file sbom.json
+
+# and under which licences; after each change of the lock
+licences: install $(SUPPLY)
+	{ echo '# Licences of what `make install` installs'; echo; \
+	echo 'As the packages state them, made by `make licences`. `cuda-toolkit` states none: it names packages of NVIDIA.'; \
+	echo; $(SUPPLY)/pip-licenses --python $(VENV)/bin/python --from mixed --format markdown --no-version \
+		--with-system --ignore-packages hive_scale; } > docs/licences.md
+
+$(SUPPLY):
+	$(PYTHON) -m venv .venv-supply
+	$@/pip install --quiet --disable-pip-version-check cyclonedx-bom==7.5.0 pip-licenses==5.5.5
+
+# of the last commit, the same bytes whoever builds it and when
+DIST = dist
+wheel: export SOURCE_DATE_EPOCH = $(shell git log -1 --format=%ct)
+wheel: install
+	rm -rf $(DIST)/source && mkdir -p $(DIST)/source
+	umask 022 && git archive HEAD | tar -x --no-same-permissions -C $(DIST)/source && $(VENV)/bin/python -m pip wheel \
+		--quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir $(DIST) $(DIST)/source
+	rm -rf $(DIST)/source
+
 clean:
-	rm -rf $(VENV) .venv-newest .venv-oldest .venv-uv runs build *.egg-info
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-uv .venv-supply runs build dist sbom.json *.egg-info

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,7 +52,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     """The run that `arguments` name, changed by `words`. Raises ValueError with the remedy."""
-    from hive_scale import presets
+    from hive_scale import credentials, presets
     from hive_scale.rundir import at_home
 
     given = {"ds_config": arguments.ds_config and find_ds_config(arguments.ds_config)}
@@ -60,6 +62,8 @@ def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     config = presets.load(preset, arguments.config, [*words, *engine])
     if arguments.config and not any(word.startswith(("output=", "name=")) for word in words):
         config = at_home(config, arguments.config)
+    if (named := credentials.variables()) and os.environ.get("RANK", "0") == "0":
+        print(f"the command's shards read environment variables: {', '.join(named)}", file=sys.stderr)
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hive_scale import credentials
 from hive_scale.atomic import write_text
 from hive_scale.strict_json import dumps
 
@@ -74,11 +75,15 @@ class ModelConfig:
             raise ValueError(f"model.density={self.density} is a share: set it above 0 and at most 1")
 
 
+SHARDS = ("train", "heldout")  # keys of the patterns of shards
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges, globs or URLs; ``sample:train`` is the shipped set.
 
-    ``3 x small/*.tar`` reads a set three times in each epoch of the whole, ``0.5 x large/*.tar`` half of it.
+    ``3 x small/*.tar`` reads a set three times in each epoch of the whole, ``0.5 x large/*.tar`` half of it. What is
+    secret of a URL is taken out of it and kept apart: see `credentials`.
     """
 
     train: list[str] = field(default_factory=lambda: ["sample:train"])
@@ -107,6 +112,8 @@ class DataConfig:
             raise ValueError(f"data.threads={self.threads} must be at least 1")
         if self.window < 1:
             raise ValueError(f"data.window={self.window} must be at least 1; 1 keeps the order inside shards")
+        for name in SHARDS:  # however a config is made, no credential is in it
+            object.__setattr__(self, name, [credentials.take(pattern) for pattern in getattr(self, name)])
 
 
 @dataclass(frozen=True)
@@ -144,6 +151,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if isinstance(self.data, DataConfig):  # given in Python: all of its keys
             object.__setattr__(self, "data", asdict(self.data))
+        if self.data:
+            object.__setattr__(self, "data", _without_credentials(self.data))
         if not self.groups:
             raise ValueError("a stage without groups trains nothing: name at least one {parameters, lr} group")
         for name in ("global_batch", "micro_batch"):
@@ -314,6 +323,14 @@ class Config:
             raise ValueError(f"stages.{stage}.data: {str(error).removeprefix('config: ')}") from None
 
 
+def _without_credentials(data: dict[str, Any]) -> dict[str, Any]:
+    """A stage's `data`, whose values may be of a wrong type still."""
+    lists = {name: data[name] for name in SHARDS if isinstance(data.get(name), list)}
+    return data | {
+        name: [credentials.take(one) if isinstance(one, str) else one for one in value] for name, value in lists.items()
+    }
+
+
 # What a run directory holds besides its stages: no stage can have these names.
 TAKEN = frozenset(
     [
@@ -325,37 +342,106 @@ TAKEN = frozenset(
 STAGE_NAME = re.compile(r"\w(?:[\w.+ -]*[\w.+-])?")
 NAMING = "begin with a letter or digit, go on with letters, digits, '_', '-', '+', '.' or spaces, at most 100"
 
+
 T = TypeVar("T")  # Config, or another dataclass of settings
 # YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
 LITERAL = re.compile(r"\d+:\d+|on|off|")
-RANGE = re.compile(r"\{\d+\.\.\d+\}")  # of shards; to YAML a brace begins a mapping
+RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # of shards, or a variable; to YAML a brace begins a mapping
 IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
 QUOTED = re.compile(IN_QUOTES)
 ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # of a list
+RESOLVER = re.compile(r"\$\{[^}]*:")  # reads the environment or runs code; ${another.key} does not
+SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
+SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|AKIA[A-Z0-9]{16})\b")  # Hugging Face, GitHub, AWS
 
 
 def resolve(base: T, *layers: Any) -> T:
-    """`base` overridden by each layer in turn: a mapping, a YAML path, or a list of ``key=value`` words.
+    """`base` overridden by each layer in turn: a mapping, the path of a saved YAML, or a list of ``key=value`` words.
 
-    Raises ValueError that names the nearest key for a typo, and the remedy for a bad value.
+    Mappings and words are the user's own: ``${another.key}`` is filled in, and patterns of shards may name variables.
+    A saved config refers to nothing. Raises ValueError that names the nearest key for a typo, and the remedy for a bad
+    value.
     """
     node = cast(DictConfig, OmegaConf.structured(base))
     try:
+        _own(OmegaConf.to_container(node))  # a preset's arguments are words, too
         for layer in layers:
             _unlock(node)  # frozen dataclasses make read-only nodes
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
             read = _read(layer, type(base))
             _check_text(type(base), OmegaConf.to_container(read, resolve=False))
+            if isinstance(layer, Path):
+                refuse_references(OmegaConf.to_container(read), layer)
+            else:
+                read = OmegaConf.create(_own(OmegaConf.to_container(read)))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
-        return cast(T, OmegaConf.to_object(node))
+        found = cast(T, OmegaConf.to_object(node))
+        refuse_references(asdict(cast(Any, found)), None)
+        return found
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
         message = str(error).splitlines()[0]
         if "is not a ListConfig" in message:
             message = "a list is wanted here: [a, b]"
-        raise ValueError(f"config: {error.full_key or ''}: {message}") from None
+        raise ValueError(f"config: {error.full_key or ''}: {credentials.hide(message)}") from None
+
+
+def refuse_references(content: Any, file: Path | None) -> None:
+    """Raises ValueError if a value of `content`, which a run or a stranger wrote into `file`, refers to anything.
+
+    A reference may read any variable of whoever opens the file, and what it stands for would be written on.
+    """
+    for key, text in _strings(content):
+        if "${" in text:
+            raise ValueError(
+                f"{file or 'config'}: {key}: {text}: what a run wrote, or is to write, refers to no variable, file or "
+                "code: put the value itself there, or give it in your own command"
+            )
+
+
+def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a config as plain data."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping | list | tuple):
+        for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _strings(child, f"{key}.{name}" if key else str(name))
+
+
+def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> Any:
+    """A config of the user's own as plain data, each variable that a pattern of shards names being but its name.
+
+    Raises ValueError for other references to the environment, files or code, and for a secret.
+    """
+    secrets = credentials.secret_variables() if secrets is None else secrets
+    if isinstance(node, Mapping):
+        return {name: _own(child, f"{key}.{name}" if key else str(name), secrets) for name, child in node.items()}
+    if isinstance(node, list | tuple):
+        return [_own(child, f"{key}.{place}", secrets) for place, child in enumerate(node)]
+    if not isinstance(node, str):
+        return node
+    if SHARDS_KEY.fullmatch(key):
+        if credentials.VARIABLE.search(node):
+            return credentials.take(node, own=True)
+    elif "://" in node and credentials.public(node) != node:
+        raise ValueError(f"config: {key}: a URL with credentials would be written into the run: only shards have such")
+    if RESOLVER.search(node):
+        raise ValueError(
+            f"config: {key}: {node} would be written into the run: only data.train and data.heldout may name a "
+            "variable, as ${oc.env:NAME}; elsewhere give the value itself, as the shell does for $NAME"
+        )
+    shown = credentials.public(node)
+    told = next((name for name, value in secrets.items() if value in shown), "")
+    if told or TOKEN.search(shown) or SECRET_KEY.fullmatch(key):
+        what = f"holds the value of the variable {told}" if told else "holds what looks like a secret"
+        raise ValueError(
+            f"config: {key} {what}, and a config is written down: leave it to the environment, or in data.train and "
+            f"data.heldout write ${{oc.env:{told or 'NAME'}}}"
+        )
+    return node
 
 
 def save(config: Config, path: Path) -> None:
@@ -470,6 +556,19 @@ def _read(layer: Any, kind: type) -> DictConfig | ListConfig:
     return cast(DictConfig, OmegaConf.create(layer))
 
 
+def without_credentials(word: str) -> str:
+    """A ``key=value`` word of the user's for another command, as it may be written down; others are as they are."""
+    key, _, value = word.partition("=")
+    if "://" not in value and "${" not in value:
+        return word
+    read = OmegaConf.create(_own(OmegaConf.to_container(_read_word(word, Config))))
+    found = OmegaConf.select(read, key)
+    plain = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found
+    if SHARDS_KEY.fullmatch(key) and isinstance(plain, list):
+        plain = [credentials.take(one) if isinstance(one, str) else one for one in plain]
+    return f"{key}={dumps(plain)}"
+
+
 def read_yaml(file: Path) -> DictConfig | ListConfig:
     """Raises ValueError that names file and line if it is no YAML.
 
@@ -493,11 +592,12 @@ def _read_word(word: str, kind: type) -> DictConfig:
     """`word` as a layer over a config of type `kind`."""
     key, is_one, value = word.partition("=")
     if not is_one:
-        raise ValueError(f"config: '{word}' is not key=value")
+        raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
     try:
         return OmegaConf.from_dotlist([f"{key}={_quoted(value, _type_of(kind, key.split('.')))}"])
     except YAMLError as error:
-        raise ValueError(f"config: {key}={value}: not YAML: {_in_a_line(error)}: put it in quotation marks") from None
+        told = credentials.hide(f"{key}={value}: not YAML: {_in_a_line(error)}")
+        raise ValueError(f"config: {told}: put it in quotation marks") from None
 
 
 def _type_of(kind: Any, keys: Sequence[str]) -> Any:

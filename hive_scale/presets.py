@@ -6,7 +6,7 @@ A preset's own arguments (``fusion=concat``) may be given among those words.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,6 +24,7 @@ from hive_scale.config import (
     StageConfig,
     TokenizerConfig,
     read_yaml,
+    refuse_references,
     resolve,
 )
 
@@ -377,12 +378,17 @@ PRESETS: dict[str, Callable[..., Config]] = {
 }
 
 
+SAVED = {"name", "output", "model", "data", "stages", "engine", "log", "profile", "eval_interval", "evidence"}
+
+
 def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     """The run that a preset, a YAML file and ``key=value`` words describe, each overriding the one before.
 
     A file may name the preset it extends (``preset: debug``). Raises ValueError with the remedy.
     """
     layer: dict[str, Any] = read_file(file) if file else {}
+    if file and _is_a_runs(file, layer):
+        refuse_references(layer, file)
     named = layer.pop("preset", None)
     if file and not preset and not named:
         base = Config()  # the file says everything, as one saved by a run does
@@ -405,6 +411,14 @@ def read_file(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys to values")
     return {str(key): value for key, value in content.items()}
+
+
+def _is_a_runs(file: Path, content: Mapping[str, Any]) -> bool:
+    """Whether a run wrote `file`, by what it says or by where it lies: it may be a stranger's, and is no command."""
+    folder = file.resolve().parent
+    says_all = content.keys() >= SAVED and "preset" not in content
+    signs = (place / name for place in (folder, folder.parent) for name in ("initial", "data.json", "slurm/chain.json"))
+    return says_all or (file.name == "config.yaml" and any(sign.exists() for sign in signs))
 
 
 def _find(name: str) -> Callable[..., Config]:

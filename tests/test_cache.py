@@ -44,6 +44,10 @@ class Remote:
     short_range: bool = False  # parts are at most 1000 bytes, and say so
     next_version: bytes = b""  # of every file, behind the first request
     requests: list[str] = field(default_factory=list)
+    login: str = ""  # what each request must have for Authorization
+    redirect: dict[str, str] = field(default_factory=dict)
+    authorizations: list[str] = field(default_factory=list)  # what requests had
+    authorized: list[str] = field(default_factory=list)  # and which
 
 
 @pytest.fixture
@@ -54,6 +58,17 @@ def remote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Remote]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             state.requests.append(self.path)
+            if given := self.headers["Authorization"]:
+                state.authorizations.append(given)
+                state.authorized.append(self.path)
+            if self.path in state.redirect:
+                self.send_response(302)
+                self.send_header("Location", state.redirect[self.path])
+                self.end_headers()
+                return
+            if state.login and given != state.login:
+                self.send_error(401)
+                return
             content = state.files.get(self.path.lstrip("/"))
             if state.silent:
                 time.sleep(0.3)

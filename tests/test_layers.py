@@ -22,6 +22,7 @@ LEAVES = {
     "chat_template",
     "config",
     "atomic",
+    "credentials",
     "batch",
     "checksums",
     "distributed",

@@ -5,27 +5,38 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import stat
 import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 import zlib
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
 
 import pytest
 import tiny
 import torch
+import wandb_server
 
-from hive_scale import presets
+from hive_scale import credentials, presets
 from hive_scale.checkpoint.store import Store
 from hive_scale.config import Config, PartConfig
+from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.distributed import World, session
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import open_data
 
+ROOT = Path(__file__).resolve().parents[1]
 SECRETS = {
     "WANDB_API_KEY": "0123secretwandb",
     "HF_TOKEN": "hf_0123secrethub",
@@ -142,3 +153,179 @@ def test_a_run_directory_that_cannot_be_written_is_told_in_one_line(tmp_path: Pa
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+# -- planted in every input, looked for in every output -------------------------------------------------------
+
+PLANTED = {
+    "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567",
+    "HF_TOKEN": "hf_plantedhubtokenplantedhubtoken",
+    "AWS_SECRET_ACCESS_KEY": "planted/aws+secret",
+    "SHARD_PATH": "planted-path",
+    "SHARD_PASSWORD": "planted-password",
+}
+TYPED = {"me": "planted-typed", "sig": "planted%2Bsignature"}  # what the user types into a URL
+LOGINS = {b64encode(f"me:{password}".encode()).decode() for password in ("planted-password", "planted-typed")}
+ONE_STAGE = """
+name: planted
+output: {output}
+model:
+  vision: {{config: {vision}}}
+  language: {{config: {language}}}
+data:
+  train: ['{typed}/train.tar?sig={sig}&se=2030-01-01', '{referred}/more.tar']
+  heldout: ['{referred}/heldout.tar']
+  max_bad_samples: 9
+stages: {{only: {{steps: 2, global_batch: 4, groups: {{all: {{parameters: ['*'], lr: 1e-3}}}}}}}}
+engine: {{precision: fp32}}
+log: {{wandb: offline, tensorboard: true}}
+"""
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """The address of a server whose files want a password, and one of them a signature as well."""
+    shards = {"train.tar": "train-00000.tar", "heldout.tar": "heldout-00000.tar"}
+    with served(shards) as address:
+        yield address
+
+
+@contextmanager
+def served(shards: dict[str, str]) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path, _, query = self.path.partition("?")
+            name = path.rpartition("/")[2]
+            login = (self.headers["Authorization"] or "").removeprefix("Basic ")
+            signed = path == "/planted-path/" + name or f"sig={TYPED['sig']}" in query
+            if login not in LOGINS or not signed:
+                self.send_error(401)
+                return
+            content = damaged() if name == "more.tar" else (SAMPLE_DIR / shards[name]).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def damaged() -> bytes:
+    """A tar with one sample that is none."""
+    buffer = BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in (("a.png", png(64, 64)), ("a.txt", b"black"), ("b.txt", b"alone")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, BytesIO(content))
+    return buffer.getvalue()
+
+
+def test_no_planted_secret_is_in_any_output(
+    tmp_path: Path, guarded: str, command: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A submitted run of one stage, by a local job, and everything that is made of it."""
+    for name, value in {"XDG_CACHE_HOME": "cache", "XDG_CONFIG_HOME": "config", "TMPDIR": "tmp"}.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+        (tmp_path / value).mkdir()
+    for name, value in (PLANTED | {"no_proxy": "*", "OMP_NUM_THREADS": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    run, file, out = tmp_path / "out" / "run", tmp_path / "mine.yaml", tmp_path / "out" / "told.txt"
+    out.parent.mkdir()
+    content = ONE_STAGE.format(
+        output=run,
+        vision=json.dumps(tiny.SIGLIP),
+        language=json.dumps(tiny.language(vocab_size=259)),
+        typed=f"http://me:{TYPED['me']}@{guarded}",
+        referred=f"http://me:${{oc.env:SHARD_PASSWORD}}@{guarded}/${{oc.env:SHARD_PATH}}",
+        sig=TYPED["sig"],
+    )
+    file.write_text(content)
+    submit = ["submit_pipeline", "--config", str(file), "--cluster", "local"]
+    with out.open("a") as told:
+        told.write(command("pretrain", "--config", str(file), "--print_config"))
+        told.write(command(*submit, "--dry_run"))
+        line = [sys.executable, "-m", "hive_scale", *submit]
+        job = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        told.write(job.stdout + job.stderr)
+        assert job.returncode == 0, job.stderr
+        for kind in ("hive", "encoder"):
+            told.write(command("export", kind, str(run)))
+        told.write(command("visualize", "report", str(run)))
+        with wandb_server.serving() as server:
+            monkeypatch.setenv("WANDB_BASE_URL", server.url)
+            told.write(command("visualize", "sync", str(run)))
+            assert server.asked
+            told.write("\n".join(server.asked))
+    assert "read environment variables: SHARD_PASSWORD, SHARD_PATH" in out.read_text()
+    kept = credentials.store(run)
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert TYPED["me"] in kept.read_text()
+    assert not [name for name, value in PLANTED.items() if value in kept.read_text()]
+    assert leaks(tmp_path, beside=(file, kept)) == []
+    for made in ("bad_samples.jsonl", "config.yaml", "slurm/config.yaml", "slurm/chain.json", "report.html"):
+        assert (run / made).stat().st_size, made
+    assert f"http://{guarded}/$SHARD_PATH/more.tar" in (run / "bad_samples.jsonl").read_text()
+    assert (
+        f"http://{guarded}/train.tar, http://{guarded}/$SHARD_PATH/more.tar"
+        in (run / "export/hive/README.md").read_text()
+    )
+    assert [*run.rglob("*_submitted.pkl"), *run.rglob("run-*.wandb"), *run.rglob("events.*")]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs a command in this process, which knows the secrets; what it said."""
+    for ring in ("_given", "_hidden", "_places"):
+        monkeypatch.setattr(credentials, ring, {})
+
+    def run(name: str, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        code = import_module(f"hive_scale.commands.{name}").main()
+        said = "".join(capfd.readouterr())
+        assert code == 0, said
+        return said
+
+    return run
+
+
+def leaks(folder: Path, beside: Sequence[Path]) -> list[str]:
+    """Which of the planted secrets, in clear or as it goes over a wire, is in which file, or in its name."""
+    secrets = [*PLANTED.values(), *TYPED.values(), *(unquote(value) for value in TYPED.values()), *LOGINS]
+    found = []
+    for path in folder.rglob("*"):
+        content = path.read_bytes() if path.is_file() and path not in beside else b""
+        content = content + b"".join(texts_in(content)) + str(path.relative_to(folder)).encode()
+        found += [f"{secret} in {path}" for secret in secrets if secret.encode() in content]
+    return found
+
+
+def texts_in(content: bytes) -> Iterator[bytes]:
+    """What is packed in a file: of archives each member."""
+    if zipfile.is_zipfile(BytesIO(content)):
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            yield from (archive.read(name) for name in archive.namelist())
+
+
+def test_a_run_goes_on_with_a_new_signature(
+    tmp_path: Path, guarded: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "*")
+    for day in ("monday", "tuesday"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / day))  # purged since
+        monkeypatch.setitem(TYPED, "sig", day)
+        config = small(tmp_path / "run")
+        url = f"http://me:planted-typed@{guarded}/train.tar?sig={day}&se={day}"
+        config = replace(config, data=replace(config.data, train=[url]))
+        run_pipeline(config, world, until={"monday": "projector", "tuesday": "language"}[day])
+    assert (tmp_path / "run" / "language" / "weights.safetensors").is_file()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "wednesday"))
+    monkeypatch.setitem(TYPED, "sig", "wednesday")
+    with pytest.raises(OSError, match=r"train\.tar cannot be fetched .*the command gives them each time"):
+        run_pipeline(config, world)

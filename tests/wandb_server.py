@@ -17,11 +17,12 @@ HISTORY = "wandb-history.jsonl"
 
 
 class Server(ThreadingHTTPServer):
-    """`history`: by run id, the lines that it was sent."""
+    """`history`: by run id, the lines that it was sent; `asked`: all that it was sent."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.history: dict[str, list[str]] = defaultdict(list)
+        self.asked: list[str] = []
 
     def handle_error(self, *_: Any) -> None:
         """A client that leaves resets its connections."""
@@ -61,6 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append(f"{self.path} {body.decode(errors='replace')}")
         found: dict[str, Any] = {}
         if self.path == "/graphql":
             asked = json.loads(body)

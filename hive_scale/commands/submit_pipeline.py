@@ -121,12 +121,14 @@ def resume(words: list[str]) -> int:
 def _read(run: Path) -> tuple[Config, Record]:
     """The run in directory `run`, as submitted; enters the directory that its relative paths begin in."""
     from hive_scale import config as configs
+    from hive_scale import credentials
     from hive_scale.slurm.chain import Record
 
     record = Record.read(run)
     if record is None:
         raise ValueError(f"{run} was not submitted from here: there is no {Record.path(run)}")
     config = replace(configs.load(run / "slurm" / "config.yaml"), output=str(run.absolute()))
+    credentials.recall(run)
     os.chdir(record.cwd)
     return config, record
 

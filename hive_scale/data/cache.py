@@ -5,6 +5,7 @@ Reads keep to the few shards of a window (see `order`), so a cache that holds so
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
 import random
@@ -17,10 +18,12 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import unquote
 from urllib.request import Request, urlopen
 
 import xxhash
 
+from hive_scale import credentials
 from hive_scale.data.sources.packages import cache_dir
 from hive_scale.pulse import tick
 from hive_scale.shared_files import locked, own_lock
@@ -35,7 +38,7 @@ drawn = random.Random()  # its own, so that waiting moves nobody's random number
 
 
 def is_remote(shard: str) -> bool:
-    return "://" in shard
+    return "://" in credentials.place(shard)
 
 
 def digest_of(descriptor: int) -> str:
@@ -67,7 +70,7 @@ class ShardCache:
         for one that does not come.
         """
         if not is_remote(shard):
-            return os.open(shard, os.O_RDONLY)
+            return os.open(credentials.place(shard), os.O_RDONLY)
         stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(shard.encode())
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
@@ -109,25 +112,28 @@ class ShardCache:
 
     def _download(self, url: str, part: Path) -> None:
         versions = set[str]()
-        furthest, ends, pause, told = 0, time.monotonic() + self.retry_seconds, self.pause, False
+        furthest, ends, pause, warned = 0, time.monotonic() + self.retry_seconds, self.pause, False
         while True:
             try:
-                return _append(url, part, versions)
-            except ImportError as error:
-                raise ValueError(f"shard {url} needs another package: {error}") from None
+                return _append(credentials.place(url), part, versions)
+            except (ImportError, ValueError) as error:
+                told = credentials.hide(f"shard {url} cannot be fetched, or needs another package: {error}")
+                raise ValueError(told) from None
             except Exception as error:
+                reason = credentials.hide(str(error) or type(error).__name__)  # which may tell a store's secrets
                 if _is_refused(error):
-                    raise OSError(f"shard {url} cannot be fetched ({error}): check address and access") from None
+                    message = f"shard {url} cannot be fetched ({reason}): check address and access{_forgotten(error)}"
+                    raise OSError(message) from None
                 if not _may_pass(error):
                     raise
                 if part.exists() and part.stat().st_size > furthest:  # it comes, if in pieces
                     furthest, ends, pause = part.stat().st_size, time.monotonic() + self.retry_seconds, self.pause
                 if time.monotonic() >= ends:
-                    waited = f"{error}, for {self.retry_seconds:.0f} s: data.retry_seconds"
+                    waited = f"{reason}, for {self.retry_seconds:.0f} s: data.retry_seconds"
                     raise TryAgain(f"shard {url} cannot be fetched ({waited})") from None
-                if not told:
-                    logger.warning("shard %s does not come (%s): it is asked for again", url, error)
-                    told = True
+                if not warned:
+                    logger.warning("shard %s does not come (%s): it is asked for again", url, reason)
+                    warned = True
             tick()
             # at a random time, so that those who failed together do not all come back together
             time.sleep(drawn.uniform(0.0, pause))
@@ -196,7 +202,10 @@ def _append(url: str, part: Path, versions: set[str]) -> None:
 def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
     """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length; ETag)."""
     if url.startswith(("http://", "https://")):
-        with urlopen(Request(url, headers={"Range": f"bytes={start}-"} if start else {}), timeout=TIMEOUT) as response:
+        request = _request(url)
+        if start:
+            request.add_header("Range", f"bytes={start}-")
+        with urlopen(request, timeout=TIMEOUT) as response:  # nosec B310 # http or https, as was just seen
             start = start if response.status == 206 else 0  # a server without ranges sends all again
             length = response.headers["Content-Length"]
             total = start + int(length) if length else None
@@ -209,6 +218,39 @@ def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
     else:
         import fsspec  # s3://, gs:// and others, each with its own package
 
-        with fsspec.open(url) as file:
+        address, options = _of_store(url)
+        with fsspec.open(address, **options) as file:
             file.seek(start)
             yield file, start, getattr(file, "size", None), ""
+
+
+def _request(url: str) -> Request:
+    """A request for `url`, whose user and password go into a header, and not to where it may be redirected."""
+    address, user, password = _split(url)
+    request = Request(address)
+    if user or password:
+        token = base64.b64encode(f"{user}:{password}".encode()).decode()
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    return request
+
+
+def _of_store(url: str) -> tuple[str, dict[str, str]]:
+    """(address, options) for fsspec, whose S3 takes no key and secret in the address."""
+    if not url.startswith(("s3://", "s3a://")):
+        return url, {}
+    address, key, secret = _split(url)
+    return address, {"key": key, "secret": secret} if key else {}
+
+
+def _split(url: str) -> tuple[str, str, str]:
+    """(`url` without them, user, password)."""
+    given = credentials.USER.search(url)
+    if not given:
+        return url, "", ""
+    user, _, password = given[0][:-1].partition(":")
+    return url[: given.start()] + url[given.end() :], unquote(user), unquote(password)
+
+
+def _forgotten(error: Exception) -> str:
+    is_refused = isinstance(error, PermissionError) or (isinstance(error, HTTPError) and error.code in (401, 403))
+    return "; credentials are in no saved config: the command gives them each time" if is_refused else ""

@@ -29,6 +29,7 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, is_remote
 from hive_scale.data.scan import Fault, ShardTable, Stamp, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
@@ -124,9 +125,10 @@ def _places(shards: Sequence[str]) -> list[Path]:
     if is_remote(shards[0]):
         names, beside = list(shards), None
     else:
-        beside = Path(shards[0]).resolve().parent
+        beside = Path(credentials.place(shards[0])).resolve().parent
+        places = [shard if is_remote(shard) else os.path.abspath(credentials.place(shard)) for shard in shards]
         # relative names, so that a set that moves keeps its index
-        names = [shard if is_remote(shard) else os.path.relpath(os.path.abspath(shard), beside) for shard in shards]
+        names = [place if is_remote(place) else os.path.relpath(place, beside) for place in places]
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
     own = cache_dir() / "indices" / f"{_short(str(beside or ''))}-{name}"
     return [own] if beside in (None, SAMPLE_DIR) else [beside / name, own]
@@ -155,7 +157,7 @@ def _is_fresh(index: Index) -> bool:
 
 
 def _looks_the_same(shard: str, stamp: Stamp) -> bool:
-    return is_remote(shard) or stamp.fits(os.stat(shard))
+    return is_remote(shard) or stamp.fits(os.stat(credentials.place(shard)))
 
 
 def _scan(shards: Sequence[str], old: Index | None, cache: ShardCache) -> list[ShardTable]:
@@ -164,7 +166,7 @@ def _scan(shards: Sequence[str], old: Index | None, cache: ShardCache) -> list[S
     tables = {i: _table(old, i) for i, stamp in enumerate(stamps) if old and _looks_the_same(shards[i], stamp)}
     left = [i for i in range(len(shards)) if i not in tables]
     scan, to_do = partial(scan_shard, cache=cache), [shards[i] for i in left]
-    if not any(map(is_remote, to_do)) and sum(map(os.path.getsize, to_do)) < LONG_WORK:
+    if not any(map(is_remote, to_do)) and sum(map(os.path.getsize, map(credentials.place, to_do))) < LONG_WORK:
         tables |= zip(left, map(scan, to_do), strict=True)
     else:
         # forked, since a script without a __main__ guard must be able to open a set

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, digest_of, is_remote
 from hive_scale.data.images import FORMATS, upright_size
 from hive_scale.pulse import tick
@@ -225,7 +226,7 @@ def _missing(shard: str, found: int) -> str:
     if is_remote(shard):
         return ""
     try:
-        told = json.loads(Path(f"{shard.removesuffix('.tar')}_stats.json").read_bytes())
+        told = json.loads(Path(f"{credentials.place(shard).removesuffix('.tar')}_stats.json").read_bytes())
         promised = int(told["successes"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ""

@@ -14,6 +14,7 @@ from typing import Any
 
 from braceexpand import braceexpand
 
+from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, digest_of, is_remote
 from hive_scale.data.scan import Stamp
 
@@ -22,7 +23,7 @@ SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship wi
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one pattern, and how many epochs of them one epoch of the whole has."""
+    """The shards of one pattern, by their public names, and how many epochs of them one epoch of the whole has."""
 
     pattern: str
     shards: list[str]
@@ -49,33 +50,43 @@ def all_shards(sets: Sequence[ShardSet]) -> list[str]:
 
 
 def _expand_one(pattern: str) -> ShardSet:
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) x (.+)", pattern)
-    repeats, pattern = (float(match[1]), match[2]) if match else (1.0, pattern)
+    shown = credentials.take(pattern)
+    repeats, bare = _share(shown)
     if repeats == 0:
-        raise ValueError(f"'{pattern}' is to be read 0 times: leave it out, or give it a share above 0")
-    return ShardSet(pattern, _find(pattern), repeats)
+        raise ValueError(f"'{bare}' is to be read 0 times: leave it out, or give it a share above 0")
+    places = _find(_share(credentials.private(shown))[1], bare)
+    return ShardSet(bare, [credentials.name(shown, place) for place in places], repeats)
 
 
-def _find(pattern: str) -> list[str]:
+def _share(pattern: str) -> tuple[float, str]:
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) x (.+)", pattern)
+    return (float(match[1]), match[2]) if match else (1.0, pattern)
+
+
+def _find(pattern: str, shown: str) -> list[str]:
+    """Where the shards of `pattern` lie; to a user it is `shown`."""
     if pattern.startswith("sample:"):
         name = pattern.removeprefix("sample:")
         found = sorted(str(path) for path in SAMPLE_DIR.glob(f"{name}-*.tar"))
         if not found:
-            raise ValueError(f"no packaged set '{pattern}': use sample:train or sample:heldout")
+            raise ValueError(f"no packaged set '{shown}': use sample:train or sample:heldout")
         return found
     if pattern.startswith("pipe:"):
-        raise ValueError(f"shard '{pattern}' would run a command: name a path or a URL")
+        raise ValueError(f"shard '{shown}' would run a command: name a path or a URL")
     if is_remote(pattern):
         return list(braceexpand(pattern))
     paths: list[str] = []
     for path in braceexpand(pattern):
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
-        for one in found:
-            if not os.path.isfile(one):
-                raise ValueError(f"shard {one} of '{pattern}' is missing: correct the pattern, or make the shard again")
+        if missing := [one for one in found if not os.path.isfile(one)]:
+            what = missing[0] if shown == pattern else "a shard"
+            asked = " (is $NAME for a variable of the command that began the run? Give that command)" * ("$" in pattern)
+            raise ValueError(
+                f"shard {what} of '{shown}' is missing{asked}: correct the pattern, or make the shard again"
+            )
         paths += found
     if not paths:
-        raise ValueError(f"no shard matches '{pattern}': correct the pattern, or make the shards with prepare_data.py")
+        raise ValueError(f"no shard matches '{shown}': correct the pattern, or make the shards with prepare_data.py")
     return paths
 
 

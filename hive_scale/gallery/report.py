@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hive_scale import config as configs
+from hive_scale.credentials import public
 from hive_scale.evaluate.captions import write
 from hive_scale.gallery.looks import attention, gradients
 from hive_scale.gallery.runs import Run
@@ -125,7 +126,8 @@ def _memory(run: Run, several: bool) -> dict[str, str]:
 def _faults(run: Run) -> list[dict[str, str]]:
     told = _json_lines(run.dir / "bad_samples.jsonl")
     faults = [fault for fault in told if all(isinstance(fault.get(key), str) for key in ("reason", "shard", "key"))]
-    first = {fault["reason"]: f"{fault['shard']}: {fault['key']}" for fault in reversed(faults)}
+    # a run of an earlier version noted its shards as they were given
+    first = {fault["reason"]: f"{public(fault['shard'])}: {fault['key']}" for fault in reversed(faults)}
     counts = Counter(fault["reason"] for fault in faults)
     return [
         {"run": run.name, "reason": reason, "samples": str(count), "such as": first[reason]}

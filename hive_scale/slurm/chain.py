@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
+from hive_scale import credentials
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
@@ -71,6 +72,8 @@ class Record:
     then: dict[str, dict[str, Any]] = field(default_factory=dict)  # what follows the last stage
 
     def followers(self) -> dict[str, Follower]:
+        for name, fields in self.then.items():
+            configs.refuse_references(fields.get("words"), Path(f"then.{name}"))  # which a job would resolve
         return {name: Follower(**fields) for name, fields in self.then.items()}
 
     @staticmethod
@@ -113,6 +116,7 @@ def recorded(
     record.then = {name: asdict(follower) for name, follower in then.items()}
     configs.save(config, Record.path(config.run_dir).with_name("config.yaml"))
     record.write(config.run_dir)
+    credentials.keep(config.run_dir)
     return record
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission
 
 from hive_scale import config as configs
+from hive_scale import credentials
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.slurm.then import Follower, Followers
@@ -94,6 +95,7 @@ class StageJob(ChainJob):
 
     def _run(self) -> int:
         began = datetime.now()
+        credentials.recall(self.config.run_dir)
         with noting() as asked:
             return self._train(began, asked)
 
@@ -137,6 +139,7 @@ class FollowerJob(ChainJob):
         from hive_scale.distributed import rank
 
         began, is_main = datetime.now(), rank() == 0
+        credentials.recall(self.config.run_dir)
         if is_main:
             self.begin(began)
         # training heeds signals by itself; what else runs here has written all that it will not do twice

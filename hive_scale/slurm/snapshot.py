@@ -26,7 +26,7 @@ def take(folder: Path, ds_config: str) -> Path:
     if not target.exists():
         unnamed = target.with_suffix(".tmp")
         shutil.rmtree(unnamed, ignore_errors=True)
-        shutil.copytree(PACKAGE, unnamed / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, unnamed / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
         if ds_config:
             shutil.copyfile(ds_config, unnamed / DS_CONFIG)
         unnamed.rename(target)
@@ -34,4 +34,6 @@ def take(folder: Path, ds_config: str) -> Path:
 
 
 def _is_source(path: Path) -> bool:
-    return path.is_file() and "__pycache__" not in path.parts
+    """Hidden files are none: a .env has secrets."""
+    inside = path.relative_to(PACKAGE).parts
+    return path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in inside)

@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hive_scale.atomic import write_text
-from hive_scale.config import Config
+from hive_scale.config import Config, without_credentials
 from hive_scale.strict_json import dumps
 
 PREFIX = "then."
@@ -98,7 +98,7 @@ def read(names: str, words: Sequence[str], config: Config) -> dict[str, Follower
         "evaluate": (before, [asked, "--tasks", TASKS], ["--output", f"{run}/evaluation"]),
     }
     return {
-        name: Follower(LAUNCHERS[name], after, [*first, *more.get(name, []), *fixed])
+        name: Follower(LAUNCHERS[name], after, [*first, *map(without_credentials, more.get(name, [])), *fixed])
         for name, (after, first, fixed) in made.items()
         if name in wanted
     }

@@ -12,6 +12,7 @@ from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Any
 
+from hive_scale import credentials
 from hive_scale.distributed import World
 from hive_scale.watch.terminal import console
 
@@ -86,7 +87,7 @@ class _File(WatchedFileHandler):
 
     def __init__(self, path: Path, has_begun: Callable[[], bool]) -> None:
         super().__init__(path, delay=True)
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(_Discreet(FORMAT))
         self._has_begun, self._early = has_begun, list[logging.LogRecord]()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -111,6 +112,13 @@ class _File(WatchedFileHandler):
         return super()._open()
 
 
+class _Discreet(logging.Formatter):
+    """Clients of object stores log their requests, signatures included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return credentials.hide(super().format(record))
+
+
 class _Teller(logging.Handler):
     """Rank 0's voice for its own records, and for the other ranks' warnings as their files have them.
 
@@ -123,7 +131,7 @@ class _Teller(logging.Handler):
         self._read = {path: path.stat().st_size for path in self._others()}  # earlier runs' are told
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"{record.name}: {record.getMessage()}".splitlines()[0]
+        text = credentials.hide(f"{record.name}: {record.getMessage()}").splitlines()[0]
         if text not in self._told:
             self._told.add(text)
             self._say(f"{record.levelname.lower()}: {text}")

@@ -176,7 +176,9 @@ class Energon(Peer):
         from megatron.energon import get_savable_loader
 
         loader = get_savable_loader(self._set(False, BATCH))
-        loader.restore_state_rank(torch.load(self._saved(position), weights_only=False))  # our own file
+        path = self._saved(position)
+        state = torch.load(path, weights_only=False)  # nosec B614 # our own file
+        loader.restore_state_rank(state)
         return chain.from_iterable(loader)
 
     def _saved(self, position: int) -> Path:

@@ -1,0 +1,187 @@
+"""Credentials of shards: usable in a run, and never in what it writes.
+
+A pattern as a user gives it, ``https://me:password@host/{0000..0099}.tar?sig=...`` or ``${oc.env:BASE}/*.tar``, has a
+public form: without user and password, without the query's credentials, and with ``$BASE`` for the variable. That form
+alone is in a `Config`, so it is what configs, pickles, logs, cards, caches and messages hold, and what tells one set
+from another: a new signature is no new set. What was given stays in this process, under its public form, and is asked
+for where a shard is opened. A job on another machine finds it in a file of the user's own, outside of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+
+from hive_scale.strict_json import dumps
+
+VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
+SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_|$)")
+URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s\"'<>]+")
+# In these schemes what comes before an @ is part of the place.
+NO_USER = "".join(f"(?<!{scheme}://)" for scheme in ("abfs", "abfss", "wasb", "wasbs", "github", "oci"))
+# up to the last @ before the path; a password with a slash in it is told by what is no port
+USER = re.compile(rf"(?<=://){NO_USER}(?:[^/\"'<>]*|(?!\[)[^/:@\"'<>]+:(?!:|\d*(?:/|$))[^\"'<>]*)@")
+# names of a query's credentials: of the signed URLs of object stores and CDNs, and what servers commonly call a token
+PARAMETER = re.compile(
+    r"x-(?:amz|goog|oss|cos|obs|tos|bce|ms)-.*|q-.*|google_?access_?id|key-pair-id|"
+    r".*(?:token|secret|passw(?:or)?d|signature|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?)|"
+    r"(?:.*[_-])?(?:key|sig|sign|auth|authorization|bearer|pwd|pass|pw|jwt|hmac|sid|session(?:_?id)?|ticket)|"
+    r"policy|expires?|expiry|exp|hdnea|hdnts|hdntl",
+    re.IGNORECASE,
+)
+# Azure's signed URLs have these beside `sig`
+AZURE = {
+    *("sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "si", "sdd", "ses"),
+    *("skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid", "scid"),
+}
+SHORT = 6  # characters: what is shorter cannot be looked for in a text
+
+_given: dict[str, str] = {}  # pattern as it was given, by its public form
+_hidden: dict[str, str] = {}  # credentials of those patterns, and what is shown in their place
+_places: dict[str, str] = {}  # where a shard lies, by its public name
+
+
+def take(pattern: str, own: bool = False) -> str:
+    """The public form of a `pattern` of shards; what it was given as is remembered in this process.
+
+    Only a pattern of the user's `own` may name a variable. Raises ValueError for another that does, for a variable
+    that is not set, and for one that stands for several shards.
+    """
+    if "${" in VARIABLE.sub("", pattern) if own else "${" in pattern:
+        raise ValueError(
+            f"{hide(pattern)}: a pattern of shards refers to nothing but ${{oc.env:NAME}}, and does so in your own "
+            "command or file only"
+        )
+    for variable in VARIABLE.findall(pattern):
+        _value(variable)
+    form = public(VARIABLE.sub(r"$\1", pattern))
+    if form != pattern:
+        _remember(form, pattern)
+    return form
+
+
+def public(pattern: str) -> str:
+    """`pattern`, a path or URL, without credentials."""
+    before, scheme, _ = pattern.partition("://")
+    if not scheme:
+        return pattern
+    address, mark, query = USER.sub("", pattern).partition("?")
+    if before.endswith(("http", "https")):  # what is behind a # is never sent, and may hold a token
+        address, query = (address if mark else address.partition("#")[0]), query.partition("#")[0]
+    parts = query.split("&")
+    is_azure = any(part.lower().startswith("sig=") for part in parts)
+    kept = [part for part in parts if part and not _is_credential(part, is_azure)]
+    return address + "?" + "&".join(kept) if kept else address
+
+
+def _is_credential(part: str, of_azure: bool) -> bool:
+    """Whether `part` of a query is one. What names a tar says which file is meant, whatever it is called."""
+    name, is_named, value = part.partition("=")
+    if ".tar" in part.lower():
+        return False
+    if not is_named:  # such as ?download, or a token alone
+        return len(part) > 15
+    return bool(value) and (PARAMETER.fullmatch(name) is not None or (of_azure and name.lower() in AZURE))
+
+
+def private(pattern: str) -> str:
+    """What `take` was given for a public form, its variables filled in; or `pattern`, of which nothing is hidden."""
+    return VARIABLE.sub(lambda match: _value(match[1]), _given.get(pattern, pattern))
+
+
+def name(pattern: str, place: str) -> str:
+    """The public name of a shard at `place`, which is one of those that the public `pattern` stands for."""
+    shown = place
+    for variable in VARIABLE.findall(_given.get(pattern, "")):
+        shown = shown.replace(_value(variable), f"${variable}")
+    shown = public(shown)
+    if shown != place:
+        _places[shown] = place
+    return shown
+
+
+def place(shard: str) -> str:
+    """Where the shard of that public name lies, with all that is needed to get it."""
+    return _places.get(shard, shard)
+
+
+def hide(text: str) -> str:
+    """`text`, such as another library's message, without the credentials of any URL, or of this process."""
+    found = {os.environ[name]: f"${name}" for name in variables() if name in os.environ} | _hidden
+    found |= {value: f"${name}" for name, value in secret_variables().items()}
+    for secret in sorted(found, key=len, reverse=True):
+        if len(secret) >= SHORT:
+            text = text.replace(secret, found[secret])
+    return URL.sub(lambda match: public(match[0]), text)
+
+
+def secret_variables() -> dict[str, str]:
+    """The environment variables whose names say that they are secret, with their values."""
+    return {
+        name: value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) > SHORT + 1
+    }
+
+
+def variables() -> list[str]:
+    """The environment variables that patterns of this process name."""
+    return sorted({name for given in _given.values() for name in VARIABLE.findall(given)})
+
+
+def keep(run_dir: Path) -> None:
+    """Keep what patterns were given as for the jobs of the run in `run_dir`, where only this user can read it.
+
+    Variables stay names. Raises ValueError if the file cannot be written.
+    """
+    if not _given:
+        return
+    file = store(run_dir)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        unnamed = file.with_suffix(f".{os.getpid()}.tmp")
+        with os.fdopen(os.open(unnamed, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as written:
+            written.write(dumps(_given, indent=1))
+        unnamed.rename(file)
+    except OSError as error:
+        raise ValueError(
+            f"{file}: {error.strerror}: the jobs find the shards' credentials there: make it writable, or set "
+            "XDG_CONFIG_HOME"
+        ) from None
+
+
+def recall(run_dir: Path) -> None:
+    """Take in what was kept for the run in `run_dir`, if anything; what this process was given itself goes first."""
+    with suppress(OSError, ValueError):
+        for form, given in json.loads(store(run_dir).read_text()).items():
+            if form not in _given:
+                _remember(form, given)
+
+
+def store(run_dir: Path) -> Path:
+    """The file in which credentials for the jobs of a run are kept."""
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    digest = sha256(os.path.realpath(run_dir).encode()).hexdigest()[:16]
+    return config_home / "hive_scale" / "credentials" / f"{digest}.json"
+
+
+def _value(variable: str) -> str:
+    try:
+        value = os.environ[variable]
+    except KeyError:
+        raise ValueError(f"${{oc.env:{variable}}}: the environment has no variable {variable}: set it") from None
+    if not value or "${" in value or set(value) & set("{}*[") or ("?" in value and "://" not in value):
+        raise ValueError(
+            f"${{oc.env:{variable}}}: the variable {variable} must hold text that stands for itself: write ranges and "
+            "globs in the pattern"
+        )
+    return value
+
+
+def _remember(form: str, given: str) -> None:
+    _given[form] = given
+    texts = [text for user in USER.findall(given) for text in (user[:-1], *user[:-1].split(":"))]
+    texts += [part.partition("=")[2] for part in given.partition("?")[2].split("&") if _is_credential(part, True)]
+    _hidden.update(dict.fromkeys((text for text in texts if "${" not in text), "..."))
