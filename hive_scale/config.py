@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from math import ceil, floor
+from math import ceil, floor, isfinite, isnan
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -110,6 +110,12 @@ class GroupConfig:
     lr: float
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} of a group must be a number of at least 0")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -142,6 +148,15 @@ class StageConfig:
         for name in ("global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.steps < 0 or not (isfinite(self.epochs) and (self.epochs > 0 or self.steps)):
+            raise ValueError(f"epochs={self.epochs:g}, steps={self.steps}: set epochs above 0, or steps to 1 or more")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm:g} must be above 0: .inf clips nothing")
+        if not (self.eps > 0 and isfinite(self.eps) and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas={list(self.betas)}, eps={self.eps:g}: betas are from 0 to below 1, eps above 0")
+        for name in ("warmup", "min_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name):g} is a share: set it from 0 to 1")
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of this stage on a set of `num_samples`; the data stream runs on over epochs."""
@@ -274,6 +289,10 @@ class Config:
     evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
 
     def __post_init__(self) -> None:
+        try:
+            self.output.format(name=self.name)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(f"output={self.output}: of what stands in braces, only {{name}} is known") from None
         for name in self.stages:
             self.data_of(name)  # a typo in what a stage overrides is answered at once
 
@@ -299,7 +318,7 @@ T = TypeVar("T")  # Config, or another dataclass of settings
 # YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
 LITERAL = re.compile(r"\d+:\d+|on|off|")
 RANGE = re.compile(r"\{\d+\.\.\d+\}")  # of shards; to YAML a brace begins a mapping
-ITEM = re.compile(r"""\s*(?:'[^']*'|"[^"]*"|[^,'"]+)""")  # of a list
+ITEM = re.compile(r"""\s*(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|[^,'"\s][^,]*)""")  # of a list
 
 
 def resolve(base: T, *layers: Any) -> T:
@@ -307,22 +326,27 @@ def resolve(base: T, *layers: Any) -> T:
 
     Raises ValueError that names the nearest key for a typo, and the remedy for a bad value.
     """
-    node = cast(DictConfig, OmegaConf.structured(base))
     try:
+        node = cast(DictConfig, OmegaConf.structured(base))
         for layer in layers:
             _unlock(node)  # frozen dataclasses make read-only nodes
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
-            read = _read(layer)
+            read = _read(layer, node)
+            _check_kinds(OmegaConf.to_container(node), OmegaConf.to_container(read))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
-        return cast(T, OmegaConf.to_object(node))
+        result = cast(T, OmegaConf.to_object(node))
+    except TypeError:
+        raise ValueError("config: a list stands where keys are wanted, or keys where a list is") from None
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
         message = str(error).splitlines()[0]
-        if "is not a ListConfig" in message:
-            message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {message}") from None
+    for key, value in _flat(asdict(cast(Any, result))).items():
+        if isinstance(value, float) and isnan(value):
+            raise ValueError(f"config: {key}=nan is no number: set one")
+    return result
 
 
 def save(config: Config, path: Path) -> None:
@@ -400,6 +424,25 @@ def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
             OmegaConf.update(node, place, {}, merge=False)
         if new is None:
             OmegaConf.update(layer, place, {}, merge=False)
+            continue
+        for name in new:  # how positions are scaled: the one type's numbers are not the other's
+            parts = [OmegaConf.select(one, f"{place}.{name}") for one in (node, layer)]
+            types = [part.get("rope_type") for part in parts if isinstance(part, DictConfig)]
+            if len(types) == 2 and None not in types and types[0] != types[1]:
+                theta = OmegaConf.select(node, f"{place}.{name}.rope_theta")
+                OmegaConf.update(node, f"{place}.{name}", {"rope_theta": theta} if theta else {}, merge=False)
+
+
+def _check_kinds(old: Any, new: Any, key: str = "") -> None:
+    """Raises ValueError where `new`, plain data, has something else than a list, or than keys, that `old` has."""
+    if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
+        some = f", such as {key}.{next(iter(old))}=..." if old and key else ""
+        raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
+    if isinstance(old, list | tuple) and not isinstance(new, list | tuple | None):
+        raise ValueError(f"config: {key}: a list is wanted here: [a, b]")
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in old.keys() & new.keys():
+            _check_kinds(old[name], new[name], f"{key}.{name}" if key else str(name))
 
 
 def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
@@ -412,11 +455,12 @@ def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
             raise ValueError(f"config: {'.'.join(parts)}: there is no stage '{parts[1]}': {hint}")
 
 
-def _read(layer: Any) -> DictConfig | ListConfig:
+def _read(layer: Any, node: DictConfig) -> DictConfig | ListConfig:
     if isinstance(layer, Path):
         return read_yaml(layer)
     if isinstance(layer, Sequence):
-        return cast(DictConfig, OmegaConf.merge(*(_read_word(word) for word in layer)) if layer else OmegaConf.create())
+        words = [_read_word(word, node) for word in layer]
+        return cast(DictConfig, OmegaConf.merge(*words) if words else OmegaConf.create())
     return cast(DictConfig, OmegaConf.create(layer))
 
 
@@ -439,12 +483,16 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
     return read
 
 
-def _read_word(word: str) -> DictConfig:
+def _read_word(word: str, node: DictConfig) -> DictConfig:
+    """A word as the config that it changes; what is text in `node` is taken as written: 007 is no number there."""
     key, is_one, value = word.partition("=")
     if not is_one:
         raise ValueError(f"config: '{word}' is not key=value")
     try:
-        return OmegaConf.from_dotlist([f"{key}={_quoted(value)}"])
+        read = OmegaConf.from_dotlist([f"{key}={_quoted(value)}"])
+        if isinstance(OmegaConf.select(node, key), str) and isinstance(OmegaConf.select(read, key), bool | int | float):
+            read = OmegaConf.from_dotlist([f"{key}='{value}'"])
+        return read
     except YAMLError as error:
         raise ValueError(f"config: {key}={value}: not YAML: {_in_a_line(error)}: put it in quotation marks") from None
 

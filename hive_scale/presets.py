@@ -6,7 +6,7 @@ A preset's own arguments (``fusion=concat``) may be given among those words.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -386,15 +386,18 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     named = layer.pop("preset", None)
     if file and not preset and not named:
         base = Config()  # the file says everything, as one saved by a run does
-        arguments: dict[str, str] = {}
+        arguments: dict[str, Any] = {}
     else:
         function = _find(preset or named or "debug")
         takes = inspect.signature(function).parameters
         arguments = {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if word.split("=")[0] in takes}
-        arguments |= {key: layer.pop(key) for key in takes if key in layer and key not in arguments}
-        _check_fusion(arguments)
+        arguments = {key: layer.pop(key) for key in takes if key in layer} | arguments
+        _check_arguments(arguments)
         base = function(**arguments)
-    return resolve(base, layer, [word for word in words if word.split("=")[0] not in arguments])
+    config = resolve(base, layer, [word for word in words if word.split("=")[0] not in arguments])
+    if not config.stages:
+        raise ValueError(f"{file}: there are no stages in it: extend a preset (preset: debug), or name stages")
+    return config
 
 
 def read_file(file: Path) -> dict[str, Any]:
@@ -407,17 +410,21 @@ def read_file(file: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _find(name: str) -> Callable[..., Config]:
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
+def _find(name: Any) -> Callable[..., Config]:
+    if not isinstance(name, str) or name not in PRESETS:
+        near = get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
         raise ValueError(f"there is no preset '{name}': {hint}")
     return PRESETS[name]
 
 
-def _check_fusion(arguments: dict[str, str]) -> None:
-    fusion = arguments.get("fusion", "cross_attention")
-    if fusion not in NEW:
-        near = get_close_matches(fusion, NEW, n=1)
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    fusion, llm_only = (arguments.get(name, plain) for name, plain in (("fusion", "cross_attention"), ("llm_only", "")))
+    if not isinstance(fusion, str) or fusion not in NEW:
+        near = get_close_matches(str(fusion), NEW, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NEW)}"
         raise ValueError(f"fusion={fusion}: no such fusion: {hint}")
+    if str(llm_only).lower() not in ("true", "false", ""):
+        raise ValueError(f"llm_only={llm_only} is neither true nor false: give one of them")
+    if not isinstance(arguments.get("encoder", ""), str):
+        raise ValueError(f"encoder={arguments['encoder']} is no directory's name: put it in quotation marks")
