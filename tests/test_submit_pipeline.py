@@ -112,6 +112,7 @@ def test_every_profile_reads(profile: str) -> None:
     [
         (["slurm.nodez=2"], "nodez"),
         (["slurm.stages.jont.nodes=2"], "did you mean joint"),
+        (["slurm.hours=.inf"], "slurm.hours=inf is no length of time"),
         (["slurm.hours=0.01", "slurm.grace=120"], "slurm.grace=120 seconds do not fit into slurm.hours=0.01"),
         (["slurm.nodes=0"], "slurm.nodes=0 must be at least 1"),
     ],

@@ -31,7 +31,7 @@ from hive_scale.data.scan import Fault, ShardTable, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.data.sources.packages import cache_dir
 
-VERSION = 2  # raised when a scan finds other things in the same tars
+VERSION = 3  # raised when a scan finds other things in the same tars
 LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
 
 Ints = NDArray[np.int64]
