@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from math import ceil, floor
+from math import ceil, floor, isfinite, isnan
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
@@ -124,6 +124,12 @@ class GroupConfig:
     lr: float
     weight_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if isinstance(value, float) and not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} of a group must be a number of at least 0")
+
 
 @dataclass(frozen=True)
 class StageConfig:
@@ -158,6 +164,15 @@ class StageConfig:
         for name in ("global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.steps < 0 or not (isfinite(self.epochs) and (self.epochs > 0 or self.steps)):
+            raise ValueError(f"epochs={self.epochs:g}, steps={self.steps}: set epochs above 0, or steps to 1 or more")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm={self.max_grad_norm:g} must be above 0: .inf clips nothing")
+        if not (self.eps > 0 and isfinite(self.eps) and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"betas={list(self.betas)}, eps={self.eps:g}: betas are from 0 to below 1, eps above 0")
+        for name in ("warmup", "min_lr"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name):g} is a share: set it from 0 to 1")
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of this stage on a set of `num_samples`; the data stream runs on over epochs."""
@@ -299,6 +314,10 @@ class Config:
             raise ValueError(
                 f"name={self.name!r} cannot name a run: use printable characters, at most 200, and no '..'"
             )
+        try:
+            self.output.format(name=self.name)
+        except (KeyError, IndexError, ValueError, AttributeError):
+            raise ValueError(f"output={self.output}: of what stands in braces, only {{name}} is known") from None
         for name in self.stages:
             if not STAGE_NAME.fullmatch(name) or len(name) > 100 or name in TAKEN:
                 why = "the run directory has a file of its own of that name" if name in TAKEN else NAMING
@@ -363,8 +382,8 @@ def resolve(base: T, *layers: Any) -> T:
     A saved config refers to nothing. Raises ValueError that names the nearest key for a typo, and the remedy for a bad
     value.
     """
-    node = cast(DictConfig, OmegaConf.structured(base))
     try:
+        node = cast(DictConfig, OmegaConf.structured(base))
         _own(OmegaConf.to_container(node))  # a preset's arguments are words, too
         for layer in layers:
             _unlock(node)  # frozen dataclasses make read-only nodes
@@ -376,17 +395,24 @@ def resolve(base: T, *layers: Any) -> T:
                 refuse_references(OmegaConf.to_container(read), layer)
             else:
                 read = OmegaConf.create(_own(OmegaConf.to_container(read)))
+            _check_kinds(OmegaConf.to_container(node), OmegaConf.to_container(read))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
         found = cast(T, OmegaConf.to_object(node))
-        refuse_references(asdict(cast(Any, found)), None)
-        return found
+        plain = asdict(cast(Any, found))
+        refuse_references(plain, None)
+    except TypeError:
+        raise ValueError("config: a list stands where keys are wanted, or keys where a list is") from None
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
         message = str(error).splitlines()[0]
         if "is not a ListConfig" in message:
             message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {credentials.hide(message)}") from None
+    for key, value in _flat(plain).items():
+        if isinstance(value, float) and isnan(value):
+            raise ValueError(f"config: {key}=nan is no number: set one")
+    return found
 
 
 def refuse_references(content: Any, file: Path | None) -> None:
@@ -535,6 +561,25 @@ def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
             OmegaConf.update(node, place, {}, merge=False)
         if new is None:
             OmegaConf.update(layer, place, {}, merge=False)
+            continue
+        for name in new:  # how positions are scaled: the one type's numbers are not the other's
+            parts = [OmegaConf.select(one, f"{place}.{name}") for one in (node, layer)]
+            types = [part.get("rope_type") for part in parts if isinstance(part, DictConfig)]
+            if len(types) == 2 and None not in types and types[0] != types[1]:
+                theta = OmegaConf.select(node, f"{place}.{name}.rope_theta")
+                OmegaConf.update(node, f"{place}.{name}", {"rope_theta": theta} if theta else {}, merge=False)
+
+
+def _check_kinds(old: Any, new: Any, key: str = "") -> None:
+    """Raises ValueError where `new`, plain data, has something else than a list, or than keys, that `old` has."""
+    if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
+        some = f", such as {key}.{next(iter(old))}=..." if old and key else ""
+        raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
+    if isinstance(old, list | tuple) and not isinstance(new, list | tuple | None):
+        raise ValueError(f"config: {key}: a list is wanted here: [a, b]")
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in old.keys() & new.keys():
+            _check_kinds(old[name], new[name], f"{key}.{name}" if key else str(name))
 
 
 def _check_stages(node: DictConfig, words: Sequence[str]) -> None:

@@ -27,6 +27,18 @@ def assemble(config: ModelConfig, seed: int) -> Hive:
     return model
 
 
+def check_paths(config: ModelConfig) -> None:
+    """Raises ValueError for a local path of a part that is not there; of a name on the hub nothing is known offline."""
+    for part, path in (("vision", config.vision.path), ("language", config.language.path)):
+        _check_there(f"model.{part}.path", path)
+    _check_there("model.connector", config.connector)
+
+
+def _check_there(key: str, path: str) -> None:
+    if (path.startswith((".", "/", "~")) or holds_weights_alone(path)) and not Path(path).expanduser().exists():
+        raise ValueError(f"{key}={path} is not there: give a directory, a safetensors file or a name on the hub")
+
+
 def _is_ours(path: str) -> bool:
     return holds_weights_alone(path) or run_of(path) is not None
 

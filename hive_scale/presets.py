@@ -392,15 +392,18 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     named = layer.pop("preset", None)
     if file and not preset and not named:
         base = Config()  # the file says everything, as one saved by a run does
-        arguments: dict[str, str] = {}
+        arguments: dict[str, Any] = {}
     else:
         function = _find(preset or named or "debug")
         takes = inspect.signature(function).parameters
         arguments = {word.split("=", 1)[0]: word.split("=", 1)[1] for word in words if word.split("=")[0] in takes}
-        arguments |= {key: layer.pop(key) for key in takes if key in layer and key not in arguments}
-        _check_fusion(arguments)
+        arguments = {key: layer.pop(key) for key in takes if key in layer} | arguments
+        _check_arguments(arguments)
         base = function(**arguments)
-    return resolve(base, layer, [word for word in words if word.split("=")[0] not in arguments])
+    config = resolve(base, layer, [word for word in words if word.split("=")[0] not in arguments])
+    if not config.stages:
+        raise ValueError(f"{file}: there are no stages in it: extend a preset (preset: debug), or name stages")
+    return config
 
 
 def read_file(file: Path) -> dict[str, Any]:
@@ -421,17 +424,21 @@ def _is_a_runs(file: Path, content: Mapping[str, Any]) -> bool:
     return says_all or (file.name == "config.yaml" and any(sign.exists() for sign in signs))
 
 
-def _find(name: str) -> Callable[..., Config]:
-    if name not in PRESETS:
-        near = get_close_matches(name, PRESETS, n=1)
+def _find(name: Any) -> Callable[..., Config]:
+    if not isinstance(name, str) or name not in PRESETS:
+        near = get_close_matches(str(name), PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
         raise ValueError(f"there is no preset '{name}': {hint}")
     return PRESETS[name]
 
 
-def _check_fusion(arguments: dict[str, str]) -> None:
-    fusion = arguments.get("fusion", "cross_attention")
-    if fusion not in NEW:
-        near = get_close_matches(fusion, NEW, n=1)
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    fusion, llm_only = (arguments.get(name, plain) for name, plain in (("fusion", "cross_attention"), ("llm_only", "")))
+    if not isinstance(fusion, str) or fusion not in NEW:
+        near = get_close_matches(str(fusion), NEW, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NEW)}"
         raise ValueError(f"fusion={fusion}: no such fusion: {hint}")
+    if str(llm_only).lower() not in ("true", "false", ""):
+        raise ValueError(f"llm_only={llm_only} is neither true nor false: give one of them")
+    if not isinstance(arguments.get("encoder", ""), str):
+        raise ValueError(f"encoder={arguments['encoder']} is no directory's name: put it in quotation marks")

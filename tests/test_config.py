@@ -68,6 +68,19 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["name=../up"], "no '[.][.]'"),
         (["model.vision.config=3"], "model.vision.config"),
         (["data.train=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
+        (["data.train[0]=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
+        (["data.train=[a{0..1}'s.tar]"], "not YAML: .* quotation marks"),
+        (["stages=[]"], "stages: keys of its own are wanted here"),
+        (["stages.joint.data=[a.tar]"], "a list stands where keys are wanted"),
+        (["data.tokenizer=bytes"], r"data.tokenizer: keys of its own .*tokenizer\.path="),
+        (["output=runs/{nam}"], "only {name} is known"),
+        (["stages.joint.groups.vision.lr=.nan"], "lr=nan"),
+        (["stages.joint.groups.vision.weight_decay=-1"], "weight_decay=-1"),
+        (["stages.joint.max_grad_norm=0"], "max_grad_norm=0 .*inf clips nothing"),
+        (["stages.joint.steps=-1"], "steps=-1"),
+        (["stages.joint.steps=0", "stages.joint.epochs=.inf"], "epochs=inf"),
+        (["stages.joint.warmup=3"], "warmup=3 is a share"),
+        (["guard.spike=.nan"], "guard.spike=nan"),
     ],
 )
 def test_bad_words_are_answered_with_a_remedy(words: list[str], message: str) -> None:
@@ -231,6 +244,39 @@ def test_words_say_what_they_say() -> None:
     run = presets.load("debug", None, ["log.wandb=off", "engine.offload=on", "engine.compile=off", "profile.steps=3:4"])
     assert (run.log.wandb, run.engine.offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
     assert presets.load("paper_siglip", None, ["model.vision.path="]).model.vision.path == ""
+    for name in ("007", "1e3", "yes", "'2'"):
+        assert presets.load("debug", None, [f"name={name}"]).name == name.strip("'")
+    assert presets.load("debug", None, ["data.train=['it''s/{0..1}.tar', b's.tar]"]).data.train == [
+        "it's/{0..1}.tar",
+        "b's.tar",
+    ]
+
+
+def test_a_preset_s_arguments_in_a_file_are_checked_and_words_go_before_them(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: vlm\nencoder: there\nfusion: cross_attention\n")
+    run = presets.load(None, file, ["fusion=concat"])
+    assert (run.model.fusion, run.model.vision.path) == ("concat", "there")
+    for content, message in (
+        ("preset: [debug]", "did you mean debug"),
+        ("preset: debug\nfusion: [concat]", "no such fusion"),
+        ("preset: vlm\nllm_only: maybe", "neither true nor false"),
+        ("preset: vlm\nencoder: 3", "no directory's name"),
+        ("preset:", "no stages"),
+        ("", "no stages"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            presets.load(None, file, [])
+
+
+def test_another_type_of_rotary_scaling_takes_the_place_of_the_preset_s() -> None:
+    words = ["model.language.config.rope_parameters={rope_type: yarn, factor: 4.0}"]
+    rope = presets.load("vlm", None, words).model.language.config["rope_parameters"]
+    assert rope == {"rope_type": "yarn", "factor": 4.0, "rope_theta": 500000.0}
+    words = ["model.language.config.rope_parameters.factor=8.0"]
+    rope = presets.load("vlm", None, words).model.language.config["rope_parameters"]
+    assert rope == presets.LLAMA_1B["rope_parameters"] | {"factor": 8.0}
 
 
 def test_a_run_saved_before_images_had_a_position_goes_on_as_it_began(tmp_path: Path) -> None:

@@ -310,6 +310,27 @@ def test_a_damaged_row_group_is_named_row_by_row_and_the_others_read(tmp_path: P
         sources.parquet([path])
 
 
+def test_times_in_nanoseconds_as_pandas_writes_them_cost_no_row(tmp_path: Path) -> None:
+    odd = 1_700_000_000_123_456_789
+    times = {
+        "seen": pa.array([odd], pa.timestamp("ns", tz="UTC")),
+        "took": pa.array([odd], pa.duration("ns")),
+        "daily": pa.array([123_456_789], pa.time64("ns")),
+    }
+    pq.write_table(pa.table({"image": [picture_bytes()], "caption": ["a caption"], **times}), tmp_path / "a.parquet")
+    convert(sources.parquet([tmp_path / "a.parquet"]), tmp_path / "out", PAIRS, workers=1)
+    record = json.loads(read(tmp_path / "out")["000000000"]["json"])
+    assert record["seen"] == "2023-11-14 22:13:20.123456+00:00"
+
+
+def test_what_macos_adds_to_a_zip_is_no_file_of_it(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
+        archive.writestr("train/a.jpg", picture_bytes())
+        archive.writestr("__MACOSX/train/._a.jpg", b"Mac OS X")
+    (tmp_path / "chat.json").write_text(json.dumps([talk("a.jpg", "Q", "A")]))
+    assert captions(list(sources.table(tmp_path / "chat.json", tmp_path / "mac.zip").items())) == ["A"]
+
+
 def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -> None:
     feature = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
     cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} for i in range(4)])

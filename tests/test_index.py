@@ -244,6 +244,18 @@ def test_a_tar_that_ends_early_says_so_wherever_it_was_cut(tmp_path: Path, six: 
     assert scanned(tmp_path / "a.tar", content) == (KEYS, "")
 
 
+def test_a_download_that_took_its_room_beforehand_and_stopped_is_told(
+    tmp_path: Path, six: tuple[bytes, list[int]]
+) -> None:
+    content, starts = six
+    room = 2 * 2**20
+    keys, told = scanned(tmp_path / "a.tar", content[: starts[4]] + bytes(room))
+    assert keys == KEYS[:4]
+    assert f"{room:,} zeros at the end, the first at byte {starts[4]:,}" in told
+    padded = content + bytes(-len(content) % 2**20)  # as tar --blocking-factor=2048 does
+    assert scanned(tmp_path / "a.tar", padded) == (KEYS, "")
+
+
 def test_tars_end_to_end_and_a_tail_that_is_no_tar_are_read_and_told(
     tmp_path: Path, six: tuple[bytes, list[int]]
 ) -> None:

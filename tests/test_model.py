@@ -299,6 +299,21 @@ def test_materialise_gives_the_assembled_model_back() -> None:
         ({"vision": PartConfig(config=tiny.SIGLIP | {"hiden_size": 7})}, "did you mean hidden_size"),
         ({"vision": PartConfig(config=tiny.language())}, "supported are siglip_vision_model, clip_vision_model"),
         ({"language": PartConfig(config={"model_type": "gpt2"})}, "of type gpt2: supported are .*llama"),
+        ({"vision": PartConfig(config=tiny.SIGLIP | {"image_size": [32, 32]})}, "image_size is .*one number"),
+        ({"vision": PartConfig(config=tiny.SIGLIP | {"num_channels": 1})}, "num_channels is 1: images have 3"),
+        (
+            {"vision": PartConfig(config=tiny.SIGLIP | {"hidden_act": "x"})},
+            "vision: its config makes no .*KeyError: 'x'",
+        ),
+        ({"vision": PartConfig(config=tiny.SIGLIP | {"hidden_size": "x"})}, "vision: its config makes no model"),
+        (
+            {"language": PartConfig(config=tiny.language(num_key_value_heads=3))},
+            "does not divide the 4 attention heads",
+        ),
+        (
+            {"language": PartConfig(config=tiny.language(rope_parameters={"rope_type": "x"}))},
+            "language: its config makes",
+        ),
         ({"language": PartConfig(path="./nowhere")}, "no config.json"),
         ({"language": PartConfig()}, "neither path nor config"),
         ({"density": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))}, "lower model.density"),
@@ -308,6 +323,15 @@ def test_a_bad_model_config_says_what_to_change(change: dict[str, Any], message:
     parts: dict[str, Any] = {"vision": PartConfig(config=tiny.SIGLIP), "language": PartConfig(config=tiny.language())}
     with pytest.raises(ValueError, match=message):
         skeleton(ModelConfig(**(parts | change)))
+
+
+@pytest.mark.parametrize("said", ["null", "[1]", '{"model_type": "llama", "hidden_size": "x"}', "{", '{"a": NaN}', ""])
+def test_a_directory_s_config_that_is_none_is_refused_in_a_line(tmp_path: Path, said: str) -> None:
+    (tmp_path / "config.json").write_text(said)
+    for given in ({}, tiny.language(hidden_act="gelu")):
+        model = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(str(tmp_path), given))
+        with pytest.raises(ValueError, match=r"model\.language|no file named model\.safetensors"):
+            assemble(model, seed=0)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

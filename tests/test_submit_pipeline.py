@@ -114,6 +114,7 @@ def test_every_profile_reads(profile: str) -> None:
     [
         (["slurm.nodez=2"], "nodez"),
         (["slurm.stages.jont.nodes=2"], "did you mean joint"),
+        (["slurm.hours=.inf"], "slurm.hours=inf is no length of time"),
         (["slurm.hours=0.01", "slurm.grace=120"], "slurm.grace=120 seconds do not fit into slurm.hours=0.01"),
         (["slurm.nodes=0"], "slurm.nodes=0 must be at least 1"),
     ],
@@ -154,6 +155,7 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
         (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
         (["--dry_run", "slurm.gpu=a1000"], "a1000"),
+        (["--dry_run", "model.vision.path=/nowhere"], "model.vision.path=/nowhere is not there"),
         (["--dry_run", "--ds_config", "/nowhere.json"], "engine.ds_config=/nowhere.json is no file"),
         (["--dry_run", "--ds_config", "mine.json", "stages.joint.max_grad_norm=10"], "contradicts 10.0 of joint"),
         (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),

@@ -34,6 +34,8 @@ pytestmark = pytest.mark.contract
 OLD = ("transformers==4.57.6", "tokenizers==0.22.1", "huggingface-hub==0.36.0")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 16,
+            "short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}  # fmt: skip
 TEXT = "what is in the picture ?"
 READER = """
 import json, sys, torch, transformers
@@ -113,6 +115,7 @@ TOWERS: dict[str, tuple[dict[str, Any], Any]] = {"siglip": (tiny.SIGLIP, "resize
 LLMS: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("llama", {"rope_theta": 500000.0, "tie_word_embeddings": False}),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "longrope": ("qwen3", {"rope_parameters": LONGROPE}),
     "qwen2": ("qwen2", {"rope_theta": 1000000.0}),
     "qwen3": ("qwen3", {"rope_theta": 1000000.0}),
 }

@@ -143,7 +143,12 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, ("cpu_checkpointing", "engine.checkpointing")),
         ({"gradient_clippin": 1}, ("'gradient_clippin'", "did you mean 'gradient_clipping'?")),
         ({"tensorboard": {"enabled": True}}, ("'tensorboard'", "log.tensorboard=true")),
-        ({"nebula": {"enabled": True}}, ("'nebula'", "known here are")),
+        ({"nebula": {"enabled": True}}, ("'nebula'", "remove it, it is not supported")),
+        ({"tensor_parallel": {"autotp_size": 2}}, ("'tensor_parallel'", "remove it, it is not supported")),
+        ({"aio": {"block_size": "1"}}, ('aio.block_size="1"', "must be like 1048576")),
+        ({"flops_profiler": {"enabled": "yes"}}, ('flops_profiler.enabled="yes"', "must be like false")),
+        ({"log_level": "loud"}, ('log_level="loud"', "warning")),
+        ({"steps_per_print": 0}, ("steps_per_print=0", "at least 1")),
         ({"steps_per_print": "ten"}, ("steps_per_print", "must be a number")),
         ({"flops_profiler": True}, ("flops_profiler=true", "must be an object")),
         ({"comms_logger": {"enable": True}}, ("comms_logger.enable", "Extra inputs")),
@@ -158,7 +163,8 @@ def test_contradictions_name_key_values_and_remedy(tmp_path: Path, changes: Any,
     ("changes", "words"),
     [
         ({"stage": 0}, ("stage=0", "1, 2 or 3", "engine.ds_config empty")),
-        ({"stage": "auto"}, ("stage=auto",)),
+        ({"stage": "auto"}, ('stage="auto"',)),
+        ({"stage": True}, ("stage=true", "1, 2 or 3")),
         ({"reduce_bucket": 1}, ("zero_optimization.reduce_bucket'", "did you mean 'reduce_bucket_size'?")),
         ({"reduce_bucket_size": "big"}, ("zero_optimization.reduce_bucket_size='big'", "integer")),
         ({"round_robin_gradients": True}, ("round_robin_gradients=true", "owns", "remove it")),
@@ -284,6 +290,14 @@ def test_a_section_that_has_a_switch_of_ours_is_answered_with_it(
         for name, content in section.items()
     }
     resolved(tmp_path, {"zero_optimization": {"stage": 2}} | off)
+    disabled = {name: content | {"disable": True} for name, content in section.items()}
+    resolved(tmp_path, {"zero_optimization": {"stage": 2}} | disabled)
+
+
+def test_auto_is_left_to_deepspeed_s_defaults_wherever_it_stands(tmp_path: Path) -> None:
+    settings = {"flops_profiler": {"enabled": "auto", "top_modules": 2}, "aio": {"thread_count": 1}}
+    given = resolved(tmp_path, {"zero_optimization": {"stage": 2}} | settings)
+    assert (given["flops_profiler"], given["aio"]) == ({"top_modules": 2}, {"thread_count": 1})
 
 
 def test_another_machine_s_drive_is_not_looked_for_here(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.data.sources.packages import cache_dir
 from hive_scale.shared_files import locked, own_lock, replacing
 
-VERSION = 4  # raised when a scan finds other things in the same tars, or the file holds others
+VERSION = 5  # raised when a scan finds other things in the same tars, or the file holds others
 LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
 
 Ints = NDArray[np.int64]

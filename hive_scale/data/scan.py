@@ -31,6 +31,7 @@ PICTURE_HEADER = 4096  # bytes in which a picture usually tells its size
 BLOCK = tarfile.BLOCKSIZE
 MAGIC, MAGIC_AT = b"ustar", 257  # in a header, of every format since 1988
 PIECE = 2**20  # bytes that are looked through at a time
+LONGEST_END = 2**20 + 2 * BLOCK  # zeros behind the last member that a tar may have: its records are padded with them
 
 Range = tuple[int, int]  # (start, length) in bytes
 NO_FILE: Range = (-1, 0)  # of a member without content of its own, such as a link
@@ -205,6 +206,8 @@ def _damage(file: IO[bytes], gaps: list[Range]) -> str:
         _told(lost, "bytes that belong to no member"),
         _told(holes, "zeros between members (a hole, or several tars end to end)"),
         f"no end mark at byte {end + rest:,}" if rest < BLOCK and gaps[-1] not in lost else "",
+        # as a download that has taken its room beforehand leaves them
+        _told([gaps[-1]], "zeros at the end") if rest > LONGEST_END and gaps[-1] not in lost else "",
     ]
     if not any(wrong):
         return ""

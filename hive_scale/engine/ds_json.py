@@ -152,7 +152,7 @@ def _resolved(
             )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    kept = {key: value for key, value in settings.items() if key in HARMLESS and value != AUTO}
+    kept = _without_auto({key: value for key, value in settings.items() if key in HARMLESS})
     kept.setdefault("steps_per_print", 1 << 60)  # the metrics are ours to print
     return {**kept, **filled(ours, config), "zero_optimization": zero}, found
 
@@ -199,7 +199,8 @@ def _no_constant(word: str) -> None:
 def _is_on(section: Any) -> bool:
     """Whether an optional feature is asked for."""
     if isinstance(section, dict):
-        return section.get("enabled", section.get("deepcompile", bool(section))) not in (False, None, AUTO)
+        asked = section.get("enabled", section.get("deepcompile", bool(section)))
+        return asked not in (False, None, AUTO) and section.get("disable") is not True
     return section not in (False, None, AUTO)
 
 
@@ -239,9 +240,27 @@ def _check_harmless(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={dumps(value)} must be {wanted}: correct or remove it")
     load_deepspeed()
     from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.utils.logging import log_levels
 
     if isinstance(settings.get("comms_logger"), dict):
         _check_types("comms_logger", CommsLoggerConfig, settings["comms_logger"])
+    _check_like("aio", AIO_DEFAULT_DICT, settings.get("aio"))
+    _check_like("flops_profiler", vars(DeepSpeedFlopsProfilerConfig({})), settings.get("flops_profiler"))
+    if (level := settings.get("log_level", AUTO)) != AUTO and level.lower() not in log_levels:
+        raise ValueError(f"log_level={dumps(level)} is none of {', '.join(log_levels)}: give one of them")
+    if (steps := settings.get("steps_per_print", AUTO)) != AUTO and steps < 1:
+        raise ValueError(f"steps_per_print={dumps(steps)} must be at least 1: correct or remove it")
+
+
+def _check_like(section: str, plain: Mapping[str, Any], content: Any) -> None:
+    """Raises ValueError if a value of `content` is of another type than DeepSpeed's own default."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        like = plain.get(name)
+        kinds = (int, float) if type(like) in (int, float) else (type(like),)
+        if like is not None and value != AUTO and type(value) not in kinds:
+            raise ValueError(f"{section}.{name}={dumps(value)} must be like {dumps(like)}: correct or remove it")
 
 
 def _enabled(section: Any) -> bool:
@@ -250,9 +269,10 @@ def _enabled(section: Any) -> bool:
 
 def _zero(section: Any, here: bool) -> dict[str, Any]:
     """`section` without "auto", every key known to DeepSpeed and of its type."""
-    if not isinstance(section, dict) or section.get("stage") not in (1, 2, 3):
+    stage = section.get("stage") if isinstance(section, dict) else None
+    if not isinstance(section, dict) or stage not in (1, 2, 3) or stage is True:
         raise ValueError(
-            f"zero_optimization.stage={section.get('stage') if isinstance(section, dict) else None} is not 1, 2 or 3: "
+            f"zero_optimization.stage={dumps(stage)} is not 1, 2 or 3: "
             "set one, or leave engine.ds_config empty for DDP and FSDP"
         )
     load_deepspeed()

@@ -89,8 +89,8 @@ def check_keys(prefix: str, given: Iterable[str], known: Sequence[str]) -> None:
         if key not in known:
             nearest = get_close_matches(key, known, 1, 0.5)
             hint = f"did you mean '{nearest[0]}'?" if nearest else f"known here are {', '.join(sorted(set(known)))}"
-            if not prefix and key in SWITCHES:
-                hint = f"remove it and use {SWITCHES[key]}"
+            if not prefix and key in OPTIONAL:
+                hint = f"remove it and use {SWITCHES[key]}" if key in SWITCHES else "remove it, it is not supported"
             raise ValueError(f"'{prefix}{key}' is not a key that can be set in this JSON: {hint}")
 
 

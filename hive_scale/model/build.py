@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -45,7 +46,7 @@ NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 def skeleton(config: ModelConfig) -> Hive:
     """The model with parameters on the meta device and real buffers: names, shapes and counts for free."""
     vision, language = vision_config(config.vision), language_config(config.language)
-    model = on_meta(lambda: Hive(_vision_class(vision)(vision), _language_from(language), config))
+    model = on_meta(lambda: Hive(_vision_from(vision), _language_from(language), config))
     model.language.tie_weights()  # moving to meta made two parameters of a tied one
     return model
 
@@ -70,7 +71,7 @@ def assemble(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Te
         torch.manual_seed(seed)
         tower = pretrained.part(_vision_class(vision), config.vision.path, vision, given.get("vision"))
         llm = pretrained.part(_language_class(language), config.language.path, language, given.get("language"))
-        model = Hive(tower or _vision_class(vision)(vision), llm or _language_from(language), config)
+        model = Hive(tower or _vision_from(vision), llm or _language_from(language), config)
     if "connector" in given:
         pretrained.connect(model, given["connector"], config.connector)
     return model
@@ -124,9 +125,27 @@ def vocabulary_size(config: ModelConfig) -> int:
     return size
 
 
+def _vision_from(config: PretrainedConfig) -> nn.Module:
+    with _buildable("vision"):
+        return cast(nn.Module, _vision_class(config)(config))
+
+
 def _language_from(config: PretrainedConfig) -> nn.Module:
     auto: Any = AutoModelForCausalLM
-    return cast(nn.Module, auto.from_config(config))
+    with _buildable("language"):
+        return cast(nn.Module, auto.from_config(config))
+
+
+@contextmanager
+def _buildable(role: str) -> Iterator[None]:
+    """A ValueError for whatever transformers and torch raise on values of a config that make no model."""
+    try:
+        yield
+    except Exception as error:
+        reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), "").strip()
+        raise ValueError(
+            f"model.{role}: its config makes no model ({type(error).__name__}: {reason}): correct model.{role}.config"
+        ) from None
 
 
 def _language_class(config: PretrainedConfig) -> Any:
@@ -142,6 +161,11 @@ def vision_config(part: PartConfig) -> PretrainedConfig:
     config = _config(part, "vision")
     config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds its tower's
     _known(config.model_type, tuple(VISION), part, "vision")
+    for name in ("image_size", "patch_size"):
+        if not isinstance(side := getattr(config, name), int):
+            raise ValueError(f"model.vision: {name} is {side}: give one number, the side of a square")
+    if config.num_channels != 3:
+        raise ValueError(f"model.vision: num_channels is {config.num_channels}: images have 3, red, green and blue")
     if not 0 < config.patch_size <= config.image_size:
         raise ValueError(
             f"model.vision: image_size {config.image_size} has no room for a patch of {config.patch_size}: "
@@ -158,6 +182,9 @@ def language_config(part: PartConfig) -> PretrainedConfig:
         raise ValueError(
             f"model.language {part.path}: sliding-window layers are not supported: use a full-attention LLM"
         )
+    heads, shared = config.num_attention_heads, config.num_key_value_heads
+    if not 0 < shared <= heads or heads % shared:
+        raise ValueError(f"model.language: num_key_value_heads {shared} does not divide the {heads} attention heads")
     return config
 
 
@@ -167,7 +194,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         model_type = fields.pop("model_type", None)
         _known(model_type, (*VISION, *LANGUAGE), part, role)
         _check_fields(model_type, fields, role)
-        config = _float32(AutoConfig.for_model(model_type, **fields))
+        with _buildable(role):
+            config = _float32(AutoConfig.for_model(model_type, **fields))
         _check_function(config, part, role)
         return config
     if not part.path:
@@ -185,8 +213,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         _known(said["model_type"], (*VISION, *LANGUAGE), part, role)
     try:
         return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(line for line in str(error).splitlines() if line)
+    except Exception as error:  # of fields that are no config's, too
+        reason = next((line for line in str(error).splitlines() if line), repr(error))
         raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
 
 
@@ -221,7 +249,8 @@ def _as_said(
 ) -> PretrainedConfig:
     """What ``config.json`` beside the weights says, as the type of `config` reads it. Raises ValueError for another."""
     said = _said_beside(part, role, offline)
-    said = said.get("vision_config", said) if role == "vision" else said
+    inner = said.get("vision_config") if role == "vision" else None
+    said = inner if isinstance(inner, dict) else said
     family = said.get("model_type", config.model_type)
     if family != config.model_type and family in (*VISION, *LANGUAGE):
         raise ValueError(
@@ -236,7 +265,8 @@ def _as_said(
     if {"rope_theta", "rope_scaling"} & said.keys():
         known.pop("rope_parameters", None)  # the same in newer words
     known |= {name: said[name] for name in (computing | FREE) & said.keys()}
-    return AutoConfig.for_model(config.model_type, **known)
+    with _buildable(role):
+        return AutoConfig.for_model(config.model_type, **known)
 
 
 def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
@@ -244,7 +274,7 @@ def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str
     checksums.check(Path(part.path).expanduser(), weights=False)
     try:
         said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
-    except OSError:
+    except (OSError, TypeError):  # none that can be had, or that is no object
         return {}
     if not isinstance(said, dict):
         return {}

@@ -7,6 +7,7 @@ turns by another rotary base, or knows no such tokenizer. Both read what is writ
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,10 @@ def _old_rope(fields: dict[str, Any]) -> None:
     if isinstance(rope, dict) and "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+        if scaled.get("rope_type") == "longrope":  # whose length before scaling, and no factor, it reads elsewhere
+            length = fields["original_max_position_embeddings"] = scaled["original_max_position_embeddings"]
+            factor = scaled.get("factor") or fields["max_position_embeddings"] / length
+            scaled.setdefault("attention_factor", math.sqrt(1 + math.log(max(1.0, factor)) / math.log(length)))
         if scaled.get("rope_type", "default") != "default":
             fields["rope_scaling"] = scaled
 

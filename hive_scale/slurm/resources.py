@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ class Resources:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("cpus_per_task", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"slurm.{name}={getattr(self, name)} must be at least {least}")
+        if not isfinite(self.hours):
+            raise ValueError(f"slurm.hours={self.hours} is no length of time: set the hours of one slice")
         if not 0 < self.grace < self.minutes * 60:
             raise ValueError(
                 f"slurm.grace={self.grace} seconds do not fit into slurm.hours={self.hours:g}: change one of them"

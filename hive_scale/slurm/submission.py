@@ -64,10 +64,14 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
 def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
     from hive_scale.checkpoint.claims import check_owner
+    from hive_scale.checkpoint.marker import WEIGHTS, find_weights
+    from hive_scale.initial import check_paths
     from hive_scale.preparation import check, open_all
 
     check_place(config)
     check_owner(config)
+    if not find_weights(config.run_dir / "initial" / WEIGHTS):  # of which a run that has begun goes on
+        check_paths(config.model)
     data = open_all(config, noted=False)
     check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
     for name, follower in then.items():

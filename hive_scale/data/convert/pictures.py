@@ -126,7 +126,9 @@ class Pictures:
     def _members(self) -> dict[str, zipfile.ZipInfo]:
         try:
             with zipfile.ZipFile(self.root) as archive:
-                members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+                files = [info for info in archive.infolist() if not info.is_dir()]
+                # what macOS adds of its own beside the files
+                members = {info.filename: info for info in files if not info.filename.startswith("__MACOSX/")}
         except Exception as error:  # zipfile raises what it likes on a directory that is damaged
             raise ValueError(f"{self.root} is cut short or damaged ({error}): fetch it again") from None
         for name in members:

@@ -16,6 +16,7 @@ from hive_scale.data.convert.pictures import InFile, InParquet, Pictures, Place,
 from hive_scale.data.turns import is_text, turns_of
 
 if TYPE_CHECKING:
+    from pyarrow import Table
     from pyarrow.parquet import ParquetFile
 
 PIECE = 2**20  # characters of JSON read at a time
@@ -119,7 +120,8 @@ def _group(file: ParquetFile, path: Path, group: int, image: str) -> Iterable[Re
     count = file.metadata.row_group(group).num_rows
     others = [name for name in file.schema_arrow.names if name != image]
     try:
-        records = file.read_row_group(group, others).to_pylist() if others else [{} for _ in range(count)]
+        read = file.read_row_group(group, others) if others else None
+        records = _without_nanoseconds(read).to_pylist() if read else [{} for _ in range(count)]
     except Exception as error:  # pyarrow has errors of its own for what is damaged
         return [Unreadable(f"row group {group} of {parquet_error(path, error)}")] * count
     for column, names in _class_names(file.schema_arrow.metadata).items():
@@ -127,6 +129,18 @@ def _group(file: ParquetFile, path: Path, group: int, image: str) -> Iterable[Re
             if isinstance(number := record.get(column), int):
                 record["class"] = names[number] if 0 <= number < len(names) else None
     return [*records, *[Unreadable(f"{path.name} ends early")] * (count - len(records))]
+
+
+def _without_nanoseconds(table: Table) -> Table:
+    """`table` with its times, which pandas writes in nanoseconds, in microseconds: Python's own know no finer ones."""
+    import pyarrow as pa
+
+    for at, field_ in enumerate(table.schema):
+        if getattr(field_.type, "unit", "") == "ns":
+            coarse = pa.timestamp("us", field_.type.tz) if pa.types.is_timestamp(field_.type) else None
+            coarse = coarse or (pa.duration("us") if pa.types.is_duration(field_.type) else pa.time64("us"))
+            table = table.set_column(at, field_.name, table.column(at).cast(coarse, safe=False))
+    return table
 
 
 def classes(folder: Path) -> Source:
