@@ -46,7 +46,7 @@ def test_cached_logits_are_those_of_the_whole_text(fusion: str, llm: str, change
     has_image = torch.tensor([one is not None for one in about])
     decoder = Decoder(hive, PICTURES, torch.tensor([one or 0 for one in about]), has_image)
     with torch.no_grad():
-        logits = decoder.begin(tokens, torch.tensor([len(text) for text in texts]))
+        logits = decoder.begin(tokens, torch.tensor([len(text) for text in texts]), room=4)
         for step in range(4):
             expected = torch.stack([anew(hive, text, one) for text, one in zip(texts, about, strict=True)])
             torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)

@@ -170,9 +170,9 @@ def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) 
     data = open_labelled("folder", pictures)
     alike = Split("train", 2, lambda i: data.train.read(0))
     places = [(place, (seed, epoch)) for place in (0, 1) for seed in (0, 1) for epoch in (0, 1)]
-    made = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    made = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
     assert len({one.numpy().tobytes() for one in made}) == len(places)
-    again = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    again = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
     assert all(map(torch.equal, made, again))
 
 
