@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
-from hive_scale.device import exact_fp32
+from hive_scale.device import SINGLE, exact_fp32
 from hive_scale.distributed import Fragment, World
 from hive_scale.stage import ParamGroup
 
@@ -88,6 +88,20 @@ def check_compiler(config: EngineConfig) -> None:
         raise ValueError(
             "engine.compile=true needs a C++ compiler, and there is none here: install g++, name one in CXX, or set "
             "engine.compile=false (all else works without)"
+        )
+
+
+def check_device(config: EngineConfig, of: str) -> None:
+    """Raises ValueError for what no device of type `of` (`device.kind`) can do in the one process that it is given."""
+    refused = {
+        "engine.precision=bf16": config.precision != "fp32",  # FSDP2, as what follows, needs collectives of the device
+        "engine.offload=true": config.offload,
+        "engine.ds_config": bool(config.ds_config),
+    }
+    for what in (what for what, asked in refused.items() if asked and of in SINGLE):
+        raise ValueError(
+            f"{what} was never tried on a device of type {of}: set engine.precision=fp32 engine.offload=false, leave "
+            "--ds_config out, and see docs/devices.md"
         )
 
 

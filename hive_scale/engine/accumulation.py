@@ -24,7 +24,7 @@ class Conclusion(NamedTuple):
     num_tokens: int
     is_fit: bool  # to learn from
     votes: tuple[float, ...]
-    divisor: float  # of gradients that were averaged over ranks: makes those of the mean loss of them
+    divisor: float  # of the sum of losses' gradient, at least 1
 
 
 def accumulate(world: World, micro_batches: Sequence[Batch], run: Callable[[Batch, bool], Tensor]) -> Tensor:
@@ -52,7 +52,7 @@ def conclude(
     mean = loss_sum / max(1.0, num_tokens)
     world.pulse.enter("update")
     is_fit = math.isfinite(mean) and mean <= max_loss
-    return Conclusion(mean, int(num_tokens), is_fit, tuple(voted), max(1.0, num_tokens) / world.size)
+    return Conclusion(mean, int(num_tokens), is_fit, tuple(voted), max(1.0, num_tokens))
 
 
 @torch.no_grad()

@@ -40,21 +40,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 @contextmanager
-def dividing(optimizer: torch.optim.AdamW, divisor: float) -> Iterator[None]:
-    """Steps within take every gradient divided by `divisor`, which costs no pass over them."""
-    # by the mark that torch's fused kernels know from mixed precision's loss scaling
-    mark: Any = optimizer
-    mark.grad_scale = torch.tensor(divisor, device=optimizer.param_groups[0]["params"][0].device)
-    try:
-        yield
-    finally:
-        del mark.grad_scale
-
-
-@contextmanager
 def sitting_out(optimizer: torch.optim.AdamW) -> Iterator[None]:
     """Steps within change no weight, no moment and no step count, whatever the gradients are."""
-    mark: Any = optimizer  # also of mixed precision's
+    # by the mark that torch's fused kernels know from mixed precision's loss scaling
+    mark: Any = optimizer
     mark.found_inf = torch.ones(())
     try:
         yield

@@ -26,7 +26,7 @@ from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
 from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
-from hive_scale.engine.adamw import MOMENTS, adamw, dividing, set_learning_rate, zero_state
+from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.node import use_cores
 from hive_scale.precision import DTYPES
 from hive_scale.stage import ParamGroup
@@ -134,9 +134,8 @@ class NativeEngine:
         taken = is_fit and math.isfinite(norm)
         set_learning_rate(self.optimizer, lr_factor)
         if taken:
-            clipping = max(1.0, (norm + 1e-6) / self.max_grad_norm)  # as torch's clip_grad_norm_ has it
-            with dividing(self.optimizer, divisor * clipping):
-                self.optimizer.step()
+            self._scale(divisor, norm)
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return StepOutput(mean, norm if math.isfinite(norm) else math.nan, num_tokens, taken, voted)
 
@@ -145,7 +144,7 @@ class NativeEngine:
             self.world.pulse.enter("forward")
             loss = self._loss(batch, self._forward)
             self.world.pulse.enter("backward")
-            torch.autograd.backward(loss)
+            torch.autograd.backward(loss * self.world.size)  # since reduction averages over ranks
         return loss.detach()
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
@@ -170,9 +169,17 @@ class NativeEngine:
         return forward(**batch.to(self.world.device).inputs())
 
     def _grad_norm(self) -> float:
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _scale(self, divisor: float, norm: float) -> None:
+        """Divide all gradients in one pass, and clip what then has the norm `norm`."""
+        divisor *= max(1.0, (norm + 1e-6) / self.max_grad_norm)
+        # which multiplies by 1.0 / divisor, as when it clips to 1.0
+        torch.nn.utils.clip_grads_with_norm_(self._trained(), 1.0, torch.tensor(divisor))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def fragments(self) -> Iterator[Fragment]:
         self._create_moments()

@@ -108,7 +108,7 @@ class ZeroEngine:
         total = accumulate(self.world, micro_batches, self._run)
         mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
-        self.engine.optimizer.loss_scale = divisor  # divides gradients, of which the backward saw none
+        self.engine.optimizer.loss_scale = divisor  # by which it divides gradients, though no loss was multiplied
         with nullcontext() if is_fit else sitting_out(self.optimizer):
             self.engine.step()  # which tidies up after backward, too
         self.engine.optimizer.loss_scale = 1.0
@@ -120,7 +120,7 @@ class ZeroEngine:
         self.world.pulse.enter("forward")
         loss = self._loss(batch)
         self.world.pulse.enter("backward")
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # since it averages over ranks
         return loss.detach()
 
     def _grad_norm(self) -> float:
