@@ -215,11 +215,20 @@ class CheckpointingConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a step is carried out; none of it changes what is learned."""
+    """How a step is carried out; none of it changes what is learned.
+
+    Two switches are for steps of several micro-batches on FSDP2, and do nothing elsewhere. With
+    `reshard_after_backward` false what a backward has gathered stays for the next forward: a gather less for every
+    further micro-batch, where the whole model's compute copy fits. With `sync_each_micro_batch` gradients are
+    reduced after each backward and wait cut: for models whose whole float32 gradients do not fit. Under HSDP copies are
+    still reduced over once a step.
+    """
 
     precision: Precision = "fp32"  # of compute; master weights and moments are fp32 always
     shard: int = 0  # ranks that share one copy: 0 all (FSDP), 1 none (DDP), between: HSDP
     reshard_after_forward: bool = True
+    reshard_after_backward: bool = True
+    sync_each_micro_batch: bool = False
     offload: bool = False  # masters and moments in host memory
     compile: bool = False
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)

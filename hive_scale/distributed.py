@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from hive_scale import pulse
+from hive_scale.device import this_device
 from hive_scale.pulse import Pulse
 from hive_scale.stops import TRY_AGAIN, TryAgain, code_of
 
@@ -355,13 +356,5 @@ def first_host(nodelist: str) -> str:
 
 
 def _device(place: _Place) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count, local_rank = torch.cuda.device_count(), place.local_rank
-    if count == 1 and place.by_slurm:
-        local_rank = 0  # Slurm shows each task only its own
-    if local_rank >= count:
-        raise ValueError(f"this node has {count} GPUs and at least {local_rank + 1} processes: start one per GPU")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
+    sees_its_own = place.by_slurm and torch.accelerator.device_count() == 1  # as Slurm shows each task only its own
+    return this_device(0 if sees_its_own else place.local_rank, place.size)

@@ -15,8 +15,9 @@ from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
+from hive_scale.device import kind
 from hive_scale.distributed import World
-from hive_scale.engine import check_compiler
+from hive_scale.engine import check_compiler, check_device
 from hive_scale.features import check_disk
 from hive_scale.model import build
 from hive_scale.shared_files import replacing
@@ -65,6 +66,7 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
     _check_engines(config, worlds, here)
     if here:
         check_compiler(config.engine)
+        check_device(config.engine, kind())
     model = build.skeleton(config.model)
     for name, stage in config.stages.items():
         try:

@@ -11,6 +11,8 @@ import random
 import numpy
 import torch
 
+from hive_scale.device import seed_accelerator
+
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Seed the generators of Python, NumPy and torch (CPU and GPU) for optimizer step `step` of this rank."""
@@ -19,6 +21,4 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     numpy.random.seed(words[1])
     number = words[2] << 32 | words[3]
     torch.default_generator.manual_seed(number)
-    # torch.manual_seed would queue a call, each time, for a GPU that never comes
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed(number)
+    seed_accelerator(number)

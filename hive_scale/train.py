@@ -35,6 +35,7 @@ from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.profiler import profiling
 from hive_scale.watch.starvation import Starvation
 from hive_scale.watch.throughput import Throughput
+from hive_scale.watch.told import hear, tell
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class StageRun:
         self.moments = Moments(_stage_before(config, name) if self.stage.keep_moments else None)
         groups = self.moments.divide(freeze(model, self.stage, model.dormant()))
         self.work = count(model, config.engine.checkpointing)
-        weights = read_weights(parent)
+        weights = read_weights(parent, world)
         features = kept_features(config, model, data.train, weights, world, interrupt.requested)
         if features:
             self.work = self.work.without("vision")
@@ -61,6 +62,7 @@ class StageRun:
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = Guard(config.guard)
         self.at = Progress(self.store, self.engine, self.guard, origin, known)
+        self.heldout = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
         self.cadence = Cadence(config.save_interval, config.failures_per_day, config.grace_seconds)
         self.starvation, self.waited = Starvation(data.train.config.workers), 0.0
@@ -113,7 +115,8 @@ class StageRun:
                 seed_step(stage.seed, at.step, self.world.rank)
                 factor = lr_factor(at.step, self.num_steps, stage.warmup, stage.min_lr)
                 output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._votes)
-                stop, save, *waits = output.votes  # any rank's request stops them all, at the same step
+                stop, save, *told = output.votes  # any rank's request stops them all, at the same step
+                waits, held = hear(told, self.world)
                 self.starvation.stepped(waits, perf_counter() - began)
                 if output.taken:
                     at.take(output.num_tokens)
@@ -121,7 +124,7 @@ class StageRun:
                     self.goodput.held_up(max(waits) - self.waited)
                     rates = {name: group.lr * factor for name, group in stage.groups.items()}
                     metrics = output.metrics() | {"lr": rates, "data_seconds": round(max(waits), 6)}
-                    metrics |= meter.step(micro_batches, output.num_tokens) | self._look()
+                    metrics |= held | meter.step(micro_batches, output.num_tokens) | self._look()
                     log.step(at.step, at.step * stage.global_batch, metrics | self.goodput.line())
                 else:
                     self._leave_out(output, log)
@@ -150,13 +153,11 @@ class StageRun:
         return saved
 
     def _votes(self) -> tuple[float, ...]:
-        """(stop, save), as far as this rank is asked, and how long each has waited for data, as far as it knows."""
+        """(stop, save), as far as this rank is asked, and what it tells of itself."""
         stop, save = self.interrupt.requested(), False
         if self.world.is_main:  # one clock is enough for all
             stop, save = stop or self.cadence.time_is_up(), self.cadence.due(self.at.step + 1)
-        waits = [0.0] * self.world.size
-        waits[self.world.rank] = self.waited
-        return stop, save, *waits
+        return stop, save, *tell(self.world, self.waited)
 
     def _look(self) -> dict[str, Any]:
         """The mean loss per target token over all held-out pairs, in nats, and the gauges, if it is time."""
@@ -164,11 +165,7 @@ class StageRun:
         at.eval_loss = None
         if at.step < self.num_steps and not (interval and at.step % interval == 0):
             return {}
-        loss_sum, num_tokens = 0.0, 0
-        for batch in self.data.heldout.once(batch_size=self.stage.micro_batch, world=self.world):
-            self.world.pulse.enter("evaluate")
-            loss, count = self.engine.evaluate([batch])
-            loss_sum, num_tokens = loss_sum + loss, num_tokens + count
+        loss_sum, num_tokens = self.engine.evaluate(self.heldout)
         at.eval_loss = loss_sum / max(1, num_tokens)
         beta2, behind = self.stage.betas[1], self.moments.steps
         gauges = gauge(self.model, self.engine.fragments(), at.step, beta2, self.world, behind)

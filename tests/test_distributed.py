@@ -192,7 +192,7 @@ def test_a_port_in_use_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) 
         for name, value in (LAUNCHED | {"RANK": "0", "MASTER_ADDR": "127.0.0.1"}).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
         with (
             pytest.raises(ValueError, match=r"cannot meet ranks 1, 2, 3 at .* set MASTER_PORT to a free one"),
             session(),

@@ -124,7 +124,8 @@ def test_a_broken_picture_is_named_once_and_the_next_one_stands_in(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
     assert told[0].startswith("folder, train split: picture 1 is left out (the picture cannot be decoded")
-    loader = DataLoader(Pictures(data.train, 8, "resize"), batch_sampler=[[0, 1], [2, 3]], num_workers=2)
+    asked: list[Any] = [[(0, None), (1, None)], [(2, None), (3, None)]]
+    loader = DataLoader(Pictures(data.train, 8, "resize"), batch_sampler=asked, num_workers=2)
     assert [labels.tolist() for _, labels in loader] == [[0, 1], [1, 1]]
     for path in (tmp_path / "test").rglob("*.jpg"):
         path.write_bytes(b"")

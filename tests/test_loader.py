@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -377,3 +379,75 @@ def test_signals_to_all_processes_leave_the_workers_alive(shards: list[str], tok
     for worker in workers:
         worker.join(10)
         assert worker.exitcode == 0
+
+
+def test_workers_stay_for_the_next_pass_and_go_with_what_they_served(
+    broken: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    loader = _loader(broken, tokenizer, tmp_path / "bad.jsonl", workers=2)
+    passes = loader.every(batch_size=6, world=World(0, 1, CPU))
+    seen, workers = [], []
+    for _ in range(3):
+        seen.append([(batch.keys, batch.pixels.clone()) for batch in passes])
+        workers.append({worker.pid for worker in multiprocessing.active_children()})
+    assert workers[0] == workers[1] == workers[2]
+    assert len(workers[0]) == 2
+    for one in seen[1:]:
+        assert [keys for keys, _ in one] == [keys for keys, _ in seen[0]]
+        assert all(torch.equal(pixels, before) for (_, pixels), (_, before) in zip(one, seen[0], strict=True))
+    half = iter(passes)
+    next(half)
+    half.close()  # type: ignore[attr-defined]
+    assert [batch.keys for batch in passes] == [keys for keys, _ in seen[0]], "one that was left is gone"
+    del passes, half
+    assert not multiprocessing.active_children()
+
+
+ORPHANED = """
+import multiprocessing, os, sys, time
+import torch
+from hive_scale.config import DataConfig, TokenizerConfig
+from hive_scale.data import samples
+from hive_scale.data.loader import Loader
+from hive_scale.data.tokenizer import open_tokenizer
+from hive_scale.distributed import World
+
+multiprocessing.set_start_method(sys.argv[1])
+read, main = samples.Samples.read, os.getpid()
+def stuck(self, i):
+    if i == 9:
+        time.sleep(600)
+    return read(self, i)
+samples.Samples.read = stuck
+config = DataConfig(workers=2)
+loader = Loader(config, sys.argv[2:], open_tokenizer(TokenizerConfig()), image_size=24)
+steps = loader.steps(global_batch=1, accumulation=1, seed=0, start=0, world=World(0, 1, torch.device("cpu")))
+next(steps)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+for _ in steps:
+    pass
+"""
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_no_worker_outlives_a_main_process_that_was_killed(method: str, shards: list[str]) -> None:
+    """Whatever Python's default start method is: workers are forked, and know their parent."""
+    code = [sys.executable, "-c", ORPHANED, method, *shards]
+    with subprocess.Popen(code, stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout is not None
+        workers = [int(pid) for pid in main.stdout.readline().split()]
+        assert len(workers) == 2
+        time.sleep(1.0)  # until one is stuck in a picture
+        main.kill()
+        main.wait()
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and any(alive(pid) for pid in workers):
+            time.sleep(0.1)
+        assert not [pid for pid in workers if alive(pid)]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -45,7 +45,8 @@ OFF = LogConfig(wandb="off")
 
 
 def values(**changes: Any) -> dict[str, Any]:
-    return {"loss": 2.0, "grad_norm": 1.0, "num_tokens": 5, "lr": {"a": 0.1}, "data_seconds": 0.0} | changes
+    always = {"loss": 2.0, "grad_norm": 1.0, "num_tokens": 5, "lr": {"a": 0.1}, "data_seconds": 0.0, "memory_gb": 0.5}
+    return always | changes
 
 
 def train(stage_dir: Path, first: int, last: int, config: LogConfig = OFF) -> None:

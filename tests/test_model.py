@@ -12,10 +12,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, SiglipVisionModel
 
 from hive_scale.batch import collate
 from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.model.attention import scaled_dot_product
 from hive_scale.model.build import assemble, materialise, skeleton
 from hive_scale.model.export import export_encoder
 from hive_scale.model.fusion import _visual_positions
@@ -394,3 +396,46 @@ def test_attention_to_patches_is_what_the_fused_kernels_compute(fusion: str, llm
         moved = moved[:, num_visual:]
     expected = torch.einsum("bhtv,bvhd->bthd", weights, delta.repeat_interleave(2, dim=2)).flatten(2)
     torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-4)
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Of every call of torch's attention: heads of queries and keys, dtype, and whether torch is told of groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[bool, torch.dtype]] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            query, key = args[0], args[1]
+            grouped = query.shape[1] != key.shape[1]
+            assert grouped == (kwargs or {}).get("enable_gqa", False)
+            self.found.add((grouped, query.dtype))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_float32_never_meets_a_kernel_that_keeps_all_scores(fusion: str) -> None:
+    """On GPUs no fused kernel takes groups of heads in float32: each gets as many heads of keys as of queries."""
+    model, batch = assemble(tiny.model_config(fusion), seed=0), tiny.batch(3)
+    open_gates(model)
+    with AttentionCalls() as whole:
+        loss = model(**batch.inputs())
+    assert whole.found == {(False, torch.float32)}
+    with AttentionCalls() as half:
+        other = model.to(torch.bfloat16)(**batch.inputs())
+    assert (True, torch.bfloat16) in half.found or fusion == "joint_attention", "a mask has them repeated, too"
+    torch.testing.assert_close(loss, other, atol=0.0, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_repeated_heads_attend_as_grouped_ones(dtype: torch.dtype, is_causal: bool) -> None:
+    made = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 5, 8, generator=made).to(dtype)
+    key, value = (torch.randn(2, 2, 5, 8, generator=made).to(dtype) for _ in range(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=0.3, enable_gqa=True
+    )
+    found = scaled_dot_product(query, key, value, scale=0.3, is_causal=is_causal)
+    torch.testing.assert_close(found, expected)

@@ -145,9 +145,14 @@ def engine_config(cell: Cell, folder: str) -> EngineConfig:
     config = EngineConfig(cell.precision, checkpointing=modes, compile=cell.compile)
     if cell.engine.startswith("zero"):
         return replace(config, ds_config=str(Path(folder, f"{cell.engine}.json")))
-    shard = {"ddp": 1, "hsdp": 2}.get(cell.engine, 0)
-    kept = cell.engine == "fsdp, kept gathered"
-    return replace(config, shard=shard, reshard_after_forward=not kept, offload=cell.engine == "fsdp, offload")
+    name, _, how = cell.engine.partition(", ")
+    changes: dict[str, dict[str, bool]] = {
+        "kept gathered": {"reshard_after_forward": False},
+        "kept between": {"reshard_after_backward": False},
+        "synced": {"sync_each_micro_batch": True},
+        "offload": {"offload": True},
+    }
+    return replace(config, shard={"ddp": 1, "hsdp": 2}.get(name, 0), **changes.get(how, {}))
 
 
 def small_jsons(folder: Path) -> None:
@@ -309,12 +314,13 @@ def test_one_process(folder: str) -> None:
 
 
 def test_ddp_and_fsdp(folder: str) -> None:
-    variants = [Cell("fsdp, kept gathered"), Cell("fsdp, offload"), Cell("fsdp, offload", 1, checkpointing="full")]
+    variants = [Cell(f"fsdp, {how}") for how in ("kept gathered", "kept between", "synced", "offload")]
+    variants += [Cell(f"fsdp, {how}", 1, checkpointing="full") for how in ("kept between", "synced", "offload")]
     check([*matrix("ddp", "fsdp"), *odd("ddp", "fsdp"), *variants], 2, folder)
 
 
 def test_hsdp(folder: str) -> None:
-    check(matrix("hsdp"), 4, folder)
+    check([*matrix("hsdp"), Cell("hsdp, synced"), Cell("hsdp, kept between", 2)], 4, folder)
 
 
 def test_zero_1_and_2(folder: str) -> None:

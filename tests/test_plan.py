@@ -22,8 +22,9 @@ from hive_scale.plan import complexity
 from hive_scale.plan.devices import GPUS, find
 from hive_scale.plan.fit import fit
 from hive_scale.plan.flops import count
+from hive_scale.plan.fsdp import Fsdp, Pass
 from hive_scale.plan.memory import examine
-from hive_scale.plan.run import Machine, plan_run, plan_stage
+from hive_scale.plan.run import Machine, StagePlan, plan_run, plan_stage
 from hive_scale.plan.sweep import sweep
 from hive_scale.plan.trace import CPU_ATTENTION
 from hive_scale.presets import three_stages
@@ -172,6 +173,41 @@ def test_more_samples_need_more_memory_and_more_ranks_less() -> None:
     assert once[0] < once[1] < once[2]  # the more trains, the more is held
     assert peaks(1, 8, "joint") > once[2:]
     assert peaks(2, 4, "joint") < once[2:]
+
+
+def test_what_happens_between_micro_batches_is_planned() -> None:
+    def joint(**changes: Any) -> StagePlan:
+        config = run_config(precision="bf16", **changes)
+        stages = {"joint": replace(config.stages["joint"], global_batch=64, micro_batch=4)}
+        return plan_run(replace(config, stages=stages), Machine(GPUS["a100-40"], 4), 1000)[0]
+
+    usual = joint()
+    kept, synced = joint(reshard_after_backward=False), joint(sync_each_micro_batch=True)
+    assert usual.accumulation == 4
+    assert usual.memory.peak > synced.memory.peak
+    whole = 4 * sum(trained for trained, _ in usual.components.values())
+    waiting, cut = (plan.memory.moment.held["gradients"] for plan in (usual, synced))
+    assert cut < whole / 2 < waiting
+    sent = [plan.time.volume.sent for plan in (kept, usual, synced)]
+    assert sent[0] < sent[1] < sent[2]
+    numbers = sum(trained + frozen for trained, frozen in usual.components.values())
+    assert sent[1] - sent[0] == pytest.approx(3 * 2 * numbers * 3 / 4), "a gather of bf16 for each micro-batch but one"
+    facts = examine(run_config(precision="bf16"), stage_of("cross_attention", "joint"), 12)
+    ends = [Fsdp(facts.trace, facts.units, 4, 2, True, one).gathered for one in (Pass(), Pass("whole", True, True))]
+    assert ends == [set(), set(facts.units.members)]
+
+
+def test_memory_for_checkpoints_counts_against_the_hosts() -> None:
+    config = run_config(precision="bf16")
+    for world in (1, 2, 8):
+        for plan in plan_run(config, Machine(GPUS["a100-40"], world), 1000):
+            saved = 12 * sum(trained for trained, _ in plan.components.values()) / world
+            assert saved <= plan.memory.staging < 2 * saved + 1
+            assert plan.memory.host == 0
+    small = Machine(GPUS["a100-40"], 1, host_memory=1000.0)
+    with pytest.raises(ValueError, match="needs"):
+        fit(config, small, 1000)
+    assert fit(config, replace(small, host_memory=1e9), 1000).plans[0].memory.on_host > 1000
 
 
 def test_bad_input_is_answered_with_the_remedy() -> None:

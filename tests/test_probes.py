@@ -3,6 +3,7 @@ of the grid as if alone, settings chosen without the test pictures, the same on 
 
 from __future__ import annotations
 
+import multiprocessing
 import runpy
 import shutil
 import sys
@@ -170,9 +171,9 @@ def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) 
     data = open_labelled("folder", pictures)
     alike = Split("train", 2, lambda i: data.train.read(0))
     places = [(place, (seed, epoch)) for place in (0, 1) for seed in (0, 1) for epoch in (0, 1)]
-    made = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    made = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
     assert len({one.numpy().tobytes() for one in made}) == len(places)
-    again = [Pictures(alike, 32, "resize", draw)[place][0] for place, draw in places]
+    again = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
     assert all(map(torch.equal, made, again))
 
 
@@ -191,6 +192,22 @@ def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read
     assert torch.equal(labels, told)
     [(drawn, _)] = source.batches([np.arange(60)], (0, 0))
     assert not torch.equal(drawn.clamp(-65504, 65504), kept)
+
+
+def test_workers_stay_from_one_epoch_to_the_next(encoder: Path, pictures: Path) -> None:
+    data = open_labelled("folder", pictures)
+    model = Encoder(encoder, ALONE.device)
+    groups = [np.arange(4), np.arange(4, 8)]
+    alone, shared = Source(model, data.train, workers=0), Source(model, data.train, workers=1)
+    workers = []
+    for draw in ((0, 0), (0, 1), None):
+        for one, other in zip(shared.batches(groups, draw), alone.batches(groups, draw), strict=True):
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+        workers.append([worker.pid for worker in multiprocessing.active_children()])
+    assert workers[0] == workers[1] == workers[2]
+    assert len(workers[0]) == 1
+    del shared
+    assert not multiprocessing.active_children()
 
 
 def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool) -> dict[str, Any]:

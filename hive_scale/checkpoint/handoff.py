@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,8 @@ from hive_scale.checkpoint.marker import find_weights, index_of
 from hive_scale.checkpoint.ranges import Shape, difference
 from hive_scale.checkpoint.seal import SEAL, Source, check_seal, unnamed_path, write_sealed
 from hive_scale.checkpoint.snapshot import Snapshot, audit, steps_in
+from hive_scale.distributed import World
+from hive_scale.node import once_per_node
 
 
 class Weights(Mapping[str, Tensor]):
@@ -90,11 +92,12 @@ def write_weights(
     return index
 
 
-def read_weights(path: Path) -> Weights:
+def read_weights(path: Path, world: World | None = None) -> Weights:
     """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
 
-    Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold; files without a seal are taken as
-    they are.
+    To check a seal takes a reading of the file. Given a `world` one rank of each node does that, and all are told what
+    it found; it is a collective then. Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold;
+    files without a seal are taken as they are.
     """
     if path.is_dir():
         candidates = (path / "weights.safetensors", path / "model.safetensors")
@@ -103,20 +106,26 @@ def read_weights(path: Path) -> Weights:
     if found is None:
         raise FileNotFoundError(f"there are no weights at {path}")
     try:
-        return Weights([found], check_seal(found, None)) if found.suffix != ".json" else _read_sharded(found)
+        if found.suffix != ".json":
+            return Weights([found], _once(world, partial(check_seal, found, None)))
+        return _read_sharded(found, world)
     except Damaged as error:
         raise Damaged(f"{error}: {_remedy(found)}") from None
 
 
-def _read_sharded(found: Path) -> Weights:
+def _read_sharded(found: Path, world: World | None) -> Weights:
     try:
         index = json.loads(found.read_text())
         weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
         paths = [found.with_name(name) for name in sorted({*weight_map.values(), *seals})]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{found} is not what was written: {error}") from error
-    checked = [check_seal(path, seals.get(path.name)) for path in paths]
-    weights = Weights(paths, xxhash.xxh3_128_hexdigest("".join(checked).encode()))
+
+    def check() -> str:
+        checked = [check_seal(path, seals.get(path.name)) for path in paths]
+        return str(xxhash.xxh3_128_hexdigest("".join(checked).encode()))
+
+    weights = Weights(paths, _once(world, check))
     if lost := sorted(weight_map.keys() - weights.keys()):
         raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
     if seals and (more := sorted(weights.keys() - weight_map.keys())):
@@ -138,6 +147,10 @@ def _remedy(weights: Path) -> str:
         f"the stage's last checkpoint, {steps_in(stage)[-1].name}" if steps_in(stage) else "what the run began with"
     )
     return f"remove {weights.name}, and the command that trained the run makes it again from {source}"
+
+
+def _once(world: World | None, make: Callable[[], str]) -> str:
+    return make() if world is None else once_per_node(world, make)
 
 
 def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> Path:

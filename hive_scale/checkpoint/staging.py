@@ -11,6 +11,7 @@ import torch
 from hive_scale.checkpoint.files import safetensors_header, write_file
 from hive_scale.checkpoint.ranges import Owned, divide, owned, shapes_of
 from hive_scale.checkpoint.snapshot import tensor_name
+from hive_scale.device import pins_memory, synchronize
 from hive_scale.distributed import Fragment, World
 
 
@@ -25,7 +26,7 @@ class Staging:
         self.pieces = divide(tables, world.rank)
         lengths = [piece.range.length for piece in self.pieces]
         # pinned, so that copies from a GPU are fast; kept, so that only the first save allocates
-        self.buffer = torch.empty(sum(lengths), pin_memory=world.device.type == "cuda")
+        self.buffer = torch.empty(sum(lengths), pin_memory=pins_memory(world.device))
         self._parts = torch.split(self.buffer, lengths)
         specs = [(tensor_name(piece.range), torch.float32, (piece.range.length,)) for piece in self.pieces]
         self._header = safetensors_header(specs, {})
@@ -38,8 +39,7 @@ class Staging:
         for part, piece in zip(self._parts, self.pieces, strict=True):
             source = fragments[piece.source].data
             part.copy_(source[piece.start : piece.start + piece.range.length], non_blocking=True)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
+        synchronize(self.world.device)
 
     def write(self, directory: Path) -> tuple[str, dict[str, Any]] | None:
         """Write the share into `directory`; the file's (name, entry in the manifest), None if there is no share."""

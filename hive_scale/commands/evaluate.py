@@ -102,6 +102,7 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]
 
 def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
     """Where answers go, and who gives them."""
+    from hive_scale.device import choose_precision
     from hive_scale.evaluate.answering import HiveAnswerer, LlavaAnswerer
     from hive_scale.model.identity import key_of
     from hive_scale.model.llava import StockLlava
@@ -109,7 +110,10 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
     from hive_scale.runs import open_hive
 
     path: Path = arguments.model
-    dtype = DTYPES[arguments.precision]
+    precision, told = choose_precision(world.device, arguments.precision)
+    if world.is_main:
+        print(told)
+    dtype = DTYPES[precision]
     answerer: Answerer
     built: dict[str, Any] = {}  # how parts are joined, as far as no weight and no config of theirs says it
     if (path / "config.json").is_file():
@@ -181,9 +185,9 @@ def _lmms_eval(arguments: argparse.Namespace) -> int:
         raise ValueError(f"lmms-eval reads LLaVA directories: export {model} first (launchers/export.py llava)")
     if {",", "="} & set(str(model)):
         raise ValueError(f"lmms-eval cuts its arguments at commas and equals signs: give {model} another name")
-    import torch
+    from hive_scale.device import kind
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = kind()
     tasks = ",".join(LMMS_TASKS.get(name, name) for name in arguments.tasks.split(","))
     output = arguments.output or model / "evaluation" / "lmms_eval"
     before = set(output.rglob(LMMS_RESULTS))
@@ -210,7 +214,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="questions at a time (%(default)s)")
     parser.add_argument("--max_tokens", type=int, help="of an answer, instead of the task's own limit")
     parser.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only (MME's by pairs)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of compute (%(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of compute (bf16 on GPUs that have it)")
     parser.add_argument("--score", type=Path, metavar="FILE", help="score these predictions instead of asking")
     parser.add_argument("--lmms_args", default="", metavar="'...'", help="more arguments for lmms-eval")
     parser.add_argument("--backend", choices=("own", "lmms_eval"), default="own", help="who asks and scores")

@@ -114,7 +114,8 @@ def _lines(machine: Machine) -> list[tuple[str, Any]]:
         ("parameters, GB per GPU", lambda plan: gb(plan.memory.parameters)),
         ("masters, GB", lambda plan: gb(plan.memory.masters)),
         ("moments, GB", lambda plan: gb(plan.memory.moments)),
-        ("on the host, GB", lambda plan: gb(plan.memory.host)),
+        ("on the host, GB", lambda plan: gb(plan.memory.on_host)),
+        ("of it pinned, for checkpoints, GB", lambda plan: gb(plan.memory.staging)),
         ("at the worst moment: gradients, GB", held("gradients")),
         ("gathered parameters, GB", held("gathered")),
         ("communication buffers, GB", held("buffers")),
@@ -173,7 +174,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--stage", help="this stage only")
     parser.add_argument("--world", type=int, default=1, help="GPUs (default 1)")
     parser.add_argument("--gpu", default="rtx3090", help="rtx3090 (default), a100-40, a100-80, h100, h200")
-    parser.add_argument("--host_gb", type=float, help="host memory per GPU, in 1e9 bytes: what offload may use")
+    parser.add_argument("--host_gb", type=float, help="host memory per GPU, 1e9 bytes, for offload and checkpoints")
     parser.add_argument("--samples", type=int, default=CC3M, help=f"pairs of the training set (default {CC3M})")
     parser.add_argument("--fit", action="store_true", help="find the fastest settings that fit")
     parser.add_argument("--spare_gb", type=float, default=0.0, help="with --fit: leave so much free (default 0)")

@@ -44,6 +44,7 @@ def check(argv: Sequence[str]) -> None:
 def _probe(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
+    from hive_scale.device import choose_precision
     from hive_scale.distributed import session
     from hive_scale.evaluate.features import Encoder
     from hive_scale.evaluate.probing import Bench, read_results, save, warnings
@@ -53,11 +54,12 @@ def _probe(arguments: argparse.Namespace) -> int:
 
     path = find_encoder(arguments.encoder)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
-    dtype = DTYPES[arguments.precision]
     sets = _sets(arguments)
     with session() as world, watching(world):
         say = Console(quiet=not world.is_main).print
-        encoder = Encoder(path, world.device, dtype, arguments.depth)
+        precision, told = choose_precision(world.device, arguments.precision)
+        say(told)
+        encoder = Encoder(path, world.device, DTYPES[precision], arguments.depth)
         for data in sets:
             file = output / f"{data.name}.json"
             # copies of a set on each node have files of their own times
@@ -146,6 +148,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="train on N pictures only, always the same")
     parser.add_argument("--depth", type=int, default=-2, help="the block that is read (%(default)s, as the authors)")
     parser.add_argument("--workers", type=int, default=0, help="data processes (%(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (%(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the encoder (bf16 on GPUs that have it)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="for results and features (<encoder>/probes)")
     return parser.parse_args(argv)

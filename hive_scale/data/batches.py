@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, count
 from mmap import mmap
+from multiprocessing import parent_process
 from threading import Thread, local
 from typing import Any, TypeVar
 
@@ -30,6 +32,8 @@ from hive_scale.data.scan import Fault
 from hive_scale.stops import TryAgain, is_worker_death
 
 Made = TypeVar("Made")
+TELLS_SENDERS = hasattr(signal, "sigtimedwait")  # who sent a signal. A Mac does not, and obeys every SIGTERM
+POLL = 1.0  # seconds between looks whether the main process is there
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
 Request = tuple[Slots, int]  # and the room for its pictures
 
@@ -93,9 +97,9 @@ class Batches(Dataset[Loaded]):
             said = str(error).strip()
             raise TryAgain(f"a data worker died while reading {where} ({said})" if where else said) from None
 
-    def requests(self, slots: Iterable[Slots]) -> Iterator[Request]:
+    def requests(self, slots: Iterable[Slots]) -> Requests:
         """Each with a room; drawn where the batches are used."""
-        return ((one, self.rooms.take()) for one in slots)
+        return Requests(slots, self.rooms)
 
     def __getitem__(self, request: Request) -> Loaded:
         try:
@@ -170,6 +174,17 @@ class Batches(Dataset[Loaded]):
             self.reading[worker.id * self.threads + thread] = os.getpid(), sample
 
 
+@dataclass(frozen=True)
+class Requests:
+    """Drawn anew in every pass, as far as `slots` can be."""
+
+    slots: Iterable[Slots]
+    rooms: Rooms
+
+    def __iter__(self) -> Iterator[Request]:
+        return ((one, self.rooms.take()) for one in self.slots)
+
+
 def _layout(samples: Samples) -> Layout:
     """Of a picture, uint8 (3, H, W), channels last as decoded ones are, or of what the encoder has made of it."""
     if samples.features:
@@ -179,19 +194,39 @@ def _layout(samples: Samples) -> Layout:
     return Layout((3, size, size), (1, 3 * size, 3), torch.uint8)
 
 
+def worker_options(number: int) -> dict[str, Any]:
+    """Of every DataLoader with `number` workers: how they are started, and that they stay for its next pass.
+
+    They are forked whatever Python's default is, which differs between its releases and systems: only so do they share
+    `Rooms`, and have for a parent who ends them.
+    """
+    if not number:
+        return {}
+    options = {"worker_init_fn": ignore_signals, "multiprocessing_context": "fork", "persistent_workers": True}
+    return options | {"num_workers": number}
+
+
 def ignore_signals(_: int) -> None:
     """In a worker: leave signals to the main process, which saves its state and then ends the workers.
 
     Ctrl-C and Slurm's warnings reach every process of a job; a worker that died of one would take the step, and
-    the checkpoint, with it. A SIGTERM is obeyed if it comes from the main process.
+    the checkpoint, with it. A SIGTERM is obeyed if it comes from the main process. A worker whose main process has
+    gone, by a kill perhaps, ends within a second or two: what it has inherited may hold a GPU, or a port.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    Thread(target=_await_end, daemon=True).start()
+    if TELLS_SENDERS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    main = parent_process()
+    assert main is not None
+    assert main.pid is not None
+    Thread(target=_await_end, args=(main.pid,), daemon=True).start()
 
 
-def _await_end() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
+def _await_end(main: int) -> None:
+    while os.getppid() == main:
+        if not TELLS_SENDERS:
+            time.sleep(POLL)
+        elif (told := signal.sigtimedwait({signal.SIGTERM}, POLL)) and told.si_pid == main:
+            break
     os._exit(0)

@@ -16,16 +16,18 @@ from torch.utils.data import DataLoader
 
 from hive_scale.batch import Batch
 from hive_scale.config import DataConfig
-from hive_scale.data.batches import Batches, Slots, ignore_signals
+from hive_scale.data.batches import Batches, Slots, worker_options
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
 from hive_scale.data.kept import KeptFeatures
 from hive_scale.data.ledger import Ledger
 from hive_scale.data.order import Mixture, Order, Stream, cut, deal
 from hive_scale.data.samples import Samples
+from hive_scale.data.scan import Fault
 from hive_scale.data.shards import all_shards, expand
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.data.transform import GREY, Colour
+from hive_scale.device import pins_memory
 from hive_scale.distributed import World
 
 
@@ -65,9 +67,13 @@ class Loader(Samples):
         order = self.stream(seed)
         slots = self._dealt(order, global_batch, accumulation, start, world)
         size = global_batch // (world.size * accumulation)
-        micro_batches = self._load(slots, order, size, held=accumulation + 1)
+        micro_batches = iter(Passes(self, slots, order, size, held=accumulation + 1, world=world))
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
+
+    def note(self, bad: Sequence[Fault]) -> None:
+        """List samples that cannot be used. Raises ValueError if they are too many."""
+        self._ledger.add(bad)
 
     def fed(self, features: KeptFeatures | None) -> Loader:
         """The same set, whose batches have `features` in place of pictures."""
@@ -80,6 +86,10 @@ class Loader(Samples):
         return [self.index.key(int(sample)) for sample in self.stream(seed).ids(start, count)]
 
     def once(self, *, batch_size: int, world: World) -> Iterator[Batch]:
+        """One pass of `every`."""
+        return iter(self.every(batch_size=batch_size, world=world))
+
+    def every(self, *, batch_size: int, world: World) -> Passes:
         """Every sample exactly once over all ranks, in batches of at most `batch_size`; bad ones are left out.
 
         All ranks see equally many batches, so that collectives match: one that has run out, or whose whole batch
@@ -87,7 +97,7 @@ class Loader(Samples):
         """
         slots: list[Slots] = [[(-1, int(sample)) for sample in batch] for batch in cut(self.text_bytes, batch_size)]
         slots += [[] for _ in range(-len(slots) % world.size)]
-        return self._load(slots[world.rank :: world.size], None, batch_size, held=2)
+        return Passes(self, slots[world.rank :: world.size], None, batch_size, held=2, world=world)
 
     def stream(self, seed: int) -> Stream:
         """The order of the samples, endlessly. Raises ValueError if one of the sets has no usable sample."""
@@ -107,20 +117,30 @@ class Loader(Samples):
                 yield list(zip((start + places).tolist(), ids[places].tolist(), strict=True))
             start += global_batch
 
-    def _load(self, slots: Iterable[Slots], order: Stream | None, size: int, held: int) -> Iterator[Batch]:
-        batches = Batches(self, order, size, held)
-        loader = DataLoader(
-            batches,
+
+class Passes(Iterable[Batch]):
+    """Batches to go through, again and again where their slots are a list, but one pass at a time.
+
+    Workers are started by the first pass, wait for the next, and end with this object.
+    """
+
+    def __init__(
+        self, loader: Loader, slots: Iterable[Slots], order: Stream | None, size: int, held: int, world: World
+    ) -> None:
+        self.note, self.features = loader.note, loader.features
+        self._batches = Batches(loader, order, size, held)
+        self._loader = DataLoader(
+            self._batches,
             batch_size=None,
-            sampler=batches.requests(slots),
-            num_workers=self.config.workers,
-            worker_init_fn=ignore_signals,
-            multiprocessing_context="fork" if self.config.workers else None,  # which shares the rooms
-            pin_memory=torch.cuda.is_available(),
+            sampler=self._batches.requests(slots),
+            pin_memory=pins_memory(world.device),
             generator=torch.Generator(),  # its own, so that loading does not move the model's random numbers
+            **worker_options(loader.config.workers),
         )
-        for loaded in batches.watch(loader):
-            self._ledger.add(loaded.bad)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for loaded in self._batches.watch(self._loader):
+            self.note(loaded.bad)
             if loaded.error is not None:
                 raise loaded.error
             if loaded.batch is None:

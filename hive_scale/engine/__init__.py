@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.device import SINGLE, exact_fp32
 from hive_scale.distributed import Fragment, World
 from hive_scale.stage import ParamGroup
 
@@ -68,8 +69,8 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        """(sum of token losses, number of target tokens) over all ranks; nothing is trained."""
+    def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
+        """(sum of token losses, number of target tokens) over all ranks, in one reduction; nothing is trained."""
         ...
 
     def fragments(self) -> Iterator[Fragment]:
@@ -90,6 +91,20 @@ def check_compiler(config: EngineConfig) -> None:
         )
 
 
+def check_device(config: EngineConfig, of: str) -> None:
+    """Raises ValueError for what no device of type `of` (`device.kind`) can do in the one process that it is given."""
+    refused = {
+        "engine.precision=bf16": config.precision != "fp32",  # FSDP2, as what follows, needs collectives of the device
+        "engine.offload=true": config.offload,
+        "engine.ds_config": bool(config.ds_config),
+    }
+    for what in (what for what, asked in refused.items() if asked and of in SINGLE):
+        raise ValueError(
+            f"{what} was never tried on a device of type {of}: set engine.precision=fp32 engine.offload=false, leave "
+            "--ds_config out, and see docs/devices.md"
+        )
+
+
 def open_engine(
     model: Any,
     groups: Sequence[ParamGroup],
@@ -99,6 +114,8 @@ def open_engine(
     weights: Mapping[str, Tensor],
 ) -> Engine:
     """Shard `model` (parameters on the meta device, ``requires_grad`` set) as `config` asks; fill it from `weights`."""
+    if config.precision == "fp32":
+        exact_fp32()
     # imported here: each engine brings its framework, and each imports this module
     if config.ds_config:
         from hive_scale.engine.zero import ZeroEngine

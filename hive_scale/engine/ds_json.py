@@ -15,9 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.device import CPU, kind
 from hive_scale.engine.ds_owned import (
     AUTO,
     OPTIONAL,
@@ -391,7 +390,7 @@ def _check_nvme(where: str, section: Mapping[str, Any], stage: int, here: bool) 
 
 def load_deepspeed() -> Any:
     """The package, told what it would otherwise find out aloud or at a cost."""
-    if not torch.cuda.is_available():
+    if kind() == CPU.type:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = importlib.import_module("deepspeed")
     # a collective of CPU inference, compiled at every machine's first start and never called here

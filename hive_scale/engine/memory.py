@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hive_scale.device import free_unused
 from hive_scale.engine import Engine
 
 
@@ -69,9 +69,7 @@ def report(engine: Engine) -> str:
 def release() -> None:
     """Free what engines of the past held, which FSDP2 and DeepSpeed tie in circles, and count peaks anew."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    free_unused()
 
 
 def _component(name: str) -> str:

@@ -7,7 +7,7 @@ at an eighth of a step's time, so the module stays as it is, under DDP where the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any
@@ -21,11 +21,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.device import pins_memory
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Layout, StepOutput
 from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.node import use_cores
 from hive_scale.precision import DTYPES
 from hive_scale.stage import ParamGroup
 
@@ -50,7 +52,7 @@ class NativeEngine:
         weights: Mapping[str, Tensor],
     ) -> None:
         """Shard `model` (parameters on the meta device, ``requires_grad`` set) and fill it from `weights`."""
-        self.model, self.world = model, world
+        self.model, self.world, self.config = model, world, config
         self.max_grad_norm = stage.max_grad_norm
         checkpoint_blocks(model.blocks(), config.checkpointing)
         shard = config.shard or world.size
@@ -69,19 +71,23 @@ class NativeEngine:
         if plain and world.size > 1:
             options: dict[str, Any] = {_BUFFERS: False}  # the same on all ranks from the start
             self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-        # gradients that wait for more micro-batches wait uncut
-        gradient_ranks = shard if stage.accumulation(world.size) == 1 else 1
+        # gradients that wait for more micro-batches wait uncut, unless each is reduced
+        reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
+        gradient_ranks = shard if reduces else 1
         self.layout = Layout(4, shard, 4, gradient_ranks, 8, shard)
         self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
+        if config.offload:
+            use_cores(world)
 
     def _shard(self, config: EngineConfig, shard: int) -> None:
-        shape = self.world.size // shard, shard
-        mesh = init_device_mesh(self.world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        # another dimension, even of one copy, would be an all-reduce for every unit
+        dims = {"shard": shard} if shard == self.world.size else {"replicate": self.world.size // shard, "shard": shard}
+        mesh = init_device_mesh(self.world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
         compute = DTYPES[config.precision]
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-            "offload_policy": CPUOffloadPolicy(self.world.device.type == "cuda") if config.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pins_memory(self.world.device)) if config.offload else OffloadPolicy(),
             "reshard_after_forward": config.reshard_after_forward,
         }
         for block in blocks_of(self.model):
@@ -121,25 +127,27 @@ class NativeEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        total, num_tokens = accumulate(self.world, micro_batches, self._run)
-        norm = self._clip()
-        mean, is_fit, voted = conclude(self.world, total, num_tokens, max_loss, votes)
+        total = accumulate(self.world, micro_batches, self._run)
+        norm = self._grad_norm()
+        mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
+        norm = norm / divisor
         taken = is_fit and math.isfinite(norm)
         set_learning_rate(self.optimizer, lr_factor)
         if taken:
+            self._scale(divisor, norm)
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return StepOutput(mean, norm if math.isfinite(norm) else math.nan, int(num_tokens), taken, voted)
+        return StepOutput(mean, norm if math.isfinite(norm) else math.nan, num_tokens, taken, voted)
 
-    def _run(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+    def _run(self, batch: Batch, is_last: bool) -> Tensor:
         with self._reducing(is_last):
             self.world.pulse.enter("forward")
             loss = self._loss(batch, self._forward)
             self.world.pulse.enter("backward")
-            torch.autograd.backward(loss * scale)
+            torch.autograd.backward(loss * self.world.size)  # since reduction averages over ranks
         return loss.detach()
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
         found = held_out(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
@@ -149,7 +157,9 @@ class NativeEngine:
     def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
         """Whether the gradients of a backward are reduced over ranks, or wait for those of the next."""
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(wanted)
+            self.model.set_requires_gradient_sync(wanted or self.config.sync_each_micro_batch)
+            self.model.set_requires_all_reduce(wanted)
+            self.model.set_reshard_after_backward(wanted or self.config.reshard_after_backward)
         elif isinstance(self._forward, DistributedDataParallel) and not wanted:
             waiting: AbstractContextManager[None] = self._forward.no_sync()
             return waiting
@@ -158,10 +168,18 @@ class NativeEngine:
     def _loss(self, batch: Batch, forward: Callable[..., Tensor]) -> Tensor:
         return forward(**batch.to(self.world.device).inputs())
 
-    def _clip(self) -> float:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+    def _grad_norm(self) -> float:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _scale(self, divisor: float, norm: float) -> None:
+        """Divide all gradients in one pass, and clip what then has the norm `norm`."""
+        divisor *= max(1.0, (norm + 1e-6) / self.max_grad_norm)
+        # which multiplies by 1.0 / divisor, as when it clips to 1.0
+        torch.nn.utils.clip_grads_with_norm_(self._trained(), 1.0, torch.tensor(divisor))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def fragments(self) -> Iterator[Fragment]:
         self._create_moments()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from hive_scale.engine.accumulation import accumulate, conclude, held_out
 from hive_scale.engine.activation import blocks_of, checkpoint_blocks
 from hive_scale.engine.adamw import MOMENTS, adamw, set_learning_rate, sitting_out, zero_state
 from hive_scale.engine.ds_json import load_deepspeed, resolve
+from hive_scale.node import use_cores
 from hive_scale.precision import DTYPES
 from hive_scale.stage import ParamGroup
 
@@ -72,6 +73,8 @@ class ZeroEngine:
         weakref.finalize(self, _let_go, self.engine, self.optimizer).atexit = False
         if compute != torch.float32:
             self._restore_masters(weights)
+        if (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
+            use_cores(world)
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], compute: torch.dtype, settings: dict[str, Any]) -> None:
@@ -102,27 +105,29 @@ class ZeroEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        total, num_tokens = accumulate(self.world, micro_batches, self._run)
-        mean, is_fit, voted = conclude(self.world, total, num_tokens, max_loss, votes)
+        total = accumulate(self.world, micro_batches, self._run)
+        mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
+        self.engine.optimizer.loss_scale = divisor  # by which it divides gradients, though no loss was multiplied
         with nullcontext() if is_fit else sitting_out(self.optimizer):
             self.engine.step()  # which tidies up after backward, too
+        self.engine.optimizer.loss_scale = 1.0
         norm = self._grad_norm()
-        return StepOutput(mean, norm, int(num_tokens), is_fit and math.isfinite(norm), voted)
+        return StepOutput(mean, norm, num_tokens, is_fit and math.isfinite(norm), voted)
 
-    def _run(self, batch: Batch, scale: float, is_last: bool) -> Tensor:
+    def _run(self, batch: Batch, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.world.pulse.enter("forward")
         loss = self._loss(batch)
         self.world.pulse.enter("backward")
-        self.engine.backward(loss * scale, scale_wrt_gas=False)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # since it averages over ranks
         return loss.detach()
 
     def _grad_norm(self) -> float:
         # a step whose gradient is not finite is left out, and then the norm is an older one
         return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
         return held_out(self.world, self.engine, micro_batches, self._loss)
 
     def _loss(self, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
+from hive_scale.data.batches import worker_options
 from hive_scale.data.kept import FORMAT, agree, open_kept, parts
 from hive_scale.data.transform import VERSION, augmented, fitted
 from hive_scale.distributed import World
@@ -24,6 +26,7 @@ from hive_scale.model.identity import identity, key_of
 from hive_scale.model.vision import PIXEL_STATISTICS, hidden_states, patches
 from hive_scale.pulse import tick
 
+Draw = tuple[int, int] | None  # seed and epoch of an augmentation
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
 Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of pictures
 AT_ONCE = 128  # pictures that run through the encoder together
@@ -71,17 +74,17 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """The pictures of a split at the encoder's size; augmented if `draw` (seed, epoch) is given."""
+    """The pictures of a split at the encoder's size, by number; augmented where a draw (seed, epoch) comes with it."""
 
     split: Split
     image_size: int
     mode: ImageMode
-    draw: tuple[int, int] | None = None
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, asked: tuple[int, Draw]) -> tuple[Tensor, int]:
+        index, draw = asked
         pixels, label = self.split.read(index)
-        if self.draw is not None:
-            return augmented(pixels, self.image_size, *self.draw, index), label
+        if draw is not None:
+            return augmented(pixels, self.image_size, *draw, index), label
         return fitted(pixels, self.image_size, self.mode), label
 
 
@@ -91,18 +94,24 @@ class Source:
     def __init__(self, encoder: Encoder, split: Split, workers: int) -> None:
         self.encoder, self.split, self.workers = encoder, split, workers
         self.cache: Cache | None = None
+        self._asked: list[list[tuple[int, Draw]]] = []  # the loader's list of batches: filled for every pass
 
-    def batches(self, groups: Sequence[Numbers], draw: tuple[int, int] | None = None) -> Iterator[Features]:
-        """Features of each group of pictures, augmented by `draw` (seed, epoch) if it is given."""
+    @cached_property
+    def _loader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Whose workers stay from one pass to the next."""
+        pictures = Pictures(self.split, self.encoder.image_size, self.encoder.mode)
+        options = worker_options(self.workers)
+        return DataLoader(pictures, batch_sampler=self._asked, generator=torch.Generator(), **options)
+
+    def batches(self, groups: Sequence[Numbers], draw: Draw = None) -> Iterator[Features]:
+        """Features of each group of pictures, augmented by `draw` if it is given. One pass at a time."""
         if self.cache and draw is None:
             for group in groups:
                 tick()
                 yield self.cache.read(group, self.encoder.device)
             return
-        pictures = Pictures(self.split, self.encoder.image_size, self.encoder.mode, draw)
-        sampler = [group.tolist() for group in groups]
-        loader = DataLoader(pictures, batch_sampler=sampler, num_workers=self.workers, generator=torch.Generator())
-        for pixels, labels in loader:
+        self._asked[:] = [[(index, draw) for index in group.tolist()] for group in groups]
+        for pixels, labels in self._loader:
             tick()
             yield self.encoder(pixels), labels.to(self.encoder.device)
 
@@ -154,7 +163,7 @@ class Cache:
             logger.warning("%s: features cannot be read, or are damaged: made again", self.features.file)
             self._told = True
         encoder = self.source.encoder
-        pixels, label = Pictures(self.source.split, encoder.image_size, encoder.mode)[number]
+        pixels, label = Pictures(self.source.split, encoder.image_size, encoder.mode)[number, None]
         features = encoder(pixels[None]).clamp(-LARGEST, LARGEST).cpu().half()
         with suppress(OSError):
             self._put(np.array([number]), features, torch.tensor([label]))

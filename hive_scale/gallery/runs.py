@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hive_scale.checkpoint import runs
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.data.transform import picture
+from hive_scale.device import this_device
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.preparation import open_data
@@ -35,7 +35,7 @@ class Run(runs.Run):
 
     def model(self, stage: str = "") -> Hive:
         """The model at the end of `stage`, by default the last finished one, on a GPU if there is one."""
-        return read_model(self, stage).to("cuda" if torch.cuda.is_available() else "cpu")
+        return read_model(self, stage).to(this_device())
 
     def tokenizer(self) -> Tokenizer:
         return open_tokenizer(self.config.data.tokenizer)

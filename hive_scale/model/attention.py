@@ -12,6 +12,7 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
@@ -29,6 +30,7 @@ def attend(
     *,
     visual: KeyValue | None = None,
     text_cache: Cache | None = None,
+    is_first: bool = False,
     recorded: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
@@ -41,21 +43,58 @@ def attend(
         attention_mask: bool or additive, (B or 1, 1, N, all keys), over visual, cached and new keys in that order;
             None for causal attention.
         visual: keys and values that come before the text's.
-        text_cache: keys and values of earlier calls, to which those of this one are added.
+        text_cache: keys and values of earlier calls, to which those of this one are added, `visual` included.
+        is_first: there are no earlier calls. Then attention is over the keys and values of this one alone, though a
+            cache of fixed length returns its room for later ones with them; `attention_mask` is as wide as that else.
         recorded: takes the attention weights (B, heads, N, all keys), float32, which the fused kernels do not return.
 
     Returns:
         (B, N, heads, h) and None, as transformers asks of an attention function.
     """
-    if text_cache is not None:
-        key, value = text_cache.update(key, value, module.layer_idx)
     if visual is not None:
         key, value = torch.cat([visual[0], key], dim=2), torch.cat([visual[1], value], dim=2)
+    if text_cache is not None:
+        # autocast makes values of half precision, and rotation leaves keys in full: the kernel takes both in half
+        all_so_far = text_cache.update(key.to(value.dtype), value, module.layer_idx)
+        key, value = (key, value) if is_first else all_so_far
     if recorded is not None:
         mask = causal(query.shape[2], query.device) if attention_mask is None else attention_mask
         recorded.append(softmax_scores(query, key, mask))
-    mixed: tuple[Tensor, None] = _functions["sdpa"](module, query, key, value, attention_mask, **options)
-    return mixed
+    if attention_mask is None and not _takes_groups(query, key):
+        # transformers' leaves fewer heads of keys to torch where there is no mask
+        dropout, scale = options.get("dropout", 0.0), options.get("scaling")
+        mixed = scaled_dot_product(query, key, value, dropout, scale, is_causal=query.shape[2] > 1)
+        return mixed.transpose(1, 2).contiguous(), None
+    made: tuple[Tensor, None] = _functions["sdpa"](module, query, key, value, attention_mask, **options)
+    return made
+
+
+def scaled_dot_product(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    """Attention of (B, heads, N, h) over (B, K, M, h), where K divides the heads, by a kernel that keeps no scores.
+
+    Of GPUs' kernels only those in half precision take fewer heads of keys than of queries. In float32 torch would
+    fall back to one that makes all (B, heads, N, M) scores; there keys and values are repeated instead.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and not _takes_groups(query, key):
+        key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for one in (key, value))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, is_causal=is_causal, scale=scale, enable_gqa=grouped
+    )
+
+
+def _takes_groups(query: Tensor, key: Tensor) -> bool:
+    """Whether a fused kernel takes the heads as they are."""
+    halved = query.dtype.itemsize == 2 or torch.is_autocast_enabled(query.device.type)
+    return halved or query.shape[1] == key.shape[1]
 
 
 def softmax_scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:

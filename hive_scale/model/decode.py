@@ -11,10 +11,12 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, StaticLayer
 
 from hive_scale.model.fusion import Context
 from hive_scale.model.hive import Hive
+
+LOOK = 8  # tokens between looks whether all texts have ended, for which the host waits for the device
 
 
 class Decoder:
@@ -39,32 +41,46 @@ class Decoder:
         self.visual = [one[picture_of_B] if not self.memory else one[:1] for one in seen]
         self.has_image = None if bool(has_image_B.all()) else has_image_B
 
-    def begin(self, tokens_BT: Tensor, lengths_B: Tensor) -> Tensor:
-        """Run the texts, of which the first ``lengths[b]`` tokens count: by causality the others change nothing."""
-        self.lengths, self.width, self.made, self.cache = lengths_B, tokens_BT.shape[1], 0, DynamicCache()
+    def begin(self, tokens_BT: Tensor, lengths_B: Tensor, room: int) -> Tensor:
+        """Run the texts, of which the first ``lengths[b]`` tokens count: by causality the others change nothing.
+
+        `room` is for the tokens to come, of which there may be fewer: keys and values have one place in memory from
+        the first token to the last, where a cache that grows would copy them for every token.
+        """
+        self.lengths, self.width, self.room, self.made = lengths_B, tokens_BT.shape[1], room, 0
         text = self.model.language.model.embed_tokens(tokens_BT)
         hidden, context = self.model.fusion.enter(text, self.visual, self.has_image, self.slots)
         self.context = replace(context, memory=self.memory or None)
+        self.cache = self._cache(hidden.shape[1])
         texts = self.model.fusion.leave(self._run(hidden, self.context), self.context)
         return self.model.logits(texts[torch.arange(len(texts), device=texts.device), lengths_B - 1])
 
     def go_on(self, tokens_B: Tensor) -> Tensor:
-        """Run one more token of each text."""
-        place = torch.arange(self.width + self.made + 1, device=tokens_B.device)
-        seen = (place < self.lengths[:, None]) | (place >= self.width)
+        """Run one more token of each text. Raises ValueError if there is no more room."""
+        if self.made == self.room:
+            raise ValueError(f"the decoder has room for {self.room} tokens: begin it with more")
+        place = torch.arange(self.width + self.room, device=tokens_B.device)
+        seen = (place < self.lengths[:, None]) | ((place >= self.width) & (place <= self.width + self.made))
         context = self.model.fusion.follow(self.context, (self.lengths + self.made)[:, None], seen)
         self.made += 1
         hidden = self.model.language.model.embed_tokens(tokens_B[:, None])
         return self.model.logits(self._run(hidden, context)[:, 0])
 
+    def _cache(self, num_tokens: int) -> Cache:
+        """Of each layer for `num_tokens` of the stream, what else the layer attends to, and those to come."""
+        layers = range(len(self.model.language.model.layers))
+        beside = [self.model.fusion.num_beside(depth, self.context) for depth in layers]
+        return Cache(layers=[StaticLayer(max_cache_len=number + num_tokens + self.room) for number in beside])
+
     def _run(self, hidden: Tensor, context: Context) -> Tensor:
+        is_first = not self.made
         rotary = self.model.language.model.rotary_emb(hidden, context.positions)
         for depth, layer in enumerate(self.model.language.model.layers):
             hidden, attention = self.model.fusion.fuse(depth, hidden, context)
-            visual = attention.pop("visual", None)
-            if visual and not self.made:  # once, before the text's
-                self.cache.update(*visual, depth)
-            hidden = layer(hidden, position_embeddings=rotary, text_cache=self.cache, **attention)
+            if not is_first:
+                attention.pop("visual", None)  # the cache has them, before the text's
+            given = {"text_cache": self.cache, "is_first": is_first, **attention}
+            hidden = layer(hidden, position_embeddings=rotary, **given)
         return hidden
 
 
@@ -97,9 +113,9 @@ def generate(
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     slot = None if slots is None else torch.tensor(slots, device=device)
     decoder = Decoder(model, pixels_PCHW, picture, has_image, slot)
-    following = decoder.begin(tokens.to(device), lengths).argmax(-1)
+    following = decoder.begin(tokens.to(device), lengths, room=max_tokens - 1).argmax(-1)
     written, ended = [following], torch.isin(following, end)
-    while len(written) < max_tokens and not ended.all():
+    while len(written) < max_tokens and not (len(written) % LOOK == 0 and ended.all()):
         following = decoder.go_on(following).argmax(-1)
         written.append(following)
         ended |= torch.isin(following, end)

@@ -22,11 +22,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
-from hive_scale.model.attention import KeyValue, causal, softmax_scores
+from hive_scale.model.attention import KeyValue, causal, scaled_dot_product, softmax_scores
 
 SLOT = 1  # of every text for which no other is given
 
@@ -77,10 +76,15 @@ class Fusion(nn.Module):
         """Keys and values of each fused layer for texts about images `picture_of`: all that later tokens need."""
         return []
 
+    def num_beside(self, depth: int, context: Context) -> int:
+        """How many visual keys the attention of host layer `depth` has before those of the stream."""
+        return 0
+
     def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         """The context of one more token a text, at its text's `position`, which attends where `seen` is True.
 
-        `seen` is over the text's keys so far, the new one last; `context` is what `enter` gave for the text.
+        `seen` is over the text's keys, those so far and, False, those to come; `context` is what `enter` gave for
+        the text.
         """
         return replace(context, positions=position_B1, mask=seen_BN[:, None, None])
 
@@ -119,7 +123,7 @@ class CrossAttentionLayer(nn.Module):
     ) -> Tensor:
         key, value = memory or self.remember(visual_BVD)
         query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
-        mixed = F.scaled_dot_product_attention(query, key, value, enable_gqa=query.shape[1] != key.shape[1])
+        mixed = scaled_dot_product(query, key, value)
         update = torch.tanh(self.gate) * self.o_proj(mixed.transpose(1, 2).flatten(2))
         if has_image is not None:
             update = update * has_image[:, None, None]
@@ -234,6 +238,9 @@ class JointAttention(Fusion):
         layers: Any = self.layers
         made = ((layer, *layer(one)) for layer, one in zip(layers, visual, strict=True))
         return [(layer.move(key[picture_of_B], slots), value[picture_of_B]) for layer, key, value in made]
+
+    def num_beside(self, depth: int, context: Context) -> int:
+        return context.visual[0].shape[1] if depth in self.depths else 0
 
     def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         num_visual = context.visual[0].shape[1]

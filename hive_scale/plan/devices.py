@@ -52,9 +52,9 @@ def find(name: str) -> Gpu:
 
 def this_gpu(device: torch.device) -> Gpu | None:
     """The one that `device` is; None for one that is not in the table, and for CPUs."""
-    import torch
+    from hive_scale.device import name_of  # here: to plan, no torch is needed
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    name = name_of(device)
     return next((gpu for gpu in GPUS.values() if gpu.title in name), None)
 
 

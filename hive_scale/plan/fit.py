@@ -114,7 +114,9 @@ def _largest(config: Config, name: str, facts: Facts, machine: Machine, num_samp
 
 
 def _fits(plan: StagePlan, machine: Machine, spare: float) -> bool:
-    return plan.spare >= spare and plan.memory.host <= (machine.host_memory or 0.0)
+    if machine.host_memory is None:  # nothing is known of it, but that offload was not asked for
+        return plan.spare >= spare and not plan.memory.host
+    return plan.spare >= spare and plan.memory.on_host <= machine.host_memory
 
 
 def _at_once(config: Config, name: str, facts: Facts, machine: Machine, num_samples: int) -> float:

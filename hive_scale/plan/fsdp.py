@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from hive_scale.plan.timeline import Timeline
 from hive_scale.plan.trace import Trace
@@ -49,12 +50,23 @@ class Units:
         return sum(param.padded(ranks) for param in self.members[unit] if param.trained)
 
 
-class Fsdp:
-    """One micro-batch under FSDP2 on `shard` ranks; `waiting` gradients of earlier ones are there, uncut."""
+@dataclass(frozen=True)
+class Pass:
+    """Which of a step's micro-batches one is."""
 
-    def __init__(self, trace: Trace, units: Units, shard: int, itemsize: int, reshard: bool, waiting: bool) -> None:
+    waiting: Literal["none", "whole", "cut"] = "none"  # gradients of earlier ones
+    begins_gathered: bool = False  # all units, by the one before
+    keeps: bool = False  # them gathered, for the next
+
+
+class Fsdp:
+    """One micro-batch under FSDP2 on `shard` ranks."""
+
+    def __init__(
+        self, trace: Trace, units: Units, shard: int, itemsize: int, reshard: bool, which: Pass = Pass()
+    ) -> None:
         self.line, self.units, self.shard, self.itemsize = Timeline(trace), units, shard, itemsize
-        self.reshard, self.waiting = reshard, waiting
+        self.reshard, self.which, self.waiting = reshard, which, which.waiting == "whole"
         self.gathered: set[str] = set()
         self.ahead: dict[str, float] = {}  # collectives done, not yet copied out
         self.kept = 0.0  # the collective's buffer of the unit before, in forward
@@ -68,8 +80,15 @@ class Fsdp:
     def run(self, trace: Trace) -> None:
         if self.waiting:
             self.line.hold(0, "gradients", MASTER * sum(self.units.trained(unit, 1) for unit in self.units.members))
-        self.collect(0, "")
-        self.copy_out(0, "", forward=True)
+        if self.which.waiting == "cut":
+            padded = sum(self.units.trained(unit, self.shard) for unit in self.units.members)
+            self.line.hold(0, "gradients", MASTER * padded / self.shard)
+        if self.which.begins_gathered:
+            for unit in self.units.members:
+                self.copy_out(0, unit, forward=True)
+        else:
+            self.collect(0, "")
+            self.copy_out(0, "", forward=True)
         for at, kind, name in trace.events:
             if kind == "gradient":
                 self.gradient(at, name)
@@ -144,7 +163,8 @@ class Fsdp:
 
     def reduce(self, at: int, name: str) -> None:
         self.reduced.add(name)
-        self.free(at, name)
+        if not self.which.keeps:
+            self.free(at, name)
         self.line.hold(at, "buffers", -self.reducing)
         whole = self.units.trained(name, 1)
         self.reducing = float(MASTER * self.units.trained(name, self.shard))
@@ -154,7 +174,8 @@ class Fsdp:
         self.line.spike(at, "buffers", 0.0)
         computed = 0 if self.waiting and self.itemsize == MASTER else self.itemsize * whole
         self.line.hold(at, "gradients", -computed - (MASTER * whole if self.waiting else 0))
-        self.line.hold(at, "gradients", self.reducing / self.shard)
+        if self.which.waiting != "cut":  # else it is added to what waits
+            self.line.hold(at, "gradients", self.reducing / self.shard)
 
 
 class Plain:

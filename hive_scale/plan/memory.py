@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from hive_scale.config import Config, EngineConfig, StageConfig
+from hive_scale.device import pinned_bytes
 from hive_scale.model import build
 from hive_scale.plan.flops import count
-from hive_scale.plan.fsdp import MASTER, Fsdp, Param, Plain, Units
+from hive_scale.plan.fsdp import MASTER, Fsdp, Param, Pass, Plain, Units
 from hive_scale.plan.timeline import Moment
 from hive_scale.plan.trace import Trace, trace
 from hive_scale.plan.zero import Zero3, Zero12
@@ -47,14 +48,22 @@ class Facts:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in bytes. `moment` is the worst of a step; what is on the host is not in `peak`."""
+    """Of one process, in bytes. `moment` is the worst of a step; what is on the host is not in `peak`.
+
+    On the host are states that are offloaded, and the pinned memory into which each checkpoint is copied.
+    """
 
     parameters: float
     masters: float
     moments: float
     batch: float
     moment: Moment
-    host: float
+    host: float  # states
+    staging: float = 0.0
+
+    @property
+    def on_host(self) -> float:
+        return self.host + self.staging
 
     @property
     def peak(self) -> float:
@@ -103,8 +112,11 @@ def measure(
     """What one of `world` processes needs; `zero` is the resolved ``zero_optimization``, empty for FSDP2."""
     itemsize = DTYPES[engine.precision].itemsize
     if zero:
-        return _deepspeed(facts, zero, world, itemsize, micro_batch, accumulation > 1)
-    return _native(facts, engine, world, itemsize, micro_batch, accumulation > 1)
+        memory = _deepspeed(facts, zero, world, itemsize, micro_batch, accumulation > 1)
+    else:
+        memory = _native(facts, engine, world, itemsize, micro_batch, accumulation > 1)
+    saved = (MASTER + MOMENTS) * facts.numel(True) // world
+    return replace(memory, staging=float(pinned_bytes(saved)))
 
 
 def _native(facts: Facts, engine: EngineConfig, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:
@@ -113,9 +125,14 @@ def _native(facts: Facts, engine: EngineConfig, world: int, itemsize: int, micro
     moments = float(MOMENTS * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
     if shard == 1 and itemsize == MASTER and not engine.offload:
         lines = [Plain(facts.trace, facts.units, world, waiting).line]
-    else:  # the first micro-batch has nothing waiting, the last one reduces
+    else:
+        keeps = waiting and not engine.reshard_after_backward
+        waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
+        # the first micro-batch has nothing waiting, the last one reduces
+        passes = [Pass(keeps=keeps), Pass(waits, begins_gathered=keeps)] if waiting else [Pass()]
+        passes += [Pass(waits, begins_gathered=True, keeps=True)] if keeps else []
         reshard = engine.reshard_after_forward
-        lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, waits).line for waits in {waiting, False}]
+        lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, one).line for one in passes]
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
     batch = facts.trace.input_bytes * micro_batch
     if engine.offload:

@@ -88,10 +88,12 @@ def volume(facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: i
         shard = engine.shard or world
         units = len(facts.units.members)
         cut, copies = (shard - 1) / shard, world // shard
-        gathers = 2 if engine.reshard_after_forward else 1
-        sent = accumulation * gathers * itemsize * every * cut + 4 * trained * cut
+        gathers = accumulation * (2 if engine.reshard_after_forward else 1)
+        gathers -= 0 if engine.reshard_after_backward else accumulation - 1  # found gathered by those behind the first
+        reductions = accumulation if engine.sync_each_micro_batch else 1
+        sent = gathers * itemsize * every * cut + reductions * 4 * trained * cut
         sent += 2 * 4 * trained / shard * (copies - 1) / copies
-        return Volume(sent, units * (accumulation * gathers * (shard > 1) + 1))
+        return Volume(sent, units * (gathers * (shard > 1) + reductions))
     buckets = max(1, round(trained / int(zero["reduce_bucket_size"])))
     if zero["stage"] == 3:
         modules = len(facts.modules)

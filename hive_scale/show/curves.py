@@ -71,7 +71,7 @@ def curves(runs: Sequence[History]) -> dict[str, str]:
         "Held-out loss": "nats per token",
         "Gates": "tanh(g)",
         "MFU": "share of peak",
-        "Peak memory": "GB, rank 0",
+        "Peak memory": "GB, the fullest rank",
     }
     logarithmic = {"Learning rates", "Gradient norm", "Gradient norm by component"}
     drawn = {

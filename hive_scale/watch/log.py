@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -88,7 +86,6 @@ class StageLog(AbstractContextManager["StageLog"]):
             "tokens": self.tokens,
             **{key: value for key, value in metrics.items() if key != "num_tokens"},
             "seconds": round(seconds, 6),
-            "memory_gb": round(peak_memory_gb(), 4),
             "time": round(time.time(), 2),
             "restarts": self._restarts,
         }
@@ -111,13 +108,3 @@ class StageLog(AbstractContextManager["StageLog"]):
     def _warn(self, texts: list[str]) -> None:
         for text in filter(None, texts):
             logger.warning(text)
-
-
-def peak_memory_gb() -> float:
-    """Peak of this process so far: allocated on its GPU, or resident on the host, in 1e9 bytes."""
-    import torch  # here, since whoever only reads metrics needs none of it
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

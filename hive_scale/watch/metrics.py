@@ -11,7 +11,7 @@ Schema 1. Always there:
     lr            {group: learning rate}
     seconds       from the end of the step before, looks at held-out data included
     data_seconds  of these, waited for data, by the rank that waited longest: all keep step
-    memory_gb     peak of rank 0 so far: allocated on its GPU, or resident on the host, in 1e9 bytes
+    memory_gb     the most so far of the fullest rank: allocated on its GPU, or resident on the host, in 1e9 bytes
     time          when the line was written, seconds since 1970, UTC
     restarts      how often the stage had been started again by then
     spent         {account: seconds} of the stage over all its restarts: steps, data, evaluate, save, start, lost, down
@@ -20,6 +20,9 @@ Schema 1. Always there:
 
 In some lines:
 
+    reserved_gb   as memory_gb, on GPUs: what torch has taken of their memory
+    host_gb       as memory_gb, beside GPUs: resident on the host
+    pinned_gb     as memory_gb, beside CUDA's GPUs: pinned on the host, as torch rounds it up; host_gb may hold it
     mfu, hfu      what rank 0 gets out of its GPU's peak: without, with what is computed twice
     eval_loss     mean over all held-out target tokens, nats, after the step
     gates         {LLM depth's place among the fused ones: tanh(g)}, after the step, of gates that train

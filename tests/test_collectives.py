@@ -1,0 +1,104 @@
+"""How often ranks wait for each other in a step is counted, since on one machine nothing else would tell."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ranks
+from test_parity import Cell, engine_config, model_of, my_batches, small_jsons, stage_of, weights_of
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor.debug import CommDebugMode
+
+from hive_scale.distributed import World
+from hive_scale.engine import open_engine
+from hive_scale.model.build import skeleton
+from hive_scale.stage import freeze
+
+
+@dataclass(frozen=True)
+class Counts:
+    step: dict[str, int]  # collectives of one step, by kind: those that torch's dispatcher sees, and so not DDP's own
+    over_host: int  # of which these add up Python's numbers
+    look: dict[str, int]  # of a look at three held-out batches
+    units: int  # that are sharded
+    trained: int  # of these, those with something to learn
+
+
+def counted(do: Callable[[], Any]) -> dict[str, int]:
+    with CommDebugMode() as mode:
+        do()
+    found: Counter[str] = Counter()
+    for operator, number in mode.get_comm_counts().items():
+        name = str(operator).replace("_", "")
+        found[next(kind for kind in ("reducescatter", "allgather", "allreduce", "broadcast") if kind in name)] += number
+    return dict(found)
+
+
+def collectives(world: World, cells: list[tuple[str, dict[str, Any]]], folder: str) -> list[Counts]:
+    """Of each engine, with what it is told beside its name, in its second step: all is there then."""
+    results, sums, add = list[Counts](), list[int](), World.sum
+
+    def noted(self: World, *values: float) -> list[float]:
+        sums.append(len(values))
+        return add(self, *values)
+
+    World.sum = noted  # type: ignore[method-assign]
+    for engine_name, changes in cells:
+        cell = Cell(engine_name, precision=changes.pop("precision", "fp32"))
+        model, stage = skeleton(model_of(cell.fusion)), stage_of(3, cell.fusion, world.size)
+        groups = freeze(model, stage, model.dormant())
+        config = replace(engine_config(cell, folder), **changes)
+        engine = open_engine(model, groups, stage, config, world, weights_of(cell.fusion))
+        batches = my_batches(cell, 0, world)
+        assert len(batches) > 1
+        engine.step(batches, 1.0)
+        sums.clear()
+        step = counted(lambda: engine.step(batches, 1.0, votes=lambda: (1.0, 2.0)))  # noqa: B023
+        over_host = len(sums)
+        look = counted(lambda: engine.evaluate(iter([*batches, *batches])))  # noqa: B023
+        units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        inner = [set(unit.parameters()) for unit in units[1:]]
+        own = [set(model.parameters()).difference(*inner), *inner]
+        trained = sum(any(parameter.requires_grad for parameter in parameters) for parameters in own)
+        results.append(Counts(step, over_host, look, len(units), trained))
+    return results
+
+
+def test_fsdp_waits_as_often_as_it_must(tmp_path: Path) -> None:
+    cells: list[tuple[str, dict[str, Any]]] = [
+        ("fsdp", {}),
+        ("fsdp", {"precision": "bf16"}),
+        ("fsdp", {"reshard_after_backward": False}),
+        ("fsdp", {"sync_each_micro_batch": True}),
+    ]
+    for plain, half, kept, synced in ranks.run(collectives, 2, cells, str(tmp_path)):
+        for one in (plain, half, kept, synced):
+            assert one.step["allreduce"] == 2, "the gradient's norm, and losses with votes; none of units"
+            assert one.over_host == 1
+            assert one.look.get("allreduce") == 1, "held-out losses are added up once"
+        assert plain.step["reducescatter"] == half.step["reducescatter"] == kept.step["reducescatter"] == plain.trained
+        assert synced.step["reducescatter"] == 2 * plain.trained, "after each of two micro-batches"
+        assert synced.step["allgather"] == plain.step["allgather"]
+        saved = plain.step["allgather"] - kept.step["allgather"]
+        assert saved == plain.trained, "what the second micro-batch's forward reads is there: all that learns"
+        assert kept.look == plain.look, "and has gone after the step"
+
+
+def test_copies_of_shards_are_reduced_over_once_a_step(tmp_path: Path) -> None:
+    cells: list[tuple[str, dict[str, Any]]] = [("hsdp", {}), ("hsdp", {"sync_each_micro_batch": True})]
+    for plain, synced in ranks.run(collectives, 4, cells, str(tmp_path)):
+        assert plain.step["allreduce"] == synced.step["allreduce"] == plain.trained + 2
+        assert plain.step["reducescatter"] == plain.trained
+        assert synced.step["reducescatter"] == 3 * plain.trained
+
+
+def test_no_engine_goes_over_the_host_twice(tmp_path: Path) -> None:
+    small_jsons(tmp_path)
+    cells: list[tuple[str, dict[str, Any]]] = [("ddp", {}), ("zero1", {}), ("zero2", {}), ("zero2_offload", {})]
+    for found in ranks.run(collectives, 2, cells, str(tmp_path)):
+        assert [one.over_host for one in found] == [1, 1, 1, 1]
+        assert [one.look.get("allreduce") for one in found] == [1, 1, 1, 1]
