@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,11 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
         stock: Any = PreTrainedTokenizerFast
         return Tokenizer(stock(tokenizer_object=byte_tokenizer(), **special))
+    if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
+        raise ValueError(
+            f"data.tokenizer.path={config.path} is no directory: give one, or a name on the hub (the presets' SmolLM2 "
+            "is fetched by `prepare_data smollm2`)"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
