@@ -26,35 +26,49 @@ def main() -> int:
 
 def run(command: str, words: list[str] | None = None, program: str | None = None) -> int:
     """Check the environment, then run `command` on `words` (default: those of this process)."""
-    if not OLDEST <= sys.version_info[:2] <= NEWEST:
-        version = ".".join(map(str, sys.version_info[:2]))
-        return _refuse(f"hive_scale needs Python 3.11 to 3.13, and this is {version}: make an environment with those")
+    if code := check_python():
+        return code
     from hive_scale.commands import COMMANDS
 
     if command not in COMMANDS:
         from difflib import get_close_matches
 
         near = get_close_matches(command, COMMANDS, n=1)
-        return _refuse(f"no command '{command}': " + (f"did you mean {near[0]}?" if near else _usage()))
-    if found := _missing():
-        return _refuse(found)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        return _refuse(f"no command '{command}': {known}")
+    if code := check_packages():
+        return code
     if words is not None:
         sys.argv[1:] = words
     sys.argv[0] = program or sys.argv[0]
     from importlib import import_module
 
-    code: int = import_module(f"hive_scale.commands.{command}").main()
-    return code
+    done: int = import_module(f"hive_scale.commands.{command}").main()
+    return done
 
 
-def _missing() -> str | None:
-    """What the environment lacks, in one line, with the remedy."""
+def check_environment() -> int:
+    """0 where this environment can run the package; otherwise 2, and a line that says what to change."""
+    return check_python() or check_packages()
+
+
+def check_python() -> int:
+    """As `check_environment`, of the interpreter alone."""
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return 0
+    version = ".".join(map(str, sys.version_info[:2]))
+    return _refuse(f"hive_scale needs Python 3.11 to 3.13, and this is {version}: make an environment with those")
+
+
+def check_packages() -> int:
+    """As `check_environment`, of what is installed."""
     try:
         from hive_scale.requirements import problem
+
+        found = problem()
     except ModuleNotFoundError as error:
-        return f"{error.name} is not installed: {INSTALL}"
-    found = problem()
-    return f"{found}: {INSTALL}" if found else None
+        found = f"{error.name} is not installed"
+    return _refuse(f"{found}: {INSTALL}") if found else 0
 
 
 def _usage() -> str:

@@ -141,12 +141,12 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
         base,
         name=_name("demo", fusion),
         model=replace(
-            base.model, vision=PartConfig(config=vision), language=PartConfig(path="data/smollm2"), density=0.5
+            base.model, vision=PartConfig(config=vision), language=PartConfig(path="./data/smollm2"), density=0.5
         ),
         data=DataConfig(
             train=["data/emoji/train-*.tar"],
             heldout=["data/emoji/heldout-*.tar"],
-            tokenizer=TokenizerConfig(path="data/smollm2"),
+            tokenizer=TokenizerConfig(path="./data/smollm2"),
             max_tokens=32,
         ),
         eval_interval=20,
@@ -335,11 +335,11 @@ def vlm_small(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "fal
     common: dict[str, Any] = {"global_batch": 16, "micro_batch": 16, "min_lr": 0.0, "betas": (0.9, 0.999)}
     return Config(
         name="vlm_small",
-        model=ModelConfig(vision=PartConfig(path=encoder), language=PartConfig(path="data/smollm2"), fusion=fusion),
+        model=ModelConfig(vision=PartConfig(path=encoder), language=PartConfig(path="./data/smollm2"), fusion=fusion),
         data=DataConfig(
             train=["data/easyvqa/train-*.tar"],
             heldout=["data/easyvqa/heldout-*.tar"],
-            tokenizer=TokenizerConfig(path="data/smollm2"),
+            tokenizer=TokenizerConfig(path="./data/smollm2"),
             text="conversation",
             max_tokens=128,
         ),

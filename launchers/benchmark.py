@@ -47,4 +47,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from hive_scale.__main__ import check_environment
+
+    sys.exit(check_environment() or main())

@@ -150,4 +150,6 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from hive_scale.__main__ import check_environment
+
+    sys.exit(check_environment() or main())

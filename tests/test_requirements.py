@@ -48,8 +48,9 @@ def test_a_torch_outside_the_range(version: str, tmp_path: Path) -> None:
     assert "requirements.lock" in line
 
 
-def test_nothing_installed() -> None:
-    line = told(sys.executable, "-S", str(LAUNCHER))
+@pytest.mark.parametrize("launcher", ["pretrain.py", "benchmark.py", "reproduce.py"])
+def test_nothing_installed(launcher: str) -> None:
+    line = told(sys.executable, "-S", str(LAUNCHER.with_name(launcher)))
     assert "packaging is not installed" in line
     assert "requirements.lock" in line
 
@@ -72,8 +73,17 @@ def test_the_pythons_told_are_those_of_the_project() -> None:
     assert (within[0], within[-1]) == (front.OLDEST[1], front.NEWEST[1])
 
 
-def test_an_unknown_command_names_the_nearest() -> None:
+def test_an_unknown_command_names_the_nearest_or_all() -> None:
     assert "did you mean pretrain?" in told(sys.executable, "-m", "hive_scale", "pretain", path=ROOT)
+    assert "there are pretrain, submit_pipeline" in told(sys.executable, "-m", "hive_scale", "xyz", path=ROOT)
+
+
+def test_a_preset_whose_llm_is_not_fetched_yet_does_not_ask_the_hub_for_it(tmp_path: Path) -> None:
+    command = [sys.executable, str(LAUNCHER), "--preset", "demo", f"output={tmp_path / 'run'}", "log.wandb=off"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "./data/smollm2 is no directory" in done.stderr
+    assert "prepare_data smollm2" in done.stderr
 
 
 def test_compilation_without_a_compiler_is_refused_before_training(tmp_path: Path) -> None:

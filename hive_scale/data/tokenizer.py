@@ -123,6 +123,11 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
         stock: Any = PreTrainedTokenizerFast
         return Tokenizer(stock(tokenizer_object=byte_tokenizer(), **special))
+    if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
+        raise ValueError(
+            f"data.tokenizer.path={config.path} is no directory: give one, or a name on the hub (the presets' SmolLM2 "
+            "is fetched by `prepare_data smollm2`)"
+        )
     try:
         checksums.check(Path(config.path).expanduser(), weights=False)
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
