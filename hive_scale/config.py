@@ -19,6 +19,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from hive_scale import checksums
+
 Fusion = Literal["cross_attention", "joint_attention", "concat"]
 Depths = Literal["uniform", "later"]
 Positions = Literal["grid", "line"]
@@ -331,7 +333,8 @@ def save(config: Config, path: Path) -> None:
 
 
 def load(path: Path) -> Config:
-    """The very config that `save` wrote."""
+    """The very config that `save` wrote. Raises Damaged if it is another, as far as a checksum beside it tells."""
+    checksums.check_file(path)
     return resolve(Config(), path)
 
 
