@@ -31,7 +31,6 @@ class Run:
                 f"{directory} is no run, for it has no {CONFIG} (a stage is not a run): give the directory that "
                 "output= named"
             )
-        checksums.check_file(directory / CONFIG)
         self.dir, self.config = directory, configs.load(directory / CONFIG)
 
     def finished(self) -> list[str]:

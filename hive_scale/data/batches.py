@@ -121,7 +121,7 @@ class Batches(Dataset[Loaded]):
             )  # told by the caller: an error raised in a worker arrives as a page of traceback
         lost = [(row, one.number, one.pixels.numpy()) for row, one in enumerate(decoded) if one.number >= 0]
         for row, _, _ in lost:  # what is to lie there is made where the encoder is
-            decoded[row] = decoded[row]._replace(pixels=pixels[row])
+            decoded[row] = replace(decoded[row], pixels=pixels[row])
         tokenizer = self.samples.tokenizer
         samples = self.samples.finished(decoded)
         if not samples:
@@ -153,7 +153,7 @@ class Batches(Dataset[Loaded]):
             found = one if isinstance(one, Fault) else self._try(i, self.samples.decoded, one, pixels)
             if not isinstance(found, Fault):
                 is_lost = self.samples.features is not None and found.pixels.dtype == torch.uint8
-                return (found._replace(number=i) if is_lost else found), bad
+                return (replace(found, number=i) if is_lost else found), bad
             bad.append(found)
         return None, bad
 

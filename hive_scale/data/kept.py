@@ -124,14 +124,17 @@ class KeptFeatures:
     def _open(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            self._descriptor, self._is_ours = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666), True
         except OSError as error:
             if error.errno not in (EACCES, EPERM, EROFS):
                 raise
-            self._descriptor = os.open(self.file, os.O_RDONLY)  # another user's: good enough where nothing is missing
+            # another user's: good enough where nothing is missing
+            self._descriptor, self._is_ours = os.open(self.file, os.O_RDONLY), False
         self._close = finalize(self, os.close, self._descriptor)
 
     def _write(self, number: int, row: Any, state: bytes) -> None:
+        if not self._is_ours:
+            raise PermissionError(EACCES, os.strerror(EACCES), str(self.file))
         parts = [row, state, self._digest(number, row, state)]
         place = self._place(number) + (0 if len(row) else self._size)
         if os.pwritev(self._descriptor, parts, place) < sum(map(len, parts)):

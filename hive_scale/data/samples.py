@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -36,7 +36,8 @@ class Read(NamedTuple):
     size: tuple[int, int]  # (width, height) of the picture, as the index has it
 
 
-class Decoded(NamedTuple):
+@dataclass(frozen=True)
+class Decoded:
     """A sample whose text is not tokens yet."""
 
     key: str
