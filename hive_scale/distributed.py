@@ -22,7 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from hive_scale import pulse
 from hive_scale.device import this_device
 from hive_scale.pulse import Pulse
-from hive_scale.stops import TRY_AGAIN, TryAgain, code_of
+from hive_scale.stops import TRY_AGAIN, TryAgain, code_of, say
 
 stores: Any = dist  # which names its stores in public, but not in its type hints
 JOINING = timedelta(minutes=2)  # where none has come for so long, none will
@@ -209,6 +209,7 @@ class _Meeting:
                 word = store.get(f"hello/{rank}") if store.check([f"hello/{rank}"]) else None
                 if store.check([f"{attempt}/here/{rank}"]):
                     self.missing.remove(rank)
+                    store.add(f"{attempt}/arrived", 1)
                     self._expect()
                 elif word is not None and word != answered.get(rank):
                     store.set(f"answer/{rank}", f"{word.decode()} {attempt}")
@@ -224,17 +225,21 @@ class _Meeting:
             self._wait()
         attempt: str = store.get(key).decode().split()[1]
         store.set(f"{attempt}/here/{self.rank}", "")
-        self.missing.clear()  # the others are rank 0's to wait for; should it give up, its store goes with it
+        self.missing.clear()  # the others are rank 0's to name
+        arrived = 0
         while not store.check([f"{attempt}/all here"]):
+            if (now := store.add(f"{attempt}/arrived", 0)) != arrived:
+                arrived = now
+                self._expect(GRACE)  # rank 0 gives up first
             self._wait()
         return attempt
 
-    def _expect(self) -> None:
+    def _expect(self, longer: float = 0.0) -> None:
         """Wait for the missing as long as for the first of them: that others come is a sign that they may."""
-        self._ends = time.monotonic() + self.patience.total_seconds()
+        self._ends = time.monotonic() + self.patience.total_seconds() + longer
 
     def _wait(self) -> None:
-        if self.missing and time.monotonic() > self._ends:
+        if time.monotonic() > self._ends:
             raise self._in_vain(f"not within {self.patience.total_seconds():.0f} s")
         time.sleep(0.02)
 
@@ -256,9 +261,9 @@ class _Meeting:
 
     def _say(self) -> None:
         while not self._over.wait(SAYING):
-            left = f", {max(0.0, self._ends - time.monotonic()):.0f} s more" if self.missing else ""
-            text = f"rank {self.rank} of {self.size} waits at {self.where} for {self._who()}{left}"
-            print(text, file=sys.stderr, flush=True)
+            left = max(0.0, self._ends - time.monotonic())
+            text = f"rank {self.rank} of {self.size} waits at {self.where} for {self._who()}, {left:.0f} s more"
+            say(text)
 
 
 class _Guard:
@@ -276,7 +281,8 @@ class _Guard:
         Returns:
             0, or the exit code of another rank that came first, and which this rank's error then follows from.
         """
-        mine = f"{code or code_of(error)} rank {self.rank} failed: {type(error).__name__}: {error}"
+        told = f"{type(error).__name__}: {error}".encode(errors="replace").decode()
+        mine = f"{code or code_of(error)} rank {self.rank} failed: {told}"
         first: str
         try:
             first = self._said.compare_set(FAILURE, "", mine).decode()
@@ -304,7 +310,7 @@ class _Guard:
                 os._exit(_code(failure))  # the main thread waits in a collective, out of the reach of exceptions
 
     def _say(self, failure: str) -> None:
-        print(f"rank {self.rank} stops: {failure.partition(' ')[2]}", file=sys.stderr, flush=True)
+        say(f"rank {self.rank} stops: {failure.partition(' ')[2]}")
 
 
 def _code(failure: str) -> int:

@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from urllib.error import HTTPError, URLError
 
 FAULT = 1  # of this program: the only end with a traceback
@@ -51,14 +52,21 @@ def ended(work: Callable[[], int]) -> int:
         return work()
     except (Exception, KeyboardInterrupt) as error:
         code = code_of(error)
-        print(line_of(error, code), file=sys.stderr, flush=True)
-        if code == FAULT:
-            traceback.print_exception(error)
+        with suppress(OSError):  # what is said may go to the disk that is full
+            print(line_of(error, code), file=sys.stderr, flush=True)
+            if code == FAULT:
+                traceback.print_exception(error)
         if any(name in os.environ for name in LAUNCHED):
             from hive_scale.distributed import tell_others
 
             tell_others(error, code)
         return code
+
+
+def say(text: str) -> None:
+    """To stderr, wherever training is: between two writes of another, or with no room left for it."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 def code_of(error: BaseException) -> int:

@@ -229,6 +229,7 @@ def test_lines_that_are_no_attempts_stop_neither_a_job_nor_the_status(tmp_path: 
 
 
 def test_a_record_that_was_cut_is_named(tmp_path: Path) -> None:
+    (tmp_path / "slurm").mkdir()
     Record().write(tmp_path)
     for text in ("", '{"cwd": "/a', '{"what": 1}', "[]"):
         Record.path(tmp_path).write_text(text)
@@ -263,7 +264,7 @@ ODD = ["a|b", "a b", "a#1", "a`b`", "$(a)", "é", "a'b", 'a"b', "a;b", "a\nb", "
 @pytest.mark.parametrize("name", ODD)
 def test_a_job_is_known_again_whatever_the_run_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is not is submitted a second time while it runs."""
-    given = job_name(replace(presets.load("debug"), name=name), "joint")
+    given = job_name(replace(presets.load("debug", None, []), name=name), "joint")
     assert re.fullmatch(r"[A-Za-z0-9._+-]+", given)
     monkeypatch.setattr(controller, "_squeue", lambda ids: f"7|RUNNING|n[1-2]|{given}\n")
     assert controller.look_up({"7": given}) == {"7": Job("7", "RUNNING", "n[1-2]")}

@@ -23,7 +23,7 @@ from typing import Any
 from hive_scale import pulse
 from hive_scale.config import Config
 from hive_scale.distributed import FAILURE, World
-from hive_scale.stops import TRY_AGAIN, is_loss_of_contact
+from hive_scale.stops import TRY_AGAIN, is_loss_of_contact, say
 
 POLL = 1.0  # seconds between looks
 ANSWER = 5.0  # seconds in which a living rank answers
@@ -151,7 +151,3 @@ def stacks() -> str:
         f"  thread {names.get(ident, '?')}:\n" + "".join(traceback.format_stack(frame)).rstrip()
         for ident, frame in frames.items()
     )
-
-
-def say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())

@@ -6,7 +6,6 @@ at once. The file is obeyed until somebody removes it, also by a run that begins
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from hive_scale.distributed import World
-from hive_scale.stops import HALTED, TRY_AGAIN, Stopped
+from hive_scale.stops import HALTED, TRY_AGAIN, Stopped, say
 from hive_scale.watch.terminal import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -45,7 +44,7 @@ class Interrupt:
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
-            _tell(f"{signal.Signals(number).name}: saving after this step; once more ends it at once")
+            say(f"{signal.Signals(number).name}: saving after this step; once more ends it at once")
         elif now - self._signalled > ECHO:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -70,7 +69,3 @@ def end_of_stop(stopped: Stopped, run_dir: Path, world: World) -> int:
         remedy = f"Remove {run_dir / STOP}, and the" if halted else "The"
         console.print(f"{stopped}. {remedy} same command goes on from there.", soft_wrap=True, markup=False)
     return HALTED if halted else TRY_AGAIN
-
-
-def _tell(text: str) -> None:
-    os.write(2, f"{text}\n".encode())  # unlike print, it may interrupt another write
