@@ -49,7 +49,7 @@ class ShardCache:
             return os.open(credentials.place(shard), os.O_RDONLY)
         folder = cache_dir() / "shards"
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{xxhash.xxh3_64_hexdigest(shard.encode())}.tar"
+        path = folder / f"{xxhash.xxh3_64_hexdigest(credentials.identity(shard).encode())}.tar"
         while True:
             with suppress(FileNotFoundError):  # never fetched, or given up for room
                 os.utime(path)

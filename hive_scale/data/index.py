@@ -121,13 +121,13 @@ def _scan(shards: Sequence[str], cache: ShardCache) -> list[ShardTable]:
 
 
 def _index_path(shards: Sequence[str]) -> Path:
-    if is_remote(shards[0]):
-        names, beside, place = list(shards), None, ""
+    places = [credentials.identity(shard) for shard in shards]
+    if is_remote(places[0]):
+        names, beside, place = places, None, ""
     else:
-        beside = Path(credentials.place(shards[0])).resolve().parent
-        places = [shard if is_remote(shard) else os.path.abspath(credentials.place(shard)) for shard in shards]
+        beside = Path(places[0]).resolve().parent
         # relative names, so that a set that moves keeps its index
-        names = [place if is_remote(place) else os.path.relpath(place, beside) for place in places]
+        names = [one if is_remote(one) else os.path.relpath(os.path.abspath(one), beside) for one in places]
         place = str(beside)
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
     if beside is not None and beside != SAMPLE_DIR and os.access(beside, os.W_OK):
