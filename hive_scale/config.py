@@ -611,10 +611,10 @@ def _read(layer: Any, kind: type) -> DictConfig | ListConfig:
 
 
 def without_credentials(word: str) -> str:
-    """A ``key=value`` word of the user's for another command, as it may be written down; others are as they are."""
+    """A word for another command of the user's as it may be written down. Raises ValueError for a secret."""
     key, _, value = word.partition("=")
-    if "://" not in value and "${" not in value:
-        return word
+    if not re.fullmatch(r"[\w.]+", key) or ("://" not in value and "${" not in value):
+        return str(_own(word, "then"))
     read = OmegaConf.create(_own(OmegaConf.to_container(_read_word(word, Config))))
     found = OmegaConf.select(read, key)
     plain = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found

@@ -15,6 +15,7 @@ import re
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
+from urllib.parse import unquote
 
 from hive_scale.strict_json import dumps
 
@@ -33,6 +34,7 @@ PARAMETER = re.compile(
     r"policy|expires?|expiry|exp|hdnea|hdnts|hdntl",
     re.IGNORECASE,
 )
+MATRIX = re.compile(r";([^/;=]+)=[^/;]*")
 # Azure's signed URLs have these beside `sig`
 AZURE = {
     *("sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "si", "sdd", "ses"),
@@ -72,20 +74,27 @@ def public(pattern: str) -> str:
     address, mark, query = USER.sub("", pattern).partition("?")
     if before.endswith(("http", "https")):  # what is behind a # is never sent, and may hold a token
         address, query = (address if mark else address.partition("#")[0]), query.partition("#")[0]
-    parts = query.split("&")
-    is_azure = any(part.lower().startswith("sig=") for part in parts)
-    kept = [part for part in parts if part and not _is_credential(part, is_azure)]
-    return address + "?" + "&".join(kept) if kept else address
+    address = MATRIX.sub(lambda match: "" if PARAMETER.fullmatch(match[1]) else match[0], address)
+    parts = _parts(query)
+    kept = [part for part in parts if part not in _credentials(query)]
+    query = query if kept == parts else "&".join(kept)
+    return f"{address}?{query}" if query else address
 
 
-def _is_credential(part: str, of_azure: bool) -> bool:
-    """Whether `part` of a query is one. What names a tar says which file is meant, whatever it is called."""
-    name, is_named, value = part.partition("=")
-    if ".tar" in part.lower():
-        return False
-    if not is_named:  # such as ?download, or a token alone
-        return len(part) > 15
-    return bool(value) and (PARAMETER.fullmatch(name) is not None or (of_azure and name.lower() in AZURE))
+def _parts(query: str) -> list[str]:
+    return re.split("[&;]", query) if query else []
+
+
+def _credentials(query: str) -> list[str]:
+    """Those parts of a query that are. What names a tar says which file is meant, whatever it is called."""
+    parts = {part: unquote(part.partition("=")[0]) for part in _parts(query) if ".tar" not in part.lower()}
+    is_azure = any(name.lower() == "sig" for name in parts.values())
+    found = []
+    for part, name in parts.items():
+        is_named = PARAMETER.fullmatch(name) is not None or (is_azure and name.lower() in AZURE)
+        is_token = "=" not in part and len(part) > 15  # unlike ?download
+        found += [part] if (is_named and "=" in part) or is_token else []
+    return found
 
 
 def private(pattern: str) -> str:
@@ -107,6 +116,11 @@ def name(pattern: str, place: str) -> str:
 def place(shard: str) -> str:
     """Where the shard of that public name lies, with all that is needed to get it."""
     return _places.get(shard, shard)
+
+
+def identity(shard: str) -> str:
+    """What tells the shard of that public name from others: a variable may come to mean another place."""
+    return public(place(shard))
 
 
 def hide(text: str) -> str:
@@ -183,5 +197,5 @@ def _value(variable: str) -> str:
 def _remember(form: str, given: str) -> None:
     _given[form] = given
     texts = [text for user in USER.findall(given) for text in (user[:-1], *user[:-1].split(":"))]
-    texts += [part.partition("=")[2] for part in given.partition("?")[2].split("&") if _is_credential(part, True)]
+    texts += [part.partition("=")[2] or part for part in _credentials(given.partition("?")[2].partition("#")[0])]
     _hidden.update(dict.fromkeys((text for text in texts if "${" not in text), "..."))

@@ -6,6 +6,7 @@ output of a real run has any is in test_security.
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import stat
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tars import pair, write_tar
 from test_cache import Remote, remote  # noqa: F401
 
@@ -23,9 +25,11 @@ from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
 from hive_scale.data.shards import expand
+from hive_scale.distributed import World
 from hive_scale.slurm import then as followers
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.resources import Resources, read
+from hive_scale.watch.noise import hushed
 
 SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=planted%2Fs3&X-Amz-Expires=60&X-Amz-Signature=planted"
 SAS = "sv=2024-11-04&ss=b&srt=co&sp=rl&se=2030-01-01T00:00:00Z&sig=planted%2Babc%3D"
@@ -63,6 +67,10 @@ def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("https://host/a.tar?access_token=planted&apikey=planted&accessToken=planted", "https://host/a.tar"),
         ("https://host/a.tar?plantedplantedplanted", "https://host/a.tar"),
         ("https://host/a.tar#token=planted", "https://host/a.tar"),
+        ("https://host/a.tar?part=2;token=planted", "https://host/a.tar?part=2"),
+        ("https://host/a.tar?%73ig=planted", "https://host/a.tar"),
+        ("https://host/v;session=planted/a.tar;v=1;token=planted", "https://host/v/a.tar;v=1"),
+        ("https://host/a.tar?part=2;half=1", "https://host/a.tar?part=2;half=1"),
         ("https://host/a.tar?x=1#planted", "https://host/a.tar?x=1"),
         ("zip://a.tar::https://me:planted@host/a.zip?sig=planted", "zip://a.tar::https://host/a.zip"),
         # nothing to hide
@@ -141,6 +149,19 @@ def test_the_user_s_own_words_and_file_may_name_a_variable_of_shards(
     monkeypatch.setattr(credentials, "_given", {})
     with pytest.raises(ValueError, match=r"'\$BASE/\{a,b\}.tar' is missing .is \$NAME for a variable"):
         expand(run.data.heldout)
+
+
+def test_a_variable_that_means_another_place_means_other_shards(
+    remote: Remote,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    remote.files = {f"{day}/a.tar": day.encode() for day in ("monday", "tuesday")}
+    for day in ("monday", "tuesday"):
+        monkeypatch.setenv("BASE", f"{remote.address}/{day}")
+        [shard] = expand(presets.load("debug", None, ["data.train=['${oc.env:BASE}/a.tar']"]).data.train)[0].shards
+        assert shard == "$BASE/a.tar"
+        with os.fdopen(ShardCache(10**9).open(shard), "rb") as file:
+            assert file.read() == day.encode()
 
 
 def test_a_variable_in_the_middle_of_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +336,20 @@ def test_an_s3_key_in_a_url_reaches_its_client(remote: Remote, monkeypatch: pyte
     assert remote.authorizations
 
 
+def test_what_a_store_s_client_logs_is_told_without_credentials(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    url = DataConfig(train=[f"https://me:planted-password@host/a.tar?{SIGNED}"]).train[0]
+    with hushed(tmp_path, World(0, 1, torch.device("cpu")), level="debug"):
+        log = logging.getLogger("urllib3")
+        log.warning("GET %s", credentials.private(url))
+        log.debug("Authorization: me:planted-password, planted-token, %2Fs3", extra={})
+    told = (tmp_path / "rank_00000.log").read_text() + "".join(capfd.readouterr())
+    assert "planted" not in told
+    assert told.count("GET https://host/a.tar") == 2
+
+
 # -- jobs -----------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +393,10 @@ def test_words_for_what_follows_are_written_without_credentials(
     assert loaded == ["https://host/{0..1}.tar", "$KEEPER/a.tar"]
     assert credentials.private(loaded[0]) == "https://me:planted@host/{0..1}.tar"
     assert credentials.private(loaded[1]) == "resolved/a.tar"
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    for word in ("--lmms_args=planted-token", "https://me:planted@host/a.tar", "name=planted-token"):
+        with pytest.raises(ValueError, match="written"):
+            followers.read("vlm", [f"then.vlm={word}"], run)
     record = Record(then={"vlm": {"launcher": "finetune_vlm", "after": "joint", "words": ["name=${oc.env:KEEPER}"]}})
     with pytest.raises(ValueError, match="refers to no variable"):
         record.followers()

@@ -71,7 +71,7 @@ class ShardCache:
         """
         if not is_remote(shard):
             return os.open(credentials.place(shard), os.O_RDONLY)
-        stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(shard.encode())
+        stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(credentials.identity(shard).encode())
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
             return self._open_fetched(shard, stem, digest)

@@ -122,13 +122,13 @@ def open_index(shards: Sequence[str], cache: ShardCache) -> Index:
 
 def _places(shards: Sequence[str]) -> list[Path]:
     """Where the index may lie, the best first."""
-    if is_remote(shards[0]):
-        names, beside = list(shards), None
+    places = [credentials.identity(shard) for shard in shards]
+    if is_remote(places[0]):
+        names, beside = places, None
     else:
-        beside = Path(credentials.place(shards[0])).resolve().parent
-        places = [shard if is_remote(shard) else os.path.abspath(credentials.place(shard)) for shard in shards]
+        beside = Path(places[0]).resolve().parent
         # relative names, so that a set that moves keeps its index
-        names = [place if is_remote(place) else os.path.relpath(place, beside) for place in places]
+        names = [one if is_remote(one) else os.path.relpath(os.path.abspath(one), beside) for one in places]
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
     own = cache_dir() / "indices" / f"{_short(str(beside or ''))}-{name}"
     return [own] if beside in (None, SAMPLE_DIR) else [beside / name, own]
