@@ -10,18 +10,21 @@ import torch
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from hive_scale.model.pretrained import check_finite
+
 
 class StockLlava:
     """``LlavaForConditionalGeneration`` with its processor; greedy answers in batches padded on the left."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Raises ValueError if there is no chat template, or the processor has another image size than the encoder."""
+        """Raises ValueError for no chat template, a weight that is not finite, or a processor of another image size."""
         auto: Any = AutoProcessor
         processor = auto.from_pretrained(path, trust_remote_code=False)
         self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
         if not self.template:
             raise ValueError(f"{path} has no chat template: add chat_template.jinja, as its authors use it")
         model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        check_finite(model, path)
         wanted, size = model.config.vision_config.image_size, processor.image_processor.size
         made = size.get("height") or size.get("shortest_edge")
         if made != wanted:

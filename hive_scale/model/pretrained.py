@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -44,6 +45,12 @@ def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Ten
     shapes = [f"{name} {tuple(there)} instead of {tuple(here)}" for name, there, here in report["mismatched_keys"]]
     _tell_differences(path, report["missing_keys"], report["unexpected_keys"], shapes)
     return cast(nn.Module, model)
+
+
+def check_finite(model: nn.Module, path: str | Path) -> None:
+    """Raises ValueError for weights with which whatever is seen or said comes to nothing, a score included."""
+    if spoiled := [name for name, one in model.named_parameters() if not one.isfinite().all()]:
+        raise ValueError(f"the weights of {path} are not finite: {_some(spoiled)}: give sound ones")
 
 
 def connect(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
