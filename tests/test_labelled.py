@@ -80,6 +80,23 @@ def test_a_set_without_test_pictures_is_refused(tmp_path: Path) -> None:
         open_labelled("food101", tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["train/a/1.png", "train/b/1.png", "test/a/.hidden"], "test split: there is no labelled picture"),
+        (["train/a/.hidden", "train/b/.hidden", "test/a/1.png"], "train split: there is no labelled picture"),
+        (["train/a/1.png", "train/b/1.png", "test/a/1.png", "val/a/.hidden"], "val split: there is no labelled"),
+        (["train/a/1.png", "test/a/1.png"], "has 1 class"),
+    ],
+)
+def test_a_set_of_which_nothing_can_be_told_is_refused(tmp_path: Path, files: list[str], message: str) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(tars.picture_bytes(format="PNG"))
+    with pytest.raises(ValueError, match=message):
+        open_labelled("folder", tmp_path)
+
+
 def test_class_folders(tmp_path: Path) -> None:
     for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)

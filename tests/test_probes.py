@@ -18,7 +18,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionModel, SiglipVisionModel
 
@@ -277,6 +277,17 @@ def test_damaged_features_are_made_again_and_a_disk_that_takes_none_is_done_with
     (tmp_path / "file").touch()
     assert run(ALONE, encoder, pictures, tmp_path / "file" / "no folder", False) == first
     assert "sees each picture again" in caplog.text
+
+
+def test_an_encoder_that_is_not_finite_gets_no_score(encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(encoder, tmp_path / "spoiled")
+    file = tmp_path / "spoiled" / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("fc1.weight"))
+    weights[name][0, 0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"spoiled are not finite: .*fc1\.weight"):
+        Encoder(tmp_path / "spoiled", torch.device("cpu"))
 
 
 def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:
@@ -568,6 +579,7 @@ def test_rates_at_an_edge_are_told() -> None:
         (["--set", "folder", "--depth", "9"], "has 4 blocks: there is no depth 9"),
         (["--set", "folder", "--epochs", "0"], "--epochs 0 must be at least 1"),
         (["--set", "folder", "--rates", "1e-3,high"], "--rates 1e-3,high are no numbers: give such as 1e-3,2e-3"),
+        (["--set", "folder", "--rates", "1e-3,nan"], "each must be above 0"),
     ],
 )
 def test_a_user_error_is_one_line_and_exit_code_2(

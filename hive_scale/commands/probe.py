@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,8 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         rates = tuple(float(rate) for rate in arguments.rates.split(",")) if arguments.rates else RATES
     except ValueError:
         raise ValueError(f"--rates {arguments.rates} are no numbers: give such as 1e-3,2e-3") from None
+    if not all(0 < rate < inf for rate in rates):
+        raise ValueError(f"--rates {arguments.rates}: each must be above 0: give such as 1e-3,2e-3")
     recipe = Recipe(rates=rates, batch=arguments.batch)
     if arguments.epochs is not None:
         recipe = replace(recipe, epochs=arguments.epochs, min_steps=0)

@@ -119,7 +119,7 @@ KNOWN = {
 def open_labelled(name: str, root: Path) -> Labelled:
     """The set `name` as it lies in `root`.
 
-    Raises ValueError for an unknown name, files that are missing, and labels out of range.
+    Raises ValueError for an unknown name, files that are missing, labels out of range, and a split without pictures.
     """
     if name not in KNOWN:
         near = get_close_matches(name, KNOWN, n=1)
@@ -135,8 +135,18 @@ def open_labelled(name: str, root: Path) -> Labelled:
     }
     for layout, files in layouts.items():
         if found := layout(name, known, root):
+            _check_size(found, root)
             return replace(found, where=str(root.resolve()), identity=_identity(name, root, files))
     raise nothing_in(root, "parquet files, class folders, tars or torchvision's files", known.source)
+
+
+def _check_size(found: Labelled, root: Path) -> None:
+    """Raises ValueError for a set that nothing can be learned from or tested on: it would have a score all the same."""
+    for split in (found.train, found.test, found.validation):
+        if split and not split.size:
+            raise ValueError(f"{found.name}, {split.name} split: there is no labelled picture in {root}")
+    if found.num_classes < 2:
+        raise ValueError(f"{found.name} has {found.num_classes} class in {root}: to tell classes apart takes two")
 
 
 def _identity(name: str, root: Path, patterns: Sequence[str]) -> str:

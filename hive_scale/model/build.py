@@ -102,10 +102,14 @@ def spelled_out(config: ModelConfig) -> ModelConfig:
 
 
 def open_encoder(path: Path) -> nn.Module:
-    """The encoder of a Hugging Face directory, or hub name, alone: ready for use, float32 on the CPU."""
+    """The encoder of a Hugging Face directory, or hub name, alone: ready for use, float32 on the CPU.
+
+    Raises ValueError for another architecture, and for weights that do not fill it or are not finite.
+    """
     vision = vision_config(PartConfig(path=str(path)))
     tower = pretrained.part(_vision_class(vision), str(path), vision, None)
     assert tower is not None
+    pretrained.check_finite(tower, path)
     return tower.eval()
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hive_scale import checksums
+from hive_scale.model.pretrained import check_finite
 
 
 class StockLlava:
     """``LlavaForConditionalGeneration`` with its processor; greedy answers in batches padded on the left."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Raises ValueError if there is no chat template, the processor has another image size than the encoder, or
-        the directory is ours and its files are not what was written."""
+        """Raises ValueError if there is no chat template, a weight is not finite, the processor has another image size
+        than the encoder, or the directory is ours and its files are not what was written."""
         checksums.check(path)
         auto: Any = AutoProcessor
         processor = auto.from_pretrained(path, trust_remote_code=False)
@@ -26,6 +27,7 @@ class StockLlava:
         if not self.template:
             raise ValueError(f"{path} has no chat template: add chat_template.jinja, as its authors use it")
         model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+        check_finite(model, path)
         wanted, size = model.config.vision_config.image_size, processor.image_processor.size
         made = size.get("height") or size.get("shortest_edge")
         if made != wanted:

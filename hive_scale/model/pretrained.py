@@ -52,6 +52,12 @@ def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Ten
     return cast(nn.Module, model)
 
 
+def check_finite(model: nn.Module, path: str | Path) -> None:
+    """Raises ValueError for weights with which whatever is seen or said comes to nothing, a score included."""
+    if spoiled := [name for name, one in model.named_parameters() if not one.isfinite().all()]:
+        raise ValueError(f"the weights of {path} are not finite: {_some(spoiled)}: give sound ones")
+
+
 def connect(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
     """Fill projectors and fusion layers. Raises ValueError that names what is missing or of another shape."""
     wanted = {name: p for name, p in model.named_parameters() if name.startswith(("projector.", "fusion."))}
