@@ -8,7 +8,7 @@ CLUSTER = /tmp/hive-slurm
 
 SUPPLY = .venv-supply/bin
 
-.PHONY: install lock debug demo figures slurm-demo test test-newest test-oldest lint faults mutants sbom licences wheel clean
+.PHONY: install lock debug demo docs figures slurm-demo test test-newest test-oldest lint faults mutants sbom licences wheel clean
 
 # exactly the versions of the lock, which were tested together
 install: $(VENV)/installed
@@ -72,11 +72,15 @@ data/smollm2: | install
 data/emoji: | install
 	$(RUN) launchers/prepare_data.py emoji --styles all --output $@
 
-# the README's, from the debug run
+# the pages of docs/ as a site: site/index.html. A broken link or a missing name ends it
+docs: install
+	$(VENV)/bin/mkdocs build --strict
+
+# the documentation's, from the debug run
 figures: debug
-	$(RUN) launchers/visualize.py gradients runs/debug --count 2 --output .github/figures/gradients.svg
-	$(RUN) launchers/visualize.py attention runs/debug --output .github/figures/attention.svg
-	$(RUN) launchers/visualize.py report runs/debug --plots .github/figures
+	$(RUN) launchers/visualize.py gradients runs/debug --count 2 --output docs/figures/gradients.svg
+	$(RUN) launchers/visualize.py attention runs/debug --output docs/figures/attention.svg
+	$(RUN) launchers/visualize.py report runs/debug --plots docs/figures
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -20,7 +20,7 @@ def add_run_arguments(
 ) -> None:
     """`keys` tells what the words at the end may be, `default` is the preset where none is named."""
     parser.set_defaults(default_preset=default)
-    parser.add_argument("--preset", help=f"a run by its name (default {default}): see the README")
+    parser.add_argument("--preset", help=f"a run by its name (default {default}): see docs/index.md")
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML: a saved run, or changes to a preset")
     shipped = ", ".join(sorted(path.stem for path in DS_CONFIGS.glob("*.json")))
     parser.add_argument(

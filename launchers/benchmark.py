@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure hive_scale beside its peers, on this machine. Each subcommand prints one table of the README."""
+"""Measure hive_scale beside its peers, on this machine. Each subcommand prints one table of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main() -> int:
         subparser = subparsers.add_parser(name, help=benchmark.HELP, description=benchmark.__doc__)
         benchmark.configure(subparser)
         subparser.add_argument("--rounds", type=int, default=12, help="timed rounds (default 12)")
-        subparser.add_argument("--markdown", action="store_true", help="print the table as the README has it")
+        subparser.add_argument("--markdown", action="store_true", help="print the table as docs/benchmarks.md has it")
         subparser.add_argument("--quick", action="store_true", help="toy sizes: does it run? The figures mean nothing")
         subparser.set_defaults(run=benchmark.run)
     arguments = parser.parse_args()

@@ -71,12 +71,12 @@ def test_efficiency_with_kept_features_leaves_the_encoder_out_of_both() -> None:
     assert kept[0][4] == kept[0][5] == plain[0][5] < plain[0][4]  # of the baseline's FLOPs
 
 
-def test_tables_of_a_readme_are_made_again_in_their_place(tmp_path: Path) -> None:
+def test_tables_of_a_page_are_made_again_in_their_place(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     old = "| what was there |\n"
     words = ("loss --rows 64 --dtypes fp32; quick: --vocabularies 500", "loss --rows none")  # the second fails
     page.write_text("\n".join(["above", *(f"<!-- benchmark {one} -->\n{old}<!-- end -->" for one in words), "below"]))
-    assert "1 of 2 tables" in printed("all", "--readme", str(page))
+    assert "1 of 2 tables" in printed("all", "--page", str(page))
     first, second = page.read_text().split("<!-- end -->\n", 1)
     assert first.startswith(f"above\n<!-- benchmark {words[0]} -->\n| dtype |")
     assert first.count("| fp32 | 500 | 64 |") == 5

@@ -1,4 +1,4 @@
-"""The README's tree is the first thing a newcomer trusts: it names every file, and no file that is not there."""
+"""The README is read in one sitting, and the tree in docs/design.md names every file, and none that is not there."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def tracked() -> set[str]:
 
 
 def drawn() -> set[str]:
-    """Paths in the README's tree, which indents by two spaces and sets a file's purpose after its name."""
-    (tree,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Paths in the tree, which indents by two spaces and sets a file's purpose after its name."""
+    (tree,) = re.findall(r"<!-- tree -->\n```\n(.*?)```", (ROOT / "docs" / "design.md").read_text(), re.DOTALL)
     folders: list[str] = []
     paths = set()
     for line in tree.splitlines():
@@ -38,5 +38,11 @@ def drawn() -> set[str]:
 
 def test_the_tree_names_every_file() -> None:
     shown = {path for path in drawn() if path.startswith(tuple(f"{folder}/" for folder in SHOWN))}
-    assert tracked() - shown == set(), "missing from the README's tree"
-    assert shown - tracked() == set(), "in the README's tree but not in the repository"
+    assert tracked() - shown == set(), "missing from the tree in docs/design.md"
+    assert shown - tracked() == set(), "in the tree of docs/design.md but not in the repository"
+
+
+def test_the_readme_is_read_in_one_sitting() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 200
+    assert max(len(line) for line in lines if not line.startswith("|")) <= 160

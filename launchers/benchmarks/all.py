@@ -1,4 +1,4 @@
-"""Run every command whose table the README shows, and put the new table in its place.
+"""Run every command whose table docs/benchmarks.md shows, and put the new table in its place.
 
 A table stands between ``<!-- benchmark WORDS; quick: WORDS -->`` and ``<!-- end -->``. WORDS are those of this
 launcher; the second, if there are any, come on top with --quick.
@@ -17,8 +17,8 @@ from time import monotonic
 
 from benchmarks.workers import LAUNCHER
 
-HELP = "every table of the README, made again in its place"
-README = LAUNCHER.parents[1] / "README.md"
+HELP = "every table of docs/benchmarks.md, made again in its place"
+PAGE = LAUNCHER.parents[1] / "docs" / "benchmarks.md"
 TABLE = re.compile(
     r"(?P<above><!-- benchmark (?P<words>[^>;]*)(; quick: (?P<quick>[^>]*))? -->\n)"
     r"(?P<table>.*?)(?P<below><!-- end -->)",
@@ -28,16 +28,16 @@ QUICK_SECONDS, QUICK_ROUNDS = 15 * 60, 2
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--readme", type=Path, default=README, help="the file with the tables (README.md)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the file with the tables (docs/benchmarks.md)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """With --quick: two rounds each, in 15 minutes. None may take more than a third of what is left of them, or the
     rest would starve: a table whose command does stays as it is."""
-    text = arguments.readme.read_text()
+    text = arguments.page.read_text()
     places = list(TABLE.finditer(text))
     if not places:
-        raise ValueError(f"{arguments.readme} has no '<!-- benchmark WORDS -->': there is no table to make again")
+        raise ValueError(f"{arguments.page} has no '<!-- benchmark WORDS -->': there is no table to make again")
     deadline = monotonic() + (QUICK_SECONDS if arguments.quick else float("inf"))
     tables: dict[str, str] = {}
     for left, place in zip(range(len(places), 0, -1), places, strict=True):
@@ -47,10 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{' '.join(words)} ...", file=sys.stderr, flush=True)
         if made := _table(words, (deadline - monotonic()) / min(left, 3)):
             tables[place["above"]] = made
-    arguments.readme.write_text(
+    arguments.page.write_text(
         TABLE.sub(lambda one: one["above"] + tables.get(one["above"], one["table"]) + one["below"], text)
     )
-    print(f"{len(tables)} of {len(places)} tables made again in {arguments.readme}")
+    print(f"{len(tables)} of {len(places)} tables made again in {arguments.page}")
 
 
 def _table(words: list[str], seconds: float) -> str | None:
