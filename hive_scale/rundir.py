@@ -52,6 +52,8 @@ def check_place(config: Config) -> None:
             )
     except OSError as error:
         raise ValueError(f"output={directory} cannot be read ({error.strerror}): choose another") from None
+    except RuntimeError:  # as Python before 3.13 has it
+        raise ValueError(f"output={directory} is a link that leads to itself: choose another") from None
 
 
 def at_home(config: Config, file: Path) -> Config:

@@ -158,6 +158,8 @@ def test_a_place_that_is_nobodys_is_refused(
     home, project = tmp_path / "home", tmp_path / "home" / "project"
     project.mkdir(parents=True)
     (project / "thesis.tex").write_text("precious")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(project)
     for output, message in {
@@ -169,12 +171,13 @@ def test_a_place_that_is_nobodys_is_refused(
         ".": "current directory",
         str(project): "current directory",
         "x\n": "cannot be printed",
+        str(loop): "leads to itself|[Ss]ymbolic",
         "y" * 300: "cannot be .*long",
     }.items():
         with pytest.raises(ValueError, match=message):
             run_pipeline(at(base, output), world, overwrite)
     assert files(home) == {"project/thesis.tex": b"precious"}
-    assert {path.name for path in tmp_path.rglob("*")} == {"home", "project", "thesis.tex"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"home", "project", "thesis.tex", "loop"}
 
 
 def test_the_command_refuses_such_a_place_before_it_writes_a_log(tmp_path: Path) -> None:
@@ -335,6 +338,9 @@ def test_a_lost_config_is_named(base: Config, world: World, half: Path) -> None:
             run_pipeline(at(base, half), world)
     began.write_text(text)
     (half / "config.yaml").unlink()
+    (half / "thesis.tex").touch()
+    with pytest.raises(ValueError, match=r"holds what is no run's \(thesis.tex\)"):
+        run_pipeline(at(base, half), world, overwrite="delete")
     with pytest.raises(ValueError, match=r"config.yaml is missing: restore it"):
         run_pipeline(at(base, half), world)
 
@@ -478,6 +484,9 @@ def test_overwrite_of_a_linked_directory_stays_on_its_disk(
     assert run.is_symlink()
     assert len(aside(disk / "big")) == 1
     assert not aside(run)
+    assert is_done(disk / "big" / "projector")
+    shutil.rmtree(disk)  # a scratch disk that was purged
+    run_pipeline(at(base, run), world, until="projector")
     assert is_done(disk / "big" / "projector")
 
 

@@ -189,7 +189,7 @@ def strangers(directory: Path) -> list[str]:
     Folders that programs alone fill (wandb's, Slurm's, checkpoints, exports) are looked through for ``.git`` only.
     """
     stages = {path.parent.name for path in directory.glob(f"*/{BEGAN}")}
-    with suppress(ValueError):
+    with suppress(ValueError, OSError):
         stages |= set(configs.load(directory / CONFIG).stages)
     found = _others(directory, (*TAKEN, *EARLY, MARKER, *stages, *LATE))
     for name in ("initial", *sorted(stages)):
