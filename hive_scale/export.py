@@ -67,7 +67,8 @@ def from_pretrained(path: Path) -> Hive:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
     parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
-    return build.materialise(ModelConfig(**(fields | parts)), read_weights(path))
+    weights = read_weights(path, sealed=checksums.is_listed(path))
+    return build.materialise(ModelConfig(**(fields | parts)), weights)
 
 
 def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, Source]:

@@ -264,6 +264,21 @@ def test_a_stage_that_has_lost_weights_and_checkpoints_does_not_begin_again_unto
     assert damaged(run) == {}
 
 
+@pytest.mark.parametrize("place", ["language/weights.safetensors", "export/hive/model.safetensors"])
+def test_weights_whose_checksum_cannot_be_found_are_not_others(run: Path, place: str) -> None:
+    path = run / place
+    path.write_bytes(path.read_bytes().replace(b'"xxh3_128"', b'"xxh3_129"', 1))
+    for read in (open_hive, verified) if path.name == "weights.safetensors" else (from_pretrained,):
+        with pytest.raises(Damaged, match="does not bear the checksum that it was written with"):
+            read(run if read is not from_pretrained else path.parent)
+    assert damaged(run)
+
+
+def verified(run: Path) -> None:
+    if found := [damage for place, damage in damaged(run).items() if place == "language/weights.safetensors"]:
+        raise Damaged(found[0])
+
+
 def test_an_index_of_weights_that_lacks_a_tensor_is_not_believed(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((200,), float(i)) for i in range(3)}
     index = write_weights(tmp_path / "weights.safetensors", tensors, max_shard_bytes=1000)

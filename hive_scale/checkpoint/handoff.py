@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directory, write_json
 from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
-from hive_scale.checkpoint.marker import find_weights, index_of
+from hive_scale.checkpoint.marker import WEIGHTS, find_weights, index_of
 from hive_scale.checkpoint.ranges import Shape, difference
 from hive_scale.checkpoint.seal import SEAL, Source, check_seal, unnamed_path, write_sealed
 from hive_scale.checkpoint.snapshot import Snapshot, audit, steps_in
@@ -92,12 +92,12 @@ def write_weights(
     return index
 
 
-def read_weights(path: Path, world: World | None = None) -> Weights:
+def read_weights(path: Path, world: World | None = None, sealed: bool = False) -> Weights:
     """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
 
     To check a seal takes a reading of the file. Given a `world` one rank of each node does that, and all are told what
-    it found; it is a collective then. Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold;
-    files without a seal are taken as they are.
+    it found; it is a collective then. Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold.
+    Files without a seal, which others wrote, are taken as they are, unless they must be `sealed`, as those in a run must.
     """
     if path.is_dir():
         candidates = (path / "weights.safetensors", path / "model.safetensors")
@@ -105,9 +105,10 @@ def read_weights(path: Path, world: World | None = None) -> Weights:
     found = find_weights(path)
     if found is None:
         raise FileNotFoundError(f"there are no weights at {path}")
+    sealed |= _is_of_run(found)
     try:
         if found.suffix != ".json":
-            return Weights([found], _once(world, partial(check_seal, found, None)))
+            return Weights([found], _once(world, partial(check_seal, found, None, sealed)))
         return _read_sharded(found, world)
     except Damaged as error:
         raise Damaged(f"{error}: {_remedy(found)}") from None
@@ -133,10 +134,14 @@ def _read_sharded(found: Path, world: World | None) -> Weights:
     return weights
 
 
+def _is_of_run(weights: Path) -> bool:
+    return index_of(weights) == index_of(weights.with_name(WEIGHTS)) and (weights.parents[1] / "config.yaml").is_file()
+
+
 def _remedy(weights: Path) -> str:
     """How to come by what was at `weights` again."""
     stage = weights.parent
-    if not (stage.parent / "config.yaml").is_file():
+    if not _is_of_run(weights):
         return "get it again from where it came"
     if stage.name != "initial" and not steps_in(stage):
         return (

@@ -48,10 +48,11 @@ def write_sealed(path: Path, sources: Mapping[str, Source], metadata: Mapping[st
     return seal
 
 
-def check_seal(path: Path, expected: str | None) -> str:
+def check_seal(path: Path, expected: str | None, required: bool = False) -> str:
     """The seal that the file bears, or if it bears none, its hash.
 
-    Raises Damaged if the file does not match its own seal, or has another than `expected`.
+    Raises Damaged if the file does not match its own seal, has another than `expected`, or has none where one is
+    `required`: the name of the seal may be what was damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -60,6 +61,8 @@ def check_seal(path: Path, expected: str | None) -> str:
         raise Damaged(f"{path} cannot be read: {error}") from error
     if expected not in (None, seal):
         raise Damaged(f"{path} is not the file that its index names")
+    if seal is None and required:
+        raise Damaged(f"{path} does not bear the checksum that it was written with")
     if seal is None:
         return file_hash(path)
     with open(path, "rb") as file:
