@@ -97,7 +97,7 @@ def read_weights(path: Path, world: World | None = None, sealed: bool = False) -
 
     To check a seal takes a reading of the file. Given a `world` one rank of each node does that, and all are told what
     it found; it is a collective then. Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold.
-    Files without a seal, which others wrote, are taken as they are, unless they must be `sealed`, as those in a run must.
+    Files without a seal, which others wrote, are taken as they are, unless they must be `sealed`, as a run's must.
     """
     if path.is_dir():
         candidates = (path / "weights.safetensors", path / "model.safetensors")
