@@ -11,13 +11,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from io import StringIO
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+
+from hive_scale.strangers import check_yaml, read_yaml_text
 
 Fusion = Literal["cross_attention", "joint_attention", "concat"]
 Depths = Literal["uniform", "later"]
@@ -319,7 +321,7 @@ def resolve(base: T, *layers: Any) -> T:
         return cast(T, OmegaConf.to_object(node))
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
-        message = str(error).splitlines()[0]
+        message = next(iter(str(error).splitlines()), type(error).__name__)
         if "is not a ListConfig" in message:
             message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {message}") from None
@@ -425,9 +427,10 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
 
     What a run saved before a key existed keeps that key's old meaning.
     """
+    text = read_yaml_text(file)
     try:
-        read = OmegaConf.load(file)
-    except (YAMLError, UnicodeDecodeError) as error:
+        read = OmegaConf.load(StringIO(text))
+    except Exception as error:  # PyYAML raises what it likes on tags that do not fit their values
         raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
     if isinstance(read, DictConfig):
         stages = OmegaConf.select(read, "stages")
@@ -444,8 +447,10 @@ def _read_word(word: str) -> DictConfig:
     if not is_one:
         raise ValueError(f"config: '{word}' is not key=value")
     try:
-        return OmegaConf.from_dotlist([f"{key}={_quoted(value)}"])
-    except YAMLError as error:
+        quoted = _quoted(value)
+        check_yaml(quoted)
+        return OmegaConf.from_dotlist([f"{key}={quoted}"])
+    except Exception as error:  # as in a file
         raise ValueError(f"config: {key}={value}: not YAML: {_in_a_line(error)}: put it in quotation marks") from None
 
 

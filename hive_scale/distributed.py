@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from hive_scale.pulse import Pulse
+from hive_scale.strangers import printable
 
 stores: Any = dist  # which names its stores in public, but not in its type hints
 JOINING = timedelta(minutes=5)  # a process that has not come by then will not
@@ -223,7 +224,7 @@ class _Guard:
 
     def is_first(self, error: BaseException) -> bool:
         """Tell all ranks of `error`, unless another came first, which this rank's error then follows from."""
-        mine = f"rank {self.rank} failed: {type(error).__name__}: {error}"
+        mine = printable(f"rank {self.rank} failed: {type(error).__name__}: {error}")
         first: str
         try:
             first = self.store.compare_set(FAILURE, "", mine).decode()

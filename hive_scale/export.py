@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hive_scale import strict_json
 from hive_scale.card import card
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import Weights, read_weights, write_weights
@@ -61,11 +61,12 @@ def from_pretrained(path: Path) -> Hive:
     Raises ValueError if `path` holds no HIVE, or one that is damaged.
     """
     try:
-        fields = json.loads((path / "config.json").read_text())["model"]
-    except (OSError, ValueError, KeyError) as error:
+        fields = strict_json.read(path / "config.json")["model"]
+        parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
+        model = ModelConfig(**(fields | parts))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
-    parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
-    return build.materialise(ModelConfig(**(fields | parts)), read_weights(path))
+    return build.materialise(model, read_weights(path))
 
 
 def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, Source]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from hive_scale import config as configs
+from hive_scale import strict_json
 from hive_scale.checkpoint.lock import LOCK
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
@@ -119,7 +119,7 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
         unnamed.write_text(dumps(now, indent=1))
         unnamed.rename(path)
     world.barrier()
-    before = json.loads(path.read_text())
+    before = strict_json.read(path)
     for name in config.stages:
         if before[name] != now[name] and not is_done(config.run_dir / name):
             raise ValueError(

@@ -28,6 +28,7 @@ LEAVES = {
     "schedule",
     "precision",
     "randomness",
+    "strangers",
     "strict_json",
 }
 # a room and what it may read besides the leaves

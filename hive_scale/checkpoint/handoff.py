@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from hive_scale import strict_json
 from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directory, write_json
 from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
 from hive_scale.checkpoint.marker import find_weights, index_of
@@ -104,12 +104,14 @@ def read_weights(path: Path) -> Weights:
     if found.suffix != ".json":
         return Weights([found], check_seal(found, None))
     try:
-        index = json.loads(found.read_text())
+        index = strict_json.read(found)
         weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
-    except (ValueError, KeyError) as error:
+        # beside it: a name with a folder in it is a ValueError
+        paths = [found.with_name(name) for name in sorted(set(weight_map.values()))]
+        expected = [seals.get(path.name) for path in paths]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Damaged(f"{found} is not what was written: {error}") from error
-    paths = [found.with_name(name) for name in sorted(set(weight_map.values()))]
-    checked = [check_seal(path, seals.get(path.name)) for path in paths]
+    checked = [check_seal(path, seal) for path, seal in zip(paths, expected, strict=True)]
     weights = Weights(paths, xxhash.xxh3_128_hexdigest("".join(checked).encode()))
     if lost := sorted(weight_map.keys() - weights.keys()):
         raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
+
+from hive_scale.strangers import refuse
 
 EXAMPLES = """\
 examples:
@@ -43,8 +44,7 @@ def main() -> int:
     try:
         return _verify(arguments.run) if arguments.what == "verify" else _export(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _export(arguments: argparse.Namespace) -> int:

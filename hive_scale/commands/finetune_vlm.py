@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hive_scale.command import add_run_arguments, add_training_arguments, named_run
+from hive_scale.strangers import refuse
 
 if TYPE_CHECKING:
     from hive_scale.config import Config, PartConfig
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return _train(resolved, arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:

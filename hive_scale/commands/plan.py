@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.command import add_run_arguments, named_run
+from hive_scale.strangers import refuse
 from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -42,8 +42,7 @@ def main() -> int:
             return _sweep(config, machine, arguments)
         return _plan(config, machine, arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from hive_scale.command import add_run_arguments, add_training_arguments, named_run
+from hive_scale.strangers import refuse
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -37,8 +37,7 @@ def main() -> int:
             return 0
         return _train(resolved, arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:

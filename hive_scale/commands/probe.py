@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hive_scale.strangers import refuse
 
 if TYPE_CHECKING:
     from hive_scale.evaluate.labelled import Labelled
@@ -33,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _probe(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 def check(argv: Sequence[str]) -> None:
@@ -45,20 +45,19 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from hive_scale.distributed import session
     from hive_scale.evaluate.features import Encoder
     from hive_scale.evaluate.probing import Bench, read_results, save, warnings
     from hive_scale.precision import DTYPES
     from hive_scale.runs import find_encoder
+    from hive_scale.watch.terminal import console
 
     path = find_encoder(arguments.encoder)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
     dtype = DTYPES[arguments.precision]
     sets = _sets(arguments)
     with session() as world:
-        say = Console(quiet=not world.is_main).print
+        say = console.print if world.is_main else _say_nothing
         encoder = Encoder(path, world.device, dtype, arguments.depth)
         for data in sets:
             file = output / f"{data.name}.json"
@@ -121,15 +120,20 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
+def _say_nothing(text: str) -> None:
+    """What all ranks but the first say."""
+
+
 def _show(results: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from hive_scale.watch.terminal import console
 
     table = Table("probe", "test accuracy, %", "deviation", "rates chosen")
     for kind, one in results.items():
         rates = ", ".join(f"{seed['rate']:g}" for seed in one.get("seeds", ()))
         table.add_row(kind, f"{one['mean']:.2f}", f"{one['deviation']:.2f}", rates)
-    Console().print(table)
+    console.print(table)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hive_scale.strangers import refuse
+
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.slurm.chain import Record
@@ -56,8 +58,7 @@ def main() -> int:
         asked = resources.read(arguments.profile, slurm_words, bases)
         return submission.submit(config, asked, arguments.cluster, followers, arguments.dry_run)
     except (ValueError, SlurmError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
 
 
 # -- a run that was submitted ---------------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from hive_scale.strangers import refuse
 
 EXAMPLES = """\
 examples:
@@ -24,8 +25,7 @@ def main() -> int:
     try:
         act(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

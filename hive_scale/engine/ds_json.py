@@ -6,7 +6,6 @@ Every key that Config owns may be absent, "auto", or say the same; anything else
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import re
@@ -28,7 +27,8 @@ from hive_scale.engine.ds_owned import (
     owned,
     told,
 )
-from hive_scale.strict_json import dumps
+from hive_scale.strangers import MB, read_bytes
+from hive_scale.strict_json import dumps, loads
 
 log = logging.getLogger(__name__)
 COMMENT = re.compile(r"_|//|#|comments?$", re.IGNORECASE)  # keys that begin so; JSON has no comments of its own
@@ -159,9 +159,10 @@ def _resolved(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
+        return read_bytes(path, MB).decode()
+    except (OSError, ValueError) as error:
+        is_text = not isinstance(error, UnicodeDecodeError)
+        reason = (getattr(error, "strerror", None) or str(error)) if is_text else "it is not text"
         raise ValueError(
             f"engine.ds_config={path} is no file that can be read ({reason}): give a DeepSpeed JSON, such as "
             "ds_configs/zero2.json"
@@ -171,8 +172,8 @@ def _read(path: Path) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     """The JSON without comments, which some write as keys, and without what is switched off."""
     try:
-        settings = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        settings = loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except ValueError as error:
         raise ValueError(f"{error}: correct the JSON") from None
     if not isinstance(settings, dict):
         raise ValueError(f"holds a {type(settings).__name__}: a DeepSpeed JSON is one object {{...}}")

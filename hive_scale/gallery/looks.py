@@ -16,6 +16,7 @@ from hive_scale.show.attention_map import AttentionMaps, attention_maps, choose,
 from hive_scale.show.curves import History, layer_norms
 from hive_scale.show.figure import save
 from hive_scale.show.gradient_map import GradientMaps, concentration, gradient_figure, gradient_maps
+from hive_scale.strangers import replace_text
 from hive_scale.strict_json import dumps
 
 
@@ -50,7 +51,7 @@ def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], p
     """The maps, the numbers of their spread beside them, and the norms over training where runs have logged them."""
     save(gradient_figure(runs), path)
     numbers = path.with_suffix(".json")
-    numbers.write_text(dumps({run.name: concentration(run.norms) for run in runs}, indent=1) + "\n")
+    replace_text(numbers, dumps({run.name: concentration(run.norms) for run in runs}, indent=1) + "\n")
     written = [path, numbers]
     for number, svg in enumerate(layer_norms(histories).values(), 1):
         written.append(path.with_name(f"{path.stem}_over_training{number if number > 1 else ''}.svg"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hive_scale import config as configs
+from hive_scale.data.ledger import read_faults
 from hive_scale.evaluate.captions import write
 from hive_scale.gallery.looks import attention, gradients
 from hive_scale.gallery.runs import Run
@@ -17,6 +18,7 @@ from hive_scale.show.curves import History, curves
 from hive_scale.show.figure import save
 from hive_scale.show.gradient_map import gradient_figure
 from hive_scale.show.page import Report, page
+from hive_scale.strangers import replace_text
 from hive_scale.strict_json import read_lines
 
 Captioned = tuple[Tensor, Mapping[str, str]]  # a picture, and texts by whose they are
@@ -48,8 +50,7 @@ def report(runs: Sequence[Run], look: bool = True, pictures: int = 4) -> Report:
 
 def save_report(found: Report, path: Path, plots: Path | None = None) -> None:
     """The page; and, where `plots` names a folder, each figure as a file of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(found))
+    replace_text(path, page(found))
     for title, svg in found.plots.items() if plots else ():
         assert plots is not None
         save(svg, plots / f"{title.lower().replace(' ', '_').replace(':', '')}.svg")
@@ -87,8 +88,8 @@ def _summary(run: Run, history: History) -> dict[str, str]:
         "held-out loss": f"{losses[-1]:.4f}" if losses else "-",
         "restarts": str(sum(stage[-1].get("restarts", 0) for stage in history.stages.values())),
         "steps lost": str(sum(stage[-1].get("lost_steps", 0) for stage in history.stages.values())),
-        "bad samples": str(len(_json_lines(run.dir / "bad_samples.jsonl"))),
-        "batches left out": str(len(_json_lines(run.dir / "bad_batches.jsonl"))),
+        "bad samples": str(len(read_faults(run.dir / "bad_samples.jsonl"))),
+        "batches left out": str(len(read_lines(run.dir / "bad_batches.jsonl")[0])),
     }
 
 
@@ -120,17 +121,13 @@ def _memory(run: Run, several: bool) -> dict[str, str]:
 
 
 def _faults(run: Run) -> list[dict[str, str]]:
-    faults = _json_lines(run.dir / "bad_samples.jsonl")
-    first = {fault["reason"]: f"{fault['shard']}: {fault['key']}" for fault in reversed(faults)}
-    counts = Counter(fault["reason"] for fault in faults)
+    faults = read_faults(run.dir / "bad_samples.jsonl")
+    first = {fault.reason: f"{fault.shard}: {fault.key}" for fault in reversed(faults)}
+    counts = Counter(fault.reason for fault in faults)
     return [
         {"run": run.name, "reason": reason, "samples": str(count), "such as": first[reason]}
         for reason, count in counts.most_common()
     ]
-
-
-def _json_lines(path: Path) -> list[dict[str, str]]:
-    return read_lines(path)[0]
 
 
 def _cut_lines(runs: Sequence[Run]) -> list[str]:

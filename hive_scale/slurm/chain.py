@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
+from hive_scale import strict_json
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
 from hive_scale.slurm import controller
@@ -77,8 +78,27 @@ class Record:
 
     @classmethod
     def read(cls, run_dir: Path) -> Record | None:
+        """What `write` has written, or None. Raises ValueError if that is damaged, or not of its making."""
         path = cls.path(run_dir)
-        return cls(**json.loads(path.read_text())) if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            record = cls(**strict_json.read(path))
+            record._check()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not what was written ({error}): restore it, or delete it") from None
+        return record
+
+    def _check(self) -> None:
+        """Raises ValueError for what cannot be handed to Slurm, and TypeError, AttributeError."""
+        for job in self.jobs.values():
+            if not re.fullmatch(r"\w+", job):  # it becomes a part of commands and file names
+                raise ValueError(f"{job!r} is no job's id")
+        if not all(isinstance(count, int) for count in self.steps.values()):
+            raise ValueError("steps that are no numbers")
+        self.followers()
+        for asked in self.resources.values():
+            Resources(**asked)
 
     def write(self, run_dir: Path) -> None:
         path = self.path(run_dir)

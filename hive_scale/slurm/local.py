@@ -15,6 +15,7 @@ from hive_scale.slurm import chain, snapshot, status
 from hive_scale.slurm.job import ChainJob, job_of
 from hive_scale.slurm.resources import Resources, environment
 from hive_scale.slurm.then import Followers, order
+from hive_scale.strangers import refuse
 
 YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
 
@@ -68,5 +69,5 @@ def _wait(job: submitit.Job[int], config: Config) -> int:
     try:
         return max(job.results())
     except submitit.core.utils.UncompletedJobError as error:
-        print(f"error: {error}", file=sys.stderr)
+        refuse(error)
         return 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
+from hive_scale import strict_json
 from hive_scale.config import Config
 from hive_scale.strict_json import dumps
 
@@ -26,6 +26,10 @@ class Follower:
     launcher: str  # of launchers/
     after: str  # a stage, or another follower
     words: list[str]  # what one would type after its name, that of its output last
+
+    def __post_init__(self) -> None:
+        if self.launcher not in LAUNCHERS.values() or not self.words:
+            raise ValueError(f"{self.launcher}: no launcher that follows a run, or one without its words")
 
     @property
     def output(self) -> Path:
@@ -49,7 +53,7 @@ class Follower:
         """Whether it has succeeded with these very words."""
         file = _marker(run_dir, name)
         try:
-            return bool(json.loads(file.read_text()) == asdict(self))
+            return bool(strict_json.read(file) == asdict(self))
         except (OSError, ValueError):  # not there, or cut off
             return False
 

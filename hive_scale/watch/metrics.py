@@ -55,9 +55,13 @@ def read_metrics(path: Path) -> list[Line]:
     lines, cut = read_lines(path)
     for number in cut:
         logger.warning("%s: line %d is cut off and left out", path, number)
-    if newer := [line["schema"] for line in lines if line.get("schema", SCHEMA) > SCHEMA]:
+    if newer := [line["schema"] for line in lines if _number(line.get("schema", SCHEMA)) > SCHEMA]:
         raise ValueError(f"{path} has schema {newer[0]}, this version reads up to {SCHEMA}: update hive_scale")
     return lines
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, int | float) else 0
 
 
 def rewrite(path: Path, lines: Iterable[Line]) -> None:
@@ -86,7 +90,7 @@ class Follower:
                 if not text.endswith(b"\n"):
                     break
                 offset += len(text)
-                if (line := parse_line(text.decode(errors="replace"))) is not None:
+                if (line := parse_line(text)) is not None:
                     yield line
             self._place = inode, offset
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale.distributed import World
+from hive_scale.strangers import printable
 from hive_scale.watch.terminal import console
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -73,12 +74,19 @@ class _Captive(logging.Logger):
         pass
 
 
+class _Formatter(logging.Formatter):
+    """A record's first line is its only one that looks like a record: whatever a message quotes, it is none itself."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record), lines=True).replace("\n", "\n    ")
+
+
 class _File(WatchedFileHandler):
     """Made with its first record; made again should the run directory be emptied."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, delay=True)
-        self.setFormatter(logging.Formatter(FORMAT))
+        self.setFormatter(_Formatter(FORMAT))
 
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +105,7 @@ class _Teller(logging.Handler):
         self._read = {path: path.stat().st_size for path in self._others()}  # earlier runs' are told
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"{record.name}: {record.getMessage()}".splitlines()[0]
+        text = printable(f"{record.name}: {record.getMessage()}".split("\n")[0])
         if text not in self._told:
             self._told.add(text)
             self._say(f"{record.levelname.lower()}: {text}")
@@ -120,6 +128,6 @@ class _Teller(logging.Handler):
 
     def _say(self, text: str) -> None:
         if console.is_terminal:
-            console.print(text, soft_wrap=True, markup=False)  # above the progress bar, not through it
+            console.print(text, soft_wrap=True)  # above the progress bar, not through it
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
