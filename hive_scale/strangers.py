@@ -50,13 +50,12 @@ def read_bytes(path: Path, most: int) -> bytes:
         ValueError: The file has more, or is none: a pipe or a device, perhaps behind a link, has no end.
         OSError: It cannot be read.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # the opening of a pipe would wait
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path} is no file, but a folder, a pipe or a device: put the file itself there")
-        content = file.read(most + 1) if found.st_size <= most else b""
-    if found.st_size > most or len(content) > most:
-        size = max(found.st_size, len(content))
+    if not stat.S_ISREG(path.stat().st_mode):  # before it is opened, for which a pipe would wait
+        raise ValueError(f"{path} is no file, but a folder, a pipe or a device: put the file itself there")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(most + 1) if size <= most else b""
+    if (size := max(size, len(content))) > most:
         raise ValueError(f"{path} has {size / 1e6:,.1f} MB, more than the {most / 1e6:,.1f} MB that are read of it")
     return content
 

@@ -52,11 +52,10 @@ def loads(content: str | bytes, most: int = LARGEST, **how: Any) -> Any:
 
 def check_depth(value: Any, deepest: int = DEEPEST) -> None:
     """Raises ValueError if lists and objects lie more than `deepest` deep in `value`: what handles them recurses."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if inner and not deepest:
-        raise ValueError(f"nested more than {DEEPEST} deep")
-    for one in inner:
-        if isinstance(one, dict | list):
+    if isinstance(value, dict | list):
+        if not deepest:
+            raise ValueError(f"nested more than {DEEPEST} deep")
+        for one in value.values() if isinstance(value, dict) else value:
             check_depth(one, deepest - 1)
 
 
