@@ -325,6 +325,10 @@ def resolve(base: T, *layers: Any) -> T:
         if "is not a ListConfig" in message:
             message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {message}") from None
+    except (TypeError, AttributeError, LookupError, RecursionError) as error:  # omegaconf's, of a value of another kind
+        raise ValueError(
+            f"config: a value is of another kind than its key takes, or nested too deeply: {error}"
+        ) from None
 
 
 def save(config: Config, path: Path) -> None:
@@ -432,14 +436,22 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
         read = OmegaConf.load(StringIO(text))
     except Exception as error:  # PyYAML raises what it likes on tags that do not fit their values
         raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
-    if isinstance(read, DictConfig):
-        stages = OmegaConf.select(read, "stages")
-        of_stages = stages.values() if isinstance(stages, DictConfig) else ()
-        for data in (OmegaConf.select(read, "data"), *(OmegaConf.select(stage, "data") for stage in of_stages)):
-            # a saved config has every key of its time
-            if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
-                data.setdefault("image_position", "start")
+    try:
+        if isinstance(read, DictConfig):
+            _as_then(read)
+    except OmegaConfBaseException as error:  # of an interpolation
+        raise ValueError(f"{file}: {_in_a_line(error)}") from None
     return read
+
+
+def _as_then(read: DictConfig) -> None:
+    stages = OmegaConf.select(read, "stages")
+    of_stages = stages.values() if isinstance(stages, DictConfig) else ()
+    for part in (read, *of_stages):
+        data = OmegaConf.select(part, "data") if isinstance(part, DictConfig) else None
+        # a saved config has every key of its time
+        if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
+            data.setdefault("image_position", "start")
 
 
 def _read_word(word: str) -> DictConfig:

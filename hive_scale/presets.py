@@ -408,6 +408,8 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def _find(name: str) -> Callable[..., Config]:
+    if not isinstance(name, str):  # a file says what it likes
+        raise ValueError(f"preset={name}: give one name, of {', '.join(PRESETS)}")
     if name not in PRESETS:
         near = get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
@@ -416,7 +418,7 @@ def _find(name: str) -> Callable[..., Config]:
 
 
 def _check_fusion(arguments: dict[str, str]) -> None:
-    fusion = arguments.get("fusion", "cross_attention")
+    fusion = str(arguments.get("fusion", "cross_attention"))
     if fusion not in NEW:
         near = get_close_matches(fusion, NEW, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NEW)}"

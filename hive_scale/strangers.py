@@ -16,6 +16,8 @@ import yaml
 
 MB = 2**20
 LARGEST_YAML = MB  # bytes of a config or profile: the longest that a run has written are of some ten thousand
+# as omegaconf reads it: libyaml's, which overflows the stack on what is nested too deeply, or else PyYAML's own
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 MOST_NODES = 100_000  # of a YAML file once its aliases are written out
 DEEPEST = 64  # lists and objects within each other, in JSON and YAML
 # What moves a terminal's cursor, colours it, breaks a line or turns the writing's direction; and half characters,
@@ -94,7 +96,7 @@ def check_yaml(text: str) -> None:
     sizes: dict[str, int] = {}  # nodes below each anchor
     begun: list[tuple[str | None, int]] = [(None, 0)]  # of each collection not yet closed: its anchor, nodes so far
     try:
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for event in yaml.parse(text, LOADER):
             size = 0
             if isinstance(event, yaml.CollectionStartEvent):
                 begun.append((event.anchor, 1))

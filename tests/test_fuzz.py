@@ -16,7 +16,7 @@ import os
 import resource
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from io import BytesIO
@@ -144,10 +144,17 @@ def as_json(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 # ------------------------------------------------------------------------------ how it is run
 
 
+@pytest.fixture(autouse=True)
+def silence() -> Iterator[None]:
+    """What readers leave out is said, thousands of times."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def fuzz(folder: Path, contents: st.SearchStrategy[Any], check: Check) -> None:
     """Give `check` examples of `contents` for `SECONDS`; it is to raise nothing, but may raise ValueError."""
     count, worst, began, before = 0, 0.0, time.monotonic(), peak()
-    logging.disable()  # what is left out is said thousands of times
 
     def one(content: Any) -> None:
         nonlocal count, worst
@@ -172,7 +179,6 @@ def fuzz(folder: Path, contents: st.SearchStrategy[Any], check: Check) -> None:
             assert worst < LONGEST
             raise
         number += 1
-    logging.disable(logging.NOTSET)
     print(f"{count} examples, the slowest {worst:.2f} s, {(peak() - before) / 1e6:.0f} MB more")
     assert peak() - before < GROWTH
 

@@ -50,7 +50,7 @@ class Weights(Mapping[str, Tensor]):
 
     def sources(self) -> dict[str, Source]:
         """Every tensor unread, as `write_weights` takes them."""
-        dtypes = {name: DTYPES[file.get_slice(name).get_dtype()] for name, file in self._files.items()}
+        dtypes = {name: _dtype(name, file.get_slice(name).get_dtype()) for name, file in self._files.items()}
         return {name: Source(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
 
 
@@ -173,6 +173,12 @@ def _first_of_tied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if seen.setdefault(cast(Any, place), name) == name:
             kept[name] = tensor
     return kept
+
+
+def _dtype(name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise ValueError(f"{name} is stored as {stored}, which is not written here: convert it to float32 or bfloat16")
+    return DTYPES[stored]
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -334,6 +334,8 @@ def _check_types(section: str, model: Any, content: Mapping[str, Any]) -> None:
         first = error.errors()[0]
         where = ".".join([section, *(str(part) for part in first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg']}") from None
+    except Exception as error:  # what DeepSpeed's own validators raise of a value of another kind
+        raise ValueError(f"{section}: {error}: correct or remove it") from None
 
 
 def _check_offload(zero: Mapping[str, Any], here: bool) -> None:
@@ -354,8 +356,12 @@ def _check_nvme(where: str, section: Mapping[str, Any], stage: int, here: bool) 
             f'{where}.device="nvme" keeps masters and moments in files of DeepSpeed\'s own, out of the reach of '
             'checkpoints: set device "cpu"; offload_param may stay on nvme'
         )
-    path = Path(section.get("nvme_path") or "")
-    if not section.get("nvme_path") or (here and not os.access(path, os.W_OK)):
+    path = Path(str(section.get("nvme_path") or ""))
+    if (
+        not isinstance(section.get("nvme_path"), str)
+        or not section["nvme_path"]
+        or (here and not os.access(path, os.W_OK))
+    ):
         raise ValueError(
             f"{where}.nvme_path={section.get('nvme_path')} is no writable directory: give one on the drive"
         )

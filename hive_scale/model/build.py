@@ -166,7 +166,10 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         model_type = fields.pop("model_type", None)
         _known(model_type, (*VISION, *LANGUAGE), part, role)
         _check_fields(model_type, fields, role)
-        config = _float32(AutoConfig.for_model(model_type, **fields))
+        try:
+            config = _float32(AutoConfig.for_model(model_type, **fields))
+        except Exception as error:  # transformers has errors of its own for a value of another kind
+            raise ValueError(f"model.{role}.config cannot be used: {_first_line(error)}") from None
         _check_function(config, part, role)
         return config
     if not part.path:
@@ -184,9 +187,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         _known(said["model_type"], (*VISION, *LANGUAGE), part, role)
     try:
         return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(line for line in str(error).splitlines() if line)
-        raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
+    except Exception as error:  # transformers raises what it likes on a config.json that is none
+        raise _unreadable(part, role, error) from None
 
 
 def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offline: bool = True) -> None:
@@ -244,6 +246,8 @@ def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str
         said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
     except OSError:
         return {}
+    except Exception as error:  # as above
+        raise _unreadable(part, role, error) from None
     if not isinstance(said, dict):
         return {}
     if said.get("model_type") == "timm_wrapper":
@@ -255,6 +259,15 @@ def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str
             "be trained: give the model that they were made of"
         )
     return said
+
+
+def _unreadable(part: PartConfig, role: str, error: Exception) -> ValueError:
+    reason = _first_line(error)
+    return ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
 
 
 def _float32(config: Any) -> PretrainedConfig:
