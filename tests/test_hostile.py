@@ -274,7 +274,7 @@ def test_words_of_another_kind_are_refused(word: str) -> None:
         {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": 3}},
         {"stage": 3, "offload_param": {"device": ["nvme"]}},
         {"stage": 2, "leaf_module": 3},
-        {"stage": float("inf")},
+        {"stage": [1]},
     ],
 )
 def test_values_of_another_kind_in_a_deepspeed_json_are_refused(tmp_path: Path, zero: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def test_values_of_another_kind_in_a_deepspeed_json_are_refused(tmp_path: Path, 
 )
 def test_an_encoder_s_config_of_another_kind_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ValueError, match="model.vision"):
+    with pytest.raises(ValueError, match=r"model\.vision"):
         find_encoder(tmp_path)
 
 
@@ -351,20 +351,21 @@ def holed_tar(path: Path, name: str, size: int, kind: bytes = tarfile.REGTYPE) -
         ("x.txt", 400 * 2**20, tarfile.REGTYPE, "only .txt"),
         ("good.json", 400 * 2**20, tarfile.REGTYPE, ""),
         ("x.png", 400 * 2**20, tarfile.REGTYPE, "only .png"),
-        ("x", 60 * 2**20, tarfile.XHDTYPE, "damaged"),
-        ("x", 60 * 2**20, tarfile.GNUTYPE_LONGNAME, "damaged"),
+        ("x", 12 * 2**20, tarfile.XHDTYPE, "damaged"),
+        ("x", 12 * 2**20, tarfile.GNUTYPE_LONGNAME, "damaged"),
     ],
 )
 def test_members_and_headers_of_any_size_take_no_memory(
     tmp_path: Path, name: str, size: int, kind: bytes, told: str
 ) -> None:
     shard = holed_tar(tmp_path / "a.tar", name, size, kind)
-    assert most_memory(lambda: scan_shard(shard, CACHE)) < 2 * 10**7
-    found = scan_shard(shard, CACHE)
+    scanned: list[Any] = []
+    assert most_memory(lambda: scanned.append(scan_shard(shard, CACHE))) < 6 * 10**6
+    [found] = scanned
     assert found.keys == ["good"]
     assert told in "".join(fault.reason for fault in found.faults)
     reader = ShardReader([shard], CACHE)
-    assert most_memory(lambda: [reader.read(0, *member) for member in found.members[0].tolist()]) < 2 * 10**7
+    assert most_memory(lambda: [reader.read(0, *member) for member in found.members[0].tolist()]) < 10**6
 
 
 def test_a_caption_and_a_picture_that_are_too_large_are_faults(tmp_path: Path) -> None:

@@ -356,12 +356,8 @@ def _check_nvme(where: str, section: Mapping[str, Any], stage: int, here: bool) 
             f'{where}.device="nvme" keeps masters and moments in files of DeepSpeed\'s own, out of the reach of '
             'checkpoints: set device "cpu"; offload_param may stay on nvme'
         )
-    path = Path(str(section.get("nvme_path") or ""))
-    if (
-        not isinstance(section.get("nvme_path"), str)
-        or not section["nvme_path"]
-        or (here and not os.access(path, os.W_OK))
-    ):
+    path = section.get("nvme_path")
+    if not (isinstance(path, str) and path) or (here and not os.access(path, os.W_OK)):
         raise ValueError(
             f"{where}.nvme_path={section.get('nvme_path')} is no writable directory: give one on the drive"
         )
