@@ -18,7 +18,7 @@ from hive_scale.config import Config
 from hive_scale.slurm import controller
 from hive_scale.slurm.controller import Job
 from hive_scale.slurm.resources import Resources
-from hive_scale.slurm.then import Follower, Followers
+from hive_scale.slurm.then import LAUNCHERS, Follower, Followers
 from hive_scale.strict_json import dumps
 
 Verb = Literal["done", "kept", "submit"]
@@ -96,7 +96,14 @@ class Record:
                 raise ValueError(f"{job!r} is no job's id")
         if not all(isinstance(count, int) for count in self.steps.values()):
             raise ValueError("steps that are no numbers")
-        self.followers()
+        for follower in self.followers().values():
+            words = follower.words
+            if (
+                follower.launcher not in LAUNCHERS.values()
+                or not words
+                or not all(isinstance(word, str) for word in words)
+            ):
+                raise ValueError(f"{follower.launcher} with {words} is no launcher that follows a run")
         for asked in self.resources.values():
             Resources(**asked)
 

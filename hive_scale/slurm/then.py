@@ -27,10 +27,6 @@ class Follower:
     after: str  # a stage, or another follower
     words: list[str]  # what one would type after its name, that of its output last
 
-    def __post_init__(self) -> None:
-        if self.launcher not in LAUNCHERS.values() or not self.words:
-            raise ValueError(f"{self.launcher}: no launcher that follows a run, or one without its words")
-
     @property
     def output(self) -> Path:
         """The directory in which it leaves what it makes."""
