@@ -8,7 +8,7 @@ CLUSTER = /tmp/hive-slurm
 
 SUPPLY = .venv-supply/bin
 
-.PHONY: install lock debug demo docs figures slurm-demo test test-newest test-oldest lint faults mutants sbom licences wheel clean
+.PHONY: install lock debug demo docs figures slurm-demo test test-newest test-oldest lint fuzz faults mutants sbom licences wheel clean
 
 # exactly the versions of the lock, which were tested together
 install: $(VENV)/installed
@@ -91,6 +91,11 @@ lint: install
 # files side by side: much of the time is spent waiting, for processes to start and for Slurm, of which there is one
 test: lint
 	$(RUN) -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# bytes of any kind for every reader of files, each for so many seconds (docs/fuzz.md); `make test` takes 5
+FUZZ_SECONDS ?= 600
+fuzz: install
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest -rP tests/test_fuzz.py
 
 # a hundred runs, each with a fault at a random instant: about an hour on two free cores
 faults: install

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.checkpoint.runs import Run
 from hive_scale.config import Config, PartConfig
+from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps
 from hive_scale.watch.metrics import read_metrics
 
@@ -20,6 +23,8 @@ WHAT = {
     "hive": "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
     "llava": "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
 }
+MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # what begins something in Markdown, HTML or mathematics
+BORDER = r"\|"
 PAPER = "[Hierarchical Pre-Training of Vision Encoders with Large Language Models](https://arxiv.org/abs/2604.00086)"
 LOAD = {
     "encoder": """\
@@ -58,7 +63,7 @@ pipeline_tag: {TASKS[kind]}
 tags: [hive, vision]
 ---
 
-# {config.name}: {kind} after stage {stage}
+# {_plain(config.name)}: {kind} after stage {_plain(stage)}
 
 {WHAT[kind]} After {PAPER}. The weights are in {dtype}.
 
@@ -75,8 +80,8 @@ tags: [hive, vision]
 | encoder | {_part(config.model.vision)} |
 | LLM | {_part(config.model.language)} |
 | fusion | {_fusion(config)} |
-| pictures and captions | {", ".join(config.data.train)} |
-| tokenizer | {config.data.tokenizer.path} |
+| pictures and captions | {", ".join(map(_plain, config.data.train))} |
+| tokenizer | {_plain(config.data.tokenizer.path)} |
 | weights | xxh3-128 {identity} |
 | code | {", ".join(f"{name} {version}" for name, version in code_version().items())} |
 
@@ -94,14 +99,27 @@ def _stages(run: Run, last: str) -> str:
         stage = run.config.stages[name]
         lines = read_metrics(run.dir / name / "metrics.jsonl")
         losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-        globs = ", ".join(f"`{glob}`" for group in stage.groups.values() for glob in group.parameters)
+        globs = ", ".join(_code(glob) for group in stage.groups.values() for glob in group.parameters)
         loss = f"{losses[-1]:.4f}" if losses else "not measured"
-        rows.append(f"| {name} | {lines[-1]['step'] if lines else '?'} | {stage.global_batch} | {globs} | {loss} |")
+        rows.append(
+            f"| {_plain(name)} | {lines[-1]['step'] if lines else '?'} | {stage.global_batch} | {globs} | {loss} |"
+        )
     return "\n".join(rows) if len(rows) > 2 else "Not trained: these are the weights that the first stage starts from."
 
 
 def _part(part: PartConfig) -> str:
-    return part.path or f"from scratch: `{dumps(part.config, sort_keys=True)}`"
+    return _plain(part.path) or f"from scratch: {_code(dumps(part.config, sort_keys=True))}"
+
+
+def _plain(text: str) -> str:
+    """`text` as Markdown shows it, in a heading or a table's cell: it is no markup, no HTML and no link."""
+    return MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def _code(text: str) -> str:
+    """`text` in Markdown as code, in which nothing can be escaped but a table's borders."""
+    inside = printable(text).replace("`", "'").replace("|", BORDER)
+    return f"`{inside}`"
 
 
 def _fusion(config: Config) -> str:

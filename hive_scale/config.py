@@ -12,16 +12,17 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from io import StringIO
 from math import ceil, floor, isfinite, isnan
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from hive_scale import credentials
 from hive_scale.atomic import write_text
+from hive_scale.strangers import check_yaml, read_yaml_text
 from hive_scale.strict_json import dumps
 
 Fusion = Literal["cross_attention", "joint_attention", "concat"]
@@ -414,10 +415,14 @@ def resolve(base: T, *layers: Any) -> T:
         raise ValueError("config: a list stands where keys are wanted, or keys where a list is") from None
     except OmegaConfBaseException as error:
         # the first line is the message; the rest is omegaconf's own bookkeeping
-        message = str(error).splitlines()[0]
+        message = next(iter(str(error).splitlines()), type(error).__name__)
         if "is not a ListConfig" in message:
             message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {credentials.hide(message)}") from None
+    except (AttributeError, LookupError, RecursionError) as error:  # omegaconf's, of a value of another kind
+        raise ValueError(
+            f"config: a value is of another kind than its key takes, or nested too deeply: {error}"
+        ) from None
     for key, value in _flat(plain).items():
         if isinstance(value, float) and isnan(value):
             raise ValueError(f"config: {key}=nan is no number: set one")
@@ -481,7 +486,6 @@ def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> 
 
 def save(config: Config, path: Path) -> None:
     """Complete or absent: who reads `path` meanwhile finds what was there before. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, to_yaml(config))
 
 
@@ -628,18 +632,27 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
 
     What a run saved before a key existed keeps that key's old meaning.
     """
+    text = read_yaml_text(file)
     try:
-        read = OmegaConf.load(file)
-    except (YAMLError, UnicodeDecodeError) as error:
+        read = OmegaConf.load(StringIO(text))
+    except Exception as error:  # PyYAML raises what it likes on tags that do not fit their values
         raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
-    if isinstance(read, DictConfig):
-        stages = OmegaConf.select(read, "stages")
-        of_stages = stages.values() if isinstance(stages, DictConfig) else ()
-        for data in (OmegaConf.select(read, "data"), *(OmegaConf.select(stage, "data") for stage in of_stages)):
-            # a saved config has every key of its time
-            if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
-                data.setdefault("image_position", "start")
+    try:
+        if isinstance(read, DictConfig):
+            _as_then(read)
+    except OmegaConfBaseException as error:  # of an interpolation
+        raise ValueError(f"{file}: {_in_a_line(error)}") from None
     return read
+
+
+def _as_then(read: DictConfig) -> None:
+    stages = OmegaConf.select(read, "stages")
+    of_stages = stages.values() if isinstance(stages, DictConfig) else ()
+    for part in (read, *of_stages):
+        data = OmegaConf.select(part, "data") if isinstance(part, DictConfig) else None
+        # a saved config has every key of its time
+        if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
+            data.setdefault("image_position", "start")
 
 
 def _read_word(word: str, kind: type) -> DictConfig:
@@ -648,8 +661,10 @@ def _read_word(word: str, kind: type) -> DictConfig:
     if not is_one:
         raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
     try:
-        return OmegaConf.from_dotlist([f"{key}={_quoted(value, _type_of(kind, key.split('.')))}"])
-    except YAMLError as error:
+        quoted = _quoted(value, _type_of(kind, key.split(".")))
+        check_yaml(quoted)
+        return OmegaConf.from_dotlist([f"{key}={quoted}"])
+    except Exception as error:  # as in a file
         told = credentials.hide(f"{key}={value}: not YAML: {_in_a_line(error)}")
         raise ValueError(f"config: {told}: put it in quotation marks") from None
 

@@ -23,6 +23,7 @@ from hive_scale import pulse
 from hive_scale.device import this_device
 from hive_scale.pulse import Pulse
 from hive_scale.stops import TRY_AGAIN, TryAgain, code_of, say
+from hive_scale.strangers import printable
 
 stores: Any = dist  # which names its stores in public, but not in its type hints
 JOINING = timedelta(minutes=2)  # where none has come for so long, none will
@@ -281,7 +282,7 @@ class _Guard:
         Returns:
             0, or the exit code of another rank that came first, and which this rank's error then follows from.
         """
-        told = f"{type(error).__name__}: {error}".encode(errors="replace").decode()
+        told = printable(f"{type(error).__name__}: {error}")
         mine = f"{code or code_of(error)} rank {self.rank} failed: {told}"
         first: str
         try:

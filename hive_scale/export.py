@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hive_scale import checksums
+from hive_scale import checksums, strict_json
 from hive_scale.card import card
 from hive_scale.checkpoint.files import published
 from hive_scale.checkpoint.handoff import Weights, read_weights, write_weights
@@ -63,12 +62,12 @@ def from_pretrained(path: Path) -> Hive:
     """
     checksums.check(path, weights=False)  # which bear checksums of their own
     try:
-        fields = json.loads((path / "config.json").read_text())["model"]
-    except (OSError, ValueError, KeyError) as error:
+        fields = strict_json.read(path / "config.json")["model"]
+        parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
+        model = ModelConfig(**(fields | parts))
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
-    parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
-    weights = read_weights(path, sealed=checksums.is_listed(path))
-    return build.materialise(ModelConfig(**(fields | parts)), weights)
+    return build.materialise(model, read_weights(path, sealed=checksums.is_listed(path)))
 
 
 def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, Source]:

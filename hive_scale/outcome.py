@@ -22,6 +22,7 @@ from hive_scale.evaluate.captions import matched_share, write
 from hive_scale.model import build
 from hive_scale.preparation import open_data
 from hive_scale.pulse import tick
+from hive_scale.strangers import printable
 from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.terminal import console
@@ -63,7 +64,7 @@ def _told(what: Callable[..., None]) -> Callable[..., bool]:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             text = f"training is done and saved, but not all of it can be shown: {type(error).__name__}: {reason}"
-            console.print(text, markup=False, soft_wrap=True)
+            console.print(text, soft_wrap=True)
             return False
         return True
 
@@ -90,7 +91,7 @@ def _looks(config: Config, device: torch.device) -> None:
     if pairs := list(data.heldout.spread(3)):
         written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
         for (_, truth), text in zip(pairs, written, strict=True):
-            console.print(f"  truth: {truth}\n  model: {text}", markup=False)
+            console.print(f"  truth: {printable(truth)}\n  model: {printable(text)}")
 
 
 def _got_on(batch: Batch) -> Batch:
@@ -114,7 +115,6 @@ def _files(config: Config) -> None:
         f"encoder  {stage_dir / 'encoder'}  (loads with transformers' from_pretrained)\n"
         f"metrics  {config.run_dir}/<stage>/metrics.jsonl\n"
         f"next     {_next(config)}",
-        markup=False,
         soft_wrap=True,
     )
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hive_scale import checksums
+from hive_scale import checksums, strict_json
 from hive_scale import config as configs
 from hive_scale.checkpoint.claims import is_begun
 from hive_scale.checkpoint.marker import is_done
@@ -156,7 +155,7 @@ def _read_noted(path: Path) -> dict[str, Any]:
     remedy = "restore it, or remove it: the samples that are there now are then taken for those it began with"
     checksums.check_file(path, remedy)
     try:
-        noted: dict[str, Any] = json.loads(path.read_text())
+        noted: dict[str, Any] = strict_json.read(path)
         # an older version's knew the training samples' places and sizes alone
         noted = {name: one if "train" in one else {"train": {**one, "shards": {}}} for name, one in noted.items()}
         return {

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from hive_scale import checksums
+from hive_scale import checksums, strict_json
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import ENCODER
 from hive_scale.checkpoint.runs import CONFIG, Run, encoder_remedy
@@ -37,11 +36,8 @@ def find_encoder(path: Path) -> Path:
 def _check_processor(path: Path) -> None:
     """A directory whose parts do not belong together would be used on pictures of the wrong size."""
     file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
-    try:
-        told = dict(json.loads(file.read_text())) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no JSON object ({error}): get it again from where it came") from None
-    size = told.get("crop_size") or told.get("size") or {}
+    told = strict_json.read(file) if file.is_file() else {}
+    size = (told.get("crop_size") or told.get("size") or {}) if isinstance(told, dict) else {}
     side = size.get("height", size.get("shortest_edge", wanted)) if isinstance(size, dict) else size
     if side != wanted:
         raise ValueError(f"{path}: its processor makes pictures of {side} pixels, its encoder takes {wanted}")

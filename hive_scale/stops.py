@@ -15,6 +15,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from urllib.error import HTTPError, URLError
 
+from hive_scale import credentials
+from hive_scale.strangers import printable
+
 FAULT = 1  # of this program: the only end with a traceback
 REFUSED = 2  # something to change in command, config, data or machine
 TRY_AGAIN = 75  # the same command goes on from the last checkpoint (EX_TEMPFAIL of sysexits.h)
@@ -53,7 +56,7 @@ def ended(work: Callable[[], int]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         code = code_of(error)
         with suppress(OSError):  # what is said may go to the disk that is full
-            print(line_of(error, code), file=sys.stderr, flush=True)
+            print(printable(credentials.hide(line_of(error, code)), lines=True), file=sys.stderr, flush=True)
             if code == FAULT:
                 traceback.print_exception(error)
         if any(name in os.environ for name in LAUNCHED):

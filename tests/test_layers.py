@@ -36,6 +36,7 @@ LEAVES = {
     "randomness",
     "rundir",
     "shared_files",
+    "strangers",
     "strict_json",
 }
 # a room and what it may read besides the leaves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
+from hive_scale import strict_json
 from hive_scale.checkpoint.files import DTYPES, Damaged, num_bytes, sync_directory, write_json
 from hive_scale.checkpoint.files import file_hash as file_hash  # part of this room's public face
 from hive_scale.checkpoint.marker import WEIGHTS, find_weights, index_of
@@ -52,7 +52,7 @@ class Weights(Mapping[str, Tensor]):
 
     def sources(self) -> dict[str, Source]:
         """Every tensor unread, as `write_weights` takes them."""
-        dtypes = {name: DTYPES[file.get_slice(name).get_dtype()] for name, file in self._files.items()}
+        dtypes = {name: _dtype(name, file.get_slice(name).get_dtype()) for name, file in self._files.items()}
         return {name: Source(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
 
 
@@ -116,14 +116,16 @@ def read_weights(path: Path, world: World | None = None, sealed: bool = False) -
 
 def _read_sharded(found: Path, world: World | None) -> Weights:
     try:
-        index = json.loads(found.read_text())
+        index = strict_json.read(found)
         weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
+        # beside it: a name with a folder in it is a ValueError
         paths = [found.with_name(name) for name in sorted({*weight_map.values(), *seals})]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = [seals.get(path.name) for path in paths]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise Damaged(f"{found} is not what was written: {error}") from error
 
     def check() -> str:
-        checked = [check_seal(path, seals.get(path.name)) for path in paths]
+        checked = [check_seal(path, seal) for path, seal in zip(paths, expected, strict=True)]
         return str(xxhash.xxh3_128_hexdigest("".join(checked).encode()))
 
     weights = Weights(paths, _once(world, check))
@@ -213,6 +215,12 @@ def _first_of_tied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if seen.setdefault(cast(Any, place), name) == name:
             kept[name] = tensor
     return kept
+
+
+def _dtype(name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise ValueError(f"{name} is stored as {stored}, which is not written here: convert it to float32 or bfloat16")
+    return DTYPES[stored]
 
 
 def _same(tensor: Tensor) -> Tensor:

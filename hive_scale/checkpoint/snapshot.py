@@ -20,6 +20,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from hive_scale import strict_json
 from hive_scale.checkpoint.files import Damaged, file_hash, write_json
 from hive_scale.checkpoint.ranges import Range, Shape, check_tiling
 
@@ -67,23 +68,39 @@ class Snapshot:
     def __init__(self, path: Path) -> None:
         """Raises Damaged if the manifest is missing, cut, altered, of another format or of another step."""
         self.path = path
-        content = _read_manifest(path)
+        self._open: dict[str, Any] = {}
+        try:
+            self._take(_read_manifest(path))
+        except Damaged:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            # a checksum finds damage, but anyone can compute one who writes a manifest
+            raise Damaged(f"{MANIFEST} does not describe a checkpoint: {error}") from None
+
+    def _take(self, content: dict[str, Any]) -> None:
         self.step: int = content["step"]
-        self.state: dict[str, Any] = content["state"]
+        self.state: dict[str, Any] = dict(content["state"])
         self.shapes: dict[str, Shape] = {key: tuple(shape) for key, shape in content["shapes"].items()}
         self.files: dict[str, dict[str, Any]] = content["files"]
         self._stored: dict[str, list[tuple[Range, str]]] = {key: [] for key in self.shapes}
+        for shape in self.shapes.values():
+            _check_counts(*shape)
         for name, file in self.files.items():
-            for stored in (Range(*row) for row in file["ranges"]):
+            ranges = [Range(*row) for row in file["ranges"]]
+            _check_counts(file["bytes"], *(number for stored in ranges for number in stored[1:]))
+            if not isinstance(file["xxh3_128"], str) or 4 * sum(stored.length for stored in ranges) > file["bytes"]:
+                raise ValueError(f"{name} has no checksum, or holds less than its ranges")
+            for stored in ranges:
                 self._stored[stored.key].append((stored, name))
         check_tiling(self.shapes, (stored for found in self._stored.values() for stored, _ in found))
-        self._open: dict[str, Any] = {}
 
     def damage(self, name: str) -> str:
         """Why the file `name` cannot be trusted, or "". Reads all of it."""
         path, file = self.path / name, self.files[name]
         try:
             size = path.stat().st_size
+            if not path.is_file():
+                return f"{name} is no file"
             if size != file["bytes"]:
                 return f"{name} has {size} bytes instead of {file['bytes']}"
             if file_hash(path) != file["xxh3_128"]:
@@ -99,6 +116,8 @@ class Snapshot:
             high = min(offset + out.numel(), stored.offset + stored.length)
             if low < high:
                 found = self._slice(name, stored)[low - stored.offset : high - stored.offset]
+                if found.shape != (high - low,):
+                    raise Damaged(f"{self.path / name}: {tensor_name(stored)} is not of the length that it should have")
                 with torch.no_grad():
                     out[low - offset : high - offset].copy_(found)
 
@@ -125,12 +144,12 @@ class Snapshot:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = strict_json.read(path / MANIFEST)
         content = manifest["content"]
         sound = manifest["checksum"] == _checksum(content)
     except OSError as error:
         raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, LookupError) as error:
         raise Damaged(f"{MANIFEST} is not what was written: {error}") from error
     if not sound:
         raise Damaged(f"{MANIFEST} does not match its checksum")
@@ -141,6 +160,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if any(Path(name).name != name for name in content["files"]):
         raise Damaged(f"{MANIFEST} names files outside the checkpoint")
     return cast(dict[str, Any], content)
+
+
+def _check_counts(*numbers: Any) -> None:
+    for number in numbers:
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{number} counts nothing")
 
 
 def _checksum(content: Any) -> str:

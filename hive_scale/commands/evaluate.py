@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.stops import ended
+from hive_scale.strangers import printable
 
 if TYPE_CHECKING:
     from hive_scale.distributed import World
@@ -153,19 +154,21 @@ def _save(path: Path, results: dict[str, Any]) -> None:
 
 
 def _show(results: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from hive_scale.watch.terminal import console
 
     table = Table("task", "score", "", "questions", "missing", "cut")
     for name, one in results.items():
         counts = [str(one[key]) for key in ("questions", "missing", "cut")]
         for place, (what, value) in enumerate(one["scores"].items()):
             table.add_row(*((name, what, f"{value:.2f}", *counts) if place == 0 else ("", what, f"{value:.2f}")))
-    Console().print(table)
+    console.print(table)
     for name, one in results.items():
         if broken := one.get("broken"):
             id, reason = next(iter(broken.items()))
-            print(f"{name}: {len(broken)} questions have a broken picture and no answer, such as {id}: {reason}")
+            such = printable(f"{id}: {reason}")
+            print(f"{name}: {len(broken)} questions have a broken picture and no answer, such as {such}")
 
 
 def _tasks(names: str) -> list[Task]:

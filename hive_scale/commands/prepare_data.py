@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from hive_scale.data.convert.commands import CONVERTERS  # which imports as late as this file
 from hive_scale.stops import code_of
+from hive_scale.strangers import printable
 
 if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
     from hive_scale.data.sources.records import Record
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (ValueError, OSError) as error:
-        print(f"prepare_data.py {arguments.source}: {error}", file=sys.stderr)
+        print(f"prepare_data.py {arguments.source}: {printable(error)}", file=sys.stderr)
         return code_of(error)
     except KeyboardInterrupt:
         print(f"stopped; finished shards stay, {arguments.again}", file=sys.stderr)
@@ -203,7 +204,7 @@ def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notic
     for split, samples in summary.samples.items():
         print(f"{split}: {samples} samples, {summary.num_bytes[split] / 1e6:.2f} MB")
     for left_out in summary.skipped:
-        print(f"skipped {left_out}")
+        print(f"skipped {printable(left_out)}")
     print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")
 
 

@@ -43,8 +43,6 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from hive_scale.device import choose_precision
     from hive_scale.distributed import session
     from hive_scale.evaluate.features import Encoder
@@ -52,12 +50,13 @@ def _probe(arguments: argparse.Namespace) -> int:
     from hive_scale.precision import DTYPES
     from hive_scale.runs import find_encoder
     from hive_scale.watch.hang import watching
+    from hive_scale.watch.terminal import console
 
     path = find_encoder(arguments.encoder)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
     sets = _sets(arguments)
     with session() as world, watching(world):
-        say = Console(quiet=not world.is_main).print
+        say = console.print if world.is_main else _say_nothing
         precision, told = choose_precision(world.device, arguments.precision)
         say(told)
         encoder = Encoder(path, world.device, DTYPES[precision], arguments.depth)
@@ -124,15 +123,20 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     )
 
 
+def _say_nothing(text: str) -> None:
+    """What all ranks but the first say."""
+
+
 def _show(results: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from hive_scale.watch.terminal import console
 
     table = Table("probe", "test accuracy, %", "deviation", "rates chosen")
     for kind, one in results.items():
         rates = ", ".join(f"{seed['rate']:g}" for seed in one.get("seeds", ()))
         table.add_row(kind, f"{one['mean']:.2f}", f"{one['deviation']:.2f}", rates)
-    Console().print(table)
+    console.print(table)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

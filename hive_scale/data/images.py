@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from PIL import ExifTags, Image
 
+from hive_scale.strangers import MB, read_bytes
+
 FORMATS = ("JPEG", "PNG", "WEBP")  # what is opened; rarer formats have rarer, less tested decoders
+LARGEST_FILE = 256 * MB  # of an encoded image: more than any of `data.max_pixels` by default has
+MOST_SCANS = 500  # of a progressive JPEG, which has ten: each costs as much time as a whole image
+SCAN = b"\xff\xda"
 # what undoes each EXIF orientation; 1 is upright, any other number means nothing
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -17,6 +24,26 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = (5, 6, 7, 8)
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of the image file `path`. Raises ValueError if it is too large, no file, or cannot be read."""
+    try:
+        return read_bytes(path, LARGEST_FILE)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+
+
+def check_length(data: bytes) -> None:
+    """Raises ValueError for an encoded image that is too large to be one."""
+    if len(data) > LARGEST_FILE:
+        raise ValueError(f"an image of {len(data):,} bytes, more than {LARGEST_FILE:,}")
+
+
+def check_scans(data: bytes) -> None:
+    """Raises ValueError for a JPEG of many scans: a megabyte of empty ones would take hours."""
+    if data.startswith(b"\xff\xd8") and (scans := data.count(SCAN)) > MOST_SCANS:
+        raise ValueError(f"a JPEG of {scans:,} scans, more than {MOST_SCANS}")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -35,6 +35,7 @@ from hive_scale.data.scan import Fault, ShardTable, Stamp, scan_shard
 from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.data.sources.packages import cache_dir
 from hive_scale.shared_files import locked, own_lock, replacing
+from hive_scale.strict_json import loads
 
 VERSION = 5  # raised when a scan finds other things in the same tars, or the file holds others
 LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
@@ -260,13 +261,14 @@ def _load(path: Path, shards: tuple[str, ...]) -> Index:
     dtypes = {"I64": np.int64, "I32": np.int32, "U8": np.uint8}
     arrays: dict[str, NDArray[Any]] = {}
     for name, entry in tensors.items():
-        shape = entry["shape"]
-        count = int(np.prod(shape))
-        if start + entry["data_offsets"][1] > len(buffer):
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if start + end > len(buffer):
             raise ValueError(f"index {path} is cut short: delete it")
-        flat = np.frombuffer(buffer, dtypes[entry["dtype"]], count, start + entry["data_offsets"][0])
+        flat = np.frombuffer(memoryview(buffer)[start:][begin:end], dtypes[entry["dtype"]])
         arrays[name] = flat.reshape(shape)
     if _checksum(arrays) != metadata["checksum"] or _seal(metadata) != metadata["seal"]:
+        raise ValueError(f"index {path} is damaged: delete it")
+    if not _is_consistent(arrays, metadata["stamps"]):
         raise ValueError(f"index {path} is damaged: delete it")
     stamps = tuple(Stamp(*stamp) for stamp in metadata["stamps"])
     if not len(stamps) == len(shards) == len(arrays["shard_sizes"]):
@@ -275,10 +277,30 @@ def _load(path: Path, shards: tuple[str, ...]) -> Index:
     return Index(path, shards, faults, stamps, metadata["checksum"], arrays)
 
 
+def _is_consistent(arrays: dict[str, NDArray[Any]], stamps: Sequence[Sequence[int]]) -> bool:
+    """Whether `arrays` describe samples inside of shards with these `stamps`.
+
+    A checksum finds damage, but anyone can compute one who may write beside the shards.
+    """
+    sizes, members, ends = arrays["shard_sizes"], arrays["members"], arrays["key_ends"]
+    count, bounds = len(arrays["caption_bytes"]), np.array([size or 2**62 for size, *_ in stamps])  # 0: not known
+    shapes = {"shard_sizes": (len(stamps),), "members": (count, 3, 2), "picture_sizes": (count, 2)}
+    shapes |= {"caption_bytes": (count,), "key_ends": (count,), "keys": (int(ends[-1]) if len(ends) else 0,)}
+    if {name: array.shape for name, array in arrays.items()} != shapes:
+        return False
+    if (sizes < 0).any() or sum(sizes.tolist()) != count or (np.diff(ends, prepend=0) < 0).any():
+        return False
+    room = np.repeat(bounds, sizes)[:, None] - members[..., 0]  # behind each member's beginning
+    inside = (members >= 0).all() and (members[..., 1] <= room).all()
+    return bool(inside and (arrays["picture_sizes"] > 0).all() and (arrays["caption_bytes"] > 0).all())
+
+
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
     """(our metadata, safetensors' table of arrays, where their bytes start)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        table = json.loads(file.read(length))
-    metadata = {key: json.loads(value) for key, value in table.pop("__metadata__").items()}
+        if length > os.fstat(file.fileno()).st_size:  # else as much memory would be asked for
+            raise ValueError(f"index {path} is cut short: delete it")
+        table = loads(file.read(length))
+    metadata = {key: loads(value) for key, value in table.pop("__metadata__").items()}
     return metadata, table, 8 + length

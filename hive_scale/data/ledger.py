@@ -12,6 +12,7 @@ from typing import TextIO
 
 from hive_scale.data.scan import Fault
 from hive_scale.shared_files import PATIENCE, Held, locked
+from hive_scale.strict_json import LARGEST_LINE, loads
 
 
 class Ledger:
@@ -54,6 +55,14 @@ class Ledger:
         )
 
 
+def read_faults(path: Path) -> list[Fault]:
+    """What a ledger has noted; nothing if there is none."""
+    if not path.is_file():
+        return []
+    with path.open(errors="replace") as file:
+        return list(_read(file))
+
+
 @contextmanager
 def _locked(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,5 +75,5 @@ def _locked(path: Path) -> Iterator[TextIO]:
 def _read(file: TextIO) -> Iterator[Fault]:
     file.seek(0)
     for line in file:
-        with suppress(ValueError, TypeError, RecursionError):  # a line cut off when a run was killed
-            yield Fault(**json.loads(line))
+        with suppress(ValueError, TypeError):  # a line cut off when a run was killed
+            yield Fault(**loads(line, LARGEST_LINE))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,12 +16,15 @@ from hive_scale.batch import BLANK, Sample
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.chat import chat_sample
+from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.index import Index
 from hive_scale.data.kept import KeptFeatures
+from hive_scale.data.scan import LARGEST_CAPTION
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tokenizer import Tokenizer, captioned
 from hive_scale.data.transform import GREY, Colour, blank, check_size, decode_indexed, fit_into
 from hive_scale.data.turns import turns_of
+from hive_scale.strict_json import LARGEST_LINE, loads
 
 Text = str | Sample  # a caption, or what a conversation makes: a sample but for its pixels
 
@@ -151,18 +153,18 @@ class Samples:
         return None
 
     def caption(self, i: int) -> str:
-        return self._read(i, 1).decode().strip()
+        return self._read(i, 1, LARGEST_CAPTION).decode().strip()
 
     def record(self, i: int) -> dict[str, Any]:
         """What else is known of sample i: its .json member, or nothing. Raises ValueError if that is no JSON object."""
         try:
-            record = json.loads(self._read(i, 2) or b"{}")
-        except RecursionError:
-            raise ValueError("its .json is nested too deeply") from None
+            record = loads(self._read(i, 2, LARGEST_LINE) or b"{}", LARGEST_LINE)
+        except ValueError as error:
+            raise ValueError(f"its .json cannot be read: {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"its .json holds no object, but a {type(record).__name__}")
         return record
 
-    def _read(self, i: int, member: int) -> bytes:
+    def _read(self, i: int, member: int, most: int = LARGEST_FILE) -> bytes:
         start, length = self.index.members[i, member].tolist()
-        return self._reader.read(self.index.shard_of(i), start, length)
+        return self._reader.read(self.index.shard_of(i), start, length, most)

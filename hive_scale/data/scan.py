@@ -6,7 +6,6 @@ no sample is a fault of the shard.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import tarfile
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +21,10 @@ from PIL import Image
 
 from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, digest_of, is_remote
-from hive_scale.data.images import FORMATS, upright_size
+from hive_scale.data.images import FORMATS, LARGEST_FILE, upright_size
 from hive_scale.pulse import tick
+from hive_scale.strangers import MB, printable
+from hive_scale.strict_json import read
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
@@ -32,6 +33,8 @@ BLOCK = tarfile.BLOCKSIZE
 MAGIC, MAGIC_AT = b"ustar", 257  # in a header, of every format since 1988
 PIECE = 2**20  # bytes that are looked through at a time
 LONGEST_END = 2**20 + 2 * BLOCK  # zeros behind the last member that a tar may have: its records are padded with them
+LARGEST_HEADER = MB  # bytes that may come before a member: its name and attributes
+LARGEST_CAPTION = MB
 
 Range = tuple[int, int]  # (start, length) in bytes
 NO_FILE: Range = (-1, 0)  # of a member without content of its own, such as a link
@@ -45,8 +48,12 @@ class Fault:
     key: str
     reason: str
 
+    def __post_init__(self) -> None:
+        if not all(isinstance(text, str) for text in (self.shard, self.key, self.reason)):
+            raise TypeError("a fault is told in words")
+
     def describe(self) -> str:
-        return f"{self.shard}: {self.key + ': ' if self.key else ''}{self.reason}"
+        return printable(f"{self.shard}: {self.key + ': ' if self.key else ''}{self.reason}")
 
 
 @dataclass(frozen=True)
@@ -157,19 +164,37 @@ def _files(file: IO[bytes], gaps: list[Range]) -> Iterator[tuple[str, Range]]:
 def _run(file: IO[bytes], start: int, total: int) -> Iterator[tuple[str, Range, int]]:
     """(name, byte range, end) of members from the header at `start` on, up to the first that is not sound."""
     file.seek(start)
+    headers = _Headers(file)
     try:
-        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+        with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:", encoding="utf-8") as tar:
             for member in tar:
                 vars(tar)["members"] = []  # tarfile keeps every header it has met, for searches that never come
                 is_file = member.isreg() and not member.issparse()
                 if not start < tar.offset or (is_file and not 0 <= member.size <= total - member.offset_data):
                     return
                 start = tar.offset
-                # bytes that are no UTF-8 are spelled out: names are printed, and written to files
-                name = member.name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+                headers.left = LARGEST_HEADER
+                # bytes that are no UTF-8, and what would steer a terminal, are spelled out: names are printed, and
+                # written to files
+                name = printable(member.name.encode(errors="surrogateescape").decode(errors="backslashreplace"))
                 yield "" if member.isdir() else name, (member.offset_data, member.size) if is_file else NO_FILE, start
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError):
         return  # tarfile believes much of what an extended header says
+
+
+class _Headers:
+    """What tarfile reads of a tar whose members nobody asks it for: headers, which it would take of any size."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.left = LARGEST_HEADER
+        self.tell, self.seek = file.tell, file.seek
+        self._read = file.read
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise tarfile.ReadError(f"a header of more than {LARGEST_HEADER} bytes")
+        return self._read(size)
 
 
 def _next_header(file: IO[bytes], at: int, total: int) -> int | None:
@@ -229,9 +254,9 @@ def _missing(shard: str, found: int) -> str:
     if is_remote(shard):
         return ""
     try:
-        told = json.loads(Path(f"{credentials.place(shard).removesuffix('.tar')}_stats.json").read_bytes())
+        told = read(Path(f"{credentials.place(shard).removesuffix('.tar')}_stats.json"))
         promised = int(told["successes"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return ""
     return f"{found:,} samples, where its _stats.json counts {promised:,}" if found < promised else ""
 
@@ -247,6 +272,10 @@ def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], R
     if CAPTION not in members:
         raise ValueError(f"no caption (.txt) beside its picture: {found}")
     start, length = members[CAPTION]
+    if length > LARGEST_CAPTION:
+        raise ValueError(f"the caption has {length:,} bytes, more than {LARGEST_CAPTION:,}")
+    if picture[1] > LARGEST_FILE:
+        raise ValueError(f"the picture has {picture[1]:,} bytes, more than {LARGEST_FILE:,}")
     try:
         caption = os.pread(descriptor, length, start).decode().strip()
     except UnicodeDecodeError:

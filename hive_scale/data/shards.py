@@ -16,6 +16,7 @@ from braceexpand import braceexpand
 
 from hive_scale import credentials
 from hive_scale.data.cache import ShardCache, digest_of, is_remote
+from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.scan import Stamp
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
@@ -105,12 +106,16 @@ class ShardReader:
         self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
         self._lock = Lock()  # so that no thread closes what another reads
 
-    def read(self, shard: int, start: int, length: int) -> bytes:
+    def read(self, shard: int, start: int, length: int, most: int = LARGEST_FILE) -> bytes:
         """`length` bytes from `start` of shard number `shard`.
 
-        Raises ValueError if the file ends before, OSError if it cannot be opened at all or has changed since it was
-        indexed: the first is a broken sample, the second a broken machine.
+        Raises ValueError if the file ends before, or they are more than `most`; OSError if it cannot be opened, or
+        has changed since it was indexed: the first is a broken sample, the second a broken machine.
         """
+        if start < 0 or not 0 <= length <= most:  # a tar has members of any size
+            raise ValueError(
+                f"{length:,} bytes from byte {start:,} on are not the at most {most:,} that are read of one"
+            )
         with self._lock:
             data = os.pread(self._descriptor(shard), length, start)
         if len(data) < length:

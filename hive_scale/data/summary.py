@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hive_scale.data.index import Index
+from hive_scale.strangers import printable
 
 BAR = 40  # characters of the histogram's longest bar
 
@@ -45,4 +46,4 @@ def _histogram(lengths: NDArray[np.int32]) -> Iterator[str]:
 def _faults(index: Index) -> Iterator[str]:
     for reason, count in Counter(fault.reason for fault in index.faults).most_common(10):
         first = next(fault for fault in index.faults if fault.reason == reason)
-        yield f"  {count:,} x {reason}; first: {first.shard}{': ' + first.key if first.key else ''}"
+        yield printable(f"  {count:,} x {reason}; first: {first.shard}{': ' + first.key if first.key else ''}")

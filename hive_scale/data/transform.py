@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as vision
 
 from hive_scale.batch import BLANK
 from hive_scale.config import ImageMode
-from hive_scale.data.images import FORMATS, orientation, upright_rgb
+from hive_scale.data.images import FORMATS, check_scans, orientation, upright_rgb
 
 VERSION = 2  # raised when the same bytes become other pixels: what was made of the old ones is made again
 MAX_ASPECT = 100
@@ -57,6 +57,7 @@ def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pad_
 def decode(data: bytes, max_pixels: int) -> Tensor:
     """uint8 (3, H, W), upright. Raises ValueError, before decoding if the picture is too large."""
     with _told():
+        check_scans(data)
         with Image.open(BytesIO(data), formats=FORMATS) as image:
             check_size(*image.size, max_pixels)
             if image.format != "JPEG" or image.mode != "RGB" or orientation(image) != 1:
@@ -72,6 +73,7 @@ def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tenso
     """
     if _jpeg_size(data) == size:
         with _told():
+            check_scans(data)
             return _decode_jpeg(data)
     pixels = decode(data, max_pixels)
     if pixels.shape[:0:-1] != size:

@@ -6,7 +6,6 @@ Every key that Config owns may be absent, "auto", or say the same; anything else
 from __future__ import annotations
 
 import importlib
-import json
 import logging
 import os
 import re
@@ -27,7 +26,8 @@ from hive_scale.engine.ds_owned import (
     owned,
     told,
 )
-from hive_scale.strict_json import dumps
+from hive_scale.strangers import MB, read_bytes
+from hive_scale.strict_json import dumps, loads
 
 log = logging.getLogger(__name__)
 COMMENT = re.compile(r"_|//|#|comments?$", re.IGNORECASE)  # keys that begin so; JSON has no comments of its own
@@ -158,9 +158,10 @@ def _resolved(
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
+        return read_bytes(path, MB).decode()
+    except (OSError, ValueError) as error:
+        is_text = not isinstance(error, UnicodeDecodeError)
+        reason = (getattr(error, "strerror", None) or str(error)) if is_text else "it is not text"
         raise ValueError(
             f"engine.ds_config={path} is no file that can be read ({reason}): give a DeepSpeed JSON, such as "
             "ds_configs/zero2.json"
@@ -170,8 +171,8 @@ def _read(path: Path) -> str:
 def _parsed(text: str) -> dict[str, Any]:
     """The JSON without comments, which some write as keys, and without what is switched off."""
     try:
-        settings = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        settings = loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except ValueError as error:
         raise ValueError(f"{error}: correct the JSON") from None
     if not isinstance(settings, dict):
         raise ValueError(f"holds a {type(settings).__name__}: a DeepSpeed JSON is one object {{...}}")
@@ -352,6 +353,8 @@ def _check_types(section: str, model: Any, content: Mapping[str, Any]) -> None:
         first = error.errors()[0]
         where = ".".join([section, *(str(part) for part in first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg']}") from None
+    except Exception as error:  # what DeepSpeed's own validators raise of a value of another kind
+        raise ValueError(f"{section}: {error}: correct or remove it") from None
 
 
 def _check_offload(zero: Mapping[str, Any], here: bool) -> None:
@@ -372,8 +375,8 @@ def _check_nvme(where: str, section: Mapping[str, Any], stage: int, here: bool) 
             f'{where}.device="nvme" keeps masters and moments in files of DeepSpeed\'s own, out of the reach of '
             'checkpoints: set device "cpu"; offload_param may stay on nvme'
         )
-    path = Path(section.get("nvme_path") or "")
-    if not section.get("nvme_path") or (here and not os.access(path, os.W_OK)):
+    path = section.get("nvme_path")
+    if not (isinstance(path, str) and path) or (here and not os.access(path, os.W_OK)):
         raise ValueError(
             f"{where}.nvme_path={section.get('nvme_path')} is no writable directory: give one on the drive"
         )

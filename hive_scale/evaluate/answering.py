@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -25,7 +24,7 @@ from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 from hive_scale.model.vision import mean_colour
 from hive_scale.pulse import tick
-from hive_scale.strict_json import dumps
+from hive_scale.strict_json import dumps, parse_line
 
 PREDICTIONS = "predictions.jsonl"
 # of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
@@ -245,9 +244,6 @@ def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
 def _lines(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
     for path in paths:
         for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-            try:
-                line = json.loads(text)
-            except json.JSONDecodeError:
-                continue  # the last line of a process that was killed
-            if isinstance(line, dict) and {"id", "prompt", "answer"} <= line.keys():
+            line = parse_line(text)  # None: the last line of a process that was killed
+            if line is not None and {"id", "prompt", "answer"} <= line.keys():
                 yield line

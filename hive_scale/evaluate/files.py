@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial, wraps
@@ -12,6 +11,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet as parquet
 
+from hive_scale import strict_json
+from hive_scale.data.convert.pictures import check_row_group
+from hive_scale.data.images import check_length, read_image
 from hive_scale.evaluate.question import Picture, Question
 from hive_scale.strict_json import dumps
 
@@ -57,6 +59,7 @@ def rows(paths: Iterable[Path], picture_column: str, columns: Sequence[str]) -> 
         light = [*columns, f"{picture_column}.path"] if picture_column else [*columns]
         for group in range(file.num_row_groups):
             with _told(path):
+                check_row_group(file, group, *columns)
                 read = file.read_row_group(group, columns=light).to_pylist()
             for index, row in enumerate(read):
                 held = row.pop(picture_column, None) if picture_column else None
@@ -88,12 +91,14 @@ def _cell(path: Path, group: int, index: int, column: str) -> bytes:
     content = _group(path, group, column)[index]["bytes"].as_py()
     if content is None:
         raise ValueError(f"{path}: row {index} of row group {group} names a picture but does not hold it")
+    check_length(content)
     return bytes(content)
 
 
 @lru_cache(maxsize=2)
 def _group(path: Path, group: int, column: str) -> Any:
     with _told(path), parquet.ParquetFile(path) as file:
+        check_row_group(file, group, column)
         return file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).combine_chunks()
 
 
@@ -101,7 +106,7 @@ def beside(path: Path) -> Picture:
     """The picture at `path`. Raises ValueError if there is none, at once."""
     if not path.is_file():
         raise ValueError(f"there is no picture {path}: unpack the task's pictures there")
-    return Picture(str(path), path.read_bytes)
+    return Picture(str(path), partial(read_image, path))
 
 
 def pictures_by_stem(folder: Path) -> dict[str, Path]:
@@ -111,8 +116,8 @@ def pictures_by_stem(folder: Path) -> dict[str, Path]:
 
 def read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return strict_json.read(path)
+    except OSError as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
 
 

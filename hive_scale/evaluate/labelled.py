@@ -8,7 +8,6 @@ In the place of a picture that cannot be decoded stands the next one that can, w
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,12 +27,14 @@ from torchvision.transforms.v2 import functional as vision
 from hive_scale.config import DataConfig
 from hive_scale.data.cache import ShardCache
 from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
-from hive_scale.data.images import upright_rgb
+from hive_scale.data.images import read_image, upright_rgb
 from hive_scale.data.index import Index, open_index
 from hive_scale.data.shards import ShardReader, all_shards, expand
 from hive_scale.data.transform import decode
 from hive_scale.evaluate.files import nothing_in, rows
 from hive_scale.model.identity import key_of
+from hive_scale.strangers import printable
+from hive_scale.strict_json import LARGEST_LINE, loads
 
 MAX_PIXELS = DataConfig().max_pixels
 TRIES = 100  # pictures in a row that cannot be decoded: the set is damaged, or its disk is gone
@@ -193,10 +194,7 @@ def _folders(name: str, known: Known, root: Path) -> Labelled | None:
 
         def read(i: int) -> tuple[Tensor, int]:
             path, label = paths[i]
-            try:
-                return decode(path.read_bytes(), MAX_PIXELS), label
-            except OSError as error:  # a link to nowhere, or a file of another user
-                raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+            return decode(read_image(path), MAX_PIXELS), label
 
         return _split(name, part, len(paths), read)
 
@@ -251,8 +249,8 @@ def _member(index: Index, reader: ShardReader, i: int, which: int) -> bytes:
 def _label(record: bytes, name: str) -> str:
     """The label called `name` in a sample's record, or nothing."""
     try:
-        label = json.loads(record)[name]
-    except (ValueError, TypeError, LookupError, RecursionError):  # no JSON, no object, or no such key
+        label = loads(record, LARGEST_LINE)[name]
+    except (ValueError, TypeError, LookupError):  # no JSON, no object, or no such key
         return ""
     return str(label) if isinstance(label, str | int) else ""
 
@@ -292,7 +290,8 @@ def _split(name: str, part: str, size: int, read: Read) -> Split:
                 reason = str(error)
                 if not broken[place]:
                     broken[place] = 1
-                    print(f"{name}, {part} split: picture {place} is left out ({reason})", file=sys.stderr)
+                    told = f"{name}, {part} split: picture {place} is left out ({reason})"
+                    print(printable(told), file=sys.stderr)
         raise ValueError(f"{name}, {part} split: no picture from number {i} on can be decoded; the last: {reason}")
 
     return Split(part, size, sound, broken)

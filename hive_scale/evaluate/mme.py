@@ -9,6 +9,7 @@ from hive_scale.data.turns import SHORT
 from hive_scale.evaluate.answers import yes_or_no
 from hive_scale.evaluate.files import beside, nothing_in, pictures_by_stem, published_at, rows
 from hive_scale.evaluate.question import Answered, Picture, Question, Task
+from hive_scale.strangers import MB, read_bytes
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/MME"
 PERCEPTION = (
@@ -44,13 +45,20 @@ def _release(folder: Path, category: str, start: int) -> list[Question]:
     for path in texts:
         if path.stem not in pictures:
             raise ValueError(f"{path} has no picture of its name in {folder}: unpack MME again")
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in _text(path).splitlines():
             if line.strip():
                 asked, _, answer = line.rpartition("\t")
                 picture = beside(pictures[path.stem])
                 name = f"{category}/{pictures[path.stem].name}"
                 questions.append(_question(category, name, asked, answer, picture, start + len(questions)))
     return questions
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bytes(path, MB).decode()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}") from None
 
 
 def _question(category: str, name: str, asked: str, answer: str, picture: Picture | None, place: int) -> Question:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hive_scale import strict_json
 from hive_scale.data.kept import DiskError
 from hive_scale.distributed import World
 from hive_scale.evaluate.features import AT_ONCE, Cache, Encoder, Numbers, Source, cut
@@ -192,10 +193,10 @@ def save(path: Path, plan: Plan, encoder: Encoder, data: Labelled, results: dict
 def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any] | None:
     """What `save` wrote, or None: there is nothing, or it is of another plan, set or encoder."""
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):  # none, or one that was cut
+        content: dict[str, Any] = strict_json.read(path)
+        results: dict[str, Any] = content.pop("results", {})
+    except (OSError, ValueError, AttributeError):  # none, or one that was cut
         return None
-    results: dict[str, Any] = content.pop("results", {})
     return results if content == _made_of(plan, encoder, data) else None
 
 

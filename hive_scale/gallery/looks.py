@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hive_scale.atomic import write_text
 from hive_scale.batch import collate
 from hive_scale.data.tokenizer import caption_sample
 from hive_scale.evaluate.captions import write
@@ -50,7 +51,7 @@ def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], p
     """The maps, the numbers of their spread beside them, and the norms over training where runs have logged them."""
     save(gradient_figure(runs), path)
     numbers = path.with_suffix(".json")
-    numbers.write_text(dumps({run.name: concentration(run.norms) for run in runs}, indent=1) + "\n")
+    write_text(numbers, dumps({run.name: concentration(run.norms) for run in runs}, indent=1) + "\n")
     written = [path, numbers]
     for number, svg in enumerate(layer_norms(histories).values(), 1):
         written.append(path.with_name(f"{path.stem}_over_training{number if number > 1 else ''}.svg"))

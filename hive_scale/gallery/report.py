@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from hive_scale import config as configs
+from hive_scale.atomic import write_text
 from hive_scale.credentials import public
+from hive_scale.data.ledger import read_faults
 from hive_scale.evaluate.captions import write
 from hive_scale.gallery.looks import attention, gradients
 from hive_scale.gallery.runs import Run
@@ -50,8 +52,7 @@ def report(runs: Sequence[Run], look: bool = True, pictures: int = 4) -> Report:
 
 def save_report(found: Report, path: Path, plots: Path | None = None) -> None:
     """The page; and, where `plots` names a folder, each figure as a file of its own."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(found))
+    write_text(path, page(found))
     for title, svg in found.plots.items() if plots else ():
         assert plots is not None
         save(svg, plots / f"{title.lower().replace(' ', '_').replace(':', '')}.svg")
@@ -89,8 +90,8 @@ def _summary(run: Run, history: History) -> dict[str, str]:
         "held-out loss": f"{losses[-1]:.4f}" if losses else "-",
         "restarts": str(sum(stage[-1].get("restarts", 0) for stage in history.stages.values())),
         "steps lost": str(sum(stage[-1].get("lost_steps", 0) for stage in history.stages.values())),
-        "bad samples": str(len(_json_lines(run.dir / "bad_samples.jsonl"))),
-        "batches left out": str(len(_json_lines(run.dir / "bad_batches.jsonl"))),
+        "bad samples": str(len(read_faults(run.dir / "bad_samples.jsonl"))),
+        "batches left out": str(len(read_lines(run.dir / "bad_batches.jsonl")[0])),
     }
 
 
@@ -124,19 +125,14 @@ def _memory(run: Run, several: bool) -> dict[str, str]:
 
 
 def _faults(run: Run) -> list[dict[str, str]]:
-    told = _json_lines(run.dir / "bad_samples.jsonl")
-    faults = [fault for fault in told if all(isinstance(fault.get(key), str) for key in ("reason", "shard", "key"))]
+    faults = read_faults(run.dir / "bad_samples.jsonl")
     # a run of an earlier version noted its shards as they were given
-    first = {fault["reason"]: f"{public(fault['shard'])}: {fault['key']}" for fault in reversed(faults)}
-    counts = Counter(fault["reason"] for fault in faults)
+    first = {fault.reason: f"{public(fault.shard)}: {fault.key}" for fault in reversed(faults)}
+    counts = Counter(fault.reason for fault in faults)
     return [
         {"run": run.name, "reason": reason, "samples": str(count), "such as": first[reason]}
         for reason, count in counts.most_common()
     ]
-
-
-def _json_lines(path: Path) -> list[dict[str, str]]:
-    return read_lines(path)[0]
 
 
 def _holes(runs: Sequence[Run]) -> list[str]:

@@ -217,9 +217,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         _known(said["model_type"], (*VISION, *LANGUAGE), part, role)
     try:
         return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
-    except Exception as error:  # of fields that are no config's, too
-        reason = next((line for line in str(error).splitlines() if line), repr(error))
-        raise ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}") from None
+    except Exception as error:  # transformers raises what it likes on a config.json that is none
+        raise _unreadable(part, role, error) from None
 
 
 def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offline: bool = True) -> None:
@@ -280,6 +279,8 @@ def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str
         said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
     except (OSError, TypeError):  # none that can be had, or that is no object
         return {}
+    except Exception as error:  # as above
+        raise _unreadable(part, role, error) from None
     if not isinstance(said, dict):
         return {}
     if said.get("model_type") == "timm_wrapper":
@@ -291,6 +292,15 @@ def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str
             "be trained: give the model that they were made of"
         )
     return said
+
+
+def _unreadable(part: PartConfig, role: str, error: Exception) -> ValueError:
+    reason = _first_line(error)
+    return ValueError(f"model.{role}.path={part.path} cannot be read as a Hugging Face model: {reason}")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
 
 
 def _float32(config: Any) -> PretrainedConfig:

@@ -15,6 +15,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from hive_scale.atomic import write_text
+
 # Stand-ins that matplotlib draws with; the page's variables take their place.
 INK, FAINT = "#010101", "#020202"
 SERIES = tuple(f"#0101{number:02x}" for number in range(16, 24))
@@ -78,7 +80,12 @@ def _set_as_written(figure: Figure) -> None:
     for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist not in ticks):
         assert isinstance(text, Text)
         text.set_parse_math(False)
-        text.set_text(NO_XML.sub("\N{REPLACEMENT CHARACTER}", text.get_text()))
+        text.set_text(in_xml(text.get_text()))
+
+
+def in_xml(text: str) -> str:
+    """`text` without the characters that no SVG, HTML or other XML may hold."""
+    return NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _labels(axis: Axis) -> list[Text]:
@@ -87,9 +94,8 @@ def _labels(axis: Axis) -> list[Text]:
 
 def save(svg: str, path: Path) -> None:
     """A file of its own, light or dark as its reader is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     head, rest = svg.split(">", 1)
-    path.write_text(f"{head}><style>{THEME}svg{{background:var(--page)}}</style>{rest}")
+    write_text(path, f"{head}><style>{THEME}svg{{background:var(--page)}}</style>{rest}")
 
 
 def picture(axes: Axes, pixels: Any, title: str = "") -> None:

@@ -11,8 +11,9 @@ from io import BytesIO
 import torchvision.transforms.v2.functional as vision
 from torch import Tensor
 
-from hive_scale.show.figure import THEME
+from hive_scale.show.figure import THEME, in_xml
 
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:90rem;padding:1rem;background:var(--page);color:var(--ink);
@@ -47,8 +48,8 @@ class Report:
 
 def page(report: Report) -> str:
     parts = [
-        f"<h1>{escape(report.title)}</h1>",
-        *(f'<p class="note">{escape(note)}</p>' for note in report.notes),
+        f"<h1>{_html(report.title)}</h1>",
+        *(f'<p class="note">{_html(note)}</p>' for note in report.notes),
         _section("Runs", [table(report.runs)]),
         _section("Recipe", [table(report.recipe)]),
         _section("Curves", [_grid(_plot(title, svg) for title, svg in report.plots.items())]),
@@ -60,8 +61,10 @@ def page(report: Report) -> str:
     head = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        # nothing of what strangers wrote may run or be fetched, should it ever get out of its element
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(report.title)}</title><style>{THEME}{STYLE}</style></head>"
+        f"<title>{_html(report.title)}</title><style>{THEME}{STYLE}</style></head>"
     )
     return f"{head}<body>{''.join(parts)}</body></html>\n"
 
@@ -69,14 +72,19 @@ def page(report: Report) -> str:
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """One column per key, in the order they are met."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(_row(escape(row.get(column, "")) for column in columns) for row in rows)
+    head = "".join(f"<th>{_html(column)}</th>" for column in columns)
+    body = "".join(_row(_html(row.get(column, "")) for column in columns) for row in rows)
     return f'<div class="table"><table><tr>{head}</tr>{body}</table></div>' if rows else ""
 
 
+def _html(text: object) -> str:
+    """`text` as a page shows it, in an element or an attribute: every text that is not ours goes through here."""
+    return escape(in_xml(str(text)))
+
+
 def _captions(captions: Sequence[tuple[Tensor, Mapping[str, str]]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in ("", *captions[0][1]))
-    rows = (_row([_image(pixels), *map(escape, texts.values())]) for pixels, texts in captions)
+    head = "".join(f"<th>{_html(column)}</th>" for column in ("", *captions[0][1]))
+    rows = (_row([_image(pixels), *map(_html, texts.values())]) for pixels, texts in captions)
     return f'<div class="table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -88,7 +96,7 @@ def _image(pixels: Tensor) -> str:
 
 def _section(title: str, parts: Iterable[str]) -> str:
     body = "".join(parts)
-    return f"<h2>{escape(title)}</h2>{body}" if body else ""
+    return f"<h2>{_html(title)}</h2>{body}" if body else ""
 
 
 def _grid(parts: Iterable[str]) -> str:
@@ -97,11 +105,11 @@ def _grid(parts: Iterable[str]) -> str:
 
 
 def _plot(title: str, svg: str, kind: str = "") -> str:
-    return f'<figure class="{kind}" data-plot="{escape(title)}"><h3>{escape(title)}</h3>{svg}</figure>'
+    return f'<figure class="{kind}" data-plot="{_html(title)}"><h3>{_html(title)}</h3>{svg}</figure>'
 
 
 def _text(title: str, text: str) -> str:
-    return f"<figure><h3>{escape(title)}</h3><pre>{escape(text)}</pre></figure>"
+    return f"<figure><h3>{_html(title)}</h3><pre>{_html(text)}</pre></figure>"
 
 
 def _row(cells: Iterable[str]) -> str:

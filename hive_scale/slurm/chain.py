@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
-from hive_scale import credentials
+from hive_scale import credentials, strict_json
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
@@ -19,7 +19,7 @@ from hive_scale.shared_files import locked
 from hive_scale.slurm import controller
 from hive_scale.slurm.controller import Job
 from hive_scale.slurm.resources import Resources
-from hive_scale.slurm.then import Follower, Followers
+from hive_scale.slurm.then import LAUNCHERS, Follower, Followers
 from hive_scale.strict_json import dumps
 
 Verb = Literal["done", "kept", "submit"]
@@ -82,17 +82,37 @@ class Record:
 
     @classmethod
     def read(cls, run_dir: Path) -> Record | None:
-        """None where nothing was submitted. Raises ValueError if it is not what was written."""
+        """What `write` has written, or None. Raises ValueError if that is damaged, or not of its making."""
         path = cls.path(run_dir)
         if not path.exists():
             return None
         try:
-            record = cls(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): cancel the run's jobs and remove it") from None
+            record = cls(**strict_json.read(path))
+            record._check()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            remedy = "restore it, or cancel the run's jobs and delete it"
+            raise ValueError(f"{path} is not what was written ({error}): {remedy}") from None
         if record.run and not _is_same(Path(record.run), run_dir):
             record.jobs = {}  # those of the run that this one was copied from; of a moved run, jobs find nothing
         return record
+
+    def _check(self) -> None:
+        """Raises ValueError for what cannot be handed to Slurm, and TypeError, AttributeError."""
+        for job in self.jobs.values():
+            if not re.fullmatch(r"\w+", job):  # it becomes a part of commands and file names
+                raise ValueError(f"{job!r} is no job's id")
+        if not all(isinstance(count, int) for count in self.steps.values()):
+            raise ValueError("steps that are no numbers")
+        for follower in self.followers().values():
+            words = follower.words
+            if (
+                follower.launcher not in LAUNCHERS.values()
+                or not words
+                or not all(isinstance(word, str) for word in words)
+            ):
+                raise ValueError(f"{follower.launcher} with {words} is no launcher that follows a run")
+        for asked in self.resources.values():
+            Resources(**asked)
 
     def write(self, run_dir: Path) -> None:
         write_text(self.path(run_dir), dumps(asdict(self), indent=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from hive_scale.stops import TRY_AGAIN
 
 PROFILES = Path(__file__).parent / "profiles"
 PREFIX = "slurm."
+WORDS = ("partition", "gpu", "mem", "account", "qos", "interface")
+WORD = re.compile(r"[\w.,:@%+/=^-]*")  # what clusters call things by
+CONSTRAINT = re.compile(r"[\w.,:@%+/=^&|()\[\]*!-]*")  # which combines them
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ class Resources:
     qos: str = ""
     constraint: str = ""
     interface: str = ""  # network interface of NCCL and gloo, such as ib0
+    # these two are shell, and run as they are in every job: take profiles from those alone whose scripts you would run
     python: str = ""  # command that runs Python in a job: "apptainer exec --nv hive.sif python"
-    setup: list[str] = field(default_factory=list)  # lines of shell before Python: module load cuda
+    setup: list[str] = field(default_factory=list)  # lines before Python: module load cuda
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("cpus_per_task", 1)):
@@ -45,6 +50,9 @@ class Resources:
                 raise ValueError(f"slurm.{name}={getattr(self, name)} must be at least {least}")
         if not isfinite(self.hours):
             raise ValueError(f"slurm.hours={self.hours} is no length of time: set the hours of one slice")
+        for name, allowed in (*dict.fromkeys(WORDS, WORD).items(), ("constraint", CONSTRAINT)):
+            if not allowed.fullmatch(value := getattr(self, name)):
+                raise ValueError(f"slurm.{name}={value} goes into the job's script and is no single word: correct it")
         if not 0 < self.grace < self.minutes * 60:
             raise ValueError(
                 f"slurm.grace={self.grace} seconds do not fit into slurm.hours={self.hours:g}: change one of them"

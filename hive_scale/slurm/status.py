@@ -10,7 +10,6 @@ from math import inf, nan
 from statistics import median
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -23,8 +22,8 @@ from hive_scale.slurm.resources import Resources
 from hive_scale.slurm.then import Followers
 from hive_scale.watch import goodput
 from hive_scale.watch.metrics import read_metrics
+from hive_scale.watch.terminal import console
 
-console = Console(highlight=False)
 POLL = 2.0  # seconds between looks
 LONGEST = 1e9  # seconds that are worth telling
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
+from hive_scale import strict_json
 from hive_scale.atomic import write_text
 from hive_scale.config import Config, without_credentials
 from hive_scale.strict_json import dumps
@@ -50,7 +50,7 @@ class Follower:
         """Whether it has succeeded with these very words."""
         file = _marker(run_dir, name)
         try:
-            return bool(json.loads(file.read_text()) == asdict(self))
+            return bool(strict_json.read(file) == asdict(self))
         except (OSError, ValueError):  # not there, or cut off
             return False
 

@@ -66,7 +66,7 @@ class StageLog(AbstractContextManager["StageLog"]):
     def say(self, text: str, keep: str = "") -> None:
         """Print `text`; and keep it beside the metrics in a file called `keep`."""
         if self.active and text:
-            console.print(text, soft_wrap=True, markup=False)
+            console.print(text, soft_wrap=True)
             if keep:
                 (self._dir / keep).write_text(text + "\n")
 

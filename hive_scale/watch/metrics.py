@@ -165,7 +165,7 @@ class Follower:
                 if not text.endswith(b"\n"):
                     break
                 offset += len(text)
-                line = parse_line(text.decode(errors="replace"))
+                line = parse_line(text)
                 if line is not None and _is_sound(numbers(line)):
                     yield numbers(line)
             self._place = inode, offset

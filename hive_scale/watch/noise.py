@@ -14,6 +14,7 @@ from typing import Any
 
 from hive_scale import credentials
 from hive_scale.distributed import World
+from hive_scale.strangers import printable
 from hive_scale.watch.terminal import console
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -82,12 +83,25 @@ class _Captive(logging.Logger):
         pass
 
 
+class _Formatter(logging.Formatter):
+    """A record's first line is its only one that looks like a record: whatever a message quotes, it is none itself.
+
+    Clients of object stores log their requests, signatures included: these are hidden.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return credentials.hide(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record), lines=True).replace("\n", "\n    ")
+
+
 class _File(WatchedFileHandler):
     """Made with its first record once the run has begun; made again should the run directory be moved away."""
 
     def __init__(self, path: Path, has_begun: Callable[[], bool]) -> None:
         super().__init__(path, delay=True)
-        self.setFormatter(_Discreet(FORMAT))
+        self.setFormatter(_Formatter(FORMAT))
         self._has_begun, self._early = has_begun, list[logging.LogRecord]()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -112,13 +126,6 @@ class _File(WatchedFileHandler):
         return super()._open()
 
 
-class _Discreet(logging.Formatter):
-    """Clients of object stores log their requests, signatures included."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return credentials.hide(super().format(record))
-
-
 class _Teller(logging.Handler):
     """Rank 0's voice for its own records, and for the other ranks' warnings as their files have them.
 
@@ -131,7 +138,7 @@ class _Teller(logging.Handler):
         self._read = {path: path.stat().st_size for path in self._others()}  # earlier runs' are told
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = credentials.hide(f"{record.name}: {record.getMessage()}").splitlines()[0]
+        text = printable(credentials.hide(f"{record.name}: {record.getMessage()}").split("\n")[0])
         if text not in self._told:
             self._told.add(text)
             self._say(f"{record.levelname.lower()}: {text}")
@@ -154,6 +161,6 @@ class _Teller(logging.Handler):
 
     def _say(self, text: str) -> None:
         if console.is_terminal:
-            console.print(text, soft_wrap=True, markup=False)  # above the progress bar, not through it
+            console.print(text, soft_wrap=True)  # above the progress bar, not through it
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)

@@ -80,7 +80,7 @@ class _Profile:
         if self.world.is_main:
             events = self.profile.events()  # type: ignore[no-untyped-call]
             console.print(summary(events, self.on_gpu))
-            console.print(f"traces: {self.folder}", soft_wrap=True, markup=False)
+            console.print(f"traces: {self.folder}", soft_wrap=True)
 
     def _snapshot(self, path: Path) -> None:
         if self.on_gpu:

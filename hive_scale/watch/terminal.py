@@ -9,10 +9,25 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
-console = Console(stderr=False, highlight=False)
+from hive_scale.strangers import printable
+
 INTERVAL = 10.0  # seconds between plain lines
 MEMORY = 0.9  # of what is remembered of the pace, step by step
+
+
+class Screen(Console):
+    """Shows text as it is, in tables too: brackets are no markup, colons no emoji, and nothing steers the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text, lines=True), **how)
+
+
+console = Screen()
 
 
 class StageView:
@@ -24,9 +39,10 @@ class StageView:
         self._spoken = time.monotonic()
         # a Slurm job's screen is a file, also where srun lends it a terminal
         self._plain = not console.is_terminal or "SLURM_JOB_ID" in os.environ
-        columns = TextColumn("{task.description:<10}"), BarColumn(bar_width=16), MofNCompleteColumn()
-        self._bar = Progress(*columns, TextColumn("{task.fields[now]}"), console=console, disable=self._plain)
-        self._task = self._bar.add_task(title, total=num_steps, completed=done_steps, now="")
+        columns = TextColumn("{task.description:<10}", markup=False), BarColumn(bar_width=16), MofNCompleteColumn()
+        now = TextColumn("{task.fields[now]}", markup=False)
+        self._bar = Progress(*columns, now, console=console, disable=self._plain)
+        self._task = self._bar.add_task(printable(title), total=num_steps, completed=done_steps, now="")
 
     def start(self) -> None:
         self._bar.start()
@@ -45,7 +61,7 @@ class StageView:
         now = time.monotonic()
         if self._plain and (step in (1, self._num_steps) or now - self._spoken > INTERVAL):
             self._spoken = now
-            console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True, markup=False)
+            console.print(f"{self._title} {step}/{self._num_steps}  {text}", soft_wrap=True)
 
 
 def describe(line: Mapping[str, Any], samples: int, tokens: int, seconds_left: float) -> str:

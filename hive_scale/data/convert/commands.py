@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale.strangers import printable
+
 if TYPE_CHECKING:
     from hive_scale.data.convert.sources import Source
 
@@ -113,7 +115,7 @@ def _convert(arguments: argparse.Namespace, source: Source) -> None:
         print(f"{split}: {samples:,} samples in {len(of_split):,} shards, {num_bytes / 1e6:,.1f} MB")
     reasons = Counter(re.sub(r"\S*[./]\S*", "...", reason) for shard in shards for _, reason in shard.skipped)
     for reason, count in reasons.most_common(10):
-        print(f"left out: {count:,} x {reason}")
+        print(f"left out: {count:,} x {printable(reason)}")
     if reasons:
         print(f"each is named in {arguments.output / JOURNAL}")
     print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")

@@ -8,9 +8,15 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hive_scale.data.images import LARGEST_FILE, check_length, read_image
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 LOCAL_HEADER = 30  # bytes before the name, of a file inside a zip
+LARGEST_GROUP = 8 * 2**30  # bytes of a row group, unpacked: the hub writes a hundred images, some a thousand
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
@@ -24,10 +30,7 @@ class InFile:
     path: Path
 
     def read(self) -> bytes:
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{self.path} cannot be read ({error.strerror})") from None
+        return read_image(self.path)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class InZip:
     def read(self) -> bytes:
         if self.method not in METHODS:
             raise ValueError(f"{self.name} is packed in a way that is not supported: use stored or deflated members")
+        if max(self.size, self.raw_size) > LARGEST_FILE:  # packed zeros are a thousandth of their size
+            raise ValueError(f"{self.name} has {self.raw_size:,} bytes, more than the {LARGEST_FILE:,} of an image")
         with self.archive.open("rb") as file:
             if not 0 <= self.offset < self.offset + self.size + LOCAL_HEADER <= os.fstat(file.fileno()).st_size:
                 raise ValueError(f"{self.name} is said to lie outside of {self.archive.name}, which is damaged")
@@ -82,6 +87,7 @@ class InParquet:
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes) or not data:
             raise ValueError("no picture: text alone" if not cell else f"no bytes in column '{self.column}'")
+        check_length(data)
         return data
 
 
@@ -94,7 +100,19 @@ def parquet_error(path: Path, error: Exception) -> str:
 def _column(file: Path, column: str, group: int) -> Any:
     from pyarrow.parquet import ParquetFile
 
-    return ParquetFile(file).read_row_group(group, [column]).column(0)
+    opened = ParquetFile(file)
+    check_row_group(opened, group, column)
+    return opened.read_row_group(group, [column]).column(0)
+
+
+def check_row_group(file: ParquetFile, group: int, *columns: str) -> None:
+    """Raises ValueError if `columns` (default: all) of a row group say that they take more than `LARGEST_GROUP`."""
+    told = file.metadata.row_group(group)
+    chunks = [told.column(number) for number in range(told.num_columns)]
+    wanted = [one for one in chunks if not columns or one.path_in_schema.split(".")[0] in columns]
+    size = sum(one.total_uncompressed_size for one in wanted)
+    if not 0 <= size <= LARGEST_GROUP:
+        raise ValueError(f"{size:,} bytes in a row group, more than {LARGEST_GROUP:,}: write it with smaller ones")
 
 
 class Pictures:

@@ -7,13 +7,15 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
-from hive_scale.data.convert.pictures import InFile, InParquet, Pictures, Place, parquet_error
+from hive_scale.data.convert.pictures import InFile, InParquet, Pictures, Place, check_row_group, parquet_error
 from hive_scale.data.turns import is_text, turns_of
+from hive_scale.strict_json import check_depth
 
 if TYPE_CHECKING:
     from pyarrow import Table
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 PIECE = 2**20  # characters of JSON read at a time
 LONGEST_ROW = 2**20  # characters of a CSV or TSV within which a quotation mark must be closed
-DEEPEST = 64  # objects and lists within each other, in a record that is used
+LONGEST_RECORD = 64 * PIECE  # characters of a record of JSON
 CAPTIONS = ("caption", "text", "txt")  # columns that hold one, in the order in which they are looked for
 
 
@@ -120,6 +122,7 @@ def _group(file: ParquetFile, path: Path, group: int, image: str) -> Iterable[Re
     count = file.metadata.row_group(group).num_rows
     others = [name for name in file.schema_arrow.names if name != image]
     try:
+        check_row_group(file, group, *others)
         read = file.read_row_group(group, others) if others else None
         records = _without_nanoseconds(read).to_pylist() if read else [{} for _ in range(count)]
     except Exception as error:  # pyarrow has errors of its own for what is damaged
@@ -178,7 +181,9 @@ def json_records(file: BinaryIO, path: Path) -> Iterator[Record]:
                 yield _object(value)
             return
         text.seek(0)
-        for line in text:
+        while line := text.readline(LONGEST_RECORD):
+            if len(line) == LONGEST_RECORD:
+                raise ValueError(f"{path}: a line has more than {LONGEST_RECORD:,} characters: is it JSON?")
             if line.strip():
                 yield _line(line)
     finally:
@@ -202,13 +207,11 @@ def _line(line: str) -> Record:
 def _object(value: Any) -> Record:
     if not isinstance(value, dict):
         return Unreadable(f"no {{...}}, but a {type(value).__name__}")
-    return value if _is_shallow(value, DEEPEST) else Unreadable(f"nested more than {DEEPEST} deep")
-
-
-def _is_shallow(value: Any, levels: int) -> bool:
-    """Whether `value` can be sent to another process and written: both go down into it by recursion."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not inner or (levels > 0 and all(_is_shallow(one, levels - 1) for one in inner))
+    try:
+        check_depth(value)
+    except ValueError as error:
+        return Unreadable(str(error))
+    return value
 
 
 class _Scanner:
@@ -250,7 +253,7 @@ class _Scanner:
                 value, end = json.JSONDecoder().raw_decode(self._buffer, self._at)
             except json.JSONDecodeError as error:  # as for one whose end is not in the buffer yet
                 wrong = self._wrong(error.msg, error.pos)
-                if not self._more(size):
+                if len(self._buffer) - self._at > LONGEST_RECORD or not self._more(size):
                     raise wrong from None
             except (ValueError, RecursionError):
                 raise self._wrong("a number is too long, or a record nested too deeply") from None
@@ -277,7 +280,7 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[Record]:
     csv.field_size_limit(LONGEST_ROW)
     text = _decoded(file, newline="")
     delimiter = "\t" if path.suffix == ".tsv" else ","
-    lines = _Lines(text)
+    lines = _Lines(iter(partial(text.readline, LONGEST_RECORD), ""))
     header: list[str] = []
     try:
         for first in lines:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gzip
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 
-from hive_scale.data.sources.packages import Package, fetch, members
+from hive_scale.data.sources.packages import LARGEST, Package, fetch, members
 
 PACKAGE = Package("debian", "dataset-fashion-mnist")
 
@@ -22,6 +23,6 @@ def prepare(output: Path, cache: Path) -> list[Path]:
     for name, content in found.items():
         path = output / "FashionMNIST" / "raw" / PurePosixPath(name).stem
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(gzip.decompress(content))
+        path.write_bytes(gzip.GzipFile(fileobj=BytesIO(content)).read(LARGEST))
         written.append(path)
     return written

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
+LARGEST = 2**30  # bytes of a member: models of a hundred megabytes are the largest that are fetched
 _REMEDY = {
     "npm": "install Node.js with npm (Debian: apt-get install npm)",
     "apt-get": "this source is a Debian package, prepare it on Debian or Ubuntu",
@@ -94,7 +95,7 @@ def _entries(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
         with zipfile.ZipFile(archive) as bundle:
             for info in bundle.infolist():
                 if not info.is_dir():
-                    yield info.filename, partial(bundle.read, info)
+                    yield info.filename, partial(_unpacked, bundle, info)
         return
     with _tar_stream(archive) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tar:
@@ -102,10 +103,21 @@ def _entries(archive: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
                 yield member.name, partial(_content, tar, member)
 
 
+def _unpacked(bundle: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    _check_size(info.filename, info.file_size)
+    return bundle.read(info)
+
+
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    _check_size(member.name, member.size)
     stream = tar.extractfile(member)
     assert stream is not None, "regular files have content"
     return stream.read()
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"the package's {name} has {size:,} bytes, more than the {LARGEST:,} that are unpacked")
 
 
 @contextmanager
