@@ -324,10 +324,6 @@ class Config:
             raise ValueError(
                 f"name={self.name!r} cannot name a run: use printable characters, at most 200, and no '..'"
             )
-        try:
-            self.output.format(name=self.name)
-        except (KeyError, IndexError, ValueError, AttributeError):
-            raise ValueError(f"output={self.output}: of what stands in braces, only {{name}} is known") from None
         for name in self.stages:
             if not STAGE_NAME.fullmatch(name) or len(name) > 100 or name in TAKEN:
                 why = "the run directory has a file of its own of that name" if name in TAKEN else NAMING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import pickle
@@ -260,7 +261,10 @@ def test_no_planted_secret_is_in_any_output(
         told.write(command("visualize", "report", str(run)))
         with wandb_server.serving() as server:
             monkeypatch.setenv("WANDB_BASE_URL", server.url)
-            told.write(command("visualize", "sync", str(run)))
+            # in a process of its own: wandb's threads would come up again in each fork of this one
+            words = [sys.executable, "-m", "hive_scale", "visualize", "sync", str(run)]
+            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+            told.write(done.stdout + done.stderr)
             assert server.asked
             told.write("\n".join(server.asked))
     assert "read environment variables: SHARD_PASSWORD, SHARD_PATH" in out.read_text()
@@ -272,10 +276,8 @@ def test_no_planted_secret_is_in_any_output(
     for made in ("bad_samples.jsonl", "config.yaml", "slurm/config.yaml", "slurm/chain.json", "report.html"):
         assert (run / made).stat().st_size, made
     assert f"http://{guarded}/$SHARD_PATH/more.tar" in (run / "bad_samples.jsonl").read_text()
-    assert (
-        f"http://{guarded}/train.tar, http://{guarded}/$SHARD_PATH/more.tar"
-        in (run / "export/hive/README.md").read_text()
-    )
+    card = html.unescape((run / "export/hive/README.md").read_text()).replace("\\", "")
+    assert f"http://{guarded}/train.tar, http://{guarded}/$SHARD_PATH/more.tar" in card
     assert [*run.rglob("*_submitted.pkl"), *run.rglob("run-*.wandb"), *run.rglob("events.*")]
 
 
