@@ -97,9 +97,9 @@ FUZZ_SECONDS ?= 600
 fuzz: install
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest -rP tests/test_fuzz.py
 
-# a hundred runs, each with a fault at a random instant: about an hour on two free cores
+# two hundred runs, each with a fault at a random instant, and a chain on Slurm: some hours on two free cores
 faults: install
-	$(RUN) tests/faults/sweep.py --trials 100 --markdown
+	$(RUN) tests/faults/sweep.py --trials 200 --markdown
 
 # one-line errors in the product's formulas, a sample of them: do the tests notice? Twenty minutes on two free cores
 mutants: install
