@@ -34,7 +34,7 @@ TIMEOUT = 60.0  # seconds in which a server says something
 LONGEST = 30.0  # seconds between two tries
 RETRIED = (408, 429)  # of the answers that blame the one who asks: too slow, too often
 logger = logging.getLogger(__name__)
-drawn = random.Random()  # its own, so that waiting moves nobody's random numbers
+drawn = random.Random()  # nosec B311 # its own, so that waiting moves nobody's random numbers; nothing secret
 
 
 def is_remote(shard: str) -> bool:
