@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISREG
 from typing import NamedTuple
 
+from hive_scale.atomic import write_text
+
 SUMS = "hive_scale.sha256"
 SEALED = ".safetensors"  # the suffix of files that are large, and may carry a checksum of their own
 REMEDY = f"get it again from where it came, or, if you changed it yourself, remove {SUMS}"
@@ -147,12 +149,8 @@ def _stats(directory: Path) -> list[tuple[int, ...]]:
 
 
 def _write(directory: Path, entries: Mapping[str, Entry]) -> None:
-    unnamed = directory / f"{SUMS}.tmp"
-    with unnamed.open("w", encoding="utf-8") as file:
-        file.write(_HEADER.format(count=len(entries)) + "\n" + "".join(map(_line, entries, entries.values())))
-        file.flush()
-        os.fsync(file.fileno())
-    unnamed.replace(directory / SUMS)
+    lines = [_HEADER.format(count=len(entries)) + "\n", *map(_line, entries, entries.values())]
+    write_text(directory / SUMS, "".join(lines))
 
 
 def _line(name: str, entry: Entry) -> str:

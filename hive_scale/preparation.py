@@ -9,6 +9,7 @@ from typing import Any
 
 from hive_scale import checksums, strict_json
 from hive_scale import config as configs
+from hive_scale.atomic import write_text
 from hive_scale.checkpoint.claims import is_begun
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
@@ -19,7 +20,6 @@ from hive_scale.distributed import World
 from hive_scale.engine import check_compiler, check_device
 from hive_scale.features import check_disk
 from hive_scale.model import build
-from hive_scale.shared_files import replacing
 from hive_scale.stage import freeze
 from hive_scale.strict_json import dumps
 
@@ -128,8 +128,8 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
             _compare(name, noted, data[name])
     now = {name: _all_noted(one, config, name) for name, one in data.items()} | done
     if world.is_main and now != before:
-        with checksums.listing(path), replacing(path) as unnamed:
-            unnamed.write_text(dumps(now, indent=1))
+        with checksums.listing(path):
+            write_text(path, dumps(now, indent=1))
 
 
 def _all_noted(data: Data, config: Config, stage: str) -> dict[str, Any]:

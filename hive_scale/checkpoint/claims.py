@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from hive_scale import config as configs
+from hive_scale.atomic import write_text
 from hive_scale.checkpoint.lock import Lock
 from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
 from hive_scale.checkpoint.snapshot import steps_in
@@ -261,9 +262,7 @@ def _mark(config: Config, follows: bool) -> None:
     if follows or not saved.is_file() or not saved.stat().st_size:
         configs.save(config, saved)
     if not read_marker(directory):
-        unnamed = directory / f"{MARKER}.tmp"
-        unnamed.write_text(dumps({"format": FORMAT, "attempt": _attempt()}))
-        unnamed.replace(directory / MARKER)
+        write_text(directory / MARKER, dumps({"format": FORMAT, "attempt": _attempt()}))
 
 
 def begin(config: Config, stage: str, world: World) -> None:

@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 
 from hive_scale import strict_json
+from hive_scale.atomic import write_text
 from hive_scale.data.convert.pictures import check_row_group
 from hive_scale.data.images import check_length, read_image
 from hive_scale.evaluate.question import Picture, Question
@@ -124,9 +125,7 @@ def read_json(path: Path) -> Any:
 def write_json(path: Path, value: Any) -> None:
     """`value` as the whole content of `path`: another process, or a later one, finds all of it or what was before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unnamed = path.with_name(f"{path.name}.tmp")
-    unnamed.write_text(dumps(value, indent=1) + "\n", encoding="utf-8")
-    unnamed.replace(path)
+    write_text(path, dumps(value, indent=1) + "\n")
 
 
 def nothing_in(folder: Path, wanted: str, source: str) -> ValueError:

@@ -44,6 +44,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from hive_scale.atomic import write_text
 from hive_scale.strict_json import dumps, parse_line, read_lines
 
 SCHEMA = 1
@@ -141,9 +142,7 @@ def _ascending(steps: Mapping[int, int]) -> list[int]:
 
 def rewrite(path: Path, lines: Iterable[Line]) -> None:
     """Replace the whole file at once, so that no reader meets half of it."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text("".join(dumps(line) + "\n" for line in lines))
-    os.replace(fresh, path)
+    write_text(path, "".join(dumps(line) + "\n" for line in lines))
 
 
 class Follower:

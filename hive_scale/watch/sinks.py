@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from hive_scale import config as configs
+from hive_scale.atomic import write_text
 from hive_scale.watch.metrics import Follower, Line, flat, read_metrics
 
 PROJECT = "hive_scale"
@@ -82,7 +83,7 @@ class TensorBoard:
 def wandb_id(run_dir: Path, stage: str) -> str:
     path = run_dir / "log_id"
     if not path.exists():
-        path.write_text(uuid.uuid4().hex[:12])
+        write_text(path, uuid.uuid4().hex[:12])
     return f"{path.read_text()}-{stage}"
 
 
