@@ -117,6 +117,12 @@ def check_file(path: Path, remedy: str = REMEDY) -> None:
         raise Damaged(f"{path.parent}: {fault}: {remedy}")
 
 
+def is_changed(path: Path) -> bool:
+    """Whether a file that is listed is not what was written. Raises Damaged if the list itself is."""
+    entry = read_sums(path.parent).get(path.name) if is_listed(path.parent) else None
+    return entry is not None and bool(_fault(path.parent, path.name, entry, True))
+
+
 def _fault(directory: Path, name: str, entry: Entry, read: bool) -> str:
     path = directory / name
     try:

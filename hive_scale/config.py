@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hive_scale import credentials
+from hive_scale import checksums, credentials
 from hive_scale.atomic import write_text
 from hive_scale.strangers import check_yaml, read_yaml_text
 from hive_scale.strict_json import dumps
@@ -359,7 +359,16 @@ def _without_credentials(data: dict[str, Any]) -> dict[str, Any]:
 # What a run directory holds besides its stages: no stage can have these names.
 TAKEN = frozenset(
     [
-        *("config.yaml", "data.json", "bad_samples.jsonl", "bad_batches.jsonl", "outcome.txt", "log_id", "STOP"),
+        *(
+            "config.yaml",
+            "data.json",
+            checksums.SUMS,
+            "bad_samples.jsonl",
+            "bad_batches.jsonl",
+            "outcome.txt",
+            "log_id",
+            "STOP",
+        ),
         *("initial", "blank", "logs", "slurm", "tensorboard", "wandb", "export", "llava", "vlm"),
         *("probes", "evaluation"),
     ]
@@ -496,7 +505,10 @@ def run_of(path: str) -> Config | None:
     if (place / "config.json").is_file():  # a Hugging Face directory, wherever it is
         return None
     saved = [found for found in (place / "config.yaml", place.parent / "config.yaml") if found.is_file()]
-    return load(saved[0]) if place.is_dir() and saved else None
+    if not (place.is_dir() and saved):
+        return None
+    checksums.check_file(saved[0], EDITED)
+    return load(saved[0])
 
 
 def holds_weights_alone(path: str) -> bool:
@@ -504,6 +516,7 @@ def holds_weights_alone(path: str) -> bool:
     return path.endswith((".safetensors", ".safetensors.index.json"))
 
 
+EDITED = "restore it; or, if you changed it yourself, go on with the run by --config, which takes the change up"
 # What may change between two parts of one run: the hardware's side, and how often one looks.
 FREE = (
     *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),

@@ -20,6 +20,7 @@ State = Literal["free", "ours", "foreign"]
 CONFIG = "config.yaml"
 MARKER = ".hive_scale"
 LOCK = ".lock"
+BEGAN = "began.yaml"  # in a stage's folder: the run's config up to that stage, as it was when the stage began
 EARLY = (LOCK, "logs", "slurm", "STOP", "*.tmp", ".nfs*")  # what there may be before a run has begun
 
 

@@ -27,6 +27,7 @@ from hive_scale.initial import assemble
 from hive_scale.model.build import open_encoder, vision_config
 from hive_scale.model.llava import StockLlava
 from hive_scale.pipeline import run_pipeline
+from hive_scale.rundir import BEGAN, MARKER
 from hive_scale.runs import find_encoder, open_hive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,8 +169,8 @@ def test_whoever_reads_a_published_directory_checks_it(run: Path, reader: str) -
 def test_what_an_older_version_left_is_read_and_told_apart(
     run: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for sums in run.rglob(SUMS):
-        sums.unlink()
+    for path in (*run.rglob(SUMS), *run.rglob(BEGAN), run / MARKER):
+        path.unlink()
     (run / "data.json").write_text(json.dumps(json.loads((run / "data.json").read_text())))
     run_pipeline(recipe(run), world)
     find_encoder(run)
@@ -189,9 +190,11 @@ def test_what_an_older_version_left_is_read_and_told_apart(
 def test_a_run_whose_own_files_are_damaged_is_refused_by_name(run: Path, world: World) -> None:
     whole = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(whole.replace("density: 0.5", "density: 0.9"))
-    for read in (Run, find_encoder, open_hive, lambda path: run_pipeline(recipe(path), world)):
+    for read in (Run, find_encoder, open_hive):
         with pytest.raises(Damaged, match=r"config.yaml does not match its checksum: .* if you changed it yourself"):
             read(run)
+    with pytest.raises(ValueError, match=r"holds another run \(other model.density\)"):
+        run_pipeline(recipe(run), world)
     (run / "config.yaml").write_text(whole)
     shutil.rmtree(run / "language")
     for damage in (empty, lambda path: path.write_text("[1]")):

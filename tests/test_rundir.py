@@ -24,11 +24,12 @@ import torch
 
 from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.checkpoint.claims import BEGAN, check_owner, claim, is_again, is_begun
+from hive_scale.checkpoint.claims import check_owner, claim, is_again, is_begun
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.lock import locked
 from hive_scale.checkpoint.marker import WEIGHTS, is_done
 from hive_scale.checkpoint.runs import Run, verify
+from hive_scale.checksums import SUMS
 from hive_scale.command import add_run_arguments, add_training_arguments, named_run
 from hive_scale.commands import visualize
 from hive_scale.config import Config, PartConfig
@@ -36,7 +37,7 @@ from hive_scale.distributed import World, session
 from hive_scale.export import export_run, from_pretrained
 from hive_scale.outcome import blank_twin, show
 from hive_scale.pipeline import run_pipeline
-from hive_scale.rundir import LOCK, MARKER, look
+from hive_scale.rundir import BEGAN, LOCK, MARKER, look
 from hive_scale.runs import find_encoder
 from hive_scale.slurm import submission
 from hive_scale.slurm.chain import Record
@@ -311,9 +312,10 @@ def test_a_run_of_an_older_version_goes_on(base: Config, world: World, half: Pat
     for path in (half / MARKER, *half.glob(f"*/{BEGAN}")):
         path.unlink()
     data = json.loads((half / "data.json").read_text())
-    for entry in data.values():
-        del entry["shards"]
-    (half / "data.json").write_text(json.dumps(data))
+    old = {name: {key: entry["train"][key] for key in ("samples", "fingerprint")} for name, entry in data.items()}
+    (half / "data.json").write_text(json.dumps(old))
+    for path in (half / SUMS, *half.glob(f"*/{SUMS}")):
+        path.unlink()
     assert look(half) == "ours"
     before = written(half)
     run_pipeline(at(base, half), world)
@@ -664,7 +666,7 @@ def test_a_stage_that_has_not_begun_may_be_changed_renamed_removed_or_moved(
     run_pipeline(config, world)
     (line,) = read_metrics(half / "last" / "metrics.jsonl")
     assert line["lr"]["vision"] > 0.01  # of 0.5, behind the warmup
-    assert json.loads((half / "data.json").read_text())["last"]["samples"] == 12
+    assert json.loads((half / "data.json").read_text())["last"]["train"]["samples"] == 12
     assert written(half)["projector"] == before["projector"]
     assert not (half / "language").exists()
 
@@ -672,7 +674,7 @@ def test_a_stage_that_has_not_begun_may_be_changed_renamed_removed_or_moved(
 def test_other_data_of_a_stage_that_has_not_begun_are_noted(world: World, half: Path, tmp_path: Path) -> None:
     others = tars.write_set(tmp_path / "others", [8, 4])
     run_pipeline(edited(half, lambda c: stage(c, "joint", data={"train": others})), world)
-    assert json.loads((half / "data.json").read_text())["joint"]["samples"] == 12
+    assert json.loads((half / "data.json").read_text())["joint"]["train"]["samples"] == 12
 
 
 def test_until_a_stage_has_begun_the_model_may_change(base: Config, world: World, half: Path) -> None:
@@ -723,5 +725,5 @@ def test_claims_are_whole(base: Config, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "fsync", slow)
     with locked(tmp_path / "run", ALONE) as lock:
         claim(at(base, tmp_path / "run"), ALONE, lock)
-    assert seen == [False]
+    assert seen[0] is False
     assert configs.load(tmp_path / "run" / "config.yaml") == at(base, tmp_path / "run")

@@ -28,6 +28,7 @@ from hive_scale import presets
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import WEIGHTS, is_done
 from hive_scale.checkpoint.snapshot import Snapshot
+from hive_scale.checksums import SUMS
 from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.model import build
@@ -203,6 +204,7 @@ def test_a_run_that_an_older_version_began_goes_on_by_what_that_noted(
             run_pipeline(config, world)
     note = config.run_dir / "data.json"
     old = {name: {"samples": 24, "fingerprint": layout} for name in config.stages}
+    (config.run_dir / SUMS).unlink()
     note.write_text(json.dumps(old | {"projector": {"samples": 24, "fingerprint": "0" * 32}}))
     with pytest.raises(ValueError, match=r"projector: the run began with 24 samples of data\.train"):
         run_pipeline(config, world)

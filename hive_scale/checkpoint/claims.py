@@ -14,6 +14,7 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Literal
 
+from hive_scale import checksums
 from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.lock import Lock
@@ -21,15 +22,14 @@ from hive_scale.checkpoint.marker import WEIGHTS, find_weights, is_done
 from hive_scale.checkpoint.snapshot import steps_in
 from hive_scale.config import TAKEN, Config
 from hive_scale.distributed import World
-from hive_scale.rundir import CONFIG, EARLY, MARKER, fits, look, read_marker
+from hive_scale.rundir import BEGAN, CONFIG, EARLY, MARKER, fits, look, read_marker
 from hive_scale.strict_json import dumps
 
 Overwrite = bool | Literal["delete"]  # True: what is there is moved aside
-BEGAN = "began.yaml"  # in a stage's folder: the run's config up to that stage, as it was when the stage began
 FORMAT = 1  # of a run directory
 LATE = ("report*.html", "attention*", "gradients*", "*.tmp", ".nfs*")  # what else a run directory may hold
 OF_STAGE = (
-    *(BEGAN, "step_*", "metrics.jsonl*", "weights*.safetensors*", "encoder", "memory.txt", "profile"),
+    *(BEGAN, checksums.SUMS, "step_*", "metrics.jsonl*", "weights*.safetensors*", "encoder", "memory.txt", "profile"),
     *("probes", "evaluation", *LATE),
 )
 logger = logging.getLogger(__name__)
@@ -260,9 +260,14 @@ def claim(config: Config, world: World, lock: Lock, overwrite: Overwrite = False
 def _mark(config: Config, follows: bool) -> None:
     directory, saved = config.run_dir, config.run_dir / CONFIG
     if follows or not saved.is_file() or not saved.stat().st_size:
-        configs.save(config, saved)
+        with checksums.listing(saved):
+            configs.save(config, saved)
+    elif checksums.is_changed(saved):  # edited, and taken up now
+        with checksums.listing(saved):
+            pass
     if not read_marker(directory):
-        write_text(directory / MARKER, dumps({"format": FORMAT, "attempt": _attempt()}))
+        with checksums.listing(directory / MARKER):
+            write_text(directory / MARKER, dumps({"format": FORMAT, "attempt": _attempt()}))
 
 
 def begin(config: Config, stage: str, world: World) -> None:
@@ -271,7 +276,8 @@ def begin(config: Config, stage: str, world: World) -> None:
     def act() -> None:
         folder = config.run_dir / stage
         if not is_begun(folder):
-            configs.save(_until(config, stage), folder / BEGAN)
+            with checksums.listing(folder / BEGAN):
+                configs.save(_until(config, stage), folder / BEGAN)
 
     on_main(world, act)
 

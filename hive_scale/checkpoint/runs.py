@@ -13,10 +13,11 @@ from hive_scale import config as configs
 from hive_scale.checkpoint.handoff import read_weights
 from hive_scale.checkpoint.marker import ENCODER, WEIGHTS, find_weights
 from hive_scale.checkpoint.snapshot import MANIFEST, Snapshot, audit, steps_in
+from hive_scale.rundir import BEGAN, MARKER
 
 CONFIG = "config.yaml"
 INITIAL = "initial"  # what the first stage starts from
-OWN = (CONFIG, "data.json")  # files of a run itself, written once
+OWN = (CONFIG, "data.json", MARKER)  # files of a run itself, written once
 STRANGER = "it does not come from the weights of the stage before"
 UNLISTED = "no checksums, an older version or another tool wrote it"
 
@@ -31,6 +32,7 @@ class Run:
                 f"{directory} is no run, for it has no {CONFIG} (a stage is not a run): give the directory that "
                 "output= named"
             )
+        checksums.check_file(directory / CONFIG, configs.EDITED)
         self.dir, self.config = directory, configs.load(directory / CONFIG)
 
     def finished(self) -> list[str]:
@@ -103,6 +105,7 @@ def verify(run: Run) -> Iterator[Finding]:
     parent = ""
     for stage in (INITIAL, *run.config.stages):
         directory = run.dir / stage
+        yield from _own(directory / BEGAN)
         for checkpoint in steps_in(directory):
             yield Finding(checkpoint, audit(checkpoint) or _extra(checkpoint) or _stranger(checkpoint, parent))
         encoder = directory / ENCODER
