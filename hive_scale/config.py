@@ -594,6 +594,8 @@ def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
 
 def _check_kinds(old: Any, new: Any, key: str = "") -> None:
     """Raises ValueError where `new`, plain data, has something else than a list, or than keys, that `old` has."""
+    if isinstance(new, str) and new.startswith("${"):
+        return  # what it stands for is known later
     if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
         some = f", such as {key}.{next(iter(old))}=..." if old and key else ""
         raise ValueError(f"config: {key}: keys of its own are wanted here{some}")

@@ -86,7 +86,7 @@ def code_of(error: BaseException) -> int:
 def line_of(error: BaseException, code: int) -> str:
     """What to tell a person of `error`."""
     if isinstance(error, KeyboardInterrupt):
-        return "stopped before it began: the same command begins again"
+        return "stopped: the same command goes on with what is left to do"
     said = str(error).strip() or type(error).__name__
     first = said.splitlines()[0]
     if isinstance(error, ValueError) and code == REFUSED:
