@@ -56,7 +56,7 @@ def ended(work: Callable[[], int]) -> int:
     except (Exception, KeyboardInterrupt) as error:
         code = code_of(error)
         with suppress(OSError):  # what is said may go to the disk that is full
-            print(printable(credentials.hide(line_of(error, code)), lines=True), file=sys.stderr, flush=True)
+            print(printable(credentials.hide(line_of(error, code))), file=sys.stderr, flush=True)
             if code == FAULT:
                 traceback.print_exception(error)
         if any(name in os.environ for name in LAUNCHED):
@@ -90,7 +90,7 @@ def line_of(error: BaseException, code: int) -> str:
     said = str(error).strip() or type(error).__name__
     first = said.splitlines()[0]
     if isinstance(error, ValueError) and code == REFUSED:
-        return f"error: {said}"  # of several lines where several things are wrong
+        return f"error: {said}"
     if _errno(error) in FULL:
         return f"stopped: {first}: make room, then the same command goes on"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):

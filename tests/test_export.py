@@ -185,8 +185,8 @@ def test_verify_tells_every_damage(
 ) -> None:
     assert command(monkeypatch, "verify", run) == 0
     sound = capsys.readouterr().out.splitlines()
-    # config and data; initial weights; checkpoint, weights and encoder of three stages; an export
-    assert len(sound) == 2 + 1 + 3 * 3 + 1
+    # config, data and marker; initial weights; what three stages began with, checkpoint, weights, encoder; an export
+    assert len(sound) == 3 + 1 + 3 * 4 + 1
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     for path in ("projector/step_00000001/rank_00000.safetensors", "language/weights.safetensors"):

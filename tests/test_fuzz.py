@@ -240,7 +240,7 @@ def test_an_index(tmp_path: Path, shard: str) -> None:
         else:
             place.write_bytes(sealed(header, arrays, content))
         index = open_index([shard], CACHE)
-        reader = ShardReader(index.shards, CACHE)
+        reader = ShardReader(index.shards, index.stamps, CACHE)
         try:
             for i in range(len(index)):
                 for member in index.members[i].tolist():
@@ -260,7 +260,7 @@ def test_an_index(tmp_path: Path, shard: str) -> None:
 
 def sealed(header: dict[str, Any], arrays: dict[str, Any], change: Any) -> bytes:
     """An index with `change`d arrays, another table of arrays or other faults, under a checksum that is right."""
-    from hive_scale.data.index import _checksum  # what a stranger would compute, too
+    from hive_scale.data.index import _checksum, _seal  # what a stranger would compute, too
 
     changed = {name: array.copy() for name, array in arrays.items()}
     table = (
@@ -271,6 +271,7 @@ def sealed(header: dict[str, Any], arrays: dict[str, Any], change: Any) -> bytes
         flat[at % max(1, len(flat))] = np.array(value).astype(flat.dtype)
     metadata = header["__metadata__"] | {"checksum": json.dumps(_checksum(changed))}
     metadata |= {"faults": json.dumps(change[0])} if isinstance(change, tuple) else {}
+    metadata["seal"] = json.dumps(_seal({name: json.loads(value) for name, value in metadata.items()}))
     text = json.dumps({"__metadata__": metadata, **table}).encode()
     kept = [name for name in header if name != "__metadata__"]
     ordered = sorted(kept, key=lambda name: header[name]["data_offsets"][0])

@@ -47,7 +47,8 @@ from hive_scale.runs import find_encoder
 from hive_scale.show.page import Report, page
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.resources import Resources
-from hive_scale.strangers import printable, refuse
+from hive_scale.stops import ended
+from hive_scale.strangers import printable
 from hive_scale.strict_json import loads, read_lines
 from hive_scale.watch.noise import RECORD, hushed
 from hive_scale.watch.terminal import Screen
@@ -79,7 +80,11 @@ def test_what_would_steer_a_terminal_is_spelled_out() -> None:
 
 
 def test_an_error_is_one_line_whatever_it_quotes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert refuse(ValueError(NAME)) == 2
+
+    def work() -> int:
+        raise ValueError(NAME)
+
+    assert ended(work) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
     assert "\x1b" not in shown
