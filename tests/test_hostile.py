@@ -249,7 +249,7 @@ def test_aliases_that_mean_well_are_read(tmp_path: Path) -> None:
     file.write_text("x: &a {lr: 1, parameters: ['*']}\ny: [*a, *a]\nz: {<<: *a}\n")
     assert presets.read_file(file)["z"] == {"lr": 1, "parameters": ["*"]}
     with pytest.raises(ValueError, match="aliases written out"):
-        configs.resolve(Config(), [f"data.train=[&a [{', '.join('x' * 9)}], {', '.join(['*a'] * 20_000)}]"])
+        configs.resolve(Config(), [f"model.vision.config.x=[&a [{', '.join('x' * 9)}], {', '.join(['*a'] * 20_000)}]"])
 
 
 @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_members_and_headers_of_any_size_take_no_memory(
     [found] = scanned
     assert found.keys == ["good"]
     assert told in "".join(fault.reason for fault in found.faults)
-    reader = ShardReader([shard], CACHE)
+    reader = ShardReader([shard], [found.stamp], CACHE)
     assert most_memory(lambda: [reader.read(0, *member) for member in found.members[0].tolist()]) < 10**6
 
 
