@@ -250,6 +250,7 @@ def offline_steps(run: Path) -> dict[str, list[list[int]]]:
 def test_wandb_segments_share_one_id_and_are_replayed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setattr("hive_scale.watch.mirror.PATIENCE", 120.0)  # on a busy machine wandb takes its time
     run = run_dir(tmp_path / "run")
     train(run / "joint", 1, 6, LogConfig())
     name = wandb_id(run, "joint")
@@ -269,6 +270,7 @@ def test_a_server_gets_each_step_once_whatever_was_done_again(tmp_path: Path, mo
     online = LogConfig(wandb="online")
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    monkeypatch.setattr("hive_scale.watch.mirror.PATIENCE", 120.0)
     with wandb_server.serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         run = run_dir(tmp_path / "run")
