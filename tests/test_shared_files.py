@@ -5,6 +5,7 @@ One must not lock the others out, nor be led by a link to write where he may and
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import logging
@@ -37,6 +38,8 @@ from hive_scale.shared_files import Held, locked, replacing
 CACHE = ShardCache(10**9)
 GROUP, ANNA, BERT = 4711, 4712, 4713
 people = pytest.mark.skipif(os.getuid() != 0, reason="only root can be two users")
+
+codecs.lookup("utf-8-sig")  # other users may not be able to read Python's own files, which it imports late
 
 
 def as_user(user: int, do: Callable[..., Any], *arguments: Any, umask: int = 0o022) -> str:
