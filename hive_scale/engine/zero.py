@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class ZeroEngine:
             os.environ.setdefault("LOCAL_SIZE", str(world.size))  # or it starts numactl to count, in every step
         load_deepspeed().init_distributed(auto_mpi_discovery=False)  # adopts the group that exists
         compute = DTYPES[config.precision]
+        self.divides = zero_stage > 1 or compute == torch.float32  # its bf16 optimizer of ZeRO-1 heeds no loss scale
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
         self.layout = Layout(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
@@ -105,22 +107,26 @@ class ZeroEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        total = accumulate(self.world, micro_batches, self._run)
+        share = float(self.world.size)  # since DeepSpeed averages over ranks
+        if not self.divides:
+            share /= max(1.0, *self.world.sum(sum(batch.num_tokens for batch in micro_batches)))
+        total = accumulate(self.world, micro_batches, partial(self._run, share))
         mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
-        self.engine.optimizer.loss_scale = divisor  # by which it divides gradients, though no loss was multiplied
+        if self.divides:
+            self.engine.optimizer.loss_scale = divisor  # by which it divides gradients, though no loss was multiplied
         with nullcontext() if is_fit else sitting_out(self.optimizer):
             self.engine.step()  # which tidies up after backward, too
         self.engine.optimizer.loss_scale = 1.0
         norm = self._grad_norm()
         return StepOutput(mean, norm, num_tokens, is_fit and math.isfinite(norm), voted)
 
-    def _run(self, batch: Batch, is_last: bool) -> Tensor:
+    def _run(self, share: float, batch: Batch, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.world.pulse.enter("forward")
         loss = self._loss(batch)
         self.world.pulse.enter("backward")
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)  # since it averages over ranks
+        self.engine.backward(loss * share, scale_wrt_gas=False)
         return loss.detach()
 
     def _grad_norm(self) -> float:
