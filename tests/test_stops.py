@@ -48,6 +48,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
 ARGUMENTS = Namespace(log_level="warning", quiet=True)
 KILLED = -signal.SIGKILL
+LOST_DEVICES = (
+    *("uncorrectable ECC error encountered", "uncorrectable NVLink error detected during the execution"),
+    *("unspecified launch failure", "an illegal memory access was encountered", "unknown error"),
+    *("all CUDA-capable devices are busy or unavailable", "the launch timed out and was terminated"),
+)
 
 
 def small(output: Path, *words: str) -> Config:
@@ -173,7 +178,7 @@ def test_a_rank_lost_anywhere_ends_the_others_to_be_tried_again(tmp_path: Path, 
     assert codes[1 - victim] == TRY_AGAIN, said
     left = said[1 - victim]
     assert "Traceback" not in left
-    assert re.search(f"cannot meet rank {victim}|missing, without a word: rank 1|rank 0, which holds", left), left
+    assert re.search(f"cannot meet rank {victim}|rank 1 on .* has gone without a word|rank 0, which holds", left), left
 
 
 def test_a_rank_that_fails_before_it_joins_tells_the_others(tmp_path: Path) -> None:
@@ -207,15 +212,26 @@ def test_every_error_has_its_code() -> None:
             *(full, OSError(errno.EIO, "x"), OSError(errno.ESTALE, "x"), TimeoutError("x"), URLError("x")),
             *(BrokenProcessPool("x"), RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")),
             *(RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),),
-            torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+            *(torch.AcceleratorError(f"CUDA error: {text}") for text in LOST_DEVICES),
+            RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`"),
+            RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+            *(RuntimeError("NCCL Error 1: unhandled cuda error"), RuntimeError("CUDA driver error: unknown error")),
+            RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized"),
+            dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+            dist.DistBackendError("NCCL error in: NCCLUtils.hpp:268, unhandled cuda error (run with NCCL_DEBUG=INFO)"),
+            dist.DistStoreError("Timed out after 1800 seconds waiting for clients. 1/2 clients joined."),
         ],
         REFUSED: [
             *(ValueError("x"), SlurmError("x"), MemoryError(), torch.OutOfMemoryError("x")),
+            torch.AcceleratorError("CUDA error: out of memory"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
             *(FileNotFoundError(errno.ENOENT, "x"), PermissionError(errno.EACCES, "x"), OSError("no such model")),
         ],
         FAULT: [
             *(RuntimeError("x"), KeyError("x"), AssertionError(), ZeroDivisionError("x")),
             torch.AcceleratorError("CUDA error: device-side assert triggered"),
+            torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"),
+            RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasSgemm(handle)`"),
         ],
     }
     for code, errors in expected.items():
