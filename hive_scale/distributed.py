@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from hive_scale import pulse
 from hive_scale.device import this_device
-from hive_scale.heartbeat import FAILURE, GRACE, ORPHANED, Companion, leave, note_lost, this_node
+from hive_scale.heartbeat import FAILURE, GRACE, HEARD, ORPHANED, Companion, leave, note_lost, this_node
 from hive_scale.pulse import Pulse
 from hive_scale.stops import TryAgain, code_of, is_device_failure, say
 from hive_scale.strangers import printable
@@ -30,7 +30,7 @@ stores: Any = dist  # which names its stores in public, but not in its type hint
 JOINING = timedelta(minutes=2)  # where none has come for so long, none will
 JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
 SAYING = 15.0  # seconds between words about who is missing
-HEARD = 2.0  # seconds in which the others hear of a failure
+TOLD = 2.0  # seconds in which the others hear of a failure, as a rule
 
 
 class Fragment(NamedTuple):
@@ -129,7 +129,7 @@ def _alone(place: _Place) -> Iterator[World]:
 @contextmanager
 def _among_others(place: _Place) -> Iterator[World]:
     guard, device = _meet(place), torch.device("cpu")
-    guard.watch(place.size)  # before there is a device, which a fork is not to share
+    guard.watch()  # before there is a device, which a fork is not to share
     try:
         device = _device(place)
         on = device if device.type == "cuda" else None
@@ -169,7 +169,7 @@ def _meet(place: _Place) -> _Guard:
     global _tried
     _tried = True
     os.environ.update(place.master)
-    return _Guard(_Meeting(place).hold(), place.rank)
+    return _Guard(_Meeting(place).hold(), place.rank, place.size)
 
 
 def _backend(device: torch.device) -> str:
@@ -281,14 +281,15 @@ class _Meeting:
 class _Guard:
     """Ends this process when another rank has failed or gone, for its collectives would wait for minutes."""
 
-    def __init__(self, store: Any, rank: int) -> None:
-        self.store, self.rank = store, rank
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
         self._said = store.clone()  # a connection of its own: a wait in the other's would block it
         self._stopped = threading.Event()
         self._companion: Companion | None = None
+        self._heard = ""
 
-    def watch(self, size: int) -> None:
-        self._companion = Companion(self.store, self.rank, size)
+    def watch(self) -> None:
+        self._companion = Companion(self.store, self.rank, self.size)
         threading.Thread(target=self._wait_for_word, args=(self._companion,), daemon=True).start()
 
     def led_by_another(self, error: BaseException, code: int | None = None) -> int:
@@ -304,11 +305,20 @@ class _Guard:
         try:
             first = self._said.compare_set(FAILURE, "", mine).decode()
         except RuntimeError:
-            first = ORPHANED
+            first = self._heard or ORPHANED  # rank 0 may have gone since it has said why
         if first != mine:
             self._say(first)
-        time.sleep(HEARD)  # before this process, and perhaps the store, goes
+        self._let_hear()
         return 0 if first == mine else _code(first)
+
+    def _let_hear(self) -> None:
+        """Stay until the others know, for with rank 0 the store goes, and torchrun ends all as soon as one has gone."""
+        time.sleep(TOLD)
+        others = self.size - 1 if self.rank == 0 else 0
+        ends = time.monotonic() + GRACE
+        with suppress(RuntimeError):
+            while self._said.add(HEARD, 0) < others and time.monotonic() < ends:
+                time.sleep(TOLD / 10)
 
     def stop(self) -> None:
         self._stopped.set()
@@ -316,10 +326,10 @@ class _Guard:
             self._companion.stop()
 
     def _wait_for_word(self, companion: Companion) -> None:
-        failure = companion.wait()
+        self._heard = companion.wait()
         if not self._stopped.wait(GRACE):
-            self._say(failure)
-            leave(_code(failure))  # the main thread waits in a collective, out of the reach of exceptions
+            self._say(self._heard)
+            leave(_code(self._heard))  # the main thread waits in a collective, out of the reach of exceptions
 
     def _say(self, failure: str) -> None:
         say(f"rank {self.rank} stops: {failure.partition(' ')[2]}")

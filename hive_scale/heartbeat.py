@@ -33,6 +33,7 @@ SILENT = 15.0  # seconds without a word after which a node is taken for gone: sw
 GRACE = 5.0  # seconds to leave by oneself after another rank has failed
 STUCK = 10.0  # seconds more, after which a rank is killed
 FAILURE = "hive_scale/failure"  # key of the store: the exit code, which rank failed first, and how
+HEARD = "hive_scale/heard"  # how many ranks, beside rank 0, know of it
 ALIVE, NODE = "hive_scale/alive", "hive_scale/node"
 ORPHANED = f"{TRY_AGAIN} rank 0, which holds the job together, has gone"
 ASKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
@@ -163,6 +164,7 @@ class _Watch:
                 store.add(f"{ALIVE}/{self.rank}", 1)
                 if store.check([FAILURE]):
                     self.failure = store.get(FAILURE).decode()
+                    store.add(HEARD, int(self.rank != 0))
                 for other in self.others:
                     self._listen_to(other, store)
                 self.heard = time.monotonic()

@@ -181,13 +181,15 @@ def test_a_rank_lost_anywhere_ends_the_others_to_be_tried_again(tmp_path: Path, 
     assert re.search(f"cannot meet rank {victim}|rank 1 on .* has gone without a word|rank 0, which holds", left), left
 
 
-def test_a_rank_that_fails_before_it_joins_tells_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_fails_before_it_joins_tells_the_others(tmp_path: Path, victim: int) -> None:
     began = time.monotonic()
-    codes, said = codes_of(tmp_path, 1, "before it joins", fail)
+    codes, said = codes_of(tmp_path, victim, "before it joins", fail)
     assert codes == [REFUSED, REFUSED], said
     assert time.monotonic() - began < 55  # not when they have waited for it in vain
-    assert said[1].startswith("error: this node has no such disk: mount it\n")
-    assert "rank 0 stops: rank 1 failed: ValueError: this node has no such disk" in said[0]
+    assert said[victim].startswith("error: this node has no such disk: mount it\n")
+    stops = f"rank {1 - victim} stops: rank {victim} failed: ValueError: this node has no such disk"
+    assert stops in said[1 - victim]
 
 
 def test_what_stands_still_outside_steps_is_named_and_ends_to_be_tried_again(tmp_path: Path) -> None:
