@@ -101,31 +101,35 @@ def test_who_never_joins_is_named_while_one_waits_and_at_the_end(rank: int) -> N
 
 RESTARTING = """
 import os, signal, sys, time
+from pathlib import Path
 from hive_scale.distributed import session
 from hive_scale.watch.hang import HangWatch
 faults = {faults}
-attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-def meet(place):
-    rank, where, how = faults[attempt] if attempt < len(faults) else (None, None, None)
+def met():
+    return len([*Path(__file__).parent.glob("met_*")])
+def meet(place, number):
+    rank, where, how = faults[number] if number < len(faults) else (None, None, None)
     if (rank, where) == (int(os.environ["RANK"]), place):
+        Path(__file__).with_name(f"met_{{number}}").touch()
         if how == "raises":
             raise RuntimeError("once")
         if how == "is killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(1000)
-meet("at start")
+meet("at start", met())
 with session() as world:
+    number = met()
     world.barrier()
     with HangWatch(world, 3):
         world.pulse.enter("forward")
-        meet("in a step")
+        meet("in a step", number)
         world.barrier()
     print("rank", world.rank, "finished", flush=True)
 """
 
 
 def agents_of_two_nodes(folder: Path, faults: list[tuple[int, str, str]], *rendezvous: str) -> list[list[str]]:
-    """What each of two agents' workers print in the end; in each attempt but the last one rank meets a fault."""
+    """What each of two agents' workers print in the end; one rank after the other meets a fault before."""
     (folder / "worker.py").write_text(RESTARTING.format(faults=faults))
     line = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--max_restarts={len(faults)}"]
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
@@ -145,6 +149,7 @@ def agents_of_two_nodes(folder: Path, faults: list[tuple[int, str, str]], *rende
         for agent in agents:
             agent.terminate()
     assert [agent.returncode for agent in agents] == [0, 0], said
+    assert len([*folder.glob("met_*")]) == len(faults)
     return [out.splitlines() for out, _ in said]
 
 
