@@ -149,7 +149,8 @@ fi
 exit $status
 """
 # The newest first, and as many as the job can do without.
-EXCLUDE = """spare=$(($(sinfo --noheader -N -p $SLURM_JOB_PARTITION -o %N | sort -u | wc -l) - SLURM_JOB_NUM_NODES))
+EXCLUDE = """there=$(sinfo --noheader -N -p $SLURM_JOB_PARTITION -t idle,mix,alloc,comp -o %N | sort -u | wc -l)
+  spare=$((there > SLURM_JOB_NUM_NODES ? there - SLURM_JOB_NUM_NODES : 0))
   lost=$(ls -t {notes}/lost/$SLURM_JOB_ID 2>/dev/null | head -n $spare | paste -sd,)
   [ -z "$lost" ] || scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$lost"""
 
