@@ -21,17 +21,16 @@ from torch.distributed.rendezvous import rendezvous
 
 from hive_scale import pulse
 from hive_scale.device import this_device
+from hive_scale.heartbeat import FAILURE, GRACE, HEARD, ORPHANED, Companion, leave, note_lost, this_node
 from hive_scale.pulse import Pulse
-from hive_scale.stops import TRY_AGAIN, TryAgain, code_of, say
+from hive_scale.stops import TryAgain, code_of, is_device_failure, say
 from hive_scale.strangers import printable
 
 stores: Any = dist  # which names its stores in public, but not in its type hints
 JOINING = timedelta(minutes=2)  # where none has come for so long, none will
 JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
 SAYING = 15.0  # seconds between words about who is missing
-POLL, GRACE = 1.0, 5.0  # seconds between looks for a failed rank, and to leave by oneself after one
-FAILURE = "hive_scale/failure"  # key of the store: the exit code, which rank failed first, and how
-ORPHANED = f"{TRY_AGAIN} rank 0, which holds the job together, has gone"
+TOLD = 2.0  # seconds in which the others hear of a failure, as a rule
 
 
 class Fragment(NamedTuple):
@@ -103,20 +102,34 @@ def session() -> Iterator[World]:
 
     torchrun, accelerate and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
     MASTER_PORT; srun and submitit say the same in words of their own. gloo serves CPUs, NCCL GPUs. The first
-    rank that raises ends all others within seconds, with its own exit code, and only its error is shown.
+    rank that raises ends all others within seconds, with its own exit code, and only its error is shown; one that
+    is killed, or whose node is, ends them to be tried again.
     """
     place = _place(os.environ)
     pulse.begin()
-    if place.size == 1:
-        device = _device(place)
-        # a HashStore needs neither port nor launcher
-        dist.init_process_group(_backend(device), store=stores.HashStore(), rank=0, world_size=1)
-        try:
-            yield World(0, 1, device)
-        finally:
-            dist.destroy_process_group()
-        return
+    try:
+        with _alone(place) if place.size == 1 else _among_others(place) as world:
+            yield world
+    except Exception as error:
+        _blame(error)
+        raise
+
+
+@contextmanager
+def _alone(place: _Place) -> Iterator[World]:
+    device = _device(place)
+    # a HashStore needs neither port nor launcher
+    dist.init_process_group(_backend(device), store=stores.HashStore(), rank=0, world_size=1)
+    try:
+        yield World(0, 1, device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _among_others(place: _Place) -> Iterator[World]:
     guard, device = _meet(place), torch.device("cpu")
+    guard.watch()  # before there is a device, which a fork is not to share
     try:
         device = _device(place)
         on = device if device.type == "cuda" else None
@@ -127,7 +140,7 @@ def session() -> Iterator[World]:
         dist.barrier()  # else the store may go before all have stopped looking at it
     except BaseException as error:
         if code := guard.led_by_another(error):
-            os._exit(code)
+            leave(code)
         if device.type == "cuda":
             raise  # what is left of NCCL may wait for the others: it goes with the process
         if dist.is_initialized():
@@ -146,9 +159,7 @@ def tell_others(error: BaseException, code: int) -> None:
     with suppress(Exception):
         place = _place(os.environ)
         if place.size > 1 and not _tried and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            guard = _meet(place)
-            guard.stop()
-            guard.led_by_another(error, code)
+            _meet(place).led_by_another(error, code)
 
 
 _tried = False  # whether this process has ever gone to meet others
@@ -158,7 +169,7 @@ def _meet(place: _Place) -> _Guard:
     global _tried
     _tried = True
     os.environ.update(place.master)
-    return _Guard(_Meeting(place).hold(), place.rank)
+    return _Guard(_Meeting(place).hold(), place.rank, place.size)
 
 
 def _backend(device: torch.device) -> str:
@@ -268,13 +279,18 @@ class _Meeting:
 
 
 class _Guard:
-    """Ends this process when another rank has failed, for its collectives would wait for minutes."""
+    """Ends this process when another rank has failed or gone, for its collectives would wait for minutes."""
 
-    def __init__(self, store: Any, rank: int) -> None:
-        self.store, self.rank = store, rank
+    def __init__(self, store: Any, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
         self._said = store.clone()  # a connection of its own: a wait in the other's would block it
-        self.stopped = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._stopped = threading.Event()
+        self._companion: Companion | None = None
+        self._heard = ""
+
+    def watch(self) -> None:
+        self._companion = Companion(self.store, self.rank, self.size)
+        threading.Thread(target=self._wait_for_word, args=(self._companion,), daemon=True).start()
 
     def led_by_another(self, error: BaseException, code: int | None = None) -> int:
         """Tell all ranks of `error` and its exit code.
@@ -282,36 +298,47 @@ class _Guard:
         Returns:
             0, or the exit code of another rank that came first, and which this rank's error then follows from.
         """
+        _blame(error)
         told = printable(f"{type(error).__name__}: {error}")
         mine = f"{code or code_of(error)} rank {self.rank} failed: {told}"
         first: str
         try:
             first = self._said.compare_set(FAILURE, "", mine).decode()
         except RuntimeError:
-            first = ORPHANED
+            first = self._heard or ORPHANED  # rank 0 may have gone since it has said why
         if first != mine:
             self._say(first)
-        time.sleep(2 * POLL)  # the others look before this process, and perhaps the store, goes
+        self._let_hear()
         return 0 if first == mine else _code(first)
 
-    def stop(self) -> None:
-        self.stopped.set()
+    def _let_hear(self) -> None:
+        """Stay until the others know, for with rank 0 the store goes, and torchrun ends all as soon as one has gone."""
+        time.sleep(TOLD)
+        others = self.size - 1 if self.rank == 0 else 0
+        ends = time.monotonic() + GRACE
+        with suppress(RuntimeError):
+            while self._said.add(HEARD, 0) < others and time.monotonic() < ends:
+                time.sleep(TOLD / 10)
 
-    def _watch(self) -> None:
-        store = self.store.clone()
-        while not self.stopped.wait(POLL):
-            try:
-                if not store.check([FAILURE]):
-                    continue
-                failure = store.get(FAILURE).decode()
-            except RuntimeError:
-                failure = ORPHANED
-            if not self.stopped.wait(GRACE):
-                self._say(failure)
-                os._exit(_code(failure))  # the main thread waits in a collective, out of the reach of exceptions
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._companion is not None:
+            self._companion.stop()
+
+    def _wait_for_word(self, companion: Companion) -> None:
+        self._heard = companion.wait()
+        if not self._stopped.wait(GRACE):
+            self._say(self._heard)
+            leave(_code(self._heard))  # the main thread waits in a collective, out of the reach of exceptions
 
     def _say(self, failure: str) -> None:
         say(f"rank {self.rank} stops: {failure.partition(' ')[2]}")
+
+
+def _blame(error: BaseException) -> None:
+    """This node, if `error` says that a device of it is lost."""
+    if is_device_failure(error):
+        note_lost(this_node())
 
 
 def _code(failure: str) -> int:

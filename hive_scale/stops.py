@@ -29,6 +29,13 @@ LASTING = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# what of CUDA and the libraries on it ends in plain RuntimeErrors, where it is not the numbers they were given
+NO_DEVICE = re.compile(
+    r"CU(BLAS|DNN|SOLVER|SPARSE|FFT)_(STATUS_)?(EXECUTION_FAILED|EXEC_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+    r"|NCCL Error|CUDA driver error|CUDA unknown error|Triton Error \[CUDA\]|NVML_SUCCESS|from cudaGetDeviceCount"
+)
+NO_MEMORY = re.compile(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED")
+OUR_FAULT = re.compile(r"device-side assert|no kernel image|invalid (argument|configuration|device function)")
 LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID")  # set where there may be several processes
 
 
@@ -76,7 +83,7 @@ def code_of(error: BaseException) -> int:
     """The exit code of a process that `error` ends."""
     if isinstance(error, TryAgain | BrokenProcessPool | KeyboardInterrupt) or is_worker_death(error):
         return TRY_AGAIN
-    if is_loss_of_contact(error) or _is_device_failure(error):
+    if is_loss_of_contact(error) or is_device_failure(error):
         return TRY_AGAIN
     if isinstance(error, OSError) or _errno(error):
         return REFUSED if _lasts(error) else TRY_AGAIN
@@ -120,15 +127,19 @@ def is_worker_death(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
-def _is_device_failure(error: BaseException) -> bool:
-    """A device that is lost, not one that has been given wrong numbers."""
+def is_device_failure(error: BaseException) -> bool:
+    """Whether a device is lost (ECC, Xid, NVLink), and was not just given wrong numbers or too many."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.AcceleratorError) and "device-side assert" not in str(error)
+    if torch is None or _is_out_of_memory(error) or OUR_FAULT.search(str(error)):
+        return False
+    told = isinstance(error, RuntimeError) and NO_DEVICE.search(str(error))
+    return bool(told) or isinstance(error, torch.AcceleratorError)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    told = isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))
+    return torch is not None and (bool(told) or isinstance(error, torch.OutOfMemoryError))
 
 
 def _lasts(error: BaseException) -> bool:

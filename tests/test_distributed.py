@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from hive_scale.distributed import _place, first_host, session
+from hive_scale.stops import TRY_AGAIN
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -98,36 +100,130 @@ def test_who_never_joins_is_named_while_one_waits_and_at_the_end(rank: int) -> N
 
 
 RESTARTING = """
-import os
+import os, signal, sys, time
+from pathlib import Path
 from hive_scale.distributed import session
+from hive_scale.watch.hang import HangWatch
+faults = {faults}
+def met():
+    return len([*Path(__file__).parent.glob("met_*")])
+def meet(place, number):
+    rank, where, how = faults[number] if number < len(faults) else (None, None, None)
+    if (rank, where) == (int(os.environ["RANK"]), place):
+        Path(__file__).with_name(f"met_{{number}}").touch()
+        if how == "raises":
+            raise RuntimeError("once")
+        if how == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(1000)
+meet("at start", met())
 with session() as world:
-    if world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        raise RuntimeError("once")
+    number = met()
     world.barrier()
+    with HangWatch(world, 3):
+        world.pulse.enter("forward")
+        meet("in a step", number)
+        world.barrier()
     print("rank", world.rank, "finished", flush=True)
 """
 
 
-def test_two_agents_with_a_static_rendezvous_recover(tmp_path: Path) -> None:
-    """Their store, which outlives the attempt, still holds why the first one failed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    (tmp_path / "worker.py").write_text(RESTARTING)
-    line = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", "--max_restarts=1"]
+def agents_of_two_nodes(folder: Path, faults: list[tuple[int, str, str]], *rendezvous: str) -> list[list[str]]:
+    """What each of two agents' workers print in the end; one rank after the other meets a fault before."""
+    (folder / "worker.py").write_text(RESTARTING.format(faults=faults))
+    line = ["torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", f"--max_restarts={len(faults)}"]
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     agents = [
         subprocess.Popen(
-            [sys.executable, "-m", *line, f"--master_port={port}", f"--node_rank={node}", str(tmp_path / "worker.py")],
-            env=env | {"PYTHONPATH": str(Path(__file__).parents[1])},
+            [sys.executable, "-m", *line, *rendezvous, f"--node_rank={node}", str(folder / "worker.py")],
+            env=env | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
         )
         for node in range(2)
     ]
-    said = [agent.communicate(timeout=150)[0] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0]
-    assert said == ["rank 0 finished\n", "rank 1 finished\n"]
+    try:
+        said = [agent.communicate(timeout=240) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert len([*folder.glob("met_*")]) == len(faults)
+    return [out.splitlines() for out, _ in said]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_two_agents_with_a_static_rendezvous_recover(tmp_path: Path) -> None:
+    """Their store, which outlives each attempt, still holds why the ones before failed."""
+    faults = [(1, "at start", "is killed"), (0, "in a step", "is killed"), (1, "in a step", "raises")]
+    faults += [(1, "in a step", "stands still"), (0, "at start", "raises")]
+    meeting = ["--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    assert agents_of_two_nodes(tmp_path, faults, *meeting) == [["rank 0 finished"], ["rank 1 finished"]]
+
+
+def test_two_agents_that_find_each_other_recover(tmp_path: Path) -> None:
+    faults = [(1, "in a step", "is killed"), (0, "in a step", "stands still"), (1, "at start", "raises")]
+    meeting = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=two"]
+    said = agents_of_two_nodes(tmp_path, faults, *meeting, "--local_addr=127.0.0.1")
+    assert sorted(line for lines in said for line in lines) == ["rank 0 finished", "rank 1 finished"]
+
+
+HOLDING = """
+import ctypes, os, signal, time
+from hive_scale.distributed import session
+with session() as world:
+    world.barrier()
+    if world.rank == {killed}:
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    ctypes.PyDLL(None).sleep(1000)  # in C, with Python's lock
+"""
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_in_a_c_call_ends_when_another_is_killed(tmp_path: Path, killed: int) -> None:
+    began = time.monotonic()
+    codes, said = started_by_srun(HOLDING.format(killed=killed), 2)
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL]
+    assert time.monotonic() - began < 60
+    assert f"rank {1 - killed} does not end by itself" in said[1 - killed]
+
+
+ALONE_IN_C = """
+import ctypes, os, time
+from hive_scale import heartbeat
+from hive_scale.distributed import session
+heartbeat.SILENT = 3.0
+with session() as world:
+    world.barrier()
+    if world.rank == 1:
+        {busy}
+    world.barrier()
+"""
+
+
+def test_a_long_c_call_and_a_suspended_process_are_no_loss() -> None:
+    """A companion speaks for a rank whose Python stands; also for one that is stopped, which others may wait for."""
+    stop = "os.system(f'(sleep 8; kill -CONT {os.getpid()}) & kill -STOP {os.getpid()}')"
+    codes, said = started_by_srun(ALONE_IN_C.format(busy=f"ctypes.PyDLL(None).sleep(8); {stop}"), 2)
+    assert codes == [0, 0], said
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_node_that_is_gone_is_missed(silent: int) -> None:
+    """It says nothing any more, and its connections stand: as where its power, or the network, is cut."""
+    cut = "os.system(f'pkill -STOP -P {os.getpid()} python; kill -STOP {os.getpid()}')"
+    script = ALONE_IN_C.replace("world.rank == 1", f"world.rank == {silent}").format(busy=cut)
+    codes, said = started_by_srun(script, 2, waits_for=1 - silent)
+    assert codes[1 - silent] == TRY_AGAIN, said
+    assert "nothing heard for 3 s" in said[1 - silent] or "has been silent for 3 s" in said[1 - silent]
 
 
 def test_half_an_environment_is_refused() -> None:
@@ -141,6 +237,36 @@ def test_half_an_environment_is_refused() -> None:
 )
 def test_first_host(nodelist: str, first: str) -> None:
     assert first_host(nodelist) == first
+
+
+def started_by_srun(script: str, size: int, waits_for: int | None = None) -> tuple[list[int | None], list[str]]:
+    """How ranks end that srun would have started, with nobody to end the others, and what they say on stderr.
+
+    Those besides `waits_for` are killed in the end.
+    """
+    env = os.environ | {"MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1", "SLURM_STEP_ID": "0"}
+    env |= {"SLURM_STEP_NUM_TASKS": str(size), "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    env.pop("WORLD_SIZE", None)
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=env | {"SLURM_PROCID": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        if waits_for is not None:
+            started[waits_for].wait(90)
+            for process in started:
+                os.killpg(process.pid, signal.SIGKILL)
+        said = [process.communicate(timeout=90)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [process.returncode for process in started], said
 
 
 SCRIPT = """
@@ -162,24 +288,9 @@ with session() as world:
 )
 def test_a_failing_rank_ends_the_job(fault: str, shown: str, tmp_path: Path) -> None:
     """Started as srun would, with nobody to end the others."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env = os.environ | {"MASTER_PORT": str(port), "MASTER_ADDR": "127.0.0.1", "SLURM_STEP_ID": "0"}
-    env |= {"SLURM_STEP_NUM_TASKS": "3", "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    env.pop("WORLD_SIZE", None)
     began = time.monotonic()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT.format(fault=fault)],
-            env=env | {"SLURM_PROCID": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    errors = [process.communicate(timeout=90)[1] for process in started]
-    assert all(process.returncode for process in started)
+    codes, errors = started_by_srun(SCRIPT.format(fault=fault), 3)
+    assert all(codes)
     assert time.monotonic() - began < 60  # most of it importing torch
     assert shown in "".join(errors)
     assert sum("Traceback" in error for error in errors) == 1

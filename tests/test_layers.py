@@ -27,6 +27,7 @@ LEAVES = {
     "checksums",
     "device",
     "distributed",
+    "heartbeat",
     "node",
     "pulse",
     "stage",

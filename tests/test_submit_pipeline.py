@@ -233,7 +233,9 @@ def test_a_record_that_was_cut_is_named(tmp_path: Path) -> None:
     Record().write(tmp_path)
     for text in ("", '{"cwd": "/a', '{"what": 1}', "[]"):
         Record.path(tmp_path).write_text(text)
-        with pytest.raises(ValueError, match=r"chain\.json cannot be read \(.*\): cancel the run's jobs and remove it"):
+        with pytest.raises(
+            ValueError, match=r"chain\.json is not what was written .*cancel the run's jobs and delete it"
+        ):
             Record.read(tmp_path)
 
 
@@ -258,7 +260,7 @@ def test_a_stop_file_keeps_a_job_down(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line["code"] for line in read_attempts(tmp_path) if line["event"] == "end"] == [HALTED, HALTED]
 
 
-ODD = ["a|b", "a b", "a#1", "a`b`", "$(a)", "é", "a'b", 'a"b', "a;b", "a\nb", "a%b,c", "<b>", "-x", "x" * 300]
+ODD = ["a|b", "a b", "a#1", "a`b`", "$(a)", "é", "a'b", 'a"b', "a;b", "a%b,c", "<b>", "-x", "x" * 200]
 
 
 @pytest.mark.parametrize("name", ODD)

@@ -20,6 +20,9 @@ from hive_scale.strict_json import dumps
 
 # Large pieces, since both the write and the checksum give up the GIL once per piece
 PIECE = 1 << 24
+# Bytes after which a file that is being written is brought down to the disk. Memory may take in all of it at once, and
+# a single sync at the end would stand for minutes without a sign that it gets on.
+SYNC = 1 << 30
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -103,6 +106,7 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        tick()
     finally:
         os.close(descriptor)
 
@@ -129,6 +133,7 @@ def published(directory: Path) -> Iterator[Path]:
 
 
 def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:
+    """Write the tensor's bytes, saying by `tick` that it gets on, however slow the disk."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for at in range(0, len(data), PIECE):
         piece = data[at : at + PIECE]
@@ -136,4 +141,7 @@ def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:
         if hasattr(os, "posix_fadvise"):  # start writing to disk now: the sync at the end is a fifth shorter
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest.update(piece)
+        if file.tell() // SYNC > (file.tell() - len(piece)) // SYNC:
+            file.flush()
+            os.fsync(file.fileno())
         tick()

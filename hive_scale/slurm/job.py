@@ -19,7 +19,7 @@ from typing import Any
 from submitit.helpers import DelayedSubmission
 
 from hive_scale import config as configs
-from hive_scale import credentials
+from hive_scale import credentials, heartbeat
 from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.slurm.then import Follower, Followers
@@ -44,6 +44,7 @@ class ChainJob(ABC):
 
     def __call__(self) -> int:
         """The exit code, with which it exits under Slurm: its script queues a job again that ends with TRY_AGAIN."""
+        heartbeat.note_lost_nodes(lost_nodes(self.config.run_dir) / job_id())
         return leave(ended(self._run))
 
     @abstractmethod
@@ -75,7 +76,8 @@ class ChainJob(ABC):
                 "slurm.grace or slurm.hours more time if a step and a save do not fit; then submit again"
             )
         try:
-            self.note("begin", began, at=at, nodes=os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()))
+            nodes, restart = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname()), restarts()
+            self.note("begin", began, at=at, nodes=nodes, restart=restart)
         except OSError as error:
             path = attempts_file(self.config.run_dir)
             raise ValueError(f"{path} cannot be written ({error.strerror}): see to it, then submit again") from None
@@ -143,7 +145,7 @@ class FollowerJob(ChainJob):
         if is_main:
             self.begin(began)
         # training heeds signals by itself; what else runs here has written all that it will not do twice
-        with handling(lambda *_: os._exit(TRY_AGAIN)):
+        with handling(lambda *_: heartbeat.leave(TRY_AGAIN)):
             code = 0 if self.is_done() else self._follow()
         if is_main:
             self.end(code)
@@ -215,6 +217,11 @@ def job_id() -> str:
     return os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or f"process {os.getpid()}"
 
 
+def restarts() -> int:
+    """How often Slurm has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def attempts_file(run_dir: Path) -> Path:
     return run_dir / "slurm" / "attempts.jsonl"
 
@@ -229,3 +236,8 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
     if len(known) < len(lines):
         logger.warning("%s: %d lines are no attempts and left out", path, len(lines) - len(known))
     return known
+
+
+def lost_nodes(run_dir: Path) -> Path:
+    """The directory in which a job's own holds an empty file for each node on which it lost a task or a device."""
+    return attempts_file(run_dir).with_name("lost")

@@ -36,6 +36,7 @@ class Resources:
     hours: float = 24.0  # of one slice: a stage that takes longer saves, queues again and goes on
     grace: int = 120  # seconds before the end of a slice at which it is told: a step and a save must fit
     attempts: int = 5  # starts in a row from the same step, after which a job gives up
+    exclude_failed: bool = False  # not again on nodes on which a task was killed or aborted, or lost its device
     account: str = ""
     qos: str = ""
     constraint: str = ""
@@ -99,8 +100,11 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [w for w in words if not w.startswith(PREFIX)], [w for w in words if w.startswith(PREFIX)]
 
 
-def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after: str) -> dict[str, Any]:
-    """submitit's parameters of one job, named `name`, that runs `code` once job `after` (if any) has succeeded."""
+def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after: str, notes: Path) -> dict[str, Any]:
+    """submitit's parameters of one job, named `name`, that runs `code` once job `after` (if any) has succeeded.
+
+    `notes` is the directory in which jobs note their attempts, and lost nodes.
+    """
     given = {
         key: getattr(resources, key)
         for key in ("partition", "mem", "account", "qos", "constraint", "gpus_per_node")
@@ -119,7 +123,7 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
         "stderr_to_stdout": True,
         "setup": [f"export {key}={shlex.quote(value)}" for key, value in environment(resources, code, data).items()]
         + resources.setup,
-        "teardown": REQUEUE,
+        "teardown": requeue(resources, notes),
         "additional_parameters": more,
         # a process that ends leaves the others a minute to end by themselves; Slurm since 22.05 does not hand on
         # the job's CPUs per task by itself
@@ -127,15 +131,42 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
     }
 
 
-# In the job's own script, where Slurm's commands are, which a container may lack. A job that was cancelled, or that
-# Slurm has queued again already, is not RUNNING any more.
-REQUEUE = [
-    "status=$?",
-    f'if [ $status = {TRY_AGAIN} ] && [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then',
-    "  scontrol requeue $SLURM_JOB_ID  # stopped and saved: back into the queue under the same id",
-    "fi",
-    "exit $status",
-]
+# The end of a job's script: queue it again if that may help. It is there, since Slurm's commands are, which a container
+# may lack. What signals leave hides the other tasks' TRY_AGAIN, for srun tells the highest code: 128 and the signal's
+# number (killed: 137, aborted by NCCL: 134), or 253 where Slurm knows that memory ran out. A job that was cancelled, or
+# that Slurm has queued again already, is not RUNNING any more. One that begins counts itself (`ChainJob.begin`); starts
+# in a row that do not get so far are counted here.
+REQUEUE = r"""
+status=$?
+counted=$(sed -n 's/.*"job": "'$SLURM_JOB_ID'".*"restart": \([0-9]*\).*/\1/p' {notes}/attempts.jsonl | tail -n 1)
+starts=$((${SLURM_RESTART_COUNT:-0} - ${counted:--1}))  # in a row before a first word; 0: this one has counted itself
+if (( (status == {try_again} || status > 128 && status <= 192 || status == 253) && starts < {attempts} )) &&
+  [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then
+  trap '' TERM  # which comes with the next line
+  scontrol requeue $SLURM_JOB_ID  # back into the queue under the same id
+  {exclude}
+fi
+exit $status
+"""
+# The newest first, and as many as the job can do without.
+EXCLUDE = """there=$(sinfo --noheader -N -p $SLURM_JOB_PARTITION -t idle,mix,alloc,comp -o %N | sort -u | wc -l)
+  spare=$((there > SLURM_JOB_NUM_NODES ? there - SLURM_JOB_NUM_NODES : 0))
+  lost=$(ls -t {notes}/lost/$SLURM_JOB_ID 2>/dev/null | head -n $spare | paste -sd,)
+  [ -z "$lost" ] || scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$lost"""
+
+
+def requeue(resources: Resources, notes: Path) -> list[str]:
+    """The last lines of a job's script, which notes its attempts and lost nodes in `notes`."""
+    words = {
+        "{exclude}": EXCLUDE if resources.exclude_failed else "",
+        "{notes}": shlex.quote(str(notes)),
+        "{try_again}": str(TRY_AGAIN),
+        "{attempts}": str(resources.attempts),
+    }
+    text = REQUEUE
+    for name, word in words.items():
+        text = text.replace(name, word)
+    return [line for line in text.splitlines() if line.strip()]
 
 
 def environment(resources: Resources, code: Path, data: DataConfig) -> dict[str, str]:

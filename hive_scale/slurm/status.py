@@ -17,7 +17,7 @@ from hive_scale.checkpoint.marker import is_done
 from hive_scale.config import Config
 from hive_scale.slurm import chain, controller
 from hive_scale.slurm.chain import Link, Record
-from hive_scale.slurm.job import read_attempts
+from hive_scale.slurm.job import lost_nodes, read_attempts
 from hive_scale.slurm.resources import Resources
 from hive_scale.slurm.then import Followers
 from hive_scale.watch import goodput
@@ -50,6 +50,8 @@ def show(config: Config, follow_jobs: bool) -> int:
             follow(config, until=lambda: not any(job.is_active for job in chain.known_jobs(config).values()))
     else:
         console.print(_table(config))
+    for stage, nodes in _lost(config).items():
+        console.print(f"{stage} lost a task or a device on {', '.join(nodes)}", soft_wrap=True, markup=False)
     return 0 if set(_states(config).values()) == {"done"} else 1
 
 
@@ -96,6 +98,13 @@ def _states(config: Config) -> dict[str, str]:
         else:
             states[stage] = "submitted" if stage in record.jobs else "-"
     return states
+
+
+def _lost(config: Config) -> dict[str, list[str]]:
+    """Nodes on which the present jobs have lost something, by stage."""
+    jobs, folder = (Record.read(config.run_dir) or Record()).jobs, lost_nodes(config.run_dir)
+    found = {stage: sorted(path.name for path in folder.glob(f"{job}/*")) for stage, job in jobs.items()}
+    return {stage: nodes for stage, nodes in found.items() if nodes}
 
 
 def _table(config: Config) -> Table:

@@ -13,7 +13,7 @@ from hive_scale.config import Config
 from hive_scale.rundir import check_place
 from hive_scale.slurm import chain, controller, local, snapshot, status
 from hive_scale.slurm.chain import Link, Record
-from hive_scale.slurm.job import job_of
+from hive_scale.slurm.job import attempts_file, job_of
 from hive_scale.slurm.resources import Resources, sbatch
 from hive_scale.slurm.then import Followers
 from hive_scale.slurm.then import order as in_order
@@ -129,7 +129,8 @@ def _submit(config: Config, link: Link, resources: Resources, code: Path, record
 
 def _executor(config: Config, stage: str, resources: Resources, code: Path, after: str) -> Executor:
     # an end by time limit is no failure here, so submitit must not count them
-    executor = Executor((config.run_dir / "slurm" / "logs").absolute(), 10**6, python=resources.python or None)
+    notes = attempts_file(config.run_dir).parent.absolute()
+    executor = Executor(notes / "logs", 10**6, python=resources.python or None)
     name = chain.job_name(config, stage)
-    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data_of(stage), after))
+    executor.update_parameters(**sbatch(resources, name, code.absolute(), config.data_of(stage), after, notes))
     return executor

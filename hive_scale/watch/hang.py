@@ -11,7 +11,6 @@ any rank gets on, none is late.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -22,7 +21,8 @@ from typing import Any
 
 from hive_scale import pulse
 from hive_scale.config import Config
-from hive_scale.distributed import FAILURE, World
+from hive_scale.distributed import World
+from hive_scale.heartbeat import FAILURE, leave
 from hive_scale.stops import TRY_AGAIN, is_loss_of_contact, say
 
 POLL = 1.0  # seconds between looks
@@ -72,7 +72,7 @@ class HangWatch(AbstractContextManager["HangWatch"]):
             if called:
                 self._answer()
                 time.sleep(ANSWER + POLL)
-                os._exit(TRY_AGAIN)
+                leave(TRY_AGAIN)
             if all_of_us != before:
                 resumed = time.monotonic()
             if self._late(resumed) > self._limit():
@@ -96,7 +96,7 @@ class HangWatch(AbstractContextManager["HangWatch"]):
             say(f"rank {self.world.rank}: {reason}; the job ends, to be tried again")
             say(self._heard())
             time.sleep(POLL)
-            os._exit(TRY_AGAIN)
+            leave(TRY_AGAIN)
 
     def _answer(self) -> None:
         at, rank = self.world.pulse, self.world.rank

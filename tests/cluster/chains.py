@@ -26,10 +26,16 @@ from hive_scale.watch.metrics import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"projector": 24, "language": 24, "joint": 60}  # optimizer steps
 SAVING = "saving after this step"  # what a process says to the first signal
-# Steps wait from the number on that a file says: what disturbs them meets them there, however slow the machine is
+# Steps wait from the number on that a file says: what disturbs them meets them there, however slow the machine is. A
+# file `raise` beside it is a device that is lost
 HOLD = """
 import json, os, time
 from pathlib import Path
+def raised():
+    if (file := hold.with_name("raise")).exists():
+        import torch
+        file.unlink()
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
 dumps, hold = json.dumps, Path(os.environ["HOLD"])
 def limit():
     try:
@@ -39,6 +45,7 @@ def limit():
 def held(what, *args, **kwargs):
     if isinstance(what, dict) and "grad_norm" in what:  # a line of metrics.jsonl
         while what["step"] >= limit():
+            raised()
             time.sleep(0.05)
     return dumps(what, *args, **kwargs)
 json.dumps = held
@@ -90,6 +97,18 @@ class Chain:
 
     def let_go(self, stage: str) -> None:
         self.hold_file(stage).unlink()
+
+    def task(self, stage: str, rank: int) -> int | None:
+        """Process id of a task of the stage's job, once it has met the others: it has a companion then."""
+        own = {f"SLURM_JOB_ID={self.job(stage)}", "SLURM_STEP_ID=0", f"SLURM_PROCID={rank}"}
+        found = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if own <= {*(process / "environ").read_text(errors="replace").split("\0")}:
+                    found[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+        return next((parent for parent in found.values() if parent in found and found[parent] not in found), None)
 
     def told(self, stage: str, what: str) -> int:
         """How often the first process of the stage's job has said `what`."""
@@ -152,12 +171,12 @@ def call(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def pipeline(*words: str) -> str:
+def pipeline(*words: str, code: int = 0) -> str:
     """What submit_pipeline.py prints."""
     done = subprocess.run(
         [sys.executable, "slurm/submit_pipeline.py", *words], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout
 
 

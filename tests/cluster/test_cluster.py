@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from chains import ROOT, SAVING, STAGES, Chain, call, pipeline, same_end
@@ -68,6 +71,46 @@ def test_a_chain_without_progress_ends(slurm: Path, tmp_path: Path, pairs: Path)
     call("scontrol", "requeue", chain.job("projector"))
     chain.until(lambda: chain.state("projector") == "FAILED", "the end")
     assert "1 attempts in a row began at projector:0" in pipeline("logs", str(chain.run), "projector")
+
+
+def test_a_lost_task_or_device_costs_an_attempt_and_not_the_chain(slurm: Path, tmp_path: Path, pairs: Path) -> None:
+    """Of two tasks on a node one is killed, one aborts, one loses its device: each time there is a try elsewhere."""
+    chain = Chain(tmp_path, pairs)
+    chain.hold("projector", 3)
+    chain.submit("slurm.nodes=1", "slurm.tasks_per_node=2", "slurm.exclude_failed=true")
+    for attempt, (rank, number) in enumerate(((1, signal.SIGKILL), (0, signal.SIGABRT), (0, None)), 1):
+        chain.until(lambda: len(chain.attempts("projector", "begin")) == attempt, f"attempt {attempt}")  # noqa: B023
+        if number is None:
+            (chain.folder / "hold" / "raise").touch()
+        else:
+            chain.until(lambda: chain.task("projector", rank) is not None, "the task")  # noqa: B023
+            task = chain.task("projector", rank)
+            assert task is not None
+            os.kill(task, number)
+        chain.until(lambda: chain.state("projector") != "RUNNING", "the end of the attempt")
+        assert chain.state("projector") != "FAILED"
+        assert chain.state("language") == "PENDING"
+    chain.until(lambda: len(chain.attempts("projector", "begin")) == 4, "the last attempt")
+    shown = pipeline("status", str(chain.run), code=1)
+    chain.let_go("projector")
+    chain.until(lambda: chain.state("projector") == "COMPLETED", "the end of the stage")
+    pipeline("cancel", str(chain.run))
+    places = [line["nodes"] for line in chain.attempts("projector", "begin")]
+    assert all(one != other for one, other in pairwise(places)), places
+    assert "projector lost a task or a device on n1, n2\n" in shown
+
+
+def test_tasks_that_are_killed_before_they_begin_are_counted(slurm: Path, tmp_path: Path, pairs: Path) -> None:
+    """By the job's script, since nobody else can."""
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    chain = Chain(tmp_path, pairs, f"slurm.stages.projector.python={killed}")
+    chain.submit("slurm.attempts=2")
+    chain.until(lambda: chain.state("joint") == "CANCELLED", "the end of the chain")
+    assert chain.state("projector") == "FAILED"
+    assert "Restarts=1 " in call("scontrol", "show", "job", chain.job("projector"))
+    assert not chain.attempts("projector", "begin")
 
 
 def test_a_night_of_a_cluster(slurm: Path, tmp_path: Path, pairs: Path, reference: Config) -> None:
