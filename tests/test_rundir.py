@@ -336,7 +336,7 @@ def test_a_lost_config_is_named(base: Config, world: World, half: Path) -> None:
     text = began.read_text()
     for damage in ("[", "nonsense: 1", text[: len(text) // 2]):
         began.write_text(damage)
-        with pytest.raises(ValueError, match=r"began.yaml cannot be read .*: restore it|has begun with other"):
+        with pytest.raises(ValueError, match=r"began\.yaml .*: restore it"):
             run_pipeline(at(base, half), world)
     began.write_text(text)
     (half / "config.yaml").unlink()

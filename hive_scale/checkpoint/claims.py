@@ -113,6 +113,7 @@ def _check_begun(config: Config) -> None:
     """What has begun is still what the config says, and follows from what the config has before it."""
     directory, names = config.run_dir, list(config.stages)
     for folder in (path.parent for path in sorted(directory.glob(f"*/{BEGAN}"))):
+        checksums.check_file(folder / BEGAN, f"restore it, or move {folder} and the folders of later stages away")
         began = _load(folder / BEGAN)
         if [folder.name] != list(began.stages)[-1:] or not is_begun(folder):
             continue  # renamed, as a copy is, or nothing was trained there
