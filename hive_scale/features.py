@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import Config
 from hive_scale.data import transform
-from hive_scale.data.batches import ignore_signals
+from hive_scale.data.batches import worker_options
 from hive_scale.data.kept import FORMAT, DiskError, KeptFeatures, agree, open_kept, parts, room_in, size_of
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
@@ -56,33 +57,43 @@ def _completed(
 ) -> KeptFeatures:
     """Raises DiskError."""
     dtype = DTYPES[config.engine.precision]
-    model = build.eyes(config.model, weights, world.device, dtype)
-
-    def again() -> Hive:
-        return build.eyes(config.model, weights, world.device, dtype)
-
-    pixels = loader.pad_colour, transform.VERSION
-    key = key_of(FORMAT, _digest(model), pixels, *_digest_of_set(loader))
+    make = partial(build.eyes, config.model, weights, world.device, dtype)
+    model = make()
+    key = key_of(FORMAT, _digest(model), (loader.pad_colour, transform.VERSION), *_digest_of_set(loader))
     path = Path(config.feature_cache).expanduser() / key
     numbers = np.arange(len(loader.index))
     kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
-    kept.encode = _Eyes(again)
-    cut = [part.tolist() for part in parts(missing, AT_ONCE)]
-    mine = cut[world.rank :: world.size]
-    mine += [[] for _ in range(-(-len(cut) // world.size) - len(mine))]  # as many for each: they meet at every one
-    pictures = DataLoader(
-        _Pictures(loader),
-        batch_size=None,
-        sampler=mine,
-        num_workers=loader.config.workers,
-        worker_init_fn=ignore_signals,
-        generator=torch.Generator(),
-    )
+    kept.encode = _Eyes(make)
+    failed = _fill(kept, model, loader, parts(missing, AT_ONCE), world, stop)
+    try:
+        agree(world, failed)
+    except DiskError:
+        if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
+            kept.file.unlink(missing_ok=True)
+        raise
+    return kept
+
+
+def _fill(
+    kept: KeptFeatures,
+    model: Hive,
+    loader: Loader,
+    missing: Sequence[NDArray[np.integer]],
+    world: World,
+    stop: Callable[[], bool],
+) -> OSError | None:
+    """Make this rank's share of the `missing` parts; why its disk does not take them, if it does not. A collective."""
+    mine = [part.tolist() for part in missing[world.rank :: world.size]]
+    mine += [[] for _ in range(-(-len(missing) // world.size) - len(mine))]  # as many for each: they meet at every one
+    options = worker_options(loader.config.workers)
+    pictures = DataLoader(_Pictures(loader), batch_size=None, sampler=mine, generator=torch.Generator(), **options)
     world.pulse.enter("features")
-    text = f"features of {len(missing)} pictures, once"
-    quiet = not (world.is_main and len(missing))
+    count = sum(map(len, missing))
+    quiet = not (world.is_main and count)
     failed: OSError | None = None
-    for read, broken, pixels, error in track(pictures, text, total=len(mine), disable=quiet):
+    for read, broken, pixels, error in track(
+        pictures, f"features of {count} pictures, once", total=len(mine), disable=quiet
+    ):
         if error is not None:
             raise error
         if any(world.sum(stop(), failed is not None)):
@@ -98,13 +109,7 @@ def _completed(
         kept.sync()
     except OSError as full:
         failed = full
-    try:
-        agree(world, failed)
-    except DiskError:
-        if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
-            kept.file.unlink(missing_ok=True)
-        raise
-    return kept
+    return failed
 
 
 class _Eyes:
