@@ -110,17 +110,19 @@ def check(directory: Path, weights: bool = True, remedy: str = REMEDY) -> None:
 
 def check_file(path: Path, remedy: str = REMEDY) -> None:
     """As `check`, of one file alone."""
-    if not is_listed(path.parent):
-        return
-    entry = read_sums(path.parent).get(path.name)
-    if entry and (fault := _fault(path.parent, path.name, entry, True)):
+    if fault := _fault_of(path):
         raise Damaged(f"{path.parent}: {fault}: {remedy}")
 
 
 def is_changed(path: Path) -> bool:
     """Whether a file that is listed is not what was written. Raises Damaged if the list itself is."""
+    return bool(_fault_of(path))
+
+
+def _fault_of(path: Path) -> str:
+    """What is wrong with one file, if it is listed."""
     entry = read_sums(path.parent).get(path.name) if is_listed(path.parent) else None
-    return entry is not None and bool(_fault(path.parent, path.name, entry, True))
+    return _fault(path.parent, path.name, entry, True) if entry else ""
 
 
 def _fault(directory: Path, name: str, entry: Entry, read: bool) -> str:
