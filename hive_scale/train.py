@@ -24,7 +24,7 @@ from hive_scale.progress import Progress
 from hive_scale.randomness import seed_step
 from hive_scale.schedule import lr_factor
 from hive_scale.stage import freeze
-from hive_scale.stops import Stopped as Stopped
+from hive_scale.stops import Stopped
 from hive_scale.watch.cadence import Cadence
 from hive_scale.watch.gauge import gauge
 from hive_scale.watch.goodput import Goodput

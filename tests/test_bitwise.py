@@ -21,7 +21,8 @@ from hive_scale.checkpoint.marker import WEIGHTS
 from hive_scale.config import Config, EngineConfig, PartConfig
 from hive_scale.distributed import World
 from hive_scale.pipeline import run_pipeline
-from hive_scale.train import StageRun, Stopped
+from hive_scale.stops import Stopped
+from hive_scale.train import StageRun
 from hive_scale.watch.metrics import read_metrics
 
 JSONS = Path(__file__).resolve().parents[1] / "ds_configs"

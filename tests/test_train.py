@@ -36,7 +36,7 @@ from hive_scale.outcome import blank_twin, heldout_losses, show
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preparation import Data, open_all, open_data
 from hive_scale.randomness import seed_step
-from hive_scale.train import Stopped
+from hive_scale.stops import Stopped
 from hive_scale.watch.log import StageLog
 from hive_scale.watch.metrics import read_metrics
 from hive_scale.watch.terminal import console

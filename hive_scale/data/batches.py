@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, count
 from mmap import mmap
@@ -48,7 +48,7 @@ class Loaded:
 
     batch: Batch | None
     bad: list[Fault]
-    lost: list[tuple[int, int, NDArray[np.uint8]]]
+    lost: list[tuple[int, int, NDArray[np.uint8]]] = field(default_factory=list)
     error: Exception | None = None
 
     def pin_memory(self) -> Loaded:
@@ -105,7 +105,7 @@ class Batches(Dataset[Loaded]):
         try:
             return self._loaded(*request)
         except (OSError, TryAgain) as error:
-            return Loaded(None, [], [], error)
+            return Loaded(None, [], error=error)
 
     def _loaded(self, slots: Slots, room: int) -> Loaded:
         pixels = self._place(room, max(1, len(slots)))
@@ -116,9 +116,7 @@ class Batches(Dataset[Loaded]):
         bad = [fault for _, faults in filled for fault in faults]
         decoded = [one for one, _ in filled if one is not None]
         if self.order is not None and len(decoded) < len(slots):
-            return Loaded(
-                None, bad, []
-            )  # told by the caller: an error raised in a worker arrives as a page of traceback
+            return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
         lost = [(row, one.number, one.pixels.numpy()) for row, one in enumerate(decoded) if one.number >= 0]
         for row, _, _ in lost:  # what is to lie there is made where the encoder is
             decoded[row] = replace(decoded[row], pixels=pixels[row])

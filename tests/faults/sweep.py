@@ -46,7 +46,7 @@ from hive_scale.checkpoint.marker import WEIGHTS, is_done  # noqa: E402
 from hive_scale.data.shards import SAMPLE_DIR  # noqa: E402
 from hive_scale.distributed import session  # noqa: E402
 from hive_scale.pipeline import run_pipeline  # noqa: E402
-from hive_scale.train import Stopped  # noqa: E402
+from hive_scale.stops import Stopped  # noqa: E402
 from hive_scale.watch.metrics import read_metrics  # noqa: E402
 
 STAGES = ("projector", "language", "joint")
