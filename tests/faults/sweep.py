@@ -444,7 +444,7 @@ def disturbed_run(folder: Path, alone: Mapping[str, Path], draw: random.Random, 
 
 
 def killed_export(folder: Path, alone: Path, draw: random.Random, result: Result) -> None:
-    """Kill an export at a random instant; made again, it is as if nothing had been."""
+    """Kill an export at a random instant: it is there whole, or not at all and is made again."""
     whole = alone.parent / "export"
     command = [sys.executable, "-m", "hive_scale", "export", "hive", str(alone), "--output"]
     options: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -453,11 +453,11 @@ def killed_export(folder: Path, alone: Path, draw: random.Random, result: Result
     out = folder / "export"
     process = subprocess.Popen([*command, str(out)], **options)
     with suppress(subprocess.TimeoutExpired):
-        process.communicate(timeout=draw.uniform(3, 12))
+        process.communicate(timeout=draw.uniform(2, 7))
     process.kill()
     process.communicate()
     result.codes.append([process.returncode])
-    if process.returncode:
+    if not out.exists():
         again = subprocess.run([*command, str(out)], check=False, **options)
         result.codes.append([again.returncode])
         if again.returncode:
