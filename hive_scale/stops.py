@@ -29,7 +29,10 @@ LASTING = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID")  # set where there may be several processes
+LAUNCHED = (  # set where there may be several processes
+    *("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID"),
+    *("OMPI_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE"),
+)
 
 
 class TryAgain(RuntimeError):

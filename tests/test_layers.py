@@ -28,6 +28,7 @@ LEAVES = {
     "device",
     "distributed",
     "node",
+    "placement",
     "pulse",
     "stage",
     "stops",
