@@ -82,7 +82,8 @@ def _mig_instance(index: int) -> str:
 
 def library_version(device: torch.device) -> str:
     """Of what connects devices: NCCL's, or RCCL's; "" where gloo does."""
-    return ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" else ""
+    library: Any = torch.cuda.nccl
+    return ".".join(map(str, library.version())) if device.type == "cuda" else ""
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:

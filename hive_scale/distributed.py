@@ -239,9 +239,9 @@ class _Meeting:
         os.environ["MASTER_PORT"], self.where = str(port), f"{host}:{port}"
         return store
 
-    def _found(self, host: str, port: int) -> tuple[Any, int]:
-        """A store at `port`, or at the first behind it in `ports` that no other program has."""
-        for last, port in enumerate(ports(port), 1 - PORTS):
+    def _found(self, host: str, first: int) -> tuple[Any, int]:
+        """A store at the port `first`, or at the next of `ports` that no other program has."""
+        for last, port in enumerate(ports(first), 1 - PORTS):
             try:
                 store = stores.TCPStore(
                     host, port, self.size, True, self.patience, wait_for_workers=False, multi_tenant=True
@@ -255,20 +255,33 @@ class _Meeting:
             return named, port
         raise AssertionError
 
-    def _find(self, host: str, port: int) -> tuple[Any, int]:
+    def _find(self, host: str, first: int) -> tuple[Any, int]:
         """The store that rank 0 has opened, at whichever port. Other programs, and other jobs' stores, are no such."""
+        silent = set[int]()
         while True:
-            for port in ports(port):
+            for port in ports(first):
                 with suppress(OSError, dist.DistError):
                     socket.create_connection((host, port), ANSWER).close()  # the store would wait for who is not there
-                    store = stores.TCPStore(
-                        host, port, self.size, False, timedelta(seconds=ANSWER), wait_for_workers=False
-                    )
-                    named = stores.PrefixStore(self.start, store)
-                    if named.check(["open"]):
-                        named.set_timeout(self.patience)
-                        return named, port
+                    if port not in silent and (store := self._store_at(host, port, silent)):
+                        return store, port
             self._wait()
+
+    def _store_at(self, host: str, port: int, silent: set[int]) -> Any:
+        """This start's store, None if there is another, or something else, which may be `silent`."""
+        made = list[Any]()
+
+        def make() -> None:
+            with suppress(dist.DistError):
+                made.append(stores.TCPStore(host, port, self.size, False, self.patience, wait_for_workers=False))
+
+        # torch waits without end for the answer of a program that awaits other words
+        thread = threading.Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(ANSWER)
+        if thread.is_alive():
+            silent.add(port)
+        named = stores.PrefixStore(self.start, made[0]) if made else None
+        return named if named and named.check(["open"]) else None
 
     def _gather(self, store: Any) -> str:
         attempt, answered = uuid4().hex, dict[int, bytes]()
