@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import Config
 from hive_scale.data import transform
-from hive_scale.data.batches import ignore_signals
-from hive_scale.data.kept import FORMAT, DiskError, KeptFeatures, agree, open_kept, parts, room_in, size_of
+from hive_scale.data.batches import worker_options
+from hive_scale.data.kept import FORMAT, DiskError, KeptFeatures, open_kept, parts, room_in, settle, size_of
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
@@ -74,9 +74,8 @@ def _completed(
         _Pictures(loader),
         batch_size=None,
         sampler=mine,
-        num_workers=loader.config.workers,
-        worker_init_fn=ignore_signals,
         generator=torch.Generator(),
+        **worker_options(loader.config.workers),
     )
     world.pulse.enter("features")
     text = f"features of {len(missing)} pictures, once"
@@ -95,11 +94,7 @@ def _completed(
         except OSError as full:
             failed = full
     try:
-        kept.sync()
-    except OSError as full:
-        failed = full
-    try:
-        agree(world, failed)
+        settle(world, kept, failed)
     except DiskError:
         if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
             kept.file.unlink(missing_ok=True)

@@ -393,17 +393,19 @@ def _all_reduce(world: World, seconds: float) -> list[Line]:
         over, failed = world.sum(world.is_main and time.monotonic() - began > seconds, wrong)
         if over or failed:
             break
-    return [_speed(world, size, rounds[1:], bool(failed), is_accelerator(world.device))]  # the first one connects
+    speed, told = _speed(world.size, size, rounds[1:])  # the first one connects
+    return [_judged(world.of_main(told), speed, bool(failed), is_accelerator(world.device))]
 
 
-def _speed(world: World, size: int, rounds: Sequence[float], failed: bool, accelerated: bool) -> Line:
+def _speed(ranks: int, size: int, rounds: Sequence[float]) -> tuple[float, str]:
+    """Bytes a second that each rank sends in sums of `size` bytes, and what to tell of `rounds`, in seconds."""
     middle, slowest = sorted(rounds)[len(rounds) // 2], max(rounds)
-    speed = 2 * (world.size - 1) / world.size * size / middle
-    told = (
-        f"{speed / 1e9:.2f} GB/s on the bus with {size // MB} MiB, {len(rounds)} times; the slowest took "
-        f"{slowest / middle:.1f} times as long as most"
-    )
-    told = str(world.of_main(told))
+    speed = 2 * (ranks - 1) / ranks * size / middle
+    told = f"{speed / 1e9:.2f} GB/s on the bus with {size // MB} MiB, {len(rounds)} times"
+    return speed, f"{told}; the slowest took {slowest / middle:.1f} times as long as most"
+
+
+def _judged(told: str, speed: float, failed: bool, accelerated: bool) -> Line:
     if failed:
         return Line("all-reduce", "FAIL", "a sum is wrong", "leave nodes out until it is right: one of them miscounts")
     if accelerated and speed < SLOW:
