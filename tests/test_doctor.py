@@ -120,6 +120,17 @@ def test_one_process_needs_no_others(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "file").touch()
     assert doctor.main(["--dir", str(tmp_path / "file")]) == 2
     assert "FAIL folder" in capsys.readouterr().out
+    for seconds in ("nan", "inf", "-1"):
+        assert doctor.main(["--seconds", seconds]) == 2
+    assert "--seconds -1.0 is no length of time" in capsys.readouterr().err
+
+
+def test_an_interface_that_is_not_there_is_told_before_gloo_looks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    [line] = doctor._interfaces(World(0, 2, torch.device("cpu")))
+    assert line.verdict == "FAIL"
+    assert line.told.startswith("nosuch0, which is named, is not there or has no address")
+    assert "slurm.interface" in line.remedy
 
 
 @pytest.mark.parametrize(("free", "verdict"), [(79e9, "ok"), (40e9, "WARN")])

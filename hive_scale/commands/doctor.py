@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -57,6 +58,8 @@ def _examine(arguments: argparse.Namespace) -> int:
     from hive_scale.distributed import session
     from hive_scale.watch.hang import watching
 
+    if not 0 <= arguments.seconds < inf:
+        raise ValueError(f"--seconds {arguments.seconds} is no length of time: give such as 5, or 0 for no all-reduce")
     found: list[Line] = []
 
     def before(world: World) -> None:
@@ -64,8 +67,8 @@ def _examine(arguments: argparse.Namespace) -> int:
         if arguments.dir is not None:
             checks.append(lambda world: _folder(world, arguments.dir))
         found.extend(_told(world, "before", [line for check in checks for line in check(world)]))
-        if any(line.check == "ports" and line.verdict == "FAIL" for line in found):
-            raise ValueError("the processes cannot reach each other, so no all-reduce was tried")
+        if any(line.check in ("interfaces", "ports") and line.verdict == "FAIL" for line in found):
+            raise ValueError("the processes cannot reach each other, so no all-reduce was tried: see the remedy above")
 
     with session(before) as world, watching(world):
         found.extend(_told(world, "after", _all_reduce(world, arguments.seconds)))
