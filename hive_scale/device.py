@@ -5,8 +5,10 @@ ROCm's GPUs call themselves CUDA's to torch. What was tried on which is in docs/
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from typing import Any
 
 import torch
 
@@ -55,6 +57,39 @@ def this_device(local_rank: int = 0, processes: int = 1) -> torch.device:
     device = torch.device(of, local_rank)
     torch.accelerator.set_device_index(device)
     return device
+
+
+def visible() -> list[tuple[str, str]]:
+    """Of each device that this process sees, by index: what tells it from all others, and the card it is on.
+
+    The first is its UUID where torch gives one. The second is the card's place on the machine's bus, by which NCCL
+    tells ranks apart, or "" where nothing goes by that.
+    """
+    found = []
+    for index in range(torch.accelerator.device_count()):
+        properties: Any = torch.cuda.get_device_properties(index)
+        parts = [getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device")]
+        bus = ":".join(f"{part:02x}" for part in parts if part is not None)
+        found.append((_mig_instance(index) or str(getattr(properties, "uuid", "")) or bus or str(index), bus))
+    return [(identity, "" if torch.version.hip else bus) for identity, bus in found]
+
+
+def _mig_instance(index: int) -> str:
+    """The MIG instance that CUDA shows this process at `index`, as it was given: its UUID may be the card's."""
+    words = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return words[index] if index < len(words) and words[index].startswith("MIG-") else ""
+
+
+def library_version(device: torch.device) -> str:
+    """Of what connects devices: NCCL's, or RCCL's; "" where gloo does."""
+    library: Any = torch.cuda.nccl
+    return ".".join(map(str, library.version())) if device.type == "cuda" else ""
+
+
+def memory_of(device: torch.device) -> tuple[int, int]:
+    """Bytes of the device's memory that are free, and all."""
+    free, total = torch.accelerator.get_memory_info(device)
+    return int(free), int(total)
 
 
 def is_accelerator(device: torch.device) -> bool:

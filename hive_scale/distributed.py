@@ -4,33 +4,39 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple
 from uuid import uuid4
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from hive_scale import pulse
+from hive_scale import placement, pulse
 from hive_scale.device import this_device
 from hive_scale.heartbeat import FAILURE, GRACE, HEARD, ORPHANED, Companion, leave, note_lost, this_node
+from hive_scale.placement import View
 from hive_scale.pulse import Pulse
 from hive_scale.stops import TryAgain, code_of, is_device_failure, say
 from hive_scale.strangers import printable
+from hive_scale.strict_json import dumps, loads
 
 stores: Any = dist  # which names its stores in public, but not in its type hints
 JOINING = timedelta(minutes=2)  # where none has come for so long, none will
 JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
 SAYING = 15.0  # seconds between words about who is missing
 TOLD = 2.0  # seconds in which the others hear of a failure, as a rule
+PORTS = 8  # that are tried, where rank 0 may choose
+ANSWER = 5.0  # seconds in which what listens at a port says whether it is a store
 
 
 class Fragment(NamedTuple):
@@ -82,9 +88,28 @@ class World:
             dist.broadcast_object_list(held, device=torch.device("cpu"))
         return held[0]
 
+    def exchange(self, topic: str, own: Any) -> list[Any]:
+        """What each rank has given as its `own`, JSON's types, by rank. It needs the store alone, and no group.
+
+        A collective; each `topic` serves once.
+        """
+        return exchange(self.store, self.rank, self.size, topic, own)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def exchange(store: Any, rank: int, size: int, topic: str, own: Any) -> list[Any]:
+    """As `World.exchange`, through `store`."""
+    if size == 1:
+        return [own]
+    store.set(f"exchange/{topic}/{rank}", dumps(own))
+    if rank == 0:  # else all would read all
+        found = [loads(store.get(f"exchange/{topic}/{other}")) for other in range(size)]
+        store.set(f"exchange/{topic}", dumps(found))
+    heard: list[Any] = loads(store.get(f"exchange/{topic}"))
+    return heard
 
 
 def rank() -> int:
@@ -97,18 +122,21 @@ class NotMet(TryAgain, ValueError):
 
 
 @contextmanager
-def session() -> Iterator[World]:
+def session(before: Callable[[World], None] | None = None) -> Iterator[World]:
     """Join the group that the launcher's environment describes, or found a world of one.
 
     torchrun, accelerate and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT; srun and submitit say the same in words of their own. gloo serves CPUs, NCCL GPUs. The first
+    MASTER_PORT; srun, submitit and mpirun say the same in words of their own. gloo serves CPUs, NCCL GPUs. The first
     rank that raises ends all others within seconds, with its own exit code, and only its error is shown; one that
     is killed, or whose node is, ends them to be tried again.
+
+    Args:
+        before: what is to be done once all have met, and before they connect to each other.
     """
     place = _place(os.environ)
     pulse.begin()
     try:
-        with _alone(place) if place.size == 1 else _among_others(place) as world:
+        with (_alone if place.size == 1 else _among_others)(place, before) as world:
             yield world
     except Exception as error:
         _blame(error)
@@ -116,8 +144,10 @@ def session() -> Iterator[World]:
 
 
 @contextmanager
-def _alone(place: _Place) -> Iterator[World]:
+def _alone(place: _Place, before: Callable[[World], None] | None) -> Iterator[World]:
     device = _device(place)
+    if before:
+        before(World(0, 1, device))
     # a HashStore needs neither port nor launcher
     dist.init_process_group(_backend(device), store=stores.HashStore(), rank=0, world_size=1)
     try:
@@ -127,11 +157,13 @@ def _alone(place: _Place) -> Iterator[World]:
 
 
 @contextmanager
-def _among_others(place: _Place) -> Iterator[World]:
+def _among_others(place: _Place, before: Callable[[World], None] | None) -> Iterator[World]:
     guard, device = _meet(place), torch.device("cpu")
     guard.watch()  # before there is a device, which a fork is not to share
     try:
-        device = _device(place)
+        device = _device(place, guard.store)
+        if before:
+            before(World(place.rank, place.size, device, guard.store))
         on = device if device.type == "cuda" else None
         dist.init_process_group(
             _backend(device), store=guard.store, rank=place.rank, world_size=place.size, device_id=on
@@ -184,7 +216,7 @@ class _Meeting:
     """
 
     def __init__(self, place: _Place) -> None:
-        self.rank, self.size = place.rank, place.size
+        self.rank, self.size, self.start = place.rank, place.size, place.start
         is_watched = place.by_slurm and sys.stdin is not None and sys.stdin.isatty()  # somebody sits and waits
         self.watched = is_watched
         self.patience = min(JOINING, JOINING_WATCHED) if is_watched else JOINING
@@ -209,10 +241,58 @@ class _Meeting:
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return next(rendezvous("env://", self.rank, self.size, timeout=self.patience))[0]
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # rank 0 does not wait for the others here, since it could not say for whom
-        return stores.TCPStore(
-            host, port, self.size, self.rank == 0, self.patience, wait_for_workers=False, multi_tenant=True
-        )
+        if not self.start:
+            # rank 0 does not wait for the others here, since it could not say for whom
+            return stores.TCPStore(
+                host, port, self.size, self.rank == 0, self.patience, wait_for_workers=False, multi_tenant=True
+            )
+        store, port = self._found(host, port) if self.rank == 0 else self._find(host, port)
+        os.environ["MASTER_PORT"], self.where = str(port), f"{host}:{port}"
+        return store
+
+    def _found(self, host: str, first: int) -> tuple[Any, int]:
+        """A store at the port `first`, or at the next of `ports` that no other program has."""
+        for last, port in enumerate(ports(first), 1 - PORTS):
+            try:
+                store = stores.TCPStore(
+                    host, port, self.size, True, self.patience, wait_for_workers=False, multi_tenant=True
+                )
+            except dist.DistError:
+                if last == 0:
+                    raise
+                continue
+            named = stores.PrefixStore(self.start, store)
+            named.set("open", "")
+            return named, port
+        raise AssertionError
+
+    def _find(self, host: str, first: int) -> tuple[Any, int]:
+        """The store that rank 0 has opened, at whichever port. Other programs, and other jobs' stores, are no such."""
+        silent = set[int]()
+        while True:
+            for port in ports(first):
+                with suppress(OSError, dist.DistError):
+                    socket.create_connection((host, port), ANSWER).close()  # the store would wait for who is not there
+                    if port not in silent and (store := self._store_at(host, port, silent)):
+                        return store, port
+            self._wait()
+
+    def _store_at(self, host: str, port: int, silent: set[int]) -> Any:
+        """This start's store, None if there is another, or something else, which may be `silent`."""
+        made = list[Any]()
+
+        def make() -> None:
+            with suppress(dist.DistError):
+                made.append(stores.TCPStore(host, port, self.size, False, self.patience, wait_for_workers=False))
+
+        # torch waits without end for the answer of a program that awaits other words
+        thread = threading.Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(ANSWER)
+        if thread.is_alive():
+            silent.add(port)
+        named = stores.PrefixStore(self.start, made[0]) if made else None
+        return named if named and named.check(["open"]) else None
 
     def _gather(self, store: Any) -> str:
         attempt, answered = uuid4().hex, dict[int, bytes]()
@@ -351,6 +431,24 @@ class _Place(NamedTuple):
     local_rank: int
     master: Mapping[str, str]  # environment variables that torch's rendezvous needs beyond the present ones
     by_slurm: bool = False  # a task of srun's
+    start: str = ""  # tells this start from all others, where rank 0 may choose the port
+
+
+# how launchers say rank, size, number on the node and processes there: those that may be started by Slurm's srun, whose
+# words their processes then have, too, ...
+MPI = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's mpiexec
+)
+# ... and those whose words srun may say
+OTHERS = (
+    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
+    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
+)
+STARTS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "FLUX_JOB_ID", "PALS_APID")  # each tells a start from others
+JOBS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")  # several starts may share one
 
 
 def _place(env: Mapping[str, str]) -> _Place:
@@ -360,27 +458,70 @@ def _place(env: Mapping[str, str]) -> _Place:
         if missing and env["WORLD_SIZE"] != "1":
             raise ValueError(
                 f"WORLD_SIZE={env['WORLD_SIZE']} is set but not {', '.join(missing)}: unset WORLD_SIZE, or start "
-                "with torchrun, accelerate launch, deepspeed or srun"
+                "with torchrun, accelerate launch, deepspeed, srun or mpirun"
             )
         return _Place(int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), {})
     if (
         "SUBMITIT_LOCAL_GLOBALID" in env and env.get("SUBMITIT_EXECUTOR", "local") == "local"
     ):  # on a node that srun may have given, whose task it is not
-        size, port = int(env["SUBMITIT_LOCAL_NTASKS"]), 15000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 15000
+        size, job = int(env["SUBMITIT_LOCAL_NTASKS"]), env["SUBMITIT_LOCAL_JOB_ID"]
         rank, local_rank = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_LOCALID"])
-        return _Place(rank, size, local_rank, _master(env, "127.0.0.1", port))
+        return _chosen(env, _Place(rank, size, local_rank, {}), "127.0.0.1", int(job), f"submitit {job}")
+    for names in MPI:
+        if all(name in env for name in names[:3]):
+            return _by_mpi(env, *names)
     if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun: a batch script has no step
         size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
         host = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
         # jobs and steps that share a node need ports of their own
-        port = 15000 + (37 * int(env.get("SLURM_JOB_ID", 0)) + int(env["SLURM_STEP_ID"])) % 15000
-        local_rank = int(env.get("SLURM_LOCALID", 0))
-        return _Place(int(env["SLURM_PROCID"]), size, local_rank, _master(env, host, port), by_slurm=True)
+        job, step = env.get("SLURM_JOB_ID", "0"), env["SLURM_STEP_ID"]
+        found = _Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), {}, by_slurm=True)
+        start = f"slurm {job}.{step} {env.get('SLURM_RESTART_COUNT', '0')}"  # a job that is queued again keeps its id
+        return _chosen(env, found, host, 37 * int(job) + int(step), start)
+    for names in OTHERS:
+        if all(name in env for name in names[:2]):
+            return _by_mpi(env, *names)
+    if "PMIX_RANK" in env:
+        raise ValueError(
+            f"PMIX_RANK={env['PMIX_RANK']} is set but nothing says how many processes there are: start with Open MPI's "
+            "mpirun, srun or torchrun, or set WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; unset it for one process"
+        )
     return _Place(0, 1, 0, {})
 
 
-def _master(env: Mapping[str, str], host: str, port: int) -> dict[str, str]:
-    return {"MASTER_ADDR": env.get("MASTER_ADDR", host), "MASTER_PORT": env.get("MASTER_PORT", str(port))}
+def _by_mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> _Place:
+    """The place of a process whose launcher says its own in variables of these names."""
+    found = _Place(int(env[rank]), int(env[size]), int(env.get(local_rank, env[rank])), {})
+    start = next((env[name] for name in STARTS if name in env), "")
+    job = start or next((env[name] for name in JOBS if name in env), "")
+    if env.get(local_size) == env[size] or env.get("FLUX_JOB_NNODES") == "1":
+        host = "127.0.0.1"
+    elif nodes := env.get("SLURM_JOB_NODELIST"):
+        host = first_host(nodes)
+    elif "MASTER_ADDR" in env or found.size == 1:
+        host = ""
+    else:
+        raise ValueError(
+            f"{size}={env[size]} is set but not MASTER_ADDR: hand on the name of rank 0's node, such as by "
+            "mpirun -x MASTER_ADDR=NODE, or mpiexec -genv MASTER_ADDR NODE"
+        )
+    return _chosen(env, found, host, crc32(job.encode()), start)
+
+
+def _chosen(env: Mapping[str, str], place: _Place, host: str, number: int, start: str) -> _Place:
+    """`place` with where to meet: what the environment says, else at `host`, at a port that `number` tells.
+
+    `start` is what only this start's processes have in common; nobody else's store is taken for theirs.
+    """
+    master = {"MASTER_ADDR": env.get("MASTER_ADDR", host), "MASTER_PORT": str(15000 + number % 15000)}
+    if "MASTER_PORT" in env:
+        return place._replace(master=master | {"MASTER_PORT": env["MASTER_PORT"]})
+    return place._replace(master=master, start=start)
+
+
+def ports(first: int) -> list[int]:
+    """Where rank 0 may open its store: at the `first`, or behind it where other programs have that."""
+    return [15000 + (first - 15000 + 997 * number) % 15000 for number in range(PORTS)]
 
 
 def first_host(nodelist: str) -> str:
@@ -389,6 +530,19 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in match.groups()) if match else nodelist
 
 
-def _device(place: _Place) -> torch.device:
-    sees_its_own = place.by_slurm and torch.accelerator.device_count() == 1  # as Slurm shows each task only its own
-    return this_device(0 if sees_its_own else place.local_rank, place.size)
+def _device(place: _Place, store: Any = None) -> torch.device:
+    """The device that no other process has, from what all see; and the interface that gloo and NCCL are to take."""
+    meeting = os.environ["MASTER_ADDR"] if place.size > 1 else ""
+    found = exchange(store, place.rank, place.size, "views", placement.look(place.local_rank, meeting))
+    views = [View(*one) for one in found]
+    if place.size > 1:
+        _use_interface(placement.interface(views, place.rank))
+    return this_device(placement.deal(views)[place.rank], place.size)
+
+
+def _use_interface(name: str) -> None:
+    """Where nobody has named another. gloo would take the one of this machine's name, which Debian calls 127.0.1.1."""
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if name and not placement.is_loopback_interface(name):  # within a machine NCCL finds its way
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this, not all that begin so

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from hive_scale.config import Config
 from hive_scale.data import transform
 from hive_scale.data.batches import worker_options
-from hive_scale.data.kept import FORMAT, DiskError, KeptFeatures, agree, open_kept, parts, room_in, size_of
+from hive_scale.data.kept import FORMAT, DiskError, KeptFeatures, open_kept, parts, room_in, settle, size_of
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.model import build
@@ -66,7 +66,7 @@ def _completed(
     kept.encode = _Eyes(make)
     failed = _fill(kept, model, loader, parts(missing, AT_ONCE), world, stop)
     try:
-        agree(world, failed)
+        settle(world, kept, failed)
     except DiskError:
         if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
             kept.file.unlink(missing_ok=True)
@@ -105,10 +105,6 @@ def _fill(
             kept.give_up(broken)
         except OSError as full:
             failed = full
-    try:
-        kept.sync()
-    except OSError as full:
-        failed = full
     return failed
 
 

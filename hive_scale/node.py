@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from hive_scale.distributed import World
+from hive_scale.placement import machine
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux's
 Cores = tuple[str, tuple[int, ...]]  # a machine's name, and the cores on which a process of it may run
 
 
@@ -65,7 +64,7 @@ def _gather(world: World, own: Any) -> list[Any]:
 
 def _node() -> str:
     """Tells this machine from others, also from those that go by the same name."""
-    return f"{socket.gethostname()} {BOOT_ID.read_text().strip() if BOOT_ID.is_file() else ''}"
+    return f"{socket.gethostname()} {machine()}"
 
 
 def _cores() -> tuple[int, ...]:

@@ -44,7 +44,7 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
     Raises Held if another process has it for longer, OSError if there can be no such file.
     """
     soft = Path(f"{path}.soft")
-    lock: BaseFileLock = FileLock(path) if _has_locks(path.parent) else SoftFileLock(soft)
+    lock: BaseFileLock = FileLock(path) if has_locks(path.parent) else SoftFileLock(soft)
     remedy = f"if that process is gone, delete {soft}" if isinstance(lock, SoftFileLock) else ""
     try:
         lock.acquire(timeout=PATIENCE if patience is None else patience)
@@ -100,7 +100,7 @@ def _made(path: Path) -> int:
 
 
 @cache
-def _has_locks(folder: Path) -> bool:
+def has_locks(folder: Path) -> bool:
     """Whether the file system of `folder` knows locks; that it does not is said once."""
     with TemporaryFile(dir=folder) as file:
         try:

@@ -36,7 +36,10 @@ NO_DEVICE = re.compile(
 )
 NO_MEMORY = re.compile(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED")
 OUR_FAULT = re.compile(r"device-side assert|no kernel image|invalid (argument|configuration|device function)")
-LAUNCHED = ("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID")  # set where there may be several processes
+LAUNCHED = (  # set where there may be several processes
+    *("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID"),
+    *("OMPI_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE"),
+)
 
 
 class TryAgain(RuntimeError):

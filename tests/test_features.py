@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from hive_scale import config as configs
 from hive_scale import presets
 from hive_scale.checkpoint.handoff import Weights, read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
-from hive_scale.data.kept import DiskError, KeptFeatures, open_kept, record_size, size_of
+from hive_scale.data import kept as kept_module
+from hive_scale.data.kept import DiskError, KeptFeatures, open_kept, parts, record_size, settle, size_of
 from hive_scale.distributed import World, session
 from hive_scale.features import check_disk, kept_features
 from hive_scale.model import build
@@ -401,3 +404,107 @@ def half_full(world: World, folder: str, shard: str) -> tuple[bool, bool]:
 
 def test_a_rank_that_cannot_write_takes_the_others_with_it_to_the_pictures(shard: str, tmp_path: Path) -> None:
     assert ranks.run(half_full, 2, str(tmp_path), shard) == [(False, True)] * 2
+
+
+class Pages:
+    """`os`, as a client of NFS has it: a descriptor has copies of the pages it has read, and of the file's length.
+
+    It writes whole pages when it is synced or closed, and looks at the server's again only once it is opened anew.
+    """
+
+    SIZE = 4096
+
+    def __init__(self) -> None:
+        self.copies: dict[int, dict[int, bytearray]] = {}
+        self.changed: dict[int, set[int]] = {}
+        self.lengths: dict[int, int] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def open(self, *arguments: Any) -> int:
+        descriptor = os.open(*arguments)
+        self.copies[descriptor], self.changed[descriptor] = {}, set()
+        self.lengths[descriptor] = os.fstat(descriptor).st_size
+        return descriptor
+
+    def close(self, descriptor: int) -> None:
+        self.fsync(descriptor)
+        os.close(descriptor)
+
+    def fsync(self, descriptor: int) -> None:
+        for number in sorted(self.changed[descriptor]):
+            end = self.lengths[descriptor] - number * self.SIZE
+            os.pwrite(descriptor, self.copies[descriptor][number][:end], number * self.SIZE)
+        self.changed[descriptor].clear()
+
+    def fstat(self, descriptor: int) -> Any:
+        return SimpleNamespace(st_size=self.lengths[descriptor])
+
+    def page(self, descriptor: int, number: int) -> bytearray:
+        copies = self.copies[descriptor]
+        if number not in copies:
+            copies[number] = bytearray(os.pread(descriptor, self.SIZE, number * self.SIZE).ljust(self.SIZE, b"\0"))
+        return copies[number]
+
+    def pwritev(self, descriptor: int, parts: Any, place: int) -> int:
+        data = b"".join(bytes(part) for part in parts)
+        self.lengths[descriptor] = max(self.lengths[descriptor], place + len(data))
+        for at, byte in enumerate(data, place):
+            self.page(descriptor, at // self.SIZE)[at % self.SIZE] = byte
+        self.changed[descriptor] |= set(range(place // self.SIZE, (place + len(data) - 1) // self.SIZE + 1))
+        return len(data)
+
+    def pread(self, descriptor: int, size: int, place: int) -> bytes:
+        end = min(place + size, self.lengths[descriptor])
+        return bytes(self.page(descriptor, at // self.SIZE)[at % self.SIZE] for at in range(place, end))
+
+    def preadv(self, descriptor: int, buffers: Any, place: int) -> int:
+        [buffer] = buffers
+        data = self.pread(descriptor, len(buffer), place)
+        buffer[: len(data)] = data
+        return len(data)
+
+
+PAGED = 2, 4, 16  # the shape of small features, several records of which lie on a page
+NODES = 96  # pictures
+
+
+def features_of(number: int) -> torch.Tensor:
+    return torch.full((1, *PAGED), float(number + 1))
+
+
+def on_two_nodes(world: World, path: str) -> list[float]:
+    """What a rank reads of what both have made, the second a second later."""
+    kept_module.os = Pages()  # type: ignore[attr-defined]
+    kept, missing = open_kept(world, Path(path), np.arange(NODES), NODES, PAGED, torch.float32)
+    assert kept.missing(np.arange(NODES)).all(), "and so each has pages, and a length, of the file as it is now"
+    time.sleep(world.rank)
+    for part in parts(missing, 32)[world.rank :: world.size]:
+        for number in part.tolist():
+            kept.put([number], features_of(number))
+    settle(world, kept, None)
+    found = [kept.get(number) for number in range(NODES)]
+    return [0.0 if one is None else float(one.mean()) for one in found]
+
+
+def test_nodes_that_keep_pages_of_a_network_file_system_read_what_others_made(tmp_path: Path) -> None:
+    wanted = [float(number + 1) for number in range(NODES)]
+    assert ranks.run(on_two_nodes, 2, str(tmp_path / "some")) == [wanted, wanted]
+
+
+def test_the_stand_in_for_a_network_file_system_loses_what_shares_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the test before this one could not fail."""
+    monkeypatch.setattr(kept_module, "os", Pages())
+    nodes = [KeptFeatures(tmp_path / "some", NODES, PAGED, torch.float32) for _ in range(2)]
+    for number in range(NODES):  # one by one, not in parts
+        nodes[number % 2].put([number], features_of(number))
+    assert nodes[0].get(1) is None, "nothing is seen before it is synced"
+    for node in nodes:
+        node.sync()
+    assert nodes[0].get(1) is None, "nor before it is opened again"
+    for node in nodes:
+        node.reopen()
+    assert sum(nodes[0].get(number) is None for number in range(NODES)) > NODES / 4

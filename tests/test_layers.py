@@ -29,6 +29,7 @@ LEAVES = {
     "distributed",
     "heartbeat",
     "node",
+    "placement",
     "pulse",
     "stage",
     "stops",

@@ -144,6 +144,7 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         for line in ("--nodes=2", "--ntasks-per-node=8", "--signal=USR2@180", "--requeue", "--account=vision"):
             assert f"#SBATCH {line}\n" in script
         assert "export NCCL_SOCKET_IFNAME=ib0" in script
+        assert " --distribution=block " in script, "ranks of a node follow each other"
         assert "module load cuda" in script
     assert not (tmp_path / "run").exists()
     subprocess.run(["bash", "-n"], input=rest[0].split("\n", 1)[1], text=True, check=True)
@@ -153,6 +154,10 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--dry_run", "slurm.gpus_per_node=3"], "global_batch=64 does not divide among 3 processes"),
+        (
+            ["--dry_run", "slurm.tasks_per_node=4", "slurm.gpus_per_node=2"],
+            "slurm.tasks_per_node=4 processes cannot share slurm.gpus_per_node=2 GPUs: leave tasks_per_node out",
+        ),
         (["--dry_run", "data.train=[/nowhere/x.tar]"], "/nowhere/x.tar"),
         (["--dry_run", "slurm.gpu=a1000"], "a1000"),
         (["--dry_run", "model.vision.path=/nowhere"], "model.vision.path=/nowhere is not there"),

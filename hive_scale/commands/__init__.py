@@ -10,4 +10,5 @@ COMMANDS = {
     "evaluate": "MME, GQA, OK-VQA, ScienceQA and easy-vqa",
     "visualize": "gradient maps, attention maps, a report; wandb after the fact",
     "export": "Hugging Face directories with a model card; verify a run",
+    "doctor": "is this cluster fit for a long job? devices, networks, a shared folder",
 }

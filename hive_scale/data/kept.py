@@ -116,8 +116,11 @@ class KeptFeatures:
         return features
 
     def sync(self) -> None:
-        """What was put is on disk, and what others have put before is seen. Raises OSError."""
+        """What was put is on disk. Raises OSError."""
         os.fsync(self._descriptor)
+
+    def reopen(self) -> None:
+        """From now on what others have synced before is seen, on network file systems, too. Raises OSError."""
         self._close()
         self._open()
 
@@ -208,6 +211,22 @@ def open_kept(
             "name another disk for them, or keep none"
         )
     return kept, missing
+
+
+def settle(world: World, kept: KeptFeatures, failed: OSError | None) -> None:
+    """All that all ranks have put is on disk, and seen by all of them. A collective.
+
+    Nobody looks again before the last has synced: NFS keeps what it saw of a file's length and pages until it is
+    opened anew.
+
+    Raises DiskError on all ranks if one has `failed` to write, or does so now.
+    """
+    for step in (kept.sync, kept.reopen):
+        try:
+            step()
+        except OSError as error:
+            failed = failed or error
+        agree(world, failed)
 
 
 def agree(world: World, error: OSError | None) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
 from hive_scale.data.batches import worker_options
-from hive_scale.data.kept import FORMAT, agree, open_kept, parts
+from hive_scale.data.kept import FORMAT, open_kept, parts, settle
 from hive_scale.data.transform import VERSION, augmented, fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.labelled import Split
@@ -137,7 +137,7 @@ class Cache:
         shape = 1, encoder.num_tokens, encoder.width
         self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
         groups = parts(missing, AT_ONCE)[world.rank :: world.size]
-        agree(world, self._complete(groups))
+        settle(world, self.features, self._complete(groups))
 
     def read(self, numbers: Numbers, device: torch.device) -> Features:
         found = [self.features.read(number) or self._make(number) for number in numbers.tolist()]
@@ -151,10 +151,6 @@ class Cache:
                 self._put(group, values, told)
             except OSError as error:
                 return error
-        try:
-            self.features.sync()
-        except OSError as error:
-            return error
         return None
 
     def _make(self, number: int) -> tuple[Tensor, int]:

@@ -49,6 +49,11 @@ class Resources:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("cpus_per_task", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"slurm.{name}={getattr(self, name)} must be at least {least}")
+        if 0 < self.gpus_per_node < self.tasks_per_node:
+            raise ValueError(
+                f"slurm.tasks_per_node={self.tasks_per_node} processes cannot share slurm.gpus_per_node="
+                f"{self.gpus_per_node} GPUs: leave tasks_per_node out for one per GPU, or set gpus_per_node=0 for CPUs"
+            )
         if not isfinite(self.hours):
             raise ValueError(f"slurm.hours={self.hours} is no length of time: set the hours of one slice")
         for name, allowed in (*dict.fromkeys(WORDS, WORD).items(), ("constraint", CONSTRAINT)):
@@ -126,8 +131,12 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
         "teardown": requeue(resources, notes),
         "additional_parameters": more,
         # a process that ends leaves the others a minute to end by themselves; Slurm since 22.05 does not hand on
-        # the job's CPUs per task by itself
-        "srun_args": ["--kill-on-bad-exit=0", "--wait=60", f"--cpus-per-task={resources.cpus_per_task}"],
+        # the job's CPUs per task by itself; ranks of a node follow each other, whatever the cluster's default: a
+        # model that is sharded over some stays inside a node
+        "srun_args": [
+            *("--kill-on-bad-exit=0", "--wait=60", "--distribution=block"),
+            f"--cpus-per-task={resources.cpus_per_task}",
+        ],
     }
 
 

@@ -92,6 +92,8 @@ def replay(run_dir: Path, mode: str) -> list[str]:
 
     What wandb's server already has is passed over.
     """
+    import wandb
+
     ids = []
     for stage in configs.load(run_dir / "config.yaml").stages:
         if lines := read_metrics(run_dir / stage / "metrics.jsonl"):
@@ -100,6 +102,7 @@ def replay(run_dir: Path, mode: str) -> list[str]:
                 sink.draw(line)
             sink.close()
             ids.append(wandb_id(run_dir, stage))
+    wandb.teardown()  # a run that is finished may still be on its way to the disk
     return ids
 
 
