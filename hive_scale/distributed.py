@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -425,7 +425,8 @@ def _code(failure: str) -> int:
     return int(failure.partition(" ")[0])
 
 
-class _Place(NamedTuple):
+@dataclass(frozen=True)
+class _Place:
     rank: int
     size: int
     local_rank: int
@@ -515,8 +516,8 @@ def _chosen(env: Mapping[str, str], place: _Place, host: str, number: int, start
     """
     master = {"MASTER_ADDR": env.get("MASTER_ADDR", host), "MASTER_PORT": str(15000 + number % 15000)}
     if "MASTER_PORT" in env:
-        return place._replace(master=master | {"MASTER_PORT": env["MASTER_PORT"]})
-    return place._replace(master=master, start=start)
+        return replace(place, master=master | {"MASTER_PORT": env["MASTER_PORT"]})
+    return replace(place, master=master, start=start)
 
 
 def ports(first: int) -> list[int]:

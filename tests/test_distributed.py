@@ -280,20 +280,21 @@ with session() as world:
 
 
 @pytest.mark.parametrize(
-    ("fault", "shown"),
+    ("fault", "shown", "tracebacks"),
     [
-        ('raise ValueError("lower stages.*.micro_batch")', "ValueError: lower stages.*.micro_batch"),
-        ("os._exit(9)", "stops"),  # as the kernel ends it that has run out of memory
+        ('raise ValueError("lower stages.*.micro_batch")', "ValueError: lower stages.*.micro_batch", {1}),
+        # as the kernel ends it that has run out of memory: a collective may find out before this rank is told
+        ("os._exit(9)", "stops", {0, 1}),
     ],
 )
-def test_a_failing_rank_ends_the_job(fault: str, shown: str, tmp_path: Path) -> None:
+def test_a_failing_rank_ends_the_job(fault: str, shown: str, tracebacks: set[int], tmp_path: Path) -> None:
     """Started as srun would, with nobody to end the others."""
     began = time.monotonic()
     codes, errors = started_by_srun(SCRIPT.format(fault=fault), 3)
     assert all(codes)
     assert time.monotonic() - began < 60  # most of it importing torch
     assert shown in "".join(errors)
-    assert sum("Traceback" in error for error in errors) == 1
+    assert sum("Traceback" in error for error in errors) in tracebacks
 
 
 def test_a_port_in_use_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
