@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from hive_scale import placement, pulse
+from hive_scale import phase_timer, placement
 from hive_scale.device import this_device
+from hive_scale.exit_codes import TryAgain, code_of, is_device_failure, say
 from hive_scale.heartbeat import FAILURE, GRACE, HEARD, ORPHANED, Companion, leave, note_lost, this_node
+from hive_scale.phase_timer import PhaseTimer
 from hive_scale.placement import View
-from hive_scale.pulse import Pulse
-from hive_scale.stops import TryAgain, code_of, is_device_failure, say
 from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps, loads
 
@@ -60,7 +60,7 @@ class World:
     size: int
     device: torch.device
     store: Any = None  # what every rank reads and writes without the others' help; a world of one has none
-    pulse: Pulse = field(default_factory=Pulse, compare=False)
+    timer: PhaseTimer = field(default_factory=PhaseTimer, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -134,7 +134,7 @@ def session(before: Callable[[World], None] | None = None) -> Iterator[World]:
         before: what is to be done once all have met, and before they connect to each other.
     """
     place = _place(os.environ)
-    pulse.begin()
+    phase_timer.begin()
     try:
         with (_alone if place.size == 1 else _among_others)(place, before) as world:
             yield world

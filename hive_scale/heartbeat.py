@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hive_scale.stops import TRY_AGAIN, say
+from hive_scale.exit_codes import TRY_AGAIN, say
 
 LOOK, BEAT = 0.25, 1.0  # seconds between looks at one's own rank, and between words to the others
 SILENT = 15.0  # seconds without a word after which a node is taken for gone: switches and file servers pause, too

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from hive_scale.config import Config
 from hive_scale.distributed import World, session
+from hive_scale.exit_codes import Stopped
+from hive_scale.observability.logging_setup import hushed
+from hive_scale.resilience.preemption import end_of_stop
+from hive_scale.resilience.watchdog import HangWatch
 from hive_scale.rundir import MARKER, check_place
-from hive_scale.stops import Stopped
-from hive_scale.watch.hang import HangWatch
-from hive_scale.watch.interrupt import end_of_stop
-from hive_scale.watch.noise import hushed
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
 def by_main(config: Config, world: World, what: Callable[[], None]) -> None:
     """Do `what` on rank 0, for which the others wait as long as it gets on. A collective."""
     with HangWatch(world, config.hang_seconds):
-        world.pulse.enter("handoff")
+        world.timer.enter("handoff")
         if world.is_main:
             what()
         world.barrier()

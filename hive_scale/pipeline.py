@@ -2,38 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from hive_scale import checksums
-from hive_scale.checkpoint.claims import (
-    Overwrite,
-    begin,
-    check_owner,
-    claim,
-    is_again,
-    is_begun,
-    on_main,
-)
-from hive_scale.checkpoint.files import published
-from hive_scale.checkpoint.handoff import build_handoff, read_weights, write_weights
-from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.marker import ENCODER, WEIGHTS, find_weights, is_done
-from hive_scale.checkpoint.runs import encoder_remedy
-from hive_scale.config import Config, ModelConfig
+from hive_scale.checkpoint.io import published
+from hive_scale.checkpoint.run_claims import Overwrite, begin, check_owner, claim, is_again, is_begun, on_main
+from hive_scale.checkpoint.run_reader import Run, encoder_remedy
+from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.weights import Weights, build_handoff, read_weights, write_weights
+from hive_scale.config import Config, ModelConfig, holds_weights_alone, run_of
 from hive_scale.distributed import World
 from hive_scale.engine import memory
-from hive_scale.initial import assemble
-from hive_scale.model.export import export_encoder
-from hive_scale.preparation import check, open_all, same_data
-from hive_scale.pulse import FETCH
+from hive_scale.exit_codes import Stopped
+from hive_scale.export.huggingface import export_encoder
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+from hive_scale.observability.console import console
+from hive_scale.phase_timer import FETCH
+from hive_scale.preflight import check, open_all, same_data
+from hive_scale.resilience.preemption import Interrupt, listening
+from hive_scale.resilience.run_lock import locked
+from hive_scale.resilience.watchdog import HangWatch
 from hive_scale.rundir import check_place
-from hive_scale.stops import Stopped
 from hive_scale.train import StageRun
-from hive_scale.watch.hang import HangWatch
-from hive_scale.watch.interrupt import Interrupt, listening
-from hive_scale.watch.terminal import console
+
+PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("projector.", "fusion.")}
+
+
+def assemble(config: ModelConfig, seed: int) -> Hive:
+    """float32 on the CPU. Raises ValueError that names what is missing, of another shape or not finite in a part."""
+    paths = {"vision": config.vision.path, "language": config.language.path, "connector": config.connector}
+    ours = {part: path for part, path in paths.items() if path and (part == "connector" or _is_ours(path))}
+    model = build.assemble(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
+    if spoiled := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
+        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
+        raise ValueError(f"{spoiled[0]}{more} would begin with values that are not finite: give the part other weights")
+    return model
+
+
+def check_paths(config: ModelConfig) -> None:
+    """Raises ValueError for a local path of a part that is not there; of a name on the hub nothing is known offline."""
+    for part, path in (("vision", config.vision.path), ("language", config.language.path)):
+        _check_there(f"model.{part}.path", path)
+    _check_there("model.connector", config.connector)
+
+
+def _check_there(key: str, path: str) -> None:
+    if (path.startswith((".", "/", "~")) or holds_weights_alone(path)) and not Path(path).expanduser().exists():
+        raise ValueError(f"{key}={path} is not there: give a directory, a safetensors file or a name on the hub")
+
+
+def _is_ours(path: str) -> bool:
+    return holds_weights_alone(path) or run_of(path) is not None
+
+
+def _tensors(part: str, path: str) -> Mapping[str, Tensor]:
+    """The part's tensors under its own names: of a whole HIVE its share, else all there are."""
+    weights, prefixes = _open(part, path), PREFIXES[part]
+    chosen = [name for name in weights if name.startswith(prefixes)]
+    if part == "connector":
+        return {name: weights[name] for name in chosen}
+    (prefix,) = prefixes
+    return {name.removeprefix(prefix): weights[name] for name in chosen or weights}
+
+
+def _open(part: str, path: str) -> Weights:
+    place = Path(path).expanduser()
+    try:
+        if (place / "config.yaml").is_file():
+            run = Run(place)
+            place = run.weights(run.stage())
+        return read_weights(place)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.{part}: {path} cannot be begun with: {error}") from None
 
 
 def run_pipeline(
@@ -52,7 +97,7 @@ def run_pipeline(
     damaged weights or a damaged encoder of the last stage. Raises TryAgain if another run is at work in the same
     directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP has asked it.
     """
-    world.pulse.enter("start")
+    world.timer.enter("start")
     on_main(world, lambda: check_place(config))
     with (
         HangWatch(world, config.hang_seconds),
@@ -87,9 +132,9 @@ def _run_stages(
     # until a stage has begun, the config may still be edited in what the first one starts from
     begun = any(is_begun(config.run_dir / name) for name in config.stages)
     if world.is_main and (anew or not begun or not find_weights(weights)):
-        world.pulse.enter(FETCH if _comes_from_a_hub(config.model) else "start")
+        world.timer.enter(FETCH if _comes_from_a_hub(config.model) else "start")
         first = assemble(config.model, seed=next(iter(config.stages.values())).seed)
-        world.pulse.enter("start")
+        world.timer.enter("start")
     # not before: to a directory that a refused command had claimed, the corrected one would be another run
     take()
     data = open_all(config)
@@ -103,10 +148,10 @@ def _run_stages(
     for name in wanted:
         stage_dir = config.run_dir / name
         if not is_done(stage_dir):
-            world.pulse.enter("start")
+            world.timer.enter("start")
             begin(config, name, world)
             checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
-            world.pulse.enter("handoff")
+            world.timer.enter("handoff")
             memory.release()
             if world.is_main:
                 build_handoff(weights, checkpoint, stage_dir / WEIGHTS)

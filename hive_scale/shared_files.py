@@ -115,3 +115,8 @@ def has_locks(folder: Path) -> bool:
             )
             return False
     return True
+
+
+def cache_dir() -> Path:
+    """Where downloads and prepared sets are kept: ``$XDG_CACHE_HOME/hive_scale`` or ``~/.cache/hive_scale``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hive_scale"

@@ -3,41 +3,127 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from hive_scale.checkpoint.handoff import read_weights
-from hive_scale.checkpoint.moments import Moments
-from hive_scale.checkpoint.provenance import code_version
-from hive_scale.checkpoint.store import Store
+import torch
+
+from hive_scale.checkpoint.checkpointer import Store
+from hive_scale.checkpoint.optimizer_transfer import Moments
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config
 from hive_scale.distributed import World
-from hive_scale.engine import StepOutput, memory, open_engine
-from hive_scale.features import kept_features
+from hive_scale.engine import Engine, StepOutput, memory, open_engine
+from hive_scale.exit_codes import Stopped
+from hive_scale.feature_cache import kept_features
 from hive_scale.model import build
+from hive_scale.observability.goodput import Goodput, Starvation
+from hive_scale.observability.layer_stats import gauge
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.observability.profiler import profiling
+from hive_scale.observability.rank_report import hear, tell
+from hive_scale.observability.stage_log import StageLog
+from hive_scale.observability.throughput import Throughput
+from hive_scale.param_groups import freeze
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import count
-from hive_scale.preparation import Data
-from hive_scale.progress import Progress
-from hive_scale.randomness import seed_step
+from hive_scale.preflight import Data
+from hive_scale.resilience.checkpoint_interval import Cadence
+from hive_scale.resilience.loss_guard import BAD_BATCHES, Guard
+from hive_scale.resilience.preemption import Interrupt
 from hive_scale.schedule import lr_factor
-from hive_scale.stage import freeze
-from hive_scale.stops import Stopped
-from hive_scale.watch.cadence import Cadence
-from hive_scale.watch.gauge import gauge
-from hive_scale.watch.goodput import Goodput
-from hive_scale.watch.guard import BAD_BATCHES, Guard
-from hive_scale.watch.interrupt import Interrupt
-from hive_scale.watch.log import StageLog
-from hive_scale.watch.metrics import read_metrics
-from hive_scale.watch.profiler import profiling
-from hive_scale.watch.starvation import Starvation
-from hive_scale.watch.throughput import Throughput
-from hive_scale.watch.told import hear, tell
+from hive_scale.seeding import seed_step
+from hive_scale.version import code_version
 
 logger = logging.getLogger(__name__)
+
+PIECE = 1 << 24  # numbers looked at together: a look takes as much memory again
+
+
+class Progress:
+    """What a checkpoint says beside masters and moments; random numbers and schedule are functions of the step."""
+
+    def __init__(
+        self, store: Store, engine: Engine, guard: Guard, origin: Mapping[str, Sequence[str]], known: Mapping[str, Any]
+    ) -> None:
+        """`origin` is what a checkpoint must agree with to be gone on from, `known` what it only tells.
+
+        Each of `origin` has the name that is written, and after it those that older versions wrote.
+        """
+        self.store, self.engine, self.guard, self.origin, self.known = store, engine, guard, origin, known
+        self.step = 0  # optimizer steps taken
+        self.passed = 0  # global batches left out on the way
+        self.tokens = 0  # targets of the steps taken
+        self.eval_loss: float | None = None  # after the last step, if one looked
+
+    @property
+    def batch(self) -> int:
+        """The number of the next global batch."""
+        return self.step + self.passed
+
+    def take(self, num_tokens: int) -> None:
+        """Count a step over so many targets."""
+        self.step, self.tokens = self.step + 1, self.tokens + num_tokens
+
+    def save(self, global_batch: int, wait: bool) -> bool:
+        """Write a checkpoint of this step; False, and none, if what it would hold is not finite. A collective."""
+        if not self._is_finite():
+            if self.store.world.is_main:
+                logger.warning(
+                    "step %d is not saved: its weights, their moments or its held-out loss are not finite", self.step
+                )
+            return False
+        state: dict[str, Any] = {"step": self.step, "samples": self.step * global_batch, "tokens": self.tokens}
+        state |= {"passed": self.passed, "losses": self.guard.losses, "eval_loss": self.eval_loss}
+        state |= {what: names[0] for what, names in self.origin.items()}
+        self.store.save(self.step, self.engine.fragments(), {**state, **self.known}, wait=wait)
+        return True
+
+    def _is_finite(self) -> bool:
+        """Of all ranks' masters and moments, and of the loss if this step looked."""
+        spoiled = not all(
+            bool(piece.isfinite().all())
+            for fragment in self.engine.fragments()
+            for piece in torch.split(fragment.data, PIECE)
+        )
+        return not any(self.store.world.sum(spoiled)) and isfinite(self.eval_loss or 0.0)
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint, if there is one.
+
+        Raises ValueError if that belongs to other data or other weights.
+        """
+        newest = self.store.latest()
+        if newest is None:
+            return False
+        state = self.store.load(newest, self.engine.fragments())
+        for what, names in self.origin.items():
+            if state[what] not in names:
+                raise ValueError(f"{newest} belongs to other {what}: restore what it began with, or use --overwrite")
+        if state["code"] != code_version() and self.store.world.is_main:
+            logger.warning("%s was saved by %s, and goes on with %s", newest, state["code"], code_version())
+        self.step, self.passed, self.tokens = state["step"], state["passed"], state["tokens"]
+        self.guard.go_on(state["losses"])
+        self.engine.refresh(self.step)
+        return True
+
+    def go_back(self) -> None:
+        """Begin again from the last checkpoint, but with the batches that come next.
+
+        Raises ValueError if there is none, or the run has gone back too often.
+        """
+        self.guard.go_back()
+        next_batch = self.batch
+        if not self.resume():
+            raise ValueError(
+                "the loss or the weights are not finite, or far out, and no checkpoint is there to go back to: lower "
+                f"the learning rates, raise warmup, or look at the samples in {BAD_BATCHES}"
+            )
+        self.passed = next_batch - self.step
 
 
 class StageRun:
@@ -74,7 +160,7 @@ class StageRun:
         if not self.at.resume():
             self._tell_if_again()
             self.moments.fill(self.engine.fragments())
-        self.goodput = Goodput(self.world.pulse, read_metrics(self.metrics), self.at.step)
+        self.goodput = Goodput(self.world.timer, read_metrics(self.metrics), self.at.step)
         while not self._train():
             self.at.go_back()
             self.goodput.go_back(read_metrics(self.metrics), self.at.step)
@@ -92,7 +178,7 @@ class StageRun:
 
     def _train(self) -> bool:
         """Step by step to the end, or False if leaving batches out has not helped, or the weights are spoiled."""
-        at, stage, pulse, config = self.at, self.stage, self.world.pulse, self.config
+        at, stage, timer, config = self.at, self.stage, self.world.timer, self.config
         batches = self.train.steps(
             global_batch=stage.global_batch,
             accumulation=stage.accumulation(self.world.size),
@@ -105,13 +191,13 @@ class StageRun:
         with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
             log.say(memory.report(self.engine), keep="memory.txt")
             while at.step < self.num_steps:
-                pulse.step = at.step + 1
-                begin(pulse.step)
-                pulse.enter("data")
+                timer.step = at.step + 1
+                begin(timer.step)
+                timer.enter("data")
                 began = perf_counter()
                 micro_batches = next(batches)
                 self.waited = perf_counter() - began
-                pulse.keys = tuple(key for batch in micro_batches for key in batch.keys)
+                timer.keys = tuple(key for batch in micro_batches for key in batch.keys)
                 seed_step(stage.seed, at.step, self.world.rank)
                 factor = lr_factor(at.step, self.num_steps, stage.warmup, stage.min_lr)
                 output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._votes)
@@ -145,7 +231,7 @@ class StageRun:
 
     def _save(self, wait: bool) -> bool:
         """Whether the step is fit to be saved; then it is, or will be."""
-        self.world.pulse.enter("save")
+        self.world.timer.enter("save")
         began = perf_counter()
         saved = self.at.save(self.stage.global_batch, wait)
         if saved:

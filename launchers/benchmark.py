@@ -28,7 +28,7 @@ BENCHMARKS = (
 
 
 def main() -> int:
-    from hive_scale.stops import ended
+    from hive_scale.exit_codes import ended
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -32,7 +32,7 @@ Exit codes: 0 done, 2 something to change.
 
 
 def main() -> int:
-    from hive_scale.stops import ended
+    from hive_scale.exit_codes import ended
 
     arguments = _parse()
     return ended(lambda: _run(arguments))

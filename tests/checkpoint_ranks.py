@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.store import Store
+from hive_scale.checkpoint.checkpointer import Store
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
+from hive_scale.resilience.run_lock import locked
 
 # the server imports these once, and each rank is a cheap fork of it
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "pytest", "hive_scale.checkpoint.store"])
+CONTEXT.set_forkserver_preload(["torch.distributed", "pytest", "hive_scale.checkpoint.checkpointer"])
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 

@@ -41,18 +41,18 @@ MODEL = ["tests/test_references.py", "tests/test_model.py"]
 TESTS = {  # arguments of pytest, the quickest to fail first
     "batch": ["tests/test_batch.py", *MODEL, "tests/test_loader.py", "-k", "not worlds"],
     "schedule": ["tests/test_config.py", "-k", "schedule or warm or iterations"],
-    "stage": ["tests/test_stage.py"],
-    "data/order": ["tests/test_order.py"],
-    "watch/guard": ["tests/test_guard.py", "-k", "not bit and not run"],
-    "model/fusion": [*MODEL, "tests/test_decode.py"],
-    "model/attention": [*MODEL, "tests/test_decode.py"],
+    "param_groups": ["tests/test_param_groups.py"],
+    "data/sampler": ["tests/test_sampler.py"],
+    "resilience/loss_guard": ["tests/test_loss_guard.py", "-k", "not bit and not run"],
+    "model/fusion": [*MODEL, "tests/test_generate.py"],
+    "model/attention": [*MODEL, "tests/test_generate.py"],
     "model/hive": MODEL,
-    "model/vision": [*MODEL, "tests/test_show.py"],
+    "model/encoders": [*MODEL, "tests/test_report.py"],
     "model/projector": MODEL,
-    "checkpoint/ranges": ["tests/test_checkpoint.py", "-k", "not kill and not runs and not byte"],
-    "data/chat": ["tests/test_chat.py", "tests/test_asked.py"],
-    "chat_template": ["tests/test_chat.py", "tests/test_asked.py"],
-    **{f"evaluate/{name}": ["tests/test_tasks.py"] for name in ("answers", "mme", "okvqa", "gqa", "scienceqa")},
+    "checkpoint/format": ["tests/test_checkpoint.py", "-k", "not kill and not runs and not byte"],
+    "data/conversation": ["tests/test_conversation.py", "tests/test_asked.py"],
+    "chat_template": ["tests/test_conversation.py", "tests/test_asked.py"],
+    **{f"evaluate/{name}": ["tests/test_tasks.py"] for name in ("answer_parsing", "mme", "okvqa", "gqa", "scienceqa")},
 }
 NAMED = [  # each lived through all tests once: (module, text, instead)
     ("batch", "from_numpy(targets - 1)", "from_numpy(targets)"),
@@ -60,7 +60,7 @@ NAMED = [  # each lived through all tests once: (module, text, instead)
     ("model/fusion", "hidden_BTD + update", "hidden_BTD - update"),
     ("model/fusion", "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)"),
     ("model/hive", "for depth in self.encoder_depths]", "for depth in reversed(self.encoder_depths)]"),
-    ("watch/guard", "SIGMA * median", "median"),
+    ("resilience/loss_guard", "SIGMA * median", "median"),
 ]
 OTHER: dict[type[ast.AST], type[ast.AST]] = {
     **{ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult},
@@ -187,7 +187,7 @@ class Runner:
         self._context.set_forkserver_preload(PRELOADED)
         self._free: SimpleQueue[Path] = SimpleQueue()
         for number in range(workers):
-            left_out = shutil.ignore_patterns(".*", "__pycache__", "runs", "wandb", "*.egg-info")
+            left_out = shutil.ignore_patterns(".*", "__pycache__", "run", "wandb", "*.egg-info")
             self._free.put(Path(shutil.copytree(ROOT, folder / str(number), ignore=left_out)))
 
     def survives(self, mutant: Mutant, limit: float) -> bool:

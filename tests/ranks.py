@@ -23,7 +23,7 @@ from hive_scale.distributed import session
 CONTEXT = multiprocessing.get_context("forkserver")
 # (the last is what deepspeed.initialize imports, and with it all of torch's compiler: seconds in each rank)
 MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
-CONTEXT.set_forkserver_preload(["hive_scale.model.build", "hive_scale.engine.native", "deepspeed", MUON])
+CONTEXT.set_forkserver_preload(["hive_scale.model.build", "hive_scale.engine.fsdp", "deepspeed", MUON])
 
 
 class RankFailed(Exception):

@@ -19,12 +19,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast, pipeline
 
 from hive_scale.chat_template import ChatTemplate
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
-from hive_scale.data.chat import chat_sample, prompt_with_slot
+from hive_scale.data.conversation import chat_sample, prompt_with_slot
 from hive_scale.data.tokenizer import Tokenizer
-from hive_scale.evaluate.answering import HiveAnswerer
-from hive_scale.evaluate.question import Picture, Question
+from hive_scale.evaluate.vqa_runner import HiveAnswerer
+from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.export.huggingface import export_llava
 from hive_scale.model.build import assemble
-from hive_scale.model.export import export_llava
 
 pytestmark = pytest.mark.contract
 TEXT = "what is in the picture ?"

@@ -16,14 +16,14 @@ import tiny
 import torch
 
 from hive_scale import presets, train
-from hive_scale.checkpoint.handoff import read_weights
-from hive_scale.checkpoint.marker import WEIGHTS
+from hive_scale.checkpoint.stage_files import WEIGHTS
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
 from hive_scale.distributed import World
+from hive_scale.exit_codes import Stopped
+from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
-from hive_scale.stops import Stopped
 from hive_scale.train import StageRun
-from hive_scale.watch.metrics import read_metrics
 
 JSONS = Path(__file__).resolve().parents[1] / "ds_configs"
 ENGINES = {
@@ -53,7 +53,7 @@ def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[st
     votes, half = StageRun._votes, False
 
     def watch_and_stop(self: StageRun) -> tuple[float, ...]:
-        seen.append((self.at.step, world.pulse.keys, torch.get_rng_state().numpy().tobytes()))
+        seen.append((self.at.step, world.timer.keys, torch.get_rng_state().numpy().tobytes()))
         stop, *others = votes(self)
         return stop or (half and self.at.step == STEPS // 2 - 1), *others
 

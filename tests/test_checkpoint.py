@@ -34,15 +34,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import hive_scale.checkpoint.staging as staging_module
-from hive_scale.checkpoint.files import Damaged
-from hive_scale.checkpoint.handoff import Source, build_handoff, fill, find_weights, read_weights, write_weights
-from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.ranges import Owned, Range, difference, divide
-from hive_scale.checkpoint.snapshot import write_manifest
-from hive_scale.checkpoint.store import Store, WriteError
+import hive_scale.checkpoint.checkpointer as staging_module
+from hive_scale.checkpoint.checkpointer import Store, WriteError
+from hive_scale.checkpoint.format import Owned, Range, difference, divide, write_manifest
+from hive_scale.checkpoint.io import Damaged
+from hive_scale.checkpoint.weights import Source, build_handoff, fill, find_weights, read_weights, write_weights
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
+from hive_scale.resilience.run_lock import locked
 
 ALONE = World(0, 1, torch.device("cpu"))
 

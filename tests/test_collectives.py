@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from hive_scale.distributed import World
 from hive_scale.engine import open_engine
 from hive_scale.model.build import skeleton
-from hive_scale.stage import freeze
+from hive_scale.param_groups import freeze
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from hive_scale.config import CheckpointingConfig, EngineConfig
 from hive_scale.distributed import World
 from hive_scale.engine import open_engine
 from hive_scale.model.build import assemble, skeleton
-from hive_scale.model.decode import generate
-from hive_scale.stage import freeze
+from hive_scale.model.generate import generate
+from hive_scale.param_groups import freeze
 
 pytestmark = pytest.mark.contract
 ROOT = Path(__file__).resolve().parents[1]

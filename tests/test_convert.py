@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from tars import Members, pair, picture_bytes, write_tar
 
 from hive_scale.commands import prepare_data
-from hive_scale.data.cache import ShardCache
-from hive_scale.data.convert import sources
-from hive_scale.data.convert.sources import Item, Source, json_records
-from hive_scale.data.convert.writer import JOURNAL, Layout, Shard, _samples, convert
 from hive_scale.data.index import open_index
-from hive_scale.data.sources.concepts import split_of
-from hive_scale.data.sources.packages import members
+from hive_scale.data.shard_cache import ShardCache
+from hive_scale.prepare import readers
+from hive_scale.prepare.concepts import split_of
+from hive_scale.prepare.packages import members
+from hive_scale.prepare.readers import Item, Source, json_records
+from hive_scale.prepare.writer import JOURNAL, Layout, Shard, _samples, convert
 
 CACHE = ShardCache(10**9)
 PAIRS = Layout(shard_size=4, heldout=0.0)
@@ -144,7 +144,7 @@ def test_tables_of_captions_of_any_columns(tmp_path: Path, ending: str) -> None:
 
 def items_of(path: Path, images: Path, text: str | bytes) -> list[Item]:
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return list(sources.table(path, images).items())
+    return list(readers.table(path, images).items())
 
 
 def captions(items: list[Item]) -> list[str]:
@@ -228,7 +228,7 @@ def test_bytes_that_are_no_text_cost_their_record_alone(tmp_path: Path) -> None:
     record = json.dumps({"image": "a.jpg", "caption": "fine", "author": "\ud83d"}).encode()
     lines = record + b"\n" + record.replace(b"fine", b"caf\xe9") + b"\n" + record.replace(b"a.jpg", b"\xe9.jpg")
     (tmp_path / "t.jsonl").write_bytes(lines)
-    convert(sources.table(tmp_path / "t.jsonl", tmp_path), tmp_path / "out", PAIRS, workers=1)
+    convert(readers.table(tmp_path / "t.jsonl", tmp_path), tmp_path / "out", PAIRS, workers=1)
     [found] = read(tmp_path / "out").values()
     assert found["txt"] == b"fine"
     assert json.loads(found["json"])["author"] == "\ud83d"
@@ -254,7 +254,7 @@ def test_any_table_is_read_or_refused(tmp_path: Path, content: bytes, ending: st
     path = tmp_path / f"t.{ending}"
     path.write_bytes(content)
     with suppress(ValueError):
-        items = list(sources.table(path, tmp_path).items())
+        items = list(readers.table(path, tmp_path).items())
         skips: list[tuple[str, str]] = []
         written = list(_samples(list(enumerate(items)), skips))
         assert len(written) + len(skips) == len(items)
@@ -279,7 +279,7 @@ def test_a_damaged_zip_is_refused_or_its_damaged_members_named(tmp_path: Path, d
     (tmp_path / "a.zip").write_bytes(damaged(data.draw, buffer.getvalue()))
     (tmp_path / "t.jsonl").write_text("".join(f'{{"image": "{i}.jpg", "caption": "c"}}\n' for i in range(3)))
     with suppress(ValueError):
-        items = list(sources.table(tmp_path / "t.jsonl", tmp_path / "a.zip").items())
+        items = list(readers.table(tmp_path / "t.jsonl", tmp_path / "a.zip").items())
         written = list(_samples(list(enumerate(items)), skips := []))
         assert len(written) + len(skips) == 3
         assert all(one["jpg"] == picture_bytes(seed=int(str(one["__key__"]))) for one in written)
@@ -300,14 +300,14 @@ def test_a_damaged_row_group_is_named_row_by_row_and_the_others_read(tmp_path: P
     group = pq.ParquetFile(path).metadata.row_group(1)
     at = next(group.column(i) for i in range(3) if "caption" in group.column(i).path_in_schema).data_page_offset
     path.write_bytes(content[:at] + b"\xff" * 60 + content[at + 60 :])
-    convert(sources.parquet([path]), tmp_path / "out", PAIRS, workers=1)
+    convert(readers.parquet([path]), tmp_path / "out", PAIRS, workers=1)
     assert sorted(read(tmp_path / "out")) == [f"{i:09d}" for i in (0, 1, 4, 5, 6, 7)]
     reasons = skipped(tmp_path / "out")
     assert list(reasons) == ["000000002", "000000003"]
     assert all("row group 1 of" in reason and "cannot be read as parquet" in reason for reason in reasons.values())
     path.write_bytes(content[:-40])
     with pytest.raises(ValueError, match=r"a\.parquet cannot be read as parquet"):
-        sources.parquet([path])
+        readers.parquet([path])
 
 
 def test_times_in_nanoseconds_as_pandas_writes_them_cost_no_row(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_times_in_nanoseconds_as_pandas_writes_them_cost_no_row(tmp_path: Path) 
         "daily": pa.array([123_456_789], pa.time64("ns")),
     }
     pq.write_table(pa.table({"image": [picture_bytes()], "caption": ["a caption"], **times}), tmp_path / "a.parquet")
-    convert(sources.parquet([tmp_path / "a.parquet"]), tmp_path / "out", PAIRS, workers=1)
+    convert(readers.parquet([tmp_path / "a.parquet"]), tmp_path / "out", PAIRS, workers=1)
     record = json.loads(read(tmp_path / "out")["000000000"]["json"])
     assert record["seen"] == "2023-11-14 22:13:20.123456+00:00"
 
@@ -328,7 +328,7 @@ def test_what_macos_adds_to_a_zip_is_no_file_of_it(tmp_path: Path) -> None:
         archive.writestr("train/a.jpg", picture_bytes())
         archive.writestr("__MACOSX/train/._a.jpg", b"Mac OS X")
     (tmp_path / "chat.json").write_text(json.dumps([talk("a.jpg", "Q", "A")]))
-    assert captions(list(sources.table(tmp_path / "chat.json", tmp_path / "mac.zip").items())) == ["A"]
+    assert captions(list(readers.table(tmp_path / "chat.json", tmp_path / "mac.zip").items())) == ["A"]
 
 
 def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -> None:
@@ -338,9 +338,9 @@ def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -
     hub = {"huggingface": json.dumps({"info": {"features": feature}})}
     pq.write_table(table.replace_schema_metadata(hub), tmp_path / "a.parquet")
     reason = "neither a conversation nor a caption"
-    assert captions(list(sources.parquet([tmp_path / "a.parquet"]).items())) == ["dog", reason, reason, "cat"]
+    assert captions(list(readers.parquet([tmp_path / "a.parquet"]).items())) == ["dog", reason, reason, "cat"]
     pq.write_table(table.replace_schema_metadata({"huggingface": "[3]"}), tmp_path / "a.parquet")
-    assert captions(list(sources.parquet([tmp_path / "a.parquet"]).items())) == [reason] * 4
+    assert captions(list(readers.parquet([tmp_path / "a.parquet"]).items())) == [reason] * 4
 
 
 def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
     rows = pa.table({"id": ids, "conversations": turns, "data_source": ids, "image": cells})
     pq.write_table(rows, tmp_path / "next-0.parquet", row_group_size=4)
     layout = replace(PAIRS, shard_size=3)
-    convert(sources.parquet([tmp_path / "next-0.parquet"]), tmp_path / "next", layout, workers=2)
+    convert(readers.parquet([tmp_path / "next-0.parquet"]), tmp_path / "next", layout, workers=2)
     found = read(tmp_path / "next")
     assert [found[key]["txt"] for key in sorted(found)] == [f"answer {i}".encode() for i in (0, 1, 3, 4, 5)]
     assert found["000000005"]["jpg"] == picture_bytes(seed=5)
@@ -362,7 +362,7 @@ def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
     labelled = pa.table({"img": cells.take([0, 1, 3]), "label": pa.array([1, 0, None])})
     hub = {"huggingface": json.dumps({"info": {"features": feature}})}
     pq.write_table(labelled.replace_schema_metadata(hub), tmp_path / "cifar.parquet")
-    convert(sources.parquet([tmp_path / "cifar.parquet"], image="img"), tmp_path / "cifar", PAIRS, workers=1)
+    convert(readers.parquet([tmp_path / "cifar.parquet"], image="img"), tmp_path / "cifar", PAIRS, workers=1)
     found = read(tmp_path / "cifar")
     assert [one["txt"] for one in found.values()] == [b"tabby dog", b"cat"]
     assert [json.loads(one["json"]) for one in found.values()] == [
@@ -370,7 +370,7 @@ def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
         {"label": 0, "class": "cat"},
     ]
     with pytest.raises(ValueError, match=r"has no column 'picture': name the pictures' with --image \(img, label\)"):
-        sources.parquet([tmp_path / "cifar.parquet"], image="picture")
+        readers.parquet([tmp_path / "cifar.parquet"], image="picture")
 
 
 def test_class_folders_and_an_empty_one_refused(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_class_folders_and_an_empty_one_refused(tmp_path: Path) -> None:
         "Thumbs.db is no .jpg, .jpeg, .png, .webp",
     ]
     with pytest.raises(ValueError, match="holds no class folders"):
-        sources.classes(tmp_path / "train" / "a_dog")
+        readers.classes(tmp_path / "train" / "a_dog")
 
 
 def test_img2datasets_tars_are_read_as_they_are(tmp_path: Path) -> None:
@@ -412,13 +412,13 @@ def test_names_that_leave_their_folder_or_zip_are_refused(tmp_path: Path, name: 
     images.mkdir()
     (tmp_path / "chat.json").write_text(json.dumps([talk(name, "Q", "A")]))
     with pytest.raises(ValueError, match="not reading this set"):
-        convert(sources.table(tmp_path / "chat.json", images), tmp_path / "out", PAIRS, workers=1)
+        convert(readers.table(tmp_path / "chat.json", images), tmp_path / "out", PAIRS, workers=1)
     with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
         archive.writestr(name, picture_bytes())
         archive.writestr("a.jpg", picture_bytes())
     (tmp_path / "chat.json").write_text(json.dumps([talk("a.jpg", "Q", "A")]))
     with pytest.raises(ValueError, match="not reading this set"):
-        convert(sources.table(tmp_path / "chat.json", tmp_path / "slip.zip"), tmp_path / "out2", PAIRS, workers=1)
+        convert(readers.table(tmp_path / "chat.json", tmp_path / "slip.zip"), tmp_path / "out2", PAIRS, workers=1)
     assert not list(tmp_path.glob("out*/*.tar"))
 
 
@@ -427,13 +427,13 @@ def test_a_damaged_member_of_a_zip_is_left_out(llava: Path) -> None:
     at = data.index(picture_bytes(seed=4)) + 40
     data[at] ^= 255
     (llava / "flat.zip").write_bytes(data)
-    shards = convert(sources.table(llava / "chat.json", llava / "flat.zip"), llava / "out", PAIRS, workers=1)
+    shards = convert(readers.table(llava / "chat.json", llava / "flat.zip"), llava / "out", PAIRS, workers=1)
     assert [reason for shard in shards for _, reason in shard.skipped] == [
         "00451/GCC_train_000000004.jpg is damaged in flat.zip"
     ]
     (llava / "cut.zip").write_bytes(data[:-30])
     with pytest.raises(ValueError, match=r"cut\.zip is neither a folder nor a zip"):
-        sources.table(llava / "chat.json", llava / "cut.zip")
+        readers.table(llava / "chat.json", llava / "cut.zip")
 
 
 def interrupted(source: Source, after: int) -> Source:
@@ -456,7 +456,7 @@ def test_a_conversion_that_was_stopped_gives_the_same_tars(
     (root / "rows.jsonl").write_text(rows)
     for i in range(9):  # the tenth is missing
         (root / f"{i}.jpg").write_bytes(picture_bytes(seed=i))
-    source, layout = sources.table(root / "rows.jsonl", root), Layout(shard_size=3, heldout=0.3)
+    source, layout = readers.table(root / "rows.jsonl", root), Layout(shard_size=3, heldout=0.3)
     whole = convert(source, root / "whole", layout, workers=1)
     for after in stops:
         with pytest.raises(KeyboardInterrupt):
@@ -486,7 +486,7 @@ def by_name(shards: list[Shard]) -> dict[str, tuple[int, int, list[tuple[str, st
 
 
 def test_another_set_in_the_output_is_refused_and_overwrite_replaces_it(llava: Path) -> None:
-    source = sources.table(llava / "chat.json", llava / "images")
+    source = readers.table(llava / "chat.json", llava / "images")
     convert(source, llava / "out", PAIRS, workers=1)
     with pytest.raises(ValueError, match="made with other shard_size: choose another --output"):
         convert(source, llava / "out", replace(PAIRS, shard_size=5), workers=1)
@@ -503,7 +503,7 @@ def test_another_set_in_the_output_is_refused_and_overwrite_replaces_it(llava: P
 def test_the_split_keeps_records_of_one_picture_together(llava: Path) -> None:
     names = [f"0045{i % 3}/GCC_train_{i:09d}.jpg" for i in range(10)]
     (llava / "two.json").write_text(json.dumps([talk(name, "Q", answer) for answer in "AB" for name in names]))
-    convert(sources.table(llava / "two.json", llava / "images"), llava / "out", Layout(4, 0.4), workers=1)
+    convert(readers.table(llava / "two.json", llava / "images"), llava / "out", Layout(4, 0.4), workers=1)
     sides = {
         split: {json.loads(one["json"])["image"] for one in read(llava / "out", split).values()}
         for split in ("train", "heldout")
@@ -553,5 +553,5 @@ def test_json_is_read_record_by_record_wherever_its_pieces_end(
     )
     path.write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
-        patch.setattr(sources, "PIECE", piece)
+        patch.setattr(readers, "PIECE", piece)
         assert list(json_records(file, path)) == records

@@ -17,19 +17,19 @@ from pathlib import Path
 import pytest
 import torch
 from tars import pair, write_tar
-from test_cache import Remote, remote  # noqa: F401
+from test_shard_cache import Remote, remote  # noqa: F401
 
 from hive_scale import config, credentials, presets
-from hive_scale.checkpoint.runs import Run
+from hive_scale.checkpoint.run_reader import Run
 from hive_scale.config import DataConfig
-from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
+from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import expand
 from hive_scale.distributed import World
-from hive_scale.slurm import then as followers
+from hive_scale.observability.logging_setup import hushed
+from hive_scale.slurm import downstream as followers
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.resources import Resources, read
-from hive_scale.watch.noise import hushed
 
 SIGNED = "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=planted%2Fs3&X-Amz-Expires=60&X-Amz-Signature=planted"
 SAS = "sv=2024-11-04&ss=b&srt=co&sp=rl&se=2030-01-01T00:00:00Z&sig=planted%2Babc%3D"

@@ -18,7 +18,7 @@ from hive_scale.config import EngineConfig
 from hive_scale.device import choose_precision, default_precision, exact_fp32, kind, peaks, pinned_bytes, this_device
 from hive_scale.distributed import World
 from hive_scale.engine import check_device
-from hive_scale.watch.told import hear, tell
+from hive_scale.observability.rank_report import hear, tell
 
 PACKAGE = Path(device.__file__).parent
 CPU, CUDA, XPU, MPS = (torch.device(of) for of in ("cpu", "cuda", "xpu", "mps"))
@@ -26,7 +26,7 @@ CPU, CUDA, XPU, MPS = (torch.device(of) for of in ("cpu", "cuda", "xpu", "mps"))
 NAMED = {
     "device.py": r".*",
     "distributed.py": r'device\.type == "cuda"|cuda:nccl',  # a session's backend by device
-    "watch/profiler.py": r'device\.type == "cuda"|torch\.cuda\.memory',  # the snapshots of its allocator
+    "observability/profiler.py": r'device\.type == "cuda"|torch\.cuda\.memory',  # the snapshots of its allocator
 }
 MAKERS = re.compile(r"torch\.(?:cuda|xpu|mps|backends\.(?:cuda|cudnn|mps))\b|[\"'](?:cuda|xpu|mps)(?::\w+)?[\"']")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hive_scale.distributed import _place, first_host, session
-from hive_scale.stops import TRY_AGAIN
+from hive_scale.exit_codes import TRY_AGAIN
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -103,7 +103,7 @@ RESTARTING = """
 import os, signal, sys, time
 from pathlib import Path
 from hive_scale.distributed import session
-from hive_scale.watch.hang import HangWatch
+from hive_scale.resilience.watchdog import HangWatch
 faults = {faults}
 def met():
     return len([*Path(__file__).parent.glob("met_*")])
@@ -121,7 +121,7 @@ with session() as world:
     number = met()
     world.barrier()
     with HangWatch(world, 3):
-        world.pulse.enter("forward")
+        world.timer.enter("forward")
         meet("in a step", number)
         world.barrier()
     print("rank", world.rank, "finished", flush=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_scale.watch.metrics import read_metrics
+from hive_scale.observability.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60

@@ -22,13 +22,12 @@ from transformers import (
     AutoTokenizer,
 )
 
-from hive_scale.checkpoint.handoff import read_weights, write_weights
+from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.commands.export import main
 from hive_scale.config import Config, ModelConfig, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import session
-from hive_scale.export import from_pretrained, save_pretrained
-from hive_scale.model import export
+from hive_scale.export import from_pretrained, huggingface, save_pretrained
 from hive_scale.model.build import assemble, materialise
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import run_pipeline
@@ -71,7 +70,7 @@ def model_config(fusion: Any, tower: dict[str, Any], llm: str, **changes: Any) -
 def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str, changes: dict[str, Any]) -> None:
     config = model_config("concat", tower, llm, **changes)
     ours = assemble(config, seed=5).eval()
-    export.export_llava(config, dict(ours.named_parameters()), tmp_path, BYTES, mode)
+    huggingface.export_llava(config, dict(ours.named_parameters()), tmp_path, BYTES, mode)
     llava, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     processor = AutoProcessor.from_pretrained(tmp_path)
@@ -94,7 +93,7 @@ def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str
 def test_other_fusions_are_no_llava(tmp_path: Path) -> None:
     config = model_config("cross_attention", tiny.SIGLIP, "llama")
     with pytest.raises(ValueError, match="train with fusion=concat"):
-        export.export_llava(config, {}, tmp_path, None, "resize")
+        huggingface.export_llava(config, {}, tmp_path, None, "resize")
 
 
 @torch.no_grad()
@@ -102,8 +101,8 @@ def test_encoder_and_llm_leave_as_stock_directories(tmp_path: Path) -> None:
     config = model_config("cross_attention", tiny.CLIP, "qwen3")
     ours = assemble(config, seed=5).eval()
     weights, image = dict(ours.named_parameters()), picture()
-    export.export_encoder(config, weights, tmp_path / "encoder", "crop")
-    export.export_llm(config, weights, tmp_path / "llm", BYTES)
+    huggingface.export_encoder(config, weights, tmp_path / "encoder", "crop")
+    huggingface.export_llm(config, weights, tmp_path / "llm", BYTES)
     encoder = AutoModel.from_pretrained(tmp_path / "encoder").eval()
     inputs = AutoImageProcessor.from_pretrained(tmp_path / "encoder")(images=image, return_tensors="pt")
     normalised = (pixels_of(image).float() - ours.pixel_mean) / ours.pixel_std
@@ -113,7 +112,7 @@ def test_encoder_and_llm_leave_as_stock_directories(tmp_path: Path) -> None:
     llm = AutoModelForCausalLM.from_pretrained(tmp_path / "llm").eval()
     ids = AutoTokenizer.from_pretrained(tmp_path / "llm")(TEXT, return_tensors="pt").input_ids
     torch.testing.assert_close(llm(ids).logits, ours.language(ids).logits, atol=1e-5, rtol=0)
-    export.export_llm(config, weights, tmp_path / "half", BYTES, torch.bfloat16)
+    huggingface.export_llm(config, weights, tmp_path / "half", BYTES, torch.bfloat16)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
@@ -122,8 +121,8 @@ def test_encoder_and_llm_leave_as_stock_directories(tmp_path: Path) -> None:
 def test_a_hive_comes_back_without_the_directories_it_was_made_from(tmp_path: Path, fusion: str) -> None:
     config = model_config("concat", tiny.CLIP, "llama")
     weights = dict(assemble(config, seed=5).named_parameters())
-    export.export_encoder(config, weights, tmp_path / "encoder", "crop")
-    export.export_llm(config, weights, tmp_path / "llm", BYTES)
+    huggingface.export_encoder(config, weights, tmp_path / "encoder", "crop")
+    huggingface.export_llm(config, weights, tmp_path / "llm", BYTES)
     parts = PartConfig(str(tmp_path / "encoder")), PartConfig(str(tmp_path / "llm"))
     config = ModelConfig(*parts, fusion=fusion, density=0.5)  # type: ignore[arg-type]
     ours = assemble(config, seed=6)

@@ -35,23 +35,22 @@ from tars import pair, picture_bytes, write_tar
 
 from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.checkpoint.files import file_hash
-from hive_scale.checkpoint.handoff import read_weights, write_weights
-from hive_scale.checkpoint.ranges import Range
-from hive_scale.checkpoint.snapshot import Snapshot, audit, tensor_name, write_manifest
+from hive_scale.checkpoint.format import Range, Snapshot, audit, tensor_name, write_manifest
+from hive_scale.checkpoint.io import file_hash
+from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.config import Config, EngineConfig
-from hive_scale.data.cache import ShardCache
-from hive_scale.data.convert.sources import table
+from hive_scale.data.bad_samples import Ledger, read_faults
+from hive_scale.data.conversation import turns_of
 from hive_scale.data.index import open_index
-from hive_scale.data.ledger import Ledger, read_faults
-from hive_scale.data.scan import Fault, scan_shard
+from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader
+from hive_scale.data.tar_scan import Fault, scan_shard
 from hive_scale.data.transform import decode
-from hive_scale.data.turns import turns_of
+from hive_scale.observability.metrics import Follower, flat, numbers, read_metrics
+from hive_scale.prepare.readers import table
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.job import read_attempts
 from hive_scale.strict_json import loads
-from hive_scale.watch.metrics import Follower, flat, numbers, read_metrics
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 ROUND = 100  # examples with one seed
@@ -411,7 +410,7 @@ def test_words_of_a_config(tmp_path: Path) -> None:
 
 
 def test_a_deepspeed_json(tmp_path: Path) -> None:
-    from hive_scale.engine import ds_json
+    from hive_scale.engine import deepspeed_config
 
     shipped = [path.read_bytes() for path in sorted((ROOT / "ds_configs").glob("*.json"))]
     stage = presets.load("debug", None, []).stages["joint"]
@@ -423,7 +422,7 @@ def test_a_deepspeed_json(tmp_path: Path) -> None:
     def check(folder: Path, content: bytes) -> None:
         path = folder / "ds.json"
         path.write_bytes(content)
-        ds_json.check(path, {"joint": (stage, 1)}, EngineConfig())
+        deepspeed_config.check(path, {"joint": (stage, 1)}, EngineConfig())
 
     fuzz(tmp_path, raw(shipped) | as_json(grafted(full)), check)
 

@@ -6,20 +6,20 @@ import time
 
 import pytest
 
-from hive_scale.pulse import Pulse
-from hive_scale.watch.goodput import Goodput, added, summary
+from hive_scale.observability.goodput import Goodput, added, summary
+from hive_scale.phase_timer import PhaseTimer
 
 
 def attempt(lines: list[dict[str, object]], done: int, steps: range) -> list[dict[str, object]]:
     """Lines of a process that goes on after step `done`; each step takes 10 ms of data and 20 ms of work."""
-    pulse = Pulse()
-    goodput = Goodput(pulse, lines, done)
+    timer = PhaseTimer()
+    goodput = Goodput(timer, lines, done)
     time.sleep(0.05)
     kept = [line for line in lines if int(str(line["step"])) <= done]
     for step in steps:
-        pulse.enter("data")
+        timer.enter("data")
         time.sleep(0.01)
-        pulse.enter("forward")
+        timer.enter("forward")
         time.sleep(0.02)
         kept.append({"step": step, "time": time.time(), **goodput.line()})
     return kept
@@ -45,4 +45,4 @@ def test_a_clock_set_back_makes_no_negative_time(monkeypatch: pytest.MonkeyPatch
     lines = attempt([], 0, range(1, 3))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now - 3600)
-    assert Goodput(Pulse(), lines, 2).spent()["down"] == 0.0
+    assert Goodput(PhaseTimer(), lines, 2).spent()["down"] == 0.0

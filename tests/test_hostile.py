@@ -25,33 +25,34 @@ import torch
 from rich.table import Table
 from tars import pair, picture_bytes, write_tar
 
-from hive_scale import card, presets
 from hive_scale import config as configs
-from hive_scale.checkpoint.handoff import read_weights
-from hive_scale.checkpoint.snapshot import audit, write_manifest
+from hive_scale import presets
+from hive_scale.checkpoint.format import audit, write_manifest
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, EngineConfig
-from hive_scale.data.cache import ShardCache
-from hive_scale.data.convert import sources
-from hive_scale.data.convert.pictures import Pictures
-from hive_scale.data.convert.writer import JOURNAL, Layout, convert
+from hive_scale.data.bad_samples import read_faults
 from hive_scale.data.index import open_index
-from hive_scale.data.ledger import read_faults
-from hive_scale.data.scan import scan_shard
+from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader
+from hive_scale.data.tar_scan import scan_shard
 from hive_scale.data.transform import decode
 from hive_scale.distributed import World
-from hive_scale.evaluate.files import beside, read_json
-from hive_scale.evaluate.files import rows as parquet_rows
-from hive_scale.gallery.report import save_report
-from hive_scale.runs import find_encoder
-from hive_scale.show.page import Report, page
+from hive_scale.evaluate.readers import beside, read_json
+from hive_scale.evaluate.readers import rows as parquet_rows
+from hive_scale.exit_codes import ended
+from hive_scale.export import model_card
+from hive_scale.observability.console import Screen
+from hive_scale.observability.logging_setup import RECORD, hushed
+from hive_scale.prepare import readers
+from hive_scale.prepare.image_sources import Pictures
+from hive_scale.prepare.writer import JOURNAL, Layout, convert
+from hive_scale.report.html import Report, page
+from hive_scale.report.report import save_report
+from hive_scale.run import find_encoder
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.resources import Resources
-from hive_scale.stops import ended
 from hive_scale.strangers import printable
 from hive_scale.strict_json import loads, read_lines
-from hive_scale.watch.noise import RECORD, hushed
-from hive_scale.watch.terminal import Screen
 
 CACHE = ShardCache(10**9)
 NAME = 'a\x1b[2J\n\u202e</td><script>alert(1)</script>"[bold]x[/]:smile:'
@@ -154,9 +155,9 @@ def test_a_page_holds_no_element_that_is_not_its_own(tmp_path: Path) -> None:
 
 
 def test_a_model_card_s_table_keeps_its_cells() -> None:
-    cell = card._plain("x | [a](javascript:b) <img src=x> `c` $d$\n# e")
+    cell = model_card._plain("x | [a](javascript:b) <img src=x> `c` $d$\n# e")
     assert cell == r"x \| \[a\](javascript:b) \<img src=x\> \`c\` \$d\$\n# e".replace(r"\n", r"\\n")
-    assert card._code("a`|b\n") == r"`a'\|b\n`"
+    assert model_card._code("a`|b\n") == r"`a'\|b\n`"
 
 
 # ------------------------------------------------------------------------------ JSON and YAML
@@ -283,12 +284,12 @@ def test_words_of_another_kind_are_refused(word: str) -> None:
     ],
 )
 def test_values_of_another_kind_in_a_deepspeed_json_are_refused(tmp_path: Path, zero: dict[str, Any]) -> None:
-    from hive_scale.engine import ds_json
+    from hive_scale.engine import deepspeed_config
 
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     stages = {"joint": (presets.load("debug", None, []).stages["joint"], 1)}
     with pytest.raises(ValueError, match="zero_optimization"):
-        ds_json.check(tmp_path / "ds.json", stages, EngineConfig())
+        deepspeed_config.check(tmp_path / "ds.json", stages, EngineConfig())
 
 
 @pytest.mark.parametrize(
@@ -327,7 +328,7 @@ def test_a_zip_bomb_costs_its_record_and_no_memory(tmp_path: Path) -> None:
     assert most_memory(bomb.read) < 10**7
     records = [{"image": f"{name}.jpg", "caption": "c"} for name in ("bomb", "good")]
     (tmp_path / "t.json").write_text(json.dumps(records))
-    convert(sources.table(tmp_path / "t.json", tmp_path / "p.zip"), tmp_path / "out", Layout(2, 0), workers=1)
+    convert(readers.table(tmp_path / "t.json", tmp_path / "p.zip"), tmp_path / "out", Layout(2, 0), workers=1)
     line = json.loads((tmp_path / "out" / JOURNAL).read_text().splitlines()[1])
     assert line["samples"] == 1
     assert "more than the 268,435,456 of an image" in line["skipped"][0][1]
@@ -417,11 +418,11 @@ def test_a_parquet_that_says_it_unpacks_to_much_is_refused(tmp_path: Path, monke
     import pyarrow
     from pyarrow import parquet
 
-    from hive_scale.data.convert import pictures
+    from hive_scale.prepare import image_sources
 
     table = pyarrow.table({"image": [{"bytes": bytes(10**6), "path": "a"}] * 3, "question": ["q"] * 3})
     parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
-    monkeypatch.setattr(pictures, "LARGEST_GROUP", 2 * 10**6)  # of gigabytes in truth
+    monkeypatch.setattr(image_sources, "LARGEST_GROUP", 2 * 10**6)  # of gigabytes in truth
     [row, *_] = parquet_rows([tmp_path / "a.parquet"], "image", ["question"])
     with pytest.raises(ValueError, match=r"bytes in a row group, more than 2,000,000"):
         row["picture"].read()

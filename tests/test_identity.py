@@ -18,9 +18,9 @@ from transformers import PretrainedConfig
 
 from hive_scale.config import PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
-from hive_scale.evaluate.features import Encoder
+from hive_scale.evaluate.encoder import Encoder
+from hive_scale.export.huggingface import export_encoder
 from hive_scale.model.build import assemble, open_encoder
-from hive_scale.model.export import export_encoder
 from hive_scale.model.identity import identity, identity_of_processor, key_of
 
 CPU = torch.device("cpu")

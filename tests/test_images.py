@@ -20,13 +20,13 @@ from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.data import transform
-from hive_scale.data.cache import ShardCache
 from hive_scale.data.images import upright_rgb
-from hive_scale.data.scan import scan_shard
+from hive_scale.data.shard_cache import ShardCache
+from hive_scale.data.tar_scan import scan_shard
 from hive_scale.data.transform import GREY, Colour, _jpeg_size, decode, decode_indexed, picture
+from hive_scale.export.huggingface import image_processor
 from hive_scale.model import build
-from hive_scale.model.export import image_processor
-from hive_scale.preparation import open_data
+from hive_scale.preflight import open_data
 from hive_scale.presets import load
 
 MANY = 10**8

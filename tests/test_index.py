@@ -19,9 +19,9 @@ from tars import pair, picture_bytes, write_set, write_tar
 
 from hive_scale.commands import prepare_data
 from hive_scale.data import index as index_module
-from hive_scale.data.cache import ShardCache
 from hive_scale.data.index import open_index
-from hive_scale.data.scan import scan_shard
+from hive_scale.data.shard_cache import ShardCache
+from hive_scale.data.tar_scan import scan_shard
 
 CACHE = ShardCache(10**9)
 KEYS = [f"0-{i}" for i in range(6)]

@@ -22,10 +22,10 @@ from test_asked import FAMILIES, image
 
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.data.tokenizer import Tokenizer
-from hive_scale.evaluate.answering import HiveAnswerer
-from hive_scale.evaluate.question import Picture, Question
+from hive_scale.evaluate.vqa_runner import HiveAnswerer
+from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.export.huggingface import export_llava
 from hive_scale.model.build import assemble
-from hive_scale.model.export import export_llava
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

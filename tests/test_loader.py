@@ -23,12 +23,12 @@ from tars import pair, picture_bytes, write_set, write_tar
 
 from hive_scale.batch import Batch
 from hive_scale.config import DataConfig, TokenizerConfig
+from hive_scale.data.dataset import Read
 from hive_scale.data.loader import Loader
-from hive_scale.data.order import Order
-from hive_scale.data.samples import Read
+from hive_scale.data.sampler import Order
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
-from hive_scale.stops import TryAgain
+from hive_scale.exit_codes import TryAgain
 
 CPU = torch.device("cpu")
 BROKEN = {"0-3", "1-1", "2-0"}  # their headers are well, so that only decoding finds out

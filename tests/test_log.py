@@ -29,15 +29,15 @@ from hive_scale import config as configs
 from hive_scale import presets
 from hive_scale.config import LogConfig
 from hive_scale.distributed import World
-from hive_scale.gallery import runs as gallery
-from hive_scale.gallery.report import report
-from hive_scale.pulse import Pulse
+from hive_scale.observability import console, goodput, logging_setup, trackers
+from hive_scale.observability.goodput import Goodput
+from hive_scale.observability.metrics import Follower, damage, read_metrics
+from hive_scale.observability.stage_log import StageLog
+from hive_scale.observability.trackers import replay, wandb_id
+from hive_scale.phase_timer import PhaseTimer
+from hive_scale.report import run_view as gallery
+from hive_scale.report.report import report
 from hive_scale.slurm.status import _progress
-from hive_scale.watch import goodput, mirror, noise, terminal
-from hive_scale.watch.goodput import Goodput
-from hive_scale.watch.log import StageLog
-from hive_scale.watch.metrics import Follower, damage, read_metrics
-from hive_scale.watch.sinks import replay, wandb_id
 
 ROOT = Path(__file__).parents[1]
 WORLD = World(0, 1, torch.device("cpu"))
@@ -82,7 +82,7 @@ def described(path: Path, draw: bool = False) -> list[str]:
     lines = read_metrics(path)
     _progress(lines, 10, 4)
     goodput.summary(*goodput.added(lines[-1:]))
-    Goodput(Pulse(), lines, 3).line()
+    Goodput(PhaseTimer(), lines, 3).line()
     list(Follower(path).lines())
     return damage(path)
 
@@ -250,7 +250,7 @@ def offline_steps(run: Path) -> dict[str, list[list[int]]]:
 def test_wandb_segments_share_one_id_and_are_replayed_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setattr("hive_scale.watch.mirror.PATIENCE", 120.0)  # on a busy machine wandb takes its time
+    monkeypatch.setattr("hive_scale.observability.trackers.PATIENCE", 120.0)  # on a busy machine wandb takes its time
     run = run_dir(tmp_path / "run")
     train(run / "joint", 1, 6, LogConfig())
     name = wandb_id(run, "joint")
@@ -270,7 +270,7 @@ def test_a_server_gets_each_step_once_whatever_was_done_again(tmp_path: Path, mo
     online = LogConfig(wandb="online")
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
-    monkeypatch.setattr("hive_scale.watch.mirror.PATIENCE", 120.0)
+    monkeypatch.setattr("hive_scale.observability.trackers.PATIENCE", 120.0)
     with wandb_server.serving() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         run = run_dir(tmp_path / "run")
@@ -297,9 +297,9 @@ def test_a_server_that_goes_away_harms_nothing(
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         run = run_dir(tmp_path / "run")
         train(run / "joint", 1, 3, LogConfig(wandb="online"))
-    monkeypatch.setattr(mirror, "PATIENCE", 3.0)
+    monkeypatch.setattr(trackers, "PATIENCE", 3.0)
     train(run / "joint", 4, 6, LogConfig(wandb="online"))  # nobody answers now
-    [left] = [one for one in psutil.Process().children() if "hive_scale.watch.sinks" in one.cmdline()]
+    [left] = [one for one in psutil.Process().children() if "hive_scale.observability.trackers" in one.cmdline()]
     for process in (*left.children(recursive=True), left):  # it would try for hours
         process.kill()
     assert [line["step"] for line in read_metrics(run / "joint" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -325,7 +325,7 @@ def test_a_mirror_that_hangs_is_left_behind(
     (slow / "__init__.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setenv("PYTHONPATH", str(slow.parent))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(mirror, "PATIENCE", 0.2)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
     run = run_dir(tmp_path / "run")
     train(run / "joint", 1, 3, LogConfig())
     assert "is left to itself" in caplog.text
@@ -337,7 +337,7 @@ import logging, sys, warnings
 from pathlib import Path
 import torch
 from hive_scale.distributed import World
-from hive_scale.watch.noise import hushed
+from hive_scale.observability.logging_setup import hushed
 for rank in (1, 2):
     with hushed(Path(sys.argv[1]), World(rank, 3, torch.device("cpu"))):
         late = logging.getLogger("DeepSpeed")
@@ -351,7 +351,7 @@ for rank in (1, 2):
 
 
 def test_warnings_of_all_ranks_are_told_once_by_rank_0(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with noise.hushed(tmp_path, WORLD):
+    with logging_setup.hushed(tmp_path, WORLD):
         logging.getLogger("DeepSpeed").warning("the same everywhere")
         command = [sys.executable, "-c", RANKS, str(tmp_path)]
         others = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
@@ -363,14 +363,14 @@ def test_warnings_of_all_ranks_are_told_once_by_rank_0(tmp_path: Path, capfd: py
     assert "warning of rank 2: " in shown
     assert "chatter" not in shown
     assert "chatter" in (tmp_path / "rank_00002.log").read_text()
-    assert not isinstance(logging.getLogger("DeepSpeed"), noise._Captive)
+    assert not isinstance(logging.getLogger("DeepSpeed"), logging_setup._Captive)
 
 
 def test_quiet_leaves_warnings_and_what_is_captured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with noise.hushed(tmp_path, WORLD, quiet=True):
+    with logging_setup.hushed(tmp_path, WORLD, quiet=True):
         train(tmp_path / "joint", 1, 2)
-        with terminal.console.capture() as outcome:
-            terminal.console.print("the outcome")
+        with console.console.capture() as outcome:
+            console.console.print("the outcome")
         logging.getLogger("x").warning("beware")
     shown = "".join(capfd.readouterr())
     assert "beware" in shown
@@ -379,24 +379,22 @@ def test_quiet_leaves_warnings_and_what_is_captured(tmp_path: Path, capfd: pytes
 
 
 def test_afterwards_the_screen_is_where_stdout_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with noise.hushed(tmp_path, WORLD, quiet=True):
+    with logging_setup.hushed(tmp_path, WORLD, quiet=True):
         pass
     moved = StringIO()
     monkeypatch.setattr(sys, "stdout", moved)
-    terminal.console.print("here")
+    console.console.print("here")
     assert moved.getvalue() == "here\n"
 
 
 def test_the_screen_shows_what_a_watcher_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = {"step": 3, "seconds": 2.0, "loss": 1.5, "mfu": 0.41, "data_seconds": 0.5, "memory_gb": 7.2, "grad_norm": 1}
-    text = terminal.describe(line | {"lr": {"a": 0.1}, "eval_loss": 1.7}, samples=64, tokens=800, seconds_left=3723)
+    text = console.describe(line | {"lr": {"a": 0.1}, "eval_loss": 1.7}, samples=64, tokens=800, seconds_left=3723)
     words = "loss 1.500", "32 samples/s", "MFU 41.0%", "ETA 1:02:03", "data 25%", "7.20 GB", "held-out 1.700"
     assert all(word in text for word in words)
     for slurm in (False, True):
         with (tmp_path / "screen").open("w") as file:
-            monkeypatch.setattr(
-                terminal, "console", Console(file=file, force_terminal=True, highlight=False, width=200)
-            )
+            monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, highlight=False, width=200))
             monkeypatch.setattr(os, "environ", os.environ | ({"SLURM_JOB_ID": "7"} if slurm else {}))
             train(tmp_path / f"joint{slurm}", 1, 10)
         shown = (tmp_path / "screen").read_text()

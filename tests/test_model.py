@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionModel, Sigl
 
 from hive_scale.batch import collate
 from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.export.huggingface import export_encoder
 from hive_scale.model.attention import scaled_dot_product
 from hive_scale.model.build import assemble, materialise, skeleton
-from hive_scale.model.export import export_encoder
+from hive_scale.model.encoders import covered, encoder_depths, group_ends, hidden_states, mean_colour, patches
 from hive_scale.model.fusion import _visual_positions
-from hive_scale.model.vision import covered, encoder_depths, group_ends, hidden_states, mean_colour, patches
 from hive_scale.presets import load
 
 pytestmark = pytest.mark.contract

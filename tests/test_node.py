@@ -10,8 +10,8 @@ import ranks
 import torch
 
 from hive_scale import node
-from hive_scale.checkpoint.files import Damaged
-from hive_scale.checkpoint.handoff import read_weights, write_weights
+from hive_scale.checkpoint.io import Damaged
+from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.distributed import World
 from hive_scale.node import once_per_node, share, use_cores
 

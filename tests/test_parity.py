@@ -27,8 +27,8 @@ from hive_scale.distributed import World
 from hive_scale.engine import Engine, open_engine
 from hive_scale.engine.memory import found, planned, report
 from hive_scale.model.build import assemble, skeleton
+from hive_scale.param_groups import freeze
 from hive_scale.schedule import lr_factor
-from hive_scale.stage import freeze
 
 STEPS = 6
 GLOBAL_BATCH = 12

@@ -29,8 +29,8 @@ from hive_scale.config import EngineConfig
 from hive_scale.distributed import World, _place, ports
 from hive_scale.engine import open_engine
 from hive_scale.model.build import skeleton
+from hive_scale.param_groups import freeze
 from hive_scale.placement import View, deal, interface, look
-from hive_scale.stage import freeze
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -133,7 +133,7 @@ torch.accelerator.device_count = lambda: len(uuids)
 torch.accelerator.set_device_index = lambda device: print("takes", uuids[device.index], flush=True)
 torch.cuda.get_device_properties = lambda index: SimpleNamespace(uuid=uuids[index])
 from hive_scale import distributed
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 distributed._backend = lambda device: "gloo"  # there is no device to connect
 init = distributed.dist.init_process_group
 distributed.dist.init_process_group = lambda *words, device_id, **how: init(*words, **how)

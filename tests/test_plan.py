@@ -16,20 +16,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hive_scale import presets
 from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, PartConfig, StageConfig
-from hive_scale.engine.activation import checkpoint_blocks
+from hive_scale.engine.activation_checkpointing import checkpoint_blocks
 from hive_scale.model.build import assemble, skeleton
+from hive_scale.observability.throughput import Throughput
+from hive_scale.param_groups import freeze
 from hive_scale.plan import complexity
 from hive_scale.plan.devices import GPUS, find
 from hive_scale.plan.fit import fit
 from hive_scale.plan.flops import count
-from hive_scale.plan.fsdp import Fsdp, Pass
+from hive_scale.plan.fsdp_memory import Fsdp, Pass
 from hive_scale.plan.memory import examine
 from hive_scale.plan.run import Machine, StagePlan, plan_run, plan_stage
 from hive_scale.plan.sweep import sweep
 from hive_scale.plan.trace import CPU_ATTENTION
 from hive_scale.presets import three_stages
-from hive_scale.stage import freeze
-from hive_scale.watch.throughput import Throughput
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("projector", "language", "joint")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from hive_scale.distributed import session
-from hive_scale.engine.ds_json import load_deepspeed
+from hive_scale.engine.deepspeed_config import load_deepspeed
 
 pytestmark = pytest.mark.contract
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,36 +34,48 @@ class Use(NamedTuple):
 DEEPSPEED = "0.19.8"
 TORCH = "2.11 to 2.14"
 USES = {
-    "_hp_mapping": Use("deepspeed", DEEPSPEED, "engine/zero.py", "where a parameter lies in ZeRO-1/2's masters"),
-    "grad_position": Use("deepspeed", DEEPSPEED, "engine/zero.py", "where a parameter lies in ZeRO-3's masters"),
-    "get_param_id": Use("deepspeed", DEEPSPEED, "engine/zero.py", "the key of grad_position"),
-    "fp32_partitioned_groups_flat": Use("deepspeed", DEEPSPEED, "engine/zero.py", "ZeRO-3's masters"),
-    "sub_group_to_group_id": Use("deepspeed", DEEPSPEED, "engine/zero.py", "the parameter group of a ZeRO-3 master"),
-    "ds_tensor": Use("deepspeed", DEEPSPEED, "engine/zero.py", "this rank's part of a ZeRO-3 parameter"),
-    "ds_numel": Use("deepspeed", DEEPSPEED, "engine/zero.py", "the whole size of a ZeRO-3 parameter"),
-    "ds_shape": Use("deepspeed", DEEPSPEED, "engine/zero.py", "the whole shape of a ZeRO-3 parameter"),
-    "update_lp_params": Use("deepspeed", DEEPSPEED, "engine/zero.py", "masters that were loaded reach the model"),
-    "checkpoint_event_prologue": Use("deepspeed", DEEPSPEED, "engine/zero.py", "partitions persistent parameters"),
-    "checkpoint_event_epilogue": Use("deepspeed", DEEPSPEED, "engine/zero.py", "gathers persistent parameters again"),
-    "overflow": Use("deepspeed", DEEPSPEED, "engine/zero.py", "whether the last step was left out"),
-    "_python_dispatch": Use("torch", TORCH, "engine/activation.py", "TorchDispatchMode, under every operator"),
-    "_pytree": Use("torch", TORCH, "engine/activation.py", "tensors of nested results"),
+    "_hp_mapping": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "where a parameter lies in ZeRO-1/2's masters"),
+    "grad_position": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "where a parameter lies in ZeRO-3's masters"),
+    "get_param_id": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "the key of grad_position"),
+    "fp32_partitioned_groups_flat": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "ZeRO-3's masters"),
+    "sub_group_to_group_id": Use(
+        "deepspeed", DEEPSPEED, "engine/deepspeed.py", "the parameter group of a ZeRO-3 master"
+    ),
+    "ds_tensor": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "this rank's part of a ZeRO-3 parameter"),
+    "ds_numel": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "the whole size of a ZeRO-3 parameter"),
+    "ds_shape": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "the whole shape of a ZeRO-3 parameter"),
+    "update_lp_params": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "masters that were loaded reach the model"),
+    "checkpoint_event_prologue": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "partitions persistent parameters"),
+    "checkpoint_event_epilogue": Use(
+        "deepspeed", DEEPSPEED, "engine/deepspeed.py", "gathers persistent parameters again"
+    ),
+    "overflow": Use("deepspeed", DEEPSPEED, "engine/deepspeed.py", "whether the last step was left out"),
+    "_python_dispatch": Use(
+        "torch", TORCH, "engine/activation_checkpointing.py", "TorchDispatchMode, under every operator"
+    ),
+    "_pytree": Use("torch", TORCH, "engine/activation_checkpointing.py", "tensors of nested results"),
     "_subclasses": Use("torch", TORCH, "plan/trace.py", "FakeTensorMode, shapes without memory"),
     "_cdata": Use("torch", TORCH, "plan/trace.py", "the identity of a storage without memory"),
     "_schema": Use("torch", TORCH, "plan/trace.py", "whether an operator writes in place"),
     "_overloadpacket": Use("torch", TORCH, "plan/trace.py", "the key of torch's table of FLOP formulas"),
-    "_scaled_dot_product_flash_attention": Use("torch", TORCH, "engine/activation.py", "an operator worth keeping"),
-    "_scaled_dot_product_efficient_attention": Use("torch", TORCH, "engine/activation.py", "an operator worth keeping"),
-    "_scaled_dot_product_cudnn_attention": Use("torch", TORCH, "engine/activation.py", "an operator worth keeping"),
+    "_scaled_dot_product_flash_attention": Use(
+        "torch", TORCH, "engine/activation_checkpointing.py", "an operator worth keeping"
+    ),
+    "_scaled_dot_product_efficient_attention": Use(
+        "torch", TORCH, "engine/activation_checkpointing.py", "an operator worth keeping"
+    ),
+    "_scaled_dot_product_cudnn_attention": Use(
+        "torch", TORCH, "engine/activation_checkpointing.py", "an operator worth keeping"
+    ),
     "_scaled_dot_product_flash_attention_for_cpu": Use("torch", TORCH, "plan/trace.py", "has no FLOP formula"),
     "_scaled_dot_product_flash_attention_for_cpu_backward": Use("torch", TORCH, "plan/trace.py", "has no FLOP formula"),
     "_upsample_bicubic2d_aa": Use("torch", TORCH, "data/transform.py", "resizing into memory that exists"),
-    "_record_memory_history": Use("torch", TORCH, "watch/profiler.py", "a memory snapshot on a GPU"),
-    "_dump_snapshot": Use("torch", TORCH, "watch/profiler.py", "a memory snapshot on a GPU"),
-    "_C": Use("torch", TORCH, "watch/profiler.py", "kinds of events in a trace"),
-    "_profiler": Use("torch", TORCH, "watch/profiler.py", "kinds of events in a trace"),
-    "_EventType": Use("torch", TORCH, "watch/profiler.py", "kinds of events in a trace"),
-    "experimental_event_tree": Use("torch", TORCH, "watch/profiler.py", "allocations of a host as a tree"),
+    "_record_memory_history": Use("torch", TORCH, "observability/profiler.py", "a memory snapshot on a GPU"),
+    "_dump_snapshot": Use("torch", TORCH, "observability/profiler.py", "a memory snapshot on a GPU"),
+    "_C": Use("torch", TORCH, "observability/profiler.py", "kinds of events in a trace"),
+    "_profiler": Use("torch", TORCH, "observability/profiler.py", "kinds of events in a trace"),
+    "_EventType": Use("torch", TORCH, "observability/profiler.py", "kinds of events in a trace"),
+    "experimental_event_tree": Use("torch", TORCH, "observability/profiler.py", "allocations of a host as a tree"),
     "_get_node": Use("omegaconf", "2.4.0", "config.py", "a child of a config, unresolved"),
     "_make_submission_file_text": Use("submitit", "1.5.4", "slurm/submission.py", "a script without submitting it"),
     "_submitit_command_str": Use("submitit", "1.5.4", "slurm/submission.py", "what such a script runs"),

@@ -26,8 +26,9 @@ from hive_scale.commands import probe
 from hive_scale.config import PartConfig
 from hive_scale.data.transform import fitted
 from hive_scale.distributed import World
-from hive_scale.evaluate.features import Cache, Encoder, Pictures, Source, cut
-from hive_scale.evaluate.labelled import Labelled, Split, open_labelled
+from hive_scale.evaluate.classification_datasets import Labelled, Split, open_labelled
+from hive_scale.evaluate.encoder import Cache, Encoder, Pictures, Source, cut
+from hive_scale.evaluate.probe_runner import Bench, Plan, chosen, read_results, save, summarise, warnings
 from hive_scale.evaluate.probes import (
     RATES,
     AttentiveProbe,
@@ -37,9 +38,8 @@ from hive_scale.evaluate.probes import (
     nearest_neighbours,
     normalised,
 )
-from hive_scale.evaluate.probing import Bench, Plan, chosen, read_results, save, summarise, warnings
+from hive_scale.export.huggingface import export_encoder
 from hive_scale.model.build import assemble
-from hive_scale.model.export import export_encoder
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))

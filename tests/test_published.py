@@ -15,20 +15,19 @@ import torch
 from test_train import small, some_pairs  # noqa: F401  (the fixture is one of this module, too)
 
 from hive_scale import config as configs
-from hive_scale.checkpoint.handoff import read_weights, write_weights
-from hive_scale.checkpoint.runs import Run, verify_path
+from hive_scale.checkpoint.run_reader import Run, verify_path
+from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.checksums import SUMS, Damaged, check, listing, read_sums, write_sums
 from hive_scale.commands.export import main as export
 from hive_scale.config import Config, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import World, session
 from hive_scale.export import export_run, from_pretrained
-from hive_scale.initial import assemble
 from hive_scale.model.build import open_encoder, vision_config
 from hive_scale.model.llava import StockLlava
-from hive_scale.pipeline import run_pipeline
+from hive_scale.pipeline import assemble, run_pipeline
+from hive_scale.run import find_encoder, open_hive
 from hive_scale.rundir import BEGAN, MARKER
-from hive_scale.runs import find_encoder, open_hive
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("projector", "language")

@@ -21,11 +21,11 @@ from transformers import AutoModelForImageTextToText
 from hive_scale.batch import Sample, collate
 from hive_scale.config import ModelConfig, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
+from hive_scale.export.huggingface import LLAVA, export_llava
 from hive_scale.model.build import assemble
-from hive_scale.model.decode import generate
-from hive_scale.model.export import LLAVA, export_llava
+from hive_scale.model.encoders import hidden_states
+from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
-from hive_scale.model.vision import hidden_states
 
 pytestmark = pytest.mark.contract
 Weights = dict[str, Tensor]

@@ -13,11 +13,11 @@ import pytest
 from test_vlm import write_questions
 
 from hive_scale import presets
-from hive_scale.command import named_run
+from hive_scale.cli import named_run
 from hive_scale.commands import submit_pipeline
 from hive_scale.plan.devices import find
 from hive_scale.plan.run import Machine, plan_run
-from hive_scale.slurm import resources, then
+from hive_scale.slurm import downstream, resources
 from launchers.reproduce import main
 from launchers.reproduction import paper
 from launchers.reproduction.steps import Step, record, run
@@ -145,9 +145,9 @@ def test_every_run_of_the_paper_is_one_that_the_pipeline_takes(
         assert arguments.dry_run
         plain, slurm_words = resources.split(arguments.overrides)
         assert slurm_words == ["slurm.nodes=2"]
-        plain, more = then.split(plain)
+        plain, more = downstream.split(plain)
         config = named_run(arguments, plain)
-        found[config.run_dir.name] = config.model.fusion, then.read(arguments.then, more, config)
+        found[config.run_dir.name] = config.model.fusion, downstream.read(arguments.then, more, config)
     assert {name: (fusion, list(after)) for name, (fusion, after) in found.items()} == {
         "vlm_base": ("concat", ["probe", "evaluate"]),
         "paper_siglip_sa": ("concat", ["probe", "vlm", "evaluate"]),

@@ -23,15 +23,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hive_scale.batch import Batch
-from hive_scale.checkpoint.moments import Moments
-from hive_scale.checkpoint.snapshot import Snapshot
-from hive_scale.checkpoint.store import Store
+from hive_scale.checkpoint.checkpointer import Store
+from hive_scale.checkpoint.format import Snapshot
+from hive_scale.checkpoint.optimizer_transfer import Moments
 from hive_scale.config import GroupConfig, ModelConfig, PartConfig, StageConfig
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, open_engine
 from hive_scale.model.build import assemble, skeleton
+from hive_scale.param_groups import freeze
 from hive_scale.schedule import lr_factor
-from hive_scale.stage import freeze
 
 SAVED, STEPS = 5, 10
 BOUND = {"fp32": 1e-6, "bf16": 2e-3}  # relative difference of each of the five losses after resuming

@@ -24,26 +24,26 @@ import torch
 
 from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.checkpoint.claims import check_owner, claim, is_again, is_begun
-from hive_scale.checkpoint.handoff import read_weights
-from hive_scale.checkpoint.lock import locked
-from hive_scale.checkpoint.marker import WEIGHTS, is_done
-from hive_scale.checkpoint.runs import Run, verify
+from hive_scale.checkpoint.run_claims import check_owner, claim, is_again, is_begun
+from hive_scale.checkpoint.run_reader import Run, verify
+from hive_scale.checkpoint.stage_files import WEIGHTS, is_done
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.checksums import SUMS
-from hive_scale.command import add_run_arguments, add_training_arguments, named_run
+from hive_scale.cli import add_run_arguments, add_training_arguments, named_run
 from hive_scale.commands import visualize
 from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.export import export_run, from_pretrained
-from hive_scale.outcome import blank_twin, show
+from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
+from hive_scale.report.summary import blank_twin, show
+from hive_scale.resilience.run_lock import locked
+from hive_scale.run import find_encoder
 from hive_scale.rundir import BEGAN, LOCK, MARKER, look
-from hive_scale.runs import find_encoder
 from hive_scale.slurm import submission
 from hive_scale.slurm.chain import Record
+from hive_scale.slurm.downstream import Follower
 from hive_scale.slurm.resources import Resources
-from hive_scale.slurm.then import Follower
-from hive_scale.watch.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "runs.md"

@@ -30,12 +30,12 @@ import torch
 import wandb_server
 
 from hive_scale import credentials, presets
-from hive_scale.checkpoint.store import Store
+from hive_scale.checkpoint.checkpointer import Store
 from hive_scale.config import Config, PartConfig
 from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.distributed import World, session
 from hive_scale.pipeline import run_pipeline
-from hive_scale.preparation import open_data
+from hive_scale.preflight import open_data
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRETS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hive_scale.data.cache import ShardCache
-from hive_scale.data.scan import scan_shard
+from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader, all_shards, expand
+from hive_scale.data.tar_scan import scan_shard
 
 CACHE = ShardCache(10**9)
 

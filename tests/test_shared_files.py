@@ -27,12 +27,12 @@ import tiny
 from tars import write_set
 
 from hive_scale.config import ModelConfig, PartConfig
-from hive_scale.data.cache import ShardCache, digest_of
+from hive_scale.data.bad_samples import Ledger
 from hive_scale.data.index import open_index
-from hive_scale.data.ledger import Ledger
-from hive_scale.data.scan import Fault
+from hive_scale.data.shard_cache import ShardCache, digest_of
+from hive_scale.data.tar_scan import Fault
+from hive_scale.export.huggingface import export_encoder
 from hive_scale.model import build
-from hive_scale.model.export import export_encoder
 from hive_scale.shared_files import Held, locked, replacing
 
 CACHE = ShardCache(10**9)

@@ -23,10 +23,11 @@ import pytest
 import tars
 from PIL import Image, ImageFile
 
-from hive_scale.data.sources import concepts, emoji, packages, smollm2, tuxpaint
-from hive_scale.data.sources.packages import Package, fetch, members
-from hive_scale.data.sources.pictures import Jpeg, to_jpeg
-from hive_scale.data.sources.records import Record, write
+from hive_scale import shared_files
+from hive_scale.prepare import concepts, emoji, packages, smollm2, tuxpaint
+from hive_scale.prepare.jpeg import Jpeg, to_jpeg
+from hive_scale.prepare.packages import Package, fetch, members
+from hive_scale.prepare.records import Record, write
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ROOT / "hive_scale" / "data" / "sample"
@@ -402,7 +403,7 @@ def test_smollm2_becomes_a_directory_that_speaks(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = smollm2.prepare(tmp_path / "smollm2", packages.cache_dir())
+    made = smollm2.prepare(tmp_path / "smollm2", shared_files.cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(made)
     model: Any = AutoModelForCausalLM.from_pretrained(made, dtype=torch.float32)
     assert model.num_parameters() == 134_515_008

@@ -16,16 +16,16 @@ import pytest
 from test_vlm import recipe, write_questions
 
 from hive_scale import presets
-from hive_scale.checkpoint.marker import is_done
+from hive_scale.checkpoint.stage_files import is_done
 from hive_scale.config import DataConfig
-from hive_scale.slurm import controller, status, submission
-from hive_scale.slurm import then as followers
+from hive_scale.exit_codes import HALTED, REFUSED
+from hive_scale.slurm import downstream as followers
+from hive_scale.slurm import slurm_cli, status, submission
 from hive_scale.slurm.chain import Link, Record, decide, job_name
-from hive_scale.slurm.controller import NEVER, Job
+from hive_scale.slurm.downstream import Follower, order
 from hive_scale.slurm.job import FollowerJob, StageJob, attempts_file, read_attempts
 from hive_scale.slurm.resources import PROFILES, Resources, environment, read, split
-from hive_scale.slurm.then import Follower, order
-from hive_scale.stops import HALTED, REFUSED
+from hive_scale.slurm.slurm_cli import NEVER, Job
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["projector", "language", "joint"]
@@ -273,14 +273,14 @@ def test_a_job_is_known_again_whatever_the_run_is_called(name: str, monkeypatch:
     """One that is not is submitted a second time while it runs."""
     given = job_name(replace(presets.load("debug", None, []), name=name), "joint")
     assert re.fullmatch(r"[A-Za-z0-9._+-]+", given)
-    monkeypatch.setattr(controller, "_squeue", lambda ids: f"7|RUNNING|n[1-2]|{given}\n")
-    assert controller.look_up({"7": given}) == {"7": Job("7", "RUNNING", "n[1-2]")}
+    monkeypatch.setattr(slurm_cli, "_squeue", lambda ids: f"7|RUNNING|n[1-2]|{given}\n")
+    assert slurm_cli.look_up({"7": given}) == {"7": Job("7", "RUNNING", "n[1-2]")}
     # one that an earlier version has submitted under the very name
-    monkeypatch.setattr(controller, "_squeue", lambda ids: f"7|PENDING|(Dependency)|{name}-joint\n")
+    monkeypatch.setattr(slurm_cli, "_squeue", lambda ids: f"7|PENDING|(Dependency)|{name}-joint\n")
     if "\n" not in name:
-        assert controller.look_up({"7": given})["7"] == Job("7", "PENDING", "Dependency")
-    monkeypatch.setattr(controller, "_squeue", lambda ids: "7|RUNNING|n1|other-joint\n")
-    assert controller.look_up({"7": given})["7"].state == ""  # another cluster's job of that number
+        assert slurm_cli.look_up({"7": given})["7"] == Job("7", "PENDING", "Dependency")
+    monkeypatch.setattr(slurm_cli, "_squeue", lambda ids: "7|RUNNING|n1|other-joint\n")
+    assert slurm_cli.look_up({"7": given})["7"].state == ""  # another cluster's job of that number
 
 
 def test_nodes_that_are_not_there_are_refused_before_anything_is_written(tmp_path: Path) -> None:

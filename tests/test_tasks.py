@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hive_scale.evaluate import easyvqa, gqa, mme, okvqa, scienceqa
-from hive_scale.evaluate.answers import choice_letter, plain_normal, vqa_normal, yes_or_no
-from hive_scale.evaluate.files import rows
-from hive_scale.evaluate.question import Picture, Question, Unanswerable, decoded
+from hive_scale.evaluate.answer_parsing import choice_letter, plain_normal, vqa_normal, yes_or_no
+from hive_scale.evaluate.readers import rows
 from hive_scale.evaluate.tasks import TASKS, find_task
+from hive_scale.evaluate.vqa_types import Picture, Question, Unanswerable, decoded
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

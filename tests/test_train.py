@@ -25,21 +25,21 @@ from PIL import Image
 from transformers import SiglipVisionModel
 
 from hive_scale import presets
-from hive_scale.checkpoint.handoff import read_weights
-from hive_scale.checkpoint.marker import WEIGHTS, is_done
-from hive_scale.checkpoint.snapshot import Snapshot
+from hive_scale.checkpoint.format import Snapshot
+from hive_scale.checkpoint.stage_files import WEIGHTS, is_done
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.checksums import SUMS
 from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
 from hive_scale.distributed import World, session
+from hive_scale.exit_codes import Stopped
 from hive_scale.model import build
-from hive_scale.outcome import blank_twin, heldout_losses, show
+from hive_scale.observability.console import console
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.observability.stage_log import StageLog
 from hive_scale.pipeline import run_pipeline
-from hive_scale.preparation import Data, open_all, open_data
-from hive_scale.randomness import seed_step
-from hive_scale.stops import Stopped
-from hive_scale.watch.log import StageLog
-from hive_scale.watch.metrics import read_metrics
-from hive_scale.watch.terminal import console
+from hive_scale.preflight import Data, open_all, open_data
+from hive_scale.report.summary import blank_twin, heldout_losses, show
+from hive_scale.seeding import seed_step
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM = tiny.language(vocab_size=259, hidden_size=32)

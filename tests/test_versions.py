@@ -20,13 +20,13 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_chat import TEMPLATES, fast
+from test_conversation import TEMPLATES, fast
 from torch import Tensor
 
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
-from hive_scale.evaluate.answering import HiveAnswerer
-from hive_scale.evaluate.question import Picture, Question
-from hive_scale.model import export
+from hive_scale.evaluate.vqa_runner import HiveAnswerer
+from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.export import huggingface
 from hive_scale.model.build import assemble
 from hive_scale.model.hive import Hive
 
@@ -142,16 +142,18 @@ def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     folder, jobs = tmp_path_factory.mktemp("exports"), []
     for tower, (config, mode) in TOWERS.items():
         weights = dict(assemble(model_config(config, "llama"), 1).named_parameters())
-        export.export_encoder(model_config(config, "llama"), weights, folder / tower, mode)
+        huggingface.export_encoder(model_config(config, "llama"), weights, folder / tower, mode)
         jobs.append(("encoder", str(folder / tower), ""))
         for position in ("user", "start"):
             path = folder / f"llava-{tower}-{position}"
             of_model = model_config(config, "llama", rope_theta=500000.0)
-            export.export_llava(of_model, weights_of(of_llava(tower)), path, TOKENIZER.stock, mode, position=position)
+            huggingface.export_llava(
+                of_model, weights_of(of_llava(tower)), path, TOKENIZER.stock, mode, position=position
+            )
             jobs.append(("llava", str(path), TEXT))
     for name, (llm, changes) in LLMS.items():
         weights = dict(assemble(model_config(tiny.SIGLIP, llm, **changes), 1).named_parameters())
-        export.export_llm(model_config(tiny.SIGLIP, llm, **changes), weights, folder / name, TOKENIZER.stock)
+        huggingface.export_llm(model_config(tiny.SIGLIP, llm, **changes), weights, folder / name, TOKENIZER.stock)
         jobs.append(("llm", str(folder / name), LONG))
     environment = os.environ | {"PYTHONPATH": str(old), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", READER, str(image)]

@@ -10,9 +10,9 @@ import pytest
 import tars
 import tiny
 
-from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.commands import evaluate, finetune_vlm
-from hive_scale.data.sources import easyvqa
+from hive_scale.prepare import easyvqa
 
 REFUSES = "{{ raise_exception('no chat') }}"
 

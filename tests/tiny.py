@@ -9,8 +9,8 @@ import torch
 
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import ModelConfig, PartConfig
+from hive_scale.export.huggingface import export_encoder
 from hive_scale.model.build import assemble
-from hive_scale.model.export import export_encoder
 from hive_scale.model.hive import Hive
 
 IMAGE = 32

@@ -16,7 +16,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
     from hive_scale.distributed import World
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _examine(arguments: argparse.Namespace) -> int:
     from hive_scale.distributed import session
-    from hive_scale.watch.hang import watching
+    from hive_scale.resilience.watchdog import watching
 
     if not 0 <= arguments.seconds < inf:
         raise ValueError(f"--seconds {arguments.seconds} is no length of time: give such as 5, or 0 for no all-reduce")
@@ -77,8 +77,8 @@ def _examine(arguments: argparse.Namespace) -> int:
 
 def _told(world: World, topic: str, own: Sequence[Line]) -> list[Line]:
     """The lines of all ranks, which rank 0 prints: equal ones once, with where they are from."""
+    from hive_scale.observability.console import console
     from hive_scale.placement import ranks_of
-    from hive_scale.watch.terminal import console
 
     heard = world.exchange(topic, [socket.gethostname(), own])
     ranks = [(host, [Line(*line) for line in lines]) for host, lines in heard]
@@ -374,7 +374,7 @@ def _all_reduce(world: World, seconds: float) -> list[Line]:
     import torch.distributed as dist
 
     from hive_scale.device import is_accelerator, synchronize
-    from hive_scale.pulse import tick
+    from hive_scale.phase_timer import tick
 
     if world.size == 1 or not seconds:
         why = "one process: nothing to add up" if world.size == 1 else "not tried (--seconds 0)"

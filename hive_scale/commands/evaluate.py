@@ -14,13 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 from hive_scale.strangers import printable
 
 if TYPE_CHECKING:
     from hive_scale.distributed import World
-    from hive_scale.evaluate.answering import Answerer
-    from hive_scale.evaluate.question import Question, Task
+    from hive_scale.evaluate.vqa_runner import Answerer
+    from hive_scale.evaluate.vqa_types import Question, Task
 
 EXAMPLES = """\
 examples:
@@ -52,7 +52,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from hive_scale.evaluate.answering import read_predictions, result
+    from hive_scale.evaluate.vqa_runner import read_predictions, result
 
     if not arguments.score.is_file():
         raise ValueError(f"--score {arguments.score}: no such file")
@@ -68,8 +68,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from hive_scale.distributed import session
-    from hive_scale.evaluate.answering import answer_all, read_predictions, result
-    from hive_scale.watch.hang import watching
+    from hive_scale.evaluate.vqa_runner import answer_all, read_predictions, result
+    from hive_scale.resilience.watchdog import watching
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
@@ -104,11 +104,11 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]
 def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
     """Where answers go, and who gives them."""
     from hive_scale.device import choose_precision
-    from hive_scale.evaluate.answering import HiveAnswerer, LlavaAnswerer
+    from hive_scale.evaluate.vqa_runner import HiveAnswerer, LlavaAnswerer
     from hive_scale.model.identity import key_of
     from hive_scale.model.llava import StockLlava
     from hive_scale.precision import DTYPES
-    from hive_scale.runs import open_hive
+    from hive_scale.run import open_hive
 
     path: Path = arguments.model
     precision, told = choose_precision(world.device, arguments.precision)
@@ -131,7 +131,7 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
 
 def _claim(path: Path, identity: dict[str, str], world: World) -> None:
     """Answers of another model, or of the same in other circumstances, must not pass for this one's."""
-    from hive_scale.evaluate.files import read_json, write_json
+    from hive_scale.evaluate.readers import read_json, write_json
 
     if world.is_main and not path.exists():
         write_json(path, identity)
@@ -144,7 +144,7 @@ def _claim(path: Path, identity: dict[str, str], world: World) -> None:
 
 def _save(path: Path, results: dict[str, Any]) -> None:
     """Put `results` beside those of other tasks."""
-    from hive_scale.evaluate.files import read_json, write_json
+    from hive_scale.evaluate.readers import read_json, write_json
 
     before: dict[str, Any] = {}
     if path.exists():
@@ -156,7 +156,7 @@ def _save(path: Path, results: dict[str, Any]) -> None:
 def _show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from hive_scale.watch.terminal import console
+    from hive_scale.observability.console import console
 
     table = Table("task", "score", "", "questions", "missing", "cut")
     for name, one in results.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 
 EXAMPLES = """\
 examples:
@@ -55,7 +55,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _verify(directory: Path) -> int:
-    from hive_scale.checkpoint.runs import verify_path
+    from hive_scale.checkpoint.run_reader import verify_path
 
     is_damaged = False
     for path, damage, remark in verify_path(directory):

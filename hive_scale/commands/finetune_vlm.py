@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hive_scale.command import add_run_arguments, add_training_arguments, named_run
-from hive_scale.stops import ended
+from hive_scale.cli import add_run_arguments, add_training_arguments, named_run
+from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
     from hive_scale.config import Config, PartConfig
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from hive_scale import config
-    from hive_scale.runs import find_encoder
+    from hive_scale.run import find_encoder
 
     resolved = _run(arguments, find_encoder(arguments.encoder))
     if arguments.print_config:
@@ -53,7 +53,7 @@ def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:
 
     Raises ValueError.
     """
-    from hive_scale.preparation import check, open_all
+    from hive_scale.preflight import check, open_all
 
     arguments = _parse(argv)
     if arguments.overwrite:
@@ -83,7 +83,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 def _give(config: Config) -> None:
     """The finished run as a LLaVA directory, if it is one, and what to do with it."""
     from hive_scale.export import export_run
-    from hive_scale.watch.terminal import console
+    from hive_scale.observability.console import console
 
     llava = config.run_dir / "llava"
     if config.model.fusion == "concat" and not llava.exists():

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.command import add_run_arguments, named_run
-from hive_scale.stops import ended
+from hive_scale.cli import add_run_arguments, named_run
+from hive_scale.exit_codes import ended
 from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:

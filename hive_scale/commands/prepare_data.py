@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.data.convert.commands import CONVERTERS  # which imports as late as this file
-from hive_scale.stops import code_of
+from hive_scale.exit_codes import code_of
+from hive_scale.prepare.commands import CONVERTERS  # which imports as late as this file
 from hive_scale.strangers import printable
 
 if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
-    from hive_scale.data.sources.records import Record
+    from hive_scale.prepare.records import Record
 
 Subparsers = Any  # argparse gives its type no public name
 
@@ -73,7 +73,7 @@ def add_emoji(subparsers: Subparsers) -> None:
 
 
 def run_emoji(arguments: argparse.Namespace) -> None:
-    from hive_scale.data.sources import emoji, notices
+    from hive_scale.prepare import emoji, notices
 
     styles = list(emoji.STYLES) if arguments.styles == "all" else ["noto"]
 
@@ -91,7 +91,7 @@ def add_tuxpaint(subparsers: Subparsers) -> None:
 
 
 def run_tuxpaint(arguments: argparse.Namespace) -> None:
-    from hive_scale.data.sources import notices, tuxpaint
+    from hive_scale.prepare import notices, tuxpaint
 
     _make(arguments, lambda: tuxpaint.records(arguments.cache), notices.TUXPAINT)
 
@@ -101,7 +101,7 @@ def add_easy_vqa(subparsers: Subparsers) -> None:
 
 
 def run_easy_vqa(arguments: argparse.Namespace) -> None:
-    from hive_scale.data.sources import easyvqa, notices
+    from hive_scale.prepare import easyvqa, notices
 
     with _waiting("fetching and converting easy-vqa"):
         samples = easyvqa.prepare(arguments.output, arguments.cache, arguments.overwrite)
@@ -114,7 +114,7 @@ def add_fashion_mnist(subparsers: Subparsers) -> None:
 
 
 def run_fashion_mnist(arguments: argparse.Namespace) -> None:
-    from hive_scale.data.sources import fashion_mnist, notices
+    from hive_scale.prepare import fashion_mnist, notices
 
     with _waiting("fetching Fashion-MNIST"):
         written = fashion_mnist.prepare(arguments.output, arguments.cache)
@@ -127,7 +127,7 @@ def add_smollm2(subparsers: Subparsers) -> None:
 
 
 def run_smollm2(arguments: argparse.Namespace) -> None:
-    from hive_scale.data.sources import notices, smollm2
+    from hive_scale.prepare import notices, smollm2
 
     start = time.monotonic()
     with _waiting("fetching (93 MB) and converting SmolLM2; a minute or two"):
@@ -149,10 +149,10 @@ def add_index(subparsers: Subparsers) -> None:
 
 def run_index(arguments: argparse.Namespace) -> None:
     from hive_scale.config import DataConfig
-    from hive_scale.data.cache import ShardCache
     from hive_scale.data.index import open_index
+    from hive_scale.data.shard_cache import ShardCache
     from hive_scale.data.shards import all_shards, expand
-    from hive_scale.data.summary import describe
+    from hive_scale.prepare.stats import describe
 
     index = open_index(all_shards(expand(arguments.shards)), ShardCache(round(DataConfig().cache_gb * 1e9)))
     if arguments.faults:
@@ -164,7 +164,7 @@ def run_index(arguments: argparse.Namespace) -> None:
 def _add(
     subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], None], summary: str
 ) -> argparse.ArgumentParser:
-    from hive_scale.data.sources.packages import cache_dir
+    from hive_scale.shared_files import cache_dir
 
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
@@ -188,8 +188,8 @@ def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notic
     """Load records, write them as shards with `notice` beside them, and say what came out."""
     from rich.progress import Progress
 
-    from hive_scale.data.sources.pictures import Jpeg
-    from hive_scale.data.sources.records import shards_in, write
+    from hive_scale.prepare.jpeg import Jpeg
+    from hive_scale.prepare.records import shards_in, write
 
     recipe = Jpeg(arguments.size, arguments.quality)
     shards_in(arguments.output, arguments.overwrite)  # refused before anything is downloaded

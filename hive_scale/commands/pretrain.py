@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hive_scale.command import add_run_arguments, add_training_arguments, named_run
-from hive_scale.stops import ended
+from hive_scale.cli import add_run_arguments, add_training_arguments, named_run
+from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -43,8 +43,8 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import by_main, launch
-    from hive_scale.outcome import blank_twin, show
     from hive_scale.pipeline import run_pipeline
+    from hive_scale.report.summary import blank_twin, show
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)

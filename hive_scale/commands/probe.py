@@ -9,11 +9,11 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
-    from hive_scale.evaluate.labelled import Labelled
-    from hive_scale.evaluate.probing import Plan
+    from hive_scale.evaluate.classification_datasets import Labelled
+    from hive_scale.evaluate.probe_runner import Plan
 
 EXAMPLES = """\
 examples:
@@ -45,12 +45,12 @@ def check(argv: Sequence[str]) -> None:
 def _probe(arguments: argparse.Namespace) -> int:
     from hive_scale.device import choose_precision
     from hive_scale.distributed import session
-    from hive_scale.evaluate.features import Encoder
-    from hive_scale.evaluate.probing import Bench, read_results, save, warnings
+    from hive_scale.evaluate.encoder import Encoder
+    from hive_scale.evaluate.probe_runner import Bench, read_results, save, warnings
+    from hive_scale.observability.console import console
     from hive_scale.precision import DTYPES
-    from hive_scale.runs import find_encoder
-    from hive_scale.watch.hang import watching
-    from hive_scale.watch.terminal import console
+    from hive_scale.resilience.watchdog import watching
+    from hive_scale.run import find_encoder
 
     path = find_encoder(arguments.encoder)
     plan, output = _plan(arguments), arguments.output or arguments.encoder / "probes"
@@ -85,7 +85,7 @@ def _probe(arguments: argparse.Namespace) -> int:
 
 
 def _sets(arguments: argparse.Namespace) -> list[Labelled]:
-    from hive_scale.evaluate.labelled import open_labelled
+    from hive_scale.evaluate.classification_datasets import open_labelled
 
     root, names = arguments.data or Path("data"), arguments.set.split(",")
     if arguments.data and len(names) == 1 and not (root / names[0]).is_dir():
@@ -94,8 +94,8 @@ def _sets(arguments: argparse.Namespace) -> list[Labelled]:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
+    from hive_scale.evaluate.probe_runner import Plan
     from hive_scale.evaluate.probes import PROBES, RATES, Recipe
-    from hive_scale.evaluate.probing import Plan
 
     heads = arguments.heads.split(",")
     if unknown := [head for head in heads if head not in (*PROBES, "knn")]:
@@ -130,7 +130,7 @@ def _say_nothing(text: str) -> None:
 def _show(results: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from hive_scale.watch.terminal import console
+    from hive_scale.observability.console import console
 
     table = Table("probe", "test accuracy, %", "deviation", "rates chosen")
     for kind, one in results.items():

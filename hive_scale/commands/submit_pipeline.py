@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
@@ -47,14 +47,14 @@ def main() -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from hive_scale.command import named_run
-    from hive_scale.slurm import chain, resources, submission, then
+    from hive_scale.cli import named_run
+    from hive_scale.slurm import chain, downstream, resources, submission
 
     plain, slurm_words = resources.split(arguments.overrides)
-    plain, then_words = then.split(plain)
+    plain, then_words = downstream.split(plain)
     config = named_run(arguments, plain)
     before = chain.Record.read(config.run_dir) or chain.Record()
-    followers = then.read(arguments.then, then_words, config) or before.followers()
+    followers = downstream.read(arguments.then, then_words, config) or before.followers()
     bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
     asked = resources.read(arguments.profile, slurm_words, bases)
     return submission.submit(config, asked, arguments.cluster, followers, arguments.dry_run)
@@ -92,13 +92,13 @@ def logs(words: list[str]) -> int:
 
 
 def cancel(words: list[str]) -> int:
-    from hive_scale.slurm import chain, controller
+    from hive_scale.slurm import chain, slurm_cli
 
     arguments = _sub_parser("cancel", "Cancel all jobs of a run, the last first; what runs saves.").parse_args(words)
     config, _ = _read(arguments.run)
     with chain.submitting(config.run_dir):
         jobs = [job for job in chain.known_jobs(config).values() if job.is_active or job.state == "PENDING"]
-        controller.cancel([job.id for job in reversed(jobs)])
+        slurm_cli.cancel([job.id for job in reversed(jobs)])
     print(f"cancelled: {', '.join(job.id for job in jobs) or 'nothing was queued or running'}")
     return 0
 
@@ -140,7 +140,7 @@ def _sub_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from hive_scale.command import add_run_arguments
+    from hive_scale.cli import add_run_arguments
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter

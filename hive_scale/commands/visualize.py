@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from hive_scale.stops import ended
+from hive_scale.exit_codes import ended
 
 EXAMPLES = """\
 examples:
@@ -31,8 +31,8 @@ def _act(arguments: argparse.Namespace) -> int:
 
 
 def _gradients(arguments: argparse.Namespace) -> None:
-    from hive_scale.gallery.looks import gradients, save_gradients
-    from hive_scale.gallery.runs import Run, pairs_of
+    from hive_scale.report.report import gradients, save_gradients
+    from hive_scale.report.run_view import Run, pairs_of
 
     runs = [Run(path) for path in arguments.runs]
     pairs = [pairs_of(run, arguments.images, arguments.captions, arguments.count) for run in runs]
@@ -42,10 +42,10 @@ def _gradients(arguments: argparse.Namespace) -> None:
 
 
 def _attention(arguments: argparse.Namespace) -> None:
-    from hive_scale.gallery.looks import attention
-    from hive_scale.gallery.runs import Run
-    from hive_scale.show.attention_map import attention_figure
-    from hive_scale.show.figure import save
+    from hive_scale.report.attention_maps import attention_figure
+    from hive_scale.report.report import attention
+    from hive_scale.report.run_view import Run
+    from hive_scale.report.svg import save
 
     run = Run(arguments.run)
     pixels, caption = (run.read_picture(arguments.image), "") if arguments.image else run.heldout(1)[0]
@@ -59,8 +59,8 @@ def _attention(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from hive_scale.gallery.report import report, save_report
-    from hive_scale.gallery.runs import Run
+    from hive_scale.report.report import report, save_report
+    from hive_scale.report.run_view import Run
 
     runs = [Run(path) for path in arguments.runs]
     output = arguments.output or arguments.runs[0] / "report.html"
@@ -71,8 +71,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _sync(arguments: argparse.Namespace) -> None:
     import os
 
-    from hive_scale.gallery.runs import Run
-    from hive_scale.watch.sinks import replay
+    from hive_scale.observability.trackers import replay
+    from hive_scale.report.run_view import Run
 
     run = Run(arguments.run)
     for name in replay(run.dir, os.environ.get("WANDB_MODE", "online")):

@@ -30,11 +30,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hive_scale import credentials
-from hive_scale.data.cache import ShardCache, is_remote
-from hive_scale.data.scan import Fault, ShardTable, Stamp, scan_shard
+from hive_scale.data.shard_cache import ShardCache, is_remote
 from hive_scale.data.shards import SAMPLE_DIR
-from hive_scale.data.sources.packages import cache_dir
-from hive_scale.shared_files import locked, own_lock, replacing
+from hive_scale.data.tar_scan import Fault, ShardTable, Stamp, scan_shard
+from hive_scale.shared_files import cache_dir, locked, own_lock, replacing
 from hive_scale.strict_json import loads
 
 VERSION = 5  # raised when a scan finds other things in the same tars, or the file holds others

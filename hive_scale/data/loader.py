@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader
 
 from hive_scale.batch import Batch
 from hive_scale.config import DataConfig
-from hive_scale.data.batches import Batches, Slots, worker_options
-from hive_scale.data.cache import ShardCache
+from hive_scale.data.bad_samples import Ledger
+from hive_scale.data.dataset import Samples
+from hive_scale.data.feature_store import KeptFeatures
 from hive_scale.data.index import open_index
-from hive_scale.data.kept import KeptFeatures
-from hive_scale.data.ledger import Ledger
-from hive_scale.data.order import Mixture, Order, Stream, cut, deal
-from hive_scale.data.samples import Samples
-from hive_scale.data.scan import Fault
+from hive_scale.data.sampler import Mixture, Order, Stream, cut, deal
+from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import all_shards, expand
+from hive_scale.data.tar_scan import Fault
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.data.transform import GREY, Colour
+from hive_scale.data.workers import Batches, Slots, worker_options
 from hive_scale.device import pins_memory
 from hive_scale.distributed import World
 

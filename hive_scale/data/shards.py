@@ -15,9 +15,9 @@ from typing import Any
 from braceexpand import braceexpand
 
 from hive_scale import credentials
-from hive_scale.data.cache import ShardCache, digest_of, is_remote
 from hive_scale.data.images import LARGEST_FILE
-from hive_scale.data.scan import Stamp
+from hive_scale.data.shard_cache import ShardCache, digest_of, is_remote
+from hive_scale.data.tar_scan import Stamp
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
 

@@ -15,7 +15,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import SINGLE, exact_fp32
 from hive_scale.distributed import Fragment, World
-from hive_scale.stage import ParamGroup
+from hive_scale.param_groups import ParamGroup
 
 COMPILERS = ("g++", "clang++", "c++")
 
@@ -118,9 +118,9 @@ def open_engine(
         exact_fp32()
     # imported here: each engine brings its framework, and each imports this module
     if config.ds_config:
-        from hive_scale.engine.zero import ZeroEngine
+        from hive_scale.engine.deepspeed import ZeroEngine
 
         return ZeroEngine(model, groups, stage, config, world, weights)
-    from hive_scale.engine.native import NativeEngine
+    from hive_scale.engine.fsdp import NativeEngine
 
     return NativeEngine(model, groups, stage, config, world, weights)

@@ -35,7 +35,7 @@ def accumulate(world: World, micro_batches: Sequence[Batch], run: Callable[[Batc
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(micro_batches):
         total += run(batch, index == len(micro_batches) - 1)
-    world.pulse.enter("reduce")
+    world.timer.enter("reduce")
     return total
 
 
@@ -50,7 +50,7 @@ def conclude(
     own_tokens = sum(batch.num_tokens for batch in micro_batches)
     loss_sum, num_tokens, *voted = world.sum(total.item(), own_tokens, *votes())
     mean = loss_sum / max(1.0, num_tokens)
-    world.pulse.enter("update")
+    world.timer.enter("update")
     is_fit = math.isfinite(mean) and mean <= max_loss
     return Conclusion(mean, int(num_tokens), is_fit, tuple(voted), max(1.0, num_tokens))
 
@@ -64,13 +64,13 @@ def held_out(
     Neither the host nor another rank is waited for before the end.
     """
     losses, own_tokens = [torch.zeros((), device=world.device)], 0
-    world.pulse.enter("evaluate")
+    world.timer.enter("evaluate")
     model.eval()
     try:
         for batch in micro_batches:
             losses.append(loss_of(batch))
             own_tokens += batch.num_tokens
-            world.pulse.enter("evaluate")  # each is a sign of life
+            world.timer.enter("evaluate")  # each is a sign of life
     finally:
         model.train()
     total, count = world.sum(math.fsum(torch.stack(losses).tolist()), own_tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hive_scale.batch import Batch
 from hive_scale.data.tokenizer import Tokenizer
-from hive_scale.model.decode import generate
+from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
 
 

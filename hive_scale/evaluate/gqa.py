@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hive_scale.data.turns import SHORT
-from hive_scale.evaluate.answers import plain_normal
-from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json, rows
-from hive_scale.evaluate.question import Answered, Picture, Question, Task
+from hive_scale.data.conversation import SHORT
+from hive_scale.evaluate.answer_parsing import plain_normal
+from hive_scale.evaluate.readers import beside, nothing_in, published_at, read_json, rows
+from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/GQA or https://cs.stanford.edu/people/dorarad/gqa"
 

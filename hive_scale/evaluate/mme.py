@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from hive_scale.data.turns import SHORT
-from hive_scale.evaluate.answers import yes_or_no
-from hive_scale.evaluate.files import beside, nothing_in, pictures_by_stem, published_at, rows
-from hive_scale.evaluate.question import Answered, Picture, Question, Task
+from hive_scale.data.conversation import SHORT
+from hive_scale.evaluate.answer_parsing import yes_or_no
+from hive_scale.evaluate.readers import beside, nothing_in, pictures_by_stem, published_at, rows
+from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 from hive_scale.strangers import MB, read_bytes
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/MME"

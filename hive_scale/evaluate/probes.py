@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hive_scale.distributed import World
-from hive_scale.pulse import tick
+from hive_scale.phase_timer import tick
 from hive_scale.schedule import lr_factor
 
 Kind = Literal["attentive", "linear"]

@@ -6,9 +6,9 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from hive_scale.evaluate.answers import choice_letter
-from hive_scale.evaluate.files import beside, nothing_in, published_at, read_json, rows
-from hive_scale.evaluate.question import Answered, Picture, Question, Task
+from hive_scale.evaluate.answer_parsing import choice_letter
+from hive_scale.evaluate.readers import beside, nothing_in, published_at, read_json, rows
+from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/ScienceQA or https://scienceqa.github.io"
 LETTER = "\nAnswer with the option's letter from the given choices directly."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from hive_scale.evaluate import easyvqa, gqa, mme, okvqa, scienceqa
-from hive_scale.evaluate.question import Task
+from hive_scale.evaluate.vqa_types import Task
 
 TASKS: dict[str, Task] = {task.name: task for task in (mme.TASK, gqa.TASK, okvqa.TASK, scienceqa.TASK, easyvqa.TASK)}
 

@@ -25,8 +25,8 @@ from transformers import (
 from hive_scale import checksums
 from hive_scale.config import ModelConfig, PartConfig, holds_weights_alone, run_of
 from hive_scale.model import pretrained
+from hive_scale.model.encoders import mean_colour
 from hive_scale.model.hive import Hive
-from hive_scale.model.vision import mean_colour
 
 VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
 LANGUAGE = ("llama", "qwen2", "qwen3")

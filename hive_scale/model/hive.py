@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
 from hive_scale.model import attention
+from hive_scale.model.encoders import PIXEL_STATISTICS, encoder_depths, group_ends, hidden_states, patches, reached
 from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
 from hive_scale.model.projector import MLP, Projector
-from hive_scale.model.vision import PIXEL_STATISTICS, encoder_depths, group_ends, hidden_states, patches, reached
 
 
 class Hive(nn.Module):

@@ -13,13 +13,13 @@ import torch
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
 from hive_scale.model import build
+from hive_scale.param_groups import freeze
 from hive_scale.plan.flops import count
-from hive_scale.plan.fsdp import MASTER, Fsdp, Param, Pass, Plain, Units
+from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Plain, Units
 from hive_scale.plan.timeline import Moment
 from hive_scale.plan.trace import Trace, trace
-from hive_scale.plan.zero import Zero3, Zero12
+from hive_scale.plan.zero_memory import Zero3, Zero12
 from hive_scale.precision import DTYPES
-from hive_scale.stage import freeze
 
 MOMENTS = 2 * MASTER
 

@@ -83,7 +83,7 @@ def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
     """The complete ``zero_optimization`` of the config's DeepSpeed JSON; empty without one."""
     if not config.engine.ds_config:
         return {}
-    from hive_scale.engine.ds_json import resolve  # DeepSpeed, which checks it, takes seconds to import
+    from hive_scale.engine.deepspeed_config import resolve  # DeepSpeed, which checks it, takes seconds to import
 
     settings = resolve(Path(config.engine.ds_config), stage, config.engine, world, here=False)
     zero: dict[str, Any] = settings["zero_optimization"]

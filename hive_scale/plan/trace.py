@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hive_scale.config import CheckpointingConfig
-from hive_scale.engine.activation import checkpoint_blocks
+from hive_scale.engine.activation_checkpointing import checkpoint_blocks
 
 # Bytes that scale with the micro-batch are told from others by this prime factor, which no width has.
 SAMPLES = 1009

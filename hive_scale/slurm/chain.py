@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 from hive_scale import config as configs
 from hive_scale import credentials, strict_json
 from hive_scale.atomic import write_text
-from hive_scale.checkpoint.provenance import code_version
 from hive_scale.config import Config
 from hive_scale.shared_files import locked
-from hive_scale.slurm import controller
-from hive_scale.slurm.controller import Job
+from hive_scale.slurm import slurm_cli
+from hive_scale.slurm.downstream import LAUNCHERS, Follower, Followers
 from hive_scale.slurm.resources import Resources
-from hive_scale.slurm.then import LAUNCHERS, Follower, Followers
+from hive_scale.slurm.slurm_cli import Job
 from hive_scale.strict_json import dumps
+from hive_scale.version import code_version
 
 Verb = Literal["done", "kept", "submit"]
 
@@ -150,7 +150,7 @@ def submitting(run_dir: Path) -> Iterator[Path]:
 
 
 def job_name(config: Config, stage: str) -> str:
-    return controller.plain(f"{config.name}-{stage}")
+    return slurm_cli.plain(f"{config.name}-{stage}")
 
 
 def known_jobs(config: Config) -> dict[str, Job]:
@@ -159,5 +159,5 @@ def known_jobs(config: Config) -> dict[str, Job]:
     if record is None or record.cluster != "slurm":
         return {}
     stages = {job: stage for stage, job in record.jobs.items() if stage in config.stages or stage in record.then}
-    found = controller.look_up({job: job_name(config, stage) for job, stage in stages.items()})
+    found = slurm_cli.look_up({job: job_name(config, stage) for job, stage in stages.items()})
     return {stages[id]: job for id, job in found.items()}

@@ -20,12 +20,12 @@ from submitit.helpers import DelayedSubmission
 
 from hive_scale import config as configs
 from hive_scale import credentials, heartbeat
-from hive_scale.checkpoint.marker import is_done
+from hive_scale.checkpoint.stage_files import is_done
 from hive_scale.config import Config
-from hive_scale.slurm.then import Follower, Followers
-from hive_scale.stops import HALTED, TRY_AGAIN, Stopped, ended
+from hive_scale.exit_codes import HALTED, TRY_AGAIN, Stopped, ended
+from hive_scale.resilience.preemption import STOP
+from hive_scale.slurm.downstream import Follower, Followers
 from hive_scale.strict_json import append_line, read_lines
-from hive_scale.watch.interrupt import STOP
 
 logger = logging.getLogger(__name__)
 PATIENCE = 300.0  # seconds for the processes of an attempt before this one to die
@@ -104,7 +104,7 @@ class StageJob(ChainJob):
     def _train(self, began: datetime, asked: list[int]) -> int:
         from hive_scale.distributed import rank, session
         from hive_scale.pipeline import run_pipeline
-        from hive_scale.watch.interrupt import end_of_stop
+        from hive_scale.resilience.preemption import end_of_stop
 
         if rank() == 0:
             self.begin(began)
@@ -204,7 +204,7 @@ def handling(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 def position(config: Config) -> str:
     """Where a run stands: ``language:120`` is 120 steps of stage `language`, as its newest checkpoint has them."""
-    from hive_scale.checkpoint.snapshot import step_of, steps_in
+    from hive_scale.checkpoint.format import step_of, steps_in
 
     for name in config.stages:
         if not is_done(config.run_dir / name):

@@ -12,11 +12,11 @@ from contextlib import suppress
 import submitit
 
 from hive_scale.config import Config
-from hive_scale.slurm import chain, snapshot, status
+from hive_scale.exit_codes import TRY_AGAIN
+from hive_scale.slurm import chain, code_snapshot, status
+from hive_scale.slurm.downstream import Followers, order
 from hive_scale.slurm.job import ChainJob, job_of
 from hive_scale.slurm.resources import Resources, environment
-from hive_scale.slurm.then import Followers, order
-from hive_scale.stops import TRY_AGAIN
 
 YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
 
@@ -51,7 +51,7 @@ def _submit(config: Config, job: ChainJob, resources: Resources) -> submitit.Job
         gpus_per_node=resources.gpus_per_node,
         stderr_to_stdout=True,
     )
-    os.environ.update(environment(resources, snapshot.PACKAGE.parent, config.data_of(job.stage)))
+    os.environ.update(environment(resources, code_snapshot.PACKAGE.parent, config.data_of(job.stage)))
     # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

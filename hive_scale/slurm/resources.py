@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale.config import DataConfig, resolve
+from hive_scale.exit_codes import TRY_AGAIN
 from hive_scale.presets import read_file
-from hive_scale.stops import TRY_AGAIN
 
 PROFILES = Path(__file__).parent / "profiles"
 PREFIX = "slurm."

@@ -13,16 +13,16 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from hive_scale.checkpoint.marker import is_done
+from hive_scale.checkpoint.stage_files import is_done
 from hive_scale.config import Config
-from hive_scale.slurm import chain, controller
+from hive_scale.observability import goodput
+from hive_scale.observability.console import console
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.slurm import chain, slurm_cli
 from hive_scale.slurm.chain import Link, Record
+from hive_scale.slurm.downstream import Followers
 from hive_scale.slurm.job import lost_nodes, read_attempts
 from hive_scale.slurm.resources import Resources
-from hive_scale.slurm.then import Followers
-from hive_scale.watch import goodput
-from hive_scale.watch.metrics import read_metrics
-from hive_scale.watch.terminal import console
 
 POLL = 2.0  # seconds between looks
 LONGEST = 1e9  # seconds that are worth telling
@@ -86,7 +86,7 @@ def done_stages(config: Config, then: Followers) -> list[str]:
 
 def _states(config: Config) -> dict[str, str]:
     record = Record.read(config.run_dir) or Record()
-    jobs = chain.known_jobs(config) if controller.is_here() else {}  # else, what the files say
+    jobs = chain.known_jobs(config) if slurm_cli.is_here() else {}  # else, what the files say
     done = done_stages(config, record.followers())
     states = {}
     for stage in (*config.stages, *record.then):

@@ -11,12 +11,12 @@ import submitit
 
 from hive_scale.config import Config
 from hive_scale.rundir import check_place
-from hive_scale.slurm import chain, controller, local, snapshot, status
+from hive_scale.slurm import chain, code_snapshot, local, slurm_cli, status
 from hive_scale.slurm.chain import Link, Record
+from hive_scale.slurm.downstream import Followers
+from hive_scale.slurm.downstream import order as in_order
 from hive_scale.slurm.job import attempts_file, job_of
 from hive_scale.slurm.resources import Resources, sbatch
-from hive_scale.slurm.then import Followers
-from hive_scale.slurm.then import order as in_order
 
 Asked = Mapping[str, Resources]  # by stage
 
@@ -26,12 +26,12 @@ def submit(config: Config, asked: Asked, cluster: str, then: Followers, dry_run:
 
     Raises ValueError for what the user must change, SlurmError if Slurm refuses or is silent.
     """
-    with controller.outside_of_jobs():  # one may submit from a node of one's own
+    with slurm_cli.outside_of_jobs():  # one may submit from a node of one's own
         return _submit_all(config, asked, cluster, then, dry_run)
 
 
 def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry_run: bool) -> int:
-    if cluster == "slurm" and not dry_run and not controller.is_here("sbatch"):
+    if cluster == "slurm" and not dry_run and not slurm_cli.is_here("sbatch"):
         raise ValueError("there is no sbatch here: log in to the cluster, or give --cluster local, or --dry_run")
     steps = validate(config, asked, then)
     if cluster == "slurm" and (found := set(str(config.run_dir.absolute())) & set("%:\\")):
@@ -42,14 +42,14 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
     order, done = in_order(list(config.stages), then), status.done_stages(config, then)
     costs = {name: cost(config, name, asked[name], steps[name]) for name in steps if name not in done}
     if dry_run:
-        links = chain.decide(order, done, chain.known_jobs(config) if controller.is_here() else {})
+        links = chain.decide(order, done, chain.known_jobs(config) if slurm_cli.is_here() else {})
         status.show_plan(links, asked, costs, {})
         show_scripts(config, links, asked)
         return 0
     with chain.submitting(config.run_dir) as folder:
         links = chain.decide(order, done, chain.known_jobs(config))
-        controller.cancel([link.replaces for link in reversed(links) if link.replaces])
-        code = snapshot.take(folder / "code", config.engine.ds_config)
+        slurm_cli.cancel([link.replaces for link in reversed(links) if link.replaces])
+        code = code_snapshot.take(folder / "code", config.engine.ds_config)
         record = chain.recorded(config, asked, "slurm", steps, then)
         for link in links:
             if link.verb == "submit":
@@ -63,10 +63,10 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
 
 def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
-    from hive_scale.checkpoint.claims import check_owner
-    from hive_scale.checkpoint.marker import WEIGHTS, find_weights
-    from hive_scale.initial import check_paths
-    from hive_scale.preparation import check, open_all
+    from hive_scale.checkpoint.run_claims import check_owner
+    from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights
+    from hive_scale.pipeline import check_paths
+    from hive_scale.preflight import check, open_all
 
     check_place(config)
     check_owner(config)
@@ -98,7 +98,7 @@ def cost(config: Config, name: str, resources: Resources, steps: int) -> str:
 
 
 def show_scripts(config: Config, links: Sequence[Link], asked: Asked) -> None:
-    code = config.run_dir / "slurm" / "code" / snapshot.fingerprint(config.engine.ds_config)
+    code = config.run_dir / "slurm" / "code" / code_snapshot.fingerprint(config.engine.ds_config)
     for link in links:
         if link.verb == "submit":
             executor = _executor(config, link.stage, asked[link.stage], code, link.after and f"JOB_OF_{link.after}")
@@ -119,12 +119,14 @@ class Executor(submitit.SlurmExecutor):
 def _submit(config: Config, link: Link, resources: Resources, code: Path, record: Record) -> str:
     """Submit one stage's job; its id."""
     if config.engine.ds_config:  # the snapshot's copy
-        config = replace(config, engine=replace(config.engine, ds_config=str(code.absolute() / snapshot.DS_CONFIG)))
+        config = replace(
+            config, engine=replace(config.engine, ds_config=str(code.absolute() / code_snapshot.DS_CONFIG))
+        )
     executor = _executor(config, link.stage, resources, code, record.jobs[link.after] if link.after else "")
     try:
         return str(executor.submit(job_of(config, link.stage, record.followers(), resources.attempts)).job_id)
     except submitit.core.utils.FailedJobError as error:
-        raise controller.SlurmError(f"{link.stage}: {str(error).strip().splitlines()[-1]}") from error
+        raise slurm_cli.SlurmError(f"{link.stage}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _executor(config: Config, stage: str, resources: Resources, code: Path, after: str) -> Executor:

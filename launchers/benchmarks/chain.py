@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     if not shutil.which("sbatch"):
         raise ValueError(f"no Slurm in reach: {__doc__.splitlines()[2]}")
-    from hive_scale.watch.metrics import read_metrics
+    from hive_scale.observability.metrics import read_metrics
 
     found: dict[str, list[float]] = {}
     with TemporaryDirectory(dir=arguments.folder) as folder:

@@ -75,7 +75,7 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
     """A model of the preset's size in bf16, its stages, and its picture's side."""
     import torch
 
-    from hive_scale.engine.activation import blocks_of
+    from hive_scale.engine.activation_checkpointing import blocks_of
     from hive_scale.model import build
 
     config = from_scratch(preset, [f"fusion={fusion}"])
@@ -91,8 +91,8 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
 
 
 def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: argparse.Namespace) -> list[list[str]]:
+    from hive_scale.param_groups import freeze
     from hive_scale.plan.flops import count
-    from hive_scale.stage import freeze
 
     if arguments.compile:
         import torch

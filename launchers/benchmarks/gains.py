@@ -106,9 +106,9 @@ class Size:
         """A model on the device, frozen as `stage` says."""
         from hive_scale.config import StageConfig
         from hive_scale.model.build import assemble
+        from hive_scale.param_groups import freeze
         from hive_scale.precision import DTYPES
         from hive_scale.presets import three_stages
-        from hive_scale.stage import freeze
 
         dtype = DTYPES[self.precision]
         model = assemble(self.config(), seed=0).to(this_device(), dtype)
@@ -167,7 +167,7 @@ def encoder_depth(size: Size) -> Iterator[Gain]:
         model.vision(pixels)
 
     def tapped() -> None:
-        from hive_scale.model.vision import hidden_states
+        from hive_scale.model.encoders import hidden_states
 
         hidden_states(model.vision, pixels, max(model.encoder_depths))
 
@@ -191,7 +191,7 @@ def decoding(size: Size) -> Iterator[Gain]:
     """Text written token by token: everything computed again for each, and keys and values kept."""
     import torch
 
-    from hive_scale.model.decode import generate
+    from hive_scale.model.generate import generate
 
     model = size.model("projector")
     pixels = torch.zeros(size.micro_batch, 3, SIDE, SIDE, dtype=torch.uint8, device=model.pixel_mean.device)
@@ -270,7 +270,7 @@ def attention(size: Size) -> Iterator[Gain]:
 
 
 def compiled(size: Size) -> Iterator[Gain]:
-    from hive_scale.engine.activation import blocks_of
+    from hive_scale.engine.activation_checkpointing import blocks_of
 
     plain, compiled = size.model("joint"), size.model("joint")
     for block in blocks_of(compiled):

@@ -232,8 +232,8 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
     from hive_scale.engine import open_engine
     from hive_scale.engine.memory import release
     from hive_scale.model import build
+    from hive_scale.param_groups import freeze
     from hive_scale.precision import DTYPES
-    from hive_scale.stage import freeze
 
     (stage,) = config.stages.values()
     vocabulary, num_tokens = config.model.language.config["vocab_size"], config.data.max_tokens

@@ -70,7 +70,7 @@ def make_batches(number: int, global_batch: int, micro_batch: int, way: str) -> 
     import torch
 
     from hive_scale.batch import Sample, collate
-    from hive_scale.data.order import deal
+    from hive_scale.data.sampler import deal
 
     rng = np.random.default_rng(number)
     words = np.clip(rng.lognormal(np.log(9.3), 0.45, global_batch), 4, 60)
@@ -89,8 +89,8 @@ def make_engine(global_batch: int, micro_batch: int, width: int, world: World) -
     from hive_scale.config import EngineConfig, ModelConfig, PartConfig, StageConfig
     from hive_scale.engine import open_engine
     from hive_scale.model.build import assemble, skeleton
+    from hive_scale.param_groups import freeze
     from hive_scale.presets import three_stages
-    from hive_scale.stage import freeze
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     vision = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 4, "vision_use_head": False, **sizes}

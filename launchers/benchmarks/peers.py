@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def ours(task: Task) -> Step:
     from hive_scale.engine import open_engine
     from hive_scale.model.build import skeleton
-    from hive_scale.stage import freeze
+    from hive_scale.param_groups import freeze
 
     weights = dict(task.build()[0].named_parameters())
     model = skeleton(task.config)
@@ -38,7 +38,7 @@ def bare(task: Task) -> Step:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from hive_scale.engine.adamw import adamw
+    from hive_scale.engine.optimizer import adamw
 
     if task.engine.ds_config:
         return bare_deepspeed(task)
@@ -75,8 +75,8 @@ def bare(task: Task) -> Step:
 def bare_deepspeed(task: Task) -> Step:
     import torch
 
-    from hive_scale.engine.adamw import adamw
-    from hive_scale.engine.ds_json import load_deepspeed
+    from hive_scale.engine.deepspeed_config import load_deepspeed
+    from hive_scale.engine.optimizer import adamw
 
     model, groups = task.build()
     optimizer, world = adamw(dict(model.named_parameters()), groups, task.stage), task.world
@@ -100,7 +100,7 @@ def is_fsdp(task: Task) -> bool:
 
 
 def deepspeed_settings(task: Task) -> dict[str, Any]:
-    from hive_scale.engine.ds_json import resolve
+    from hive_scale.engine.deepspeed_config import resolve
 
     return resolve(Path(task.engine.ds_config), task.stage, task.engine, task.world.size)
 
@@ -138,7 +138,7 @@ def accelerate(task: Task) -> Step:
 
     import torch
 
-    from hive_scale.engine.adamw import adamw
+    from hive_scale.engine.optimizer import adamw
 
     model, groups = task.build()
     accelerator = open_accelerator(task, model)

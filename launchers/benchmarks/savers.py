@@ -32,7 +32,7 @@ def compete(task: Task, folder: Path) -> dict[str, Saver]:
 
     from hive_scale.engine import open_engine
     from hive_scale.model.build import skeleton
-    from hive_scale.stage import freeze
+    from hive_scale.param_groups import freeze
 
     model = skeleton(task.config)
     groups = freeze(model, task.stage, model.dormant())
@@ -57,7 +57,7 @@ def state_of(engine: Any) -> Iterator[Tensor]:
 
 
 def ours(task: Task, engine: Any, path: Path) -> Saver:
-    from hive_scale.checkpoint.store import Store
+    from hive_scale.checkpoint.checkpointer import Store
     from hive_scale.config import KeepConfig
 
     store, steps = Store(path, task.world, KeepConfig(1)), count(1)
@@ -124,7 +124,7 @@ def accelerate(task: Task, path: Path) -> Saver:
     """An FSDP2 copy of the model, prepared by Accelerate, whose moments one step has made."""
     import torch
 
-    from hive_scale.engine.adamw import MOMENTS, adamw
+    from hive_scale.engine.optimizer import MOMENTS, adamw
 
     model, groups = task.build()
     accelerator = open_accelerator(task, model)

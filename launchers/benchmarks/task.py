@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
     from hive_scale.batch import Batch
     from hive_scale.config import Config, EngineConfig, ModelConfig, StageConfig
     from hive_scale.distributed import World
-    from hive_scale.stage import ParamGroup
+    from hive_scale.param_groups import ParamGroup
 
 JSONS = Path(__file__).resolve().parents[2] / "ds_configs"
 # by case: the row's title, engine.shard, the DeepSpeed JSON. ZeRO-3 replaces F.linear for good: each case has
@@ -40,7 +40,7 @@ class Task:
 
     def build(self) -> tuple[Any, list[ParamGroup]]:
         """A copy of the model, frozen and grouped as the stage says."""
-        from hive_scale.stage import freeze
+        from hive_scale.param_groups import freeze
 
         model = deepcopy(self.model)  # not made anew: Transformers would cut it up once it has heard of ZeRO-3
         return model, freeze(model, self.stage, model.dormant())

@@ -23,7 +23,7 @@ def trainer(task: Task) -> Step:
     from torch.distributed.fsdp import FSDPModule
     from transformers import Trainer, TrainingArguments
 
-    from hive_scale.engine.adamw import adamw
+    from hive_scale.engine.optimizer import adamw
 
     model, groups = task.build()
     turns: Queue[Sequence[Batch]] = Queue()

@@ -24,10 +24,10 @@ from hive_scale.config import PartConfig, TokenizerConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import World
+from hive_scale.export.huggingface import export_encoder
 from hive_scale.model import build
-from hive_scale.model.export import export_encoder
-from hive_scale.model.vision import hidden_states
-from hive_scale.model.vision import patches as of_patches
+from hive_scale.model.encoders import hidden_states
+from hive_scale.model.encoders import patches as of_patches
 from hive_scale.schedule import lr_factor
 
 BATCH, PEAK = 64, 1e-3

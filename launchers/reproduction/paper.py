@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from hive_scale import presets
-from hive_scale.slurm.then import SETS, TASKS
+from hive_scale.slurm.downstream import SETS, TASKS
 from launchers.reproduction.phases import ENCODERS, FUSIONS
 
 if TYPE_CHECKING:

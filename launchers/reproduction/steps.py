@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 # the server imports these once, and each step is a cheap fork of it; transformers reads the last when it saves
-PRELOADED = ["hive_scale.pipeline", "hive_scale.evaluate.probing", "hive_scale.evaluate.answering", "deepspeed"]
+PRELOADED = ["hive_scale.pipeline", "hive_scale.evaluate.probe_runner", "hive_scale.evaluate.vqa_runner", "deepspeed"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
 

@@ -19,9 +19,9 @@ import torch
 
 from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.checkpoint.handoff import read_weights
+from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, PartConfig
-from hive_scale.watch.metrics import read_metrics
+from hive_scale.observability.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"projector": 24, "language": 24, "joint": 60}  # optimizer steps

@@ -22,12 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hive_scale import presets
-from hive_scale.checkpoint.retention import Retention
-from hive_scale.checkpoint.snapshot import steps_in
+from hive_scale.checkpoint.checkpointer import Retention
+from hive_scale.checkpoint.format import steps_in
 from hive_scale.config import Config
 from hive_scale.plan.devices import find
 from hive_scale.plan.run import Machine, StagePlan, checkpoint_seconds, plan_run
-from hive_scale.watch.cadence import DAY, Cadence
+from hive_scale.resilience.checkpoint_interval import DAY, Cadence
 
 START = 60.0  # seconds from a job's start to its first step
 HOST_COPY = 5e9  # bytes/s per process, of a checkpoint into host memory: what training waits for

@@ -41,13 +41,13 @@ import ranks  # noqa: E402
 from server import WRONGS, Server, serve  # noqa: E402
 
 from hive_scale import presets  # noqa: E402
-from hive_scale.checkpoint.handoff import read_weights  # noqa: E402
-from hive_scale.checkpoint.marker import WEIGHTS, is_done  # noqa: E402
+from hive_scale.checkpoint.stage_files import WEIGHTS, is_done  # noqa: E402
+from hive_scale.checkpoint.weights import read_weights  # noqa: E402
 from hive_scale.data.shards import SAMPLE_DIR  # noqa: E402
 from hive_scale.distributed import session  # noqa: E402
+from hive_scale.exit_codes import Stopped  # noqa: E402
+from hive_scale.observability.metrics import read_metrics  # noqa: E402
 from hive_scale.pipeline import run_pipeline  # noqa: E402
-from hive_scale.stops import Stopped  # noqa: E402
-from hive_scale.watch.metrics import read_metrics  # noqa: E402
 
 STAGES = ("projector", "language", "joint")
 STEPS = 8  # a stage

@@ -1,0 +1,286 @@
+"""One step checkpoint on disk: what its manifest says, whether its files agree, and reading ranges of it.
+
+```
+step_00001200/rank_00000.safetensors    the ranges one rank wrote, each named <kind>/<parameter>@<offset>
+step_00001200/manifest.json             {"checksum", "content": {format, step, shapes, files, state}}, written last
+```
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hive_scale import strict_json
+from hive_scale.checkpoint.io import Damaged, file_hash, write_json
+from hive_scale.distributed import Fragment
+
+Shape = tuple[int, ...]
+
+
+class Range(NamedTuple):
+    """Elements [offset, offset + length) of the flattened tensor `key`."""
+
+    key: str
+    offset: int
+    length: int
+
+
+class Owned(NamedTuple):
+    """What a rank tells the others about one fragment."""
+
+    range: Range
+    shape: Shape  # of the whole parameter
+
+
+class Piece(NamedTuple):
+    """A range that this rank writes: `range.length` elements from `start` of its fragment number `source`."""
+
+    range: Range
+    source: int
+    start: int
+
+
+def key_of(fragment: Fragment) -> str:
+    return f"{fragment.kind}/{fragment.name}"
+
+
+def owned(fragments: Iterable[Fragment]) -> list[Owned]:
+    return [Owned(Range(key_of(f), f.offset, f.data.numel()), tuple(f.shape)) for f in fragments]
+
+
+def shapes_of(tables: Iterable[Sequence[Owned]]) -> dict[str, Shape]:
+    """{key: shape} over all ranks. Raises ValueError where two ranks disagree."""
+    shapes: dict[str, Shape] = {}
+    for table in tables:
+        for row in table:
+            first = shapes.setdefault(row.range.key, row.shape)
+            if first != row.shape:
+                raise ValueError(f"{row.range.key} has shape {first} on one rank and {row.shape} on another")
+    return shapes
+
+
+def divide(tables: Sequence[Sequence[Owned]], rank: int) -> list[Piece]:
+    """What `rank` has to write so that all ranks together write every range once.
+
+    `tables` has one table per rank. A range that several ranks hold (replicas) is shared among them: all
+    that one set of ranks holds is laid end to end and cut evenly. Raises ValueError as `check_tiling` does.
+    """
+    holders: dict[Range, list[int]] = {}
+    for holder, table in enumerate(tables):
+        for row in table:
+            if row.range.length:  # ZeRO-3 leaves some ranks without a share of a small parameter
+                holders.setdefault(row.range, []).append(holder)
+    check_tiling(shapes_of(tables), holders)
+    together: dict[tuple[int, ...], list[Range]] = {}
+    for held, ranks in holders.items():
+        together.setdefault(tuple(ranks), []).append(held)
+    sources = {row.range: source for source, row in enumerate(tables[rank])}
+    return [
+        Piece(cut, sources[held], cut.offset - held.offset)
+        for ranks, ranges in together.items()
+        if rank in ranks
+        for held, cut in _share(ranges, ranks.index(rank), len(ranks))
+    ]
+
+
+def check_tiling(shapes: Mapping[str, Shape], ranges: Iterable[Range]) -> None:
+    """Raises ValueError naming the key if the ranges leave a hole, overlap or overhang."""
+    reached = dict.fromkeys(shapes, 0)
+    for key, offset, length in sorted(ranges):
+        if offset != reached[key]:
+            raise ValueError(f"{key} has {'a hole' if offset > reached[key] else 'an overlap'} at {reached[key]}")
+        reached[key] += length
+    for key, end in reached.items():
+        if end != prod(shapes[key]):
+            raise ValueError(f"{key} has {end} elements where its shape {shapes[key]} has {prod(shapes[key])}")
+
+
+def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
+    """How two sets of named shapes differ, in words; empty if they do not."""
+    both = stored.keys() & wanted.keys()
+    findings = {
+        "missing": wanted.keys() - stored.keys(),
+        "unexpected": stored.keys() - wanted.keys(),
+        "of another shape": {f"{k} {stored[k]} instead of {wanted[k]}" for k in both if stored[k] != wanted[k]},
+    }
+    return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in findings.items() if names)
+
+
+def by_parameter(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """{parameter: shape} of {kind/parameter: shape}."""
+    return {key.split("/", 1)[1]: shape for key, shape in shapes.items()}
+
+
+def _share(ranges: Sequence[Range], index: int, num: int) -> Iterable[tuple[Range, Range]]:
+    """(range, the part of it) for the `index`-th of `num` even cuts of `ranges` laid end to end."""
+    total = sum(held.length for held in ranges)
+    low, high = total * index // num, total * (index + 1) // num
+    at = 0
+    for held in ranges:
+        begin, end = max(low - at, 0), min(high - at, held.length)
+        if begin < end:
+            yield held, Range(held.key, held.offset + begin, end - begin)
+        at += held.length
+
+
+def _some(names: Sequence[str], limit: int = 10) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def directory_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def steps_in(directory: Path) -> list[Path]:
+    """The published checkpoints in `directory`, oldest first, sound or not."""
+    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def tensor_name(stored: Range) -> str:
+    """A rank may write several ranges of one tensor, so the offset is part of the name."""
+    return f"{stored.key}@{stored.offset}"
+
+
+def write_manifest(directory: Path, step: int, shapes: Mapping[str, Shape], files: Any, state: Any) -> None:
+    """`files` is {name: {"bytes", "xxh3_128", "ranges": [[key, offset, length], ...]}}."""
+    content = {"format": FORMAT, "step": step, "shapes": shapes, "files": files, "state": state}
+    write_json(directory / MANIFEST, {"checksum": _checksum(content), "content": content})
+
+
+def audit(path: Path, share: int = 0, num_shares: int = 1) -> str:
+    """Why the checkpoint at `path` cannot be trusted, or "". Reads every `num_shares`-th of its files."""
+    try:
+        snapshot = Snapshot(path)
+    except ValueError as error:
+        return str(error)
+    return next(filter(None, map(snapshot.damage, sorted(snapshot.files)[share::num_shares])), "")
+
+
+class Snapshot:
+    """A published checkpoint, opened for reading; shapes are those of whole parameters."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises Damaged if the manifest is missing, cut, altered, of another format or of another step."""
+        self.path = path
+        self._open: dict[str, Any] = {}
+        try:
+            self._take(_read_manifest(path))
+        except Damaged:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            # a checksum finds damage, but anyone can compute one who writes a manifest
+            raise Damaged(f"{MANIFEST} does not describe a checkpoint: {error}") from None
+
+    def _take(self, content: dict[str, Any]) -> None:
+        self.step: int = content["step"]
+        self.state: dict[str, Any] = dict(content["state"])
+        self.shapes: dict[str, Shape] = {key: tuple(shape) for key, shape in content["shapes"].items()}
+        self.files: dict[str, dict[str, Any]] = content["files"]
+        self._stored: dict[str, list[tuple[Range, str]]] = {key: [] for key in self.shapes}
+        for shape in self.shapes.values():
+            _check_counts(*shape)
+        for name, file in self.files.items():
+            ranges = [Range(*row) for row in file["ranges"]]
+            _check_counts(file["bytes"], *(number for stored in ranges for number in stored[1:]))
+            if not isinstance(file["xxh3_128"], str) or 4 * sum(stored.length for stored in ranges) > file["bytes"]:
+                raise ValueError(f"{name} has no checksum, or holds less than its ranges")
+            for stored in ranges:
+                self._stored[stored.key].append((stored, name))
+        check_tiling(self.shapes, (stored for found in self._stored.values() for stored, _ in found))
+
+    def damage(self, name: str) -> str:
+        """Why the file `name` cannot be trusted, or "". Reads all of it."""
+        path, file = self.path / name, self.files[name]
+        try:
+            size = path.stat().st_size
+            if not path.is_file():
+                return f"{name} is no file"
+            if size != file["bytes"]:
+                return f"{name} has {size} bytes instead of {file['bytes']}"
+            if file_hash(path) != file["xxh3_128"]:
+                return f"{name} does not match its checksum"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return ""
+
+    def read(self, key: str, offset: int, out: Tensor) -> None:
+        """Fill the 1-D `out` with the elements of `key` from `offset` on. Raises Damaged if a file is not readable."""
+        for stored, name in self._stored[key]:
+            low = max(offset, stored.offset)
+            high = min(offset + out.numel(), stored.offset + stored.length)
+            if low < high:
+                found = self._slice(name, stored)[low - stored.offset : high - stored.offset]
+                if found.shape != (high - low,):
+                    raise Damaged(f"{self.path / name}: {tensor_name(stored)} is not of the length that it should have")
+                with torch.no_grad():
+                    out[low - offset : high - offset].copy_(found)
+
+    def masters(self) -> dict[str, Shape]:
+        """{parameter name: shape} of the trained parameters."""
+        kind = "master/"
+        return {key.removeprefix(kind): shape for key, shape in self.shapes.items() if key.startswith(kind)}
+
+    def master(self, name: str) -> Tensor:
+        """The whole fp32 master weight of a parameter, in its shape."""
+        key = f"master/{name}"
+        out = torch.empty(prod(self.shapes[key]))
+        self.read(key, 0, out)
+        return out.view(self.shapes[key])
+
+    def _slice(self, name: str, stored: Range) -> Any:
+        try:
+            if name not in self._open:
+                self._open[name] = safe_open(self.path / name, framework="pt")  # memory-mapped
+            return self._open[name].get_slice(tensor_name(stored))
+        except (SafetensorError, OSError) as error:
+            raise Damaged(f"{self.path / name}: {error}") from error
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = strict_json.read(path / MANIFEST)
+        content = manifest["content"]
+        sound = manifest["checksum"] == _checksum(content)
+    except OSError as error:
+        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise Damaged(f"{MANIFEST} is not what was written: {error}") from error
+    if not sound:
+        raise Damaged(f"{MANIFEST} does not match its checksum")
+    if content["format"] != FORMAT:
+        raise Damaged(f"{MANIFEST} has format {content['format']}, this version reads format {FORMAT}")
+    if directory_name(content["step"]) != path.name:
+        raise Damaged(f"{MANIFEST} is that of {directory_name(content['step'])}")
+    if any(Path(name).name != name for name in content["files"]):
+        raise Damaged(f"{MANIFEST} names files outside the checkpoint")
+    return cast(dict[str, Any], content)
+
+
+def _check_counts(*numbers: Any) -> None:
+    for number in numbers:
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{number} counts nothing")
+
+
+def _checksum(content: Any) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True, allow_nan=False).encode()))

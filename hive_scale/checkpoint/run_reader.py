@@ -1,0 +1,175 @@
+"""A run's directory, read: its config, the weights of its stages, and whether all that is there is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+
+from hive_scale import checksums
+from hive_scale import config as configs
+from hive_scale.checkpoint.format import MANIFEST, Snapshot, audit, steps_in
+from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights
+from hive_scale.checkpoint.weights import read_weights
+from hive_scale.rundir import BEGAN, MARKER
+
+CONFIG = "config.yaml"
+INITIAL = "initial"  # what the first stage starts from
+OWN = (CONFIG, "data.json", MARKER)  # files of a run itself, written once
+STRANGER = "it does not come from the weights of the stage before"
+UNLISTED = "no checksums, an older version or another tool wrote it"
+
+
+class Run:
+    """`config` is the one that the run was started with; `dir` may have been moved since."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ValueError if `directory` holds no run, or its config is not what was written."""
+        if not (directory / CONFIG).is_file():
+            raise ValueError(
+                f"{directory} is no run, for it has no {CONFIG} (a stage is not a run): give the directory that "
+                "output= named"
+            )
+        checksums.check_file(directory / CONFIG, configs.EDITED)
+        self.dir, self.config = directory, configs.load(directory / CONFIG)
+
+    def finished(self) -> list[str]:
+        """The stages that are done, in their order."""
+        return [stage for stage in self.config.stages if find_weights(self.weights(stage))]
+
+    def stage(self, name: str = "") -> str:
+        """`name`, or the last stage that is done. Raises ValueError if there is none, or it is not done."""
+        known = [*self.config.stages, INITIAL]
+        if name and name not in known:
+            left = [stage for stage in self.config.stages if stage not in self.finished()]
+            raise ValueError(
+                f"{self.dir} has no stage '{name}': there are {', '.join(known)} "
+                f"(still to be done: {', '.join(left) or 'none'})"
+            )
+        wanted = name or next(reversed(self.finished()), "")
+        if not wanted:
+            raise ValueError(
+                f"every stage of {self.dir} is still to be done, there is no finished stage: train it to its end, or "
+                f"take what it began with, stage {INITIAL}"
+            )
+        if not find_weights(self.weights(wanted)):
+            done = ", ".join(self.finished()) or "none"
+            raise ValueError(f"stage {name} of {self.dir} is still to be done: finished are {done}")
+        return wanted
+
+    def weights(self, stage: str) -> Path:
+        return self.dir / stage / WEIGHTS
+
+
+class Finding(NamedTuple):
+    path: Path
+    damage: str  # or "", if it is sound
+    remark: str = ""  # on what is sound as far as can be told
+
+
+def encoder_remedy(directory: Path) -> str:
+    """How to come by the files of a damaged `directory` with an encoder again."""
+    if find_weights(directory.parent / WEIGHTS):
+        return f"remove {directory}, and the command that trained the run makes it again from the stage's weights"
+    return checksums.REMEDY
+
+
+def verify_path(path: Path) -> Iterator[Finding]:
+    """What `verify` finds of the run at `path`, and of its twin on blank pictures; or of an exported directory.
+
+    Raises ValueError if `path` is neither.
+    """
+    if not (path / CONFIG).is_file() and (checksums.is_listed(path) or (path / "config.json").is_file()):
+        yield verify_directory(path)
+        return
+    try:
+        run = Run(path)
+    except checksums.Damaged as error:
+        yield Finding(path / CONFIG, str(error))
+        return
+    yield from verify(run)
+    if (path / "blank" / CONFIG).is_file():
+        yield from verify_path(path / "blank")
+
+
+def verify(run: Run) -> Iterator[Finding]:
+    """Read everything that a run has published, stage by stage: checkpoints, weights, encoders, and then exports.
+
+    Each file must match its checksum, none may be missing, none be there that was not written; weights and
+    checkpoints must come from the weights of the stage before.
+    """
+    for name in OWN:
+        yield from _own(run.dir / name)
+    parent = ""
+    for stage in (INITIAL, *run.config.stages):
+        directory = run.dir / stage
+        yield from _own(directory / BEGAN)
+        for checkpoint in steps_in(directory):
+            yield Finding(checkpoint, audit(checkpoint) or _extra(checkpoint) or _stranger(checkpoint, parent))
+        encoder = directory / ENCODER
+        if found := find_weights(directory / WEIGHTS):
+            identity, damage = "", ""
+            try:
+                weights = read_weights(found)
+                identity = weights.identity
+                damage = "" if weights.metadata.get("parent", "") == parent else STRANGER
+            except ValueError as error:
+                damage = str(error)
+            yield Finding(found, damage)
+            parent = identity
+            if stage != INITIAL and not encoder.is_dir():
+                yield Finding(encoder, "it is missing: the command that trained the run makes it again")
+        elif encoder.is_dir() or (stage == INITIAL and run.finished()):
+            yield Finding(directory / WEIGHTS, "they are missing, though a later step was made of them")
+        if encoder.is_dir():
+            yield verify_directory(encoder)
+    for directory in (*sorted(run.dir.glob("export/*")), run.dir / "llava"):
+        if directory.is_dir() and directory.suffix != ".tmp":  # which a killed command left
+            yield verify_directory(directory)
+
+
+def verify_directory(directory: Path) -> Finding:
+    """Of a Hugging Face directory, ours by its checksums or anyone's."""
+    if not checksums.is_listed(directory):
+        damage = _unreadable(directory)
+        return Finding(directory, damage, "" if damage else UNLISTED)
+    damage = "; ".join(checksums.faults(directory)) or _named(checksums.unexpected(directory))
+    return Finding(directory, damage)
+
+
+def _own(path: Path) -> Iterator[Finding]:
+    try:
+        listed = checksums.read_sums(path.parent) if checksums.is_listed(path.parent) else {}
+        checksums.check_file(path)
+    except checksums.Damaged as error:
+        yield Finding(path, str(error))
+    else:
+        if path.name in listed or path.is_file():  # older versions noted no data
+            yield Finding(path, "", "" if path.name in listed else UNLISTED)
+
+
+def _stranger(checkpoint: Path, parent: str) -> str:
+    return "" if Snapshot(checkpoint).state.get("parent") == parent else STRANGER
+
+
+def _extra(checkpoint: Path) -> str:
+    there = {path.name for path in checkpoint.iterdir()}
+    return _named(sorted(there - Snapshot(checkpoint).files.keys() - {MANIFEST}))
+
+
+def _named(unexpected: list[str]) -> str:
+    return f"files that were not written with it: {', '.join(map(repr, unexpected))}" if unexpected else ""
+
+
+def _unreadable(directory: Path) -> str:
+    """Why a Hugging Face directory without checksums cannot be loaded, or ""."""
+    try:
+        for path in directory.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+    except (SafetensorError, OSError) as error:
+        return f"{path.name} cannot be read: {error}"
+    complete = (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+    return "" if complete else "config.json or weights are missing"

@@ -1,0 +1,247 @@
+"""What one stage leaves to the next: all weights under their plain names, in sealed safetensors files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from hive_scale import strict_json
+from hive_scale.checkpoint.format import Shape, Snapshot, audit, difference, steps_in
+from hive_scale.checkpoint.io import DTYPES, Damaged, num_bytes, sync_directory, write_json
+from hive_scale.checkpoint.io import file_hash as file_hash  # part of this room's public face
+from hive_scale.checkpoint.stage_files import (
+    SEAL,
+    WEIGHTS,
+    Source,
+    check_seal,
+    find_weights,
+    index_of,
+    unnamed_path,
+    write_sealed,
+)
+from hive_scale.distributed import World
+from hive_scale.node import once_per_node
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of one or several safetensors files by name, read from disk when asked for.
+
+    `identity` is the hash that tells these weights from all others; a checkpoint names its parent by it.
+    """
+
+    def __init__(self, files: Iterable[Path], identity: str) -> None:
+        self.identity = identity
+        self._files: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}  # of the (first) file
+        for path in files:
+            opened: Any = safe_open(path, framework="pt")  # memory-mapped
+            self._files.update(dict.fromkeys(opened.keys(), opened))
+            self.metadata = self.metadata or dict(opened.metadata() or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return cast(Tensor, self._files[name].get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def shape(self, name: str) -> Shape:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def sources(self) -> dict[str, Source]:
+        """Every tensor unread, as `write_weights` takes them."""
+        dtypes = {name: _dtype(name, file.get_slice(name).get_dtype()) for name, file in self._files.items()}
+        return {name: Source(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
+
+
+def write_weights(
+    path: Path,
+    tensors: Mapping[str, Tensor | Source] | Iterable[tuple[str, Tensor | Source]],
+    metadata: Mapping[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write named tensors to `path` (``*.safetensors``), or above `max_shard_bytes` to several files and an index.
+
+    Returns what was published last: `path`, or ``<path>.index.json``. Complete or absent: files get their names
+    when all their bytes are on disk, the index after all files. A tied tensor is written under its first name.
+    Sources are read one at a time. Raises OSError.
+    """
+    sources = _untied(tensors.items() if isinstance(tensors, Mapping) else tensors)
+    shards = _shards(sources, max_shard_bytes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    index = index_of(path)
+    if len(shards) == 1:
+        write_sealed(path, shards[0], metadata or {})
+        index.unlink(missing_ok=True)  # of another, larger model
+        sync_directory(path.parent)
+        return path
+    names = [f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    seals = {
+        name: write_sealed(path.with_name(name), shard, metadata or {})
+        for name, shard in zip(names, shards, strict=True)
+    }
+    total = sum(num_bytes(source.dtype, source.shape) for source in sources.values())
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    unnamed = unnamed_path(index)
+    write_json(unnamed, {"metadata": {"total_size": total, SEAL: seals}, "weight_map": weight_map})
+    unnamed.rename(index)
+    path.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return index
+
+
+def read_weights(path: Path, world: World | None = None, sealed: bool = False) -> Weights:
+    """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
+
+    To check a seal takes a reading of the file. Given a `world` one rank of each node does that, and all are told what
+    it found; it is a collective then. Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold.
+    Files without a seal, which others wrote, are taken as they are, unless they must be `sealed`, as a run's must.
+    """
+    if path.is_dir():
+        candidates = (path / "weights.safetensors", path / "model.safetensors")
+        path = next(filter(None, map(find_weights, candidates)), candidates[0])
+    found = find_weights(path)
+    if found is None:
+        raise FileNotFoundError(f"there are no weights at {path}")
+    sealed |= _is_of_run(found)
+    try:
+        if found.suffix != ".json":
+            return Weights([found], _once(world, partial(check_seal, found, None, sealed)))
+        return _read_sharded(found, world)
+    except Damaged as error:
+        raise Damaged(f"{error}: {_remedy(found)}") from None
+
+
+def _read_sharded(found: Path, world: World | None) -> Weights:
+    try:
+        index = strict_json.read(found)
+        weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
+        # beside it: a name with a folder in it is a ValueError
+        paths = [found.with_name(name) for name in sorted({*weight_map.values(), *seals})]
+        expected = [seals.get(path.name) for path in paths]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise Damaged(f"{found} is not what was written: {error}") from error
+
+    def check() -> str:
+        checked = [check_seal(path, seal) for path, seal in zip(paths, expected, strict=True)]
+        return str(xxhash.xxh3_128_hexdigest("".join(checked).encode()))
+
+    weights = Weights(paths, _once(world, check))
+    if lost := sorted(weight_map.keys() - weights.keys()):
+        raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
+    if seals and (more := sorted(weights.keys() - weight_map.keys())):
+        raise Damaged(f"{found} does not name tensors that its files hold: {', '.join(more)}")
+    return weights
+
+
+def _is_of_run(weights: Path) -> bool:
+    return index_of(weights) == index_of(weights.with_name(WEIGHTS)) and (weights.parents[1] / "config.yaml").is_file()
+
+
+def _remedy(weights: Path) -> str:
+    """How to come by what was at `weights` again."""
+    stage = weights.parent
+    if not _is_of_run(weights):
+        return "get it again from where it came"
+    if stage.name != "initial" and not steps_in(stage):
+        return (
+            f"restore it from a copy, or remove {weights.name}: the command that trained the run then trains this "
+            "stage again"
+        )
+    source = (
+        f"the stage's last checkpoint, {steps_in(stage)[-1].name}" if steps_in(stage) else "what the run began with"
+    )
+    return f"remove {weights.name}, and the command that trained the run makes it again from {source}"
+
+
+def _once(world: World | None, make: Callable[[], str]) -> str:
+    return make() if world is None else once_per_node(world, make)
+
+
+def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> Path:
+    """The next stage's weights: those of the parent, and in place of the trained ones the checkpoint's masters.
+
+    One process does this; it holds one tensor at a time. Trained parameters become fp32, the others keep the
+    parent's dtype. Raises Damaged, or ValueError if the checkpoint trained what the parent does not have.
+    """
+    if reason := audit(checkpoint):
+        raise Damaged(f"{checkpoint} refused: {reason}")
+    parent, snapshot = read_weights(parent_weights), Snapshot(checkpoint)
+    trained = snapshot.masters()
+    if differs := difference(trained, {name: parent.shape(name) for name in parent if name in trained}):
+        raise ValueError(f"{checkpoint} was not trained from {parent_weights}: {differs}")
+    masters = {name: Source(torch.float32, shape, partial(snapshot.master, name)) for name, shape in trained.items()}
+    metadata = {"format": "pt", "step": str(snapshot.step), "parent": parent.identity}
+    return write_weights(out, parent.sources() | masters, metadata, max_shard_bytes)
+
+
+def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
+    """Copy the weights at `path` into tensors of the same names, casting to their dtype and device.
+
+    Raises ValueError naming what is missing, unexpected or of another shape, before anything is changed; and
+    as `read_weights` does.
+    """
+    weights = read_weights(path)
+    tensors = _first_of_tied(named_tensors)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if differs := difference({name: weights.shape(name) for name in weights}, wanted):
+        raise ValueError(f"{path} does not fit this model: {differs}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(weights[name])
+
+
+def _untied(tensors: Iterable[tuple[str, Tensor | Source]]) -> dict[str, Source]:
+    live: list[tuple[str, Tensor]] = []
+    sources: dict[str, Source] = {}
+    for name, tensor in tensors:
+        if isinstance(tensor, Source):
+            sources[name] = tensor
+        else:
+            live.append((name, tensor))
+    for name, tensor in _first_of_tied(live).items():
+        sources[name] = Source(tensor.dtype, tuple(tensor.shape), partial(_same, tensor))
+    return sources
+
+
+def _first_of_tied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Without the second names of tensors that share their memory, as a state dict lists them."""
+    seen: dict[tuple[Any, ...], str] = {}
+    kept: dict[str, Tensor] = {}
+    for name, tensor in named:
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name  # of empty ones all pointers are 0
+        if seen.setdefault(cast(Any, place), name) == name:
+            kept[name] = tensor
+    return kept
+
+
+def _dtype(name: str, stored: str) -> torch.dtype:
+    if stored not in DTYPES:
+        raise ValueError(f"{name} is stored as {stored}, which is not written here: convert it to float32 or bfloat16")
+    return DTYPES[stored]
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _shards(sources: Mapping[str, Source], limit: int) -> list[dict[str, Source]]:
+    shards: list[dict[str, Source]] = [{}]
+    size = 0
+    for name, source in sources.items():
+        more = num_bytes(source.dtype, source.shape)
+        if shards[-1] and size + more > limit:
+            shards.append({})
+            size = 0
+        shards[-1][name] = source
+        size += more
+    return shards

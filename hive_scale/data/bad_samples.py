@@ -1,0 +1,79 @@
+"""The account of samples that cannot be used: each once, in a file that every rank and every resumed run shares."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import TextIO
+
+from hive_scale.data.tar_scan import Fault
+from hive_scale.shared_files import PATIENCE, Held, locked
+from hive_scale.strict_json import LARGEST_LINE, loads
+
+
+class Ledger:
+    """Bad samples in `path` (JSON lines: shard, key, reason), or in memory alone without one.
+
+    `budget` is how many a run may meet; the count is that of the file, whoever wrote it.
+    """
+
+    def __init__(self, path: Path | None, budget: int) -> None:
+        self.path = path
+        self.budget = budget
+        self._known: dict[tuple[str, str], Fault] = {}
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Note those of `faults` that are new. Raises ValueError with a summary when the budget is exceeded."""
+        new = {(fault.shard, fault.key): fault for fault in faults}
+        for place in new.keys() & self._known.keys():
+            del new[place]  # met again in another epoch
+        if not new:
+            return
+        if self.path is None:
+            self._known |= new
+        else:
+            with _locked(self.path) as file:
+                self._known = {(fault.shard, fault.key): fault for fault in _read(file)}
+                fresh = [fault for place, fault in new.items() if place not in self._known]
+                file.writelines(json.dumps(asdict(fault), allow_nan=False) + "\n" for fault in fresh)
+            self._known |= new
+        if len(self._known) > self.budget:
+            raise ValueError(self._summary())
+
+    def _summary(self) -> str:
+        reasons = Counter(fault.reason for fault in self._known.values())
+        told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        first = next(iter(self._known.values()))
+        return (
+            f"{len(self._known)} bad samples are more than data.max_bad_samples={self.budget} ({told}; the first is "
+            f"{first.shard}: {first.key}): repair the shards{f' listed in {self.path}' if self.path else ''}, or "
+            "raise the budget"
+        )
+
+
+def read_faults(path: Path) -> list[Fault]:
+    """What a ledger has noted; nothing if there is none."""
+    if not path.is_file():
+        return []
+    with path.open(errors="replace") as file:
+        return list(_read(file))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[TextIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        with suppress(Held):  # by a machine that died, on a file system without locks: at worst two ranks list a sample
+            stack.enter_context(locked(path.with_name(f".{path.name}.lock"), PATIENCE))
+        yield stack.enter_context(path.open("a+"))
+
+
+def _read(file: TextIO) -> Iterator[Fault]:
+    file.seek(0)
+    for line in file:
+        with suppress(ValueError, TypeError):  # a line cut off when a run was killed
+            yield Fault(**loads(line, LARGEST_LINE))

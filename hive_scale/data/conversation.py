@@ -1,0 +1,122 @@
+"""Conversations as public sets record them, as turns of user and assistant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import cycle, takewhile
+from typing import Any
+
+from torch import Tensor
+
+from hive_scale.batch import Sample
+from hive_scale.chat_template import IMAGE
+from hive_scale.config import ImagePosition
+from hive_scale.data.tokenizer import Tokenizer
+
+SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA adds to questions with short answers
+Turns = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
+
+ROLES = {
+    **{"human": "user", "user": "user", "system": "system"},
+    **{"gpt": "assistant", "assistant": "assistant", "model": "assistant"},
+}
+
+
+def turns_of(record: Mapping[str, Any]) -> Turns:
+    """The conversation in `record`, cut after its last answer, the picture's place in it left out.
+
+    Reads LLaVA's ``conversations`` ({from, value}) and the hub's ``messages`` ({role, content}). Raises ValueError
+    for more than one picture, and for turns that are no question and answer in turns.
+    """
+    said = record.get("conversations") or record.get("messages")
+    if not isinstance(said, list):
+        raise ValueError("no conversation in its .json: data.text=conversation needs 'conversations' or 'messages'")
+    turns = [_turn(one) for one in said]
+    pictures = record.get("image", record.get("images"))
+    count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(pictures) if isinstance(pictures, list) else 1)
+    if count > 1:
+        raise ValueError(f"the conversation is about {count} pictures: only one is supported")
+    turns = [turn | {"content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    system = list(takewhile(lambda turn: turn["role"] == "system", turns))
+    rest = turns[len(system) :]
+    rest = rest[: len(rest) // 2 * 2]  # a last question without an answer teaches nothing
+    if not rest or any(turn["role"] != role for turn, role in zip(rest, cycle(("user", "assistant")), strict=False)):
+        raise ValueError("the conversation does not alternate between user and assistant, beginning with the user")
+    if not all(turn["content"] for turn in rest[1::2]):
+        raise ValueError("an answer of the conversation is empty")
+    return [*system, *rest]
+
+
+def is_text(words: str) -> bool:
+    """Whether `words` can be written as UTF-8: JSON can spell a lone surrogate, half of a character."""
+    try:
+        words.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _turn(said: Any) -> dict[str, str]:
+    if isinstance(said, dict):
+        name, content = said.get("from", said.get("role")), said.get("value", said.get("content"))
+        if isinstance(name, str) and name in ROLES and isinstance(content, str):
+            if not is_text(content):
+                raise ValueError("a turn of the conversation holds half a character (a lone surrogate)")
+            return {"role": ROLES[name], "content": content}
+    raise ValueError("a turn of the conversation is not {from: human or gpt, value: text}")
+
+
+def chat_sample(
+    key: str,
+    pixels: Tensor | None,
+    turns: Turns,
+    tokenizer: Tokenizer,
+    max_tokens: int,
+    image: ImagePosition | None = "user",
+) -> Sample:
+    """The conversation `turns` about a picture: the targets are the assistant's words and the end of its turns.
+
+    `image` says where the picture stands: at the head of the first question, behind the start token, or nowhere.
+    Raises ValueError if the first `max_tokens` tokens, which are kept, hold no word of an answer.
+    """
+    tokens, is_target, slot = tokenizer.encode_parts(_parts(turns, tokenizer, image))
+    if not any(is_target[:max_tokens]):
+        raise ValueError(f"the first answer begins after data.max_tokens={max_tokens}")
+    return Sample(key, pixels, tokens[:max_tokens], is_target[:max_tokens], slot)
+
+
+def prompt(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None = "user") -> list[int]:
+    """Tokens of `turns`, the last of which is the user's, up to where the assistant's answer begins."""
+    return prompt_with_slot(turns, tokenizer, image)[0]
+
+
+def prompt_with_slot(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
+    """The tokens of `prompt`, and how many of them come before the picture."""
+    *asked, _, _ = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)  # but for answer and end
+    tokens, _, slot = tokenizer.encode_parts(asked)
+    return tokens, slot
+
+
+def _parts(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
+    """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
+    template = tokenizer.template
+    turns = [{**turn, "content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    for turn in turns:
+        if special := template.special_in(turn["content"]):
+            raise ValueError(f"a turn of the conversation holds the tokenizer's special token {special}")
+    if image == "user":
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+        asked = {**turns[first], "content": f"{IMAGE}\n{turns[first]['content']}"}
+        turns = [*turns[:first], asked, *turns[first + 1 :]]
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    between = template.around_answers(turns)
+    parts, before = [], between[0]
+    for answer, after in zip(answers, between[1:], strict=True):
+        end = template.end_of_turn(after)
+        asked_text = before.rstrip(" ")  # in most vocabularies a space is a piece of the word behind it
+        parts += [(asked_text, False), (before[len(asked_text) :] + answer + after[:end], True)]
+        before = after[end:]
+    parts.append((before, False))
+    if "".join(text for text, _ in parts) != template.render(turns):
+        raise ValueError("the tokenizer's chat template changes an answer, such as by leaving its thoughts out")
+    return parts

@@ -1,0 +1,169 @@
+"""The samples of a set by number: bytes by their range, then picture and caption made ready for the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hive_scale.batch import BLANK, Sample
+from hive_scale.config import DataConfig
+from hive_scale.data.conversation import chat_sample, turns_of
+from hive_scale.data.feature_store import KeptFeatures
+from hive_scale.data.images import LARGEST_FILE
+from hive_scale.data.index import Index
+from hive_scale.data.shard_cache import ShardCache
+from hive_scale.data.shards import ShardReader
+from hive_scale.data.tar_scan import LARGEST_CAPTION
+from hive_scale.data.tokenizer import Tokenizer, captioned
+from hive_scale.data.transform import GREY, Colour, blank, check_size, decode_indexed, fit_into
+from hive_scale.strict_json import LARGEST_LINE, loads
+
+Text = str | Sample  # a caption, or what a conversation makes: a sample but for its pixels
+
+
+class Read(NamedTuple):
+    """A sample as a disk gives it."""
+
+    key: str
+    text: Text
+    picture: bytes | Tensor | None  # or what an encoder has made of it, or nothing where all are blank
+    size: tuple[int, int]  # (width, height) of the picture, as the index has it
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample whose text is not tokens yet."""
+
+    key: str
+    text: Text
+    pixels: Tensor
+    number: int = -1  # of the sample, where `pixels` is a picture though features were wanted
+
+
+class Samples:
+    """Random access to the samples of `index`; numbers below len(index).
+
+    `pad_colour` is what ``data.image=pad`` adds beside a picture (see `build.pad_colour`).
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        index: Index,
+        cache: ShardCache,
+        tokenizer: Tokenizer,
+        image_size: int,
+        pad_colour: Colour = GREY,
+    ) -> None:
+        self.config = config
+        self.index = index
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        self.pad_colour = pad_colour
+        self.features: KeptFeatures | None = None  # read in place of pictures, where there are any
+        self._reader = ShardReader(index.shards, index.stamps, cache)
+
+    def sample(self, i: int) -> Sample:
+        """Sample number i, ready for the model. Raises ValueError if it is broken."""
+        return self.finished([self.decoded(self.read(i))])[0]
+
+    def read(self, i: int) -> Read:
+        """Sample number i, its picture not yet decoded. Raises ValueError if it is broken."""
+        size = self._size(i)
+        key = self.index.key(i)
+        text: Text = self._conversation(key, i) if self.config.text == "conversation" else self.caption(i)
+        kept = self.features.get(i) if self.features else None  # else a picture, which is broken or not kept soundly
+        return Read(key, text, self._lying(i) if kept is None else kept, size)
+
+    def _conversation(self, key: str, i: int) -> Sample:
+        config, turns = self.config, turns_of(self.record(i))
+        return chat_sample(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
+
+    def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
+        """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be.
+
+        Where features are wanted and those of the picture cannot be read, the picture stays out of `out`.
+        """
+        if self.features and not isinstance(read.picture, Tensor):
+            out = None
+        return Decoded(read.key, read.text, self._pixels(read.picture, read.size, out))
+
+    def finished(self, decoded: Sequence[Decoded]) -> list[Sample]:
+        """Samples ready for the model. Captions are tokenized all at once, which takes half the time."""
+        captions = [one.text for one in decoded if isinstance(one.text, str)]
+        tokens = iter(self.tokenizer.encode_all(captions, self.config.max_tokens))
+        return [
+            captioned(one.key, one.pixels, next(tokens))
+            if isinstance(one.text, str)
+            else replace(one.text, pixels=one.pixels)
+            for one in decoded
+        ]
+
+    def pixels(self, i: int) -> Tensor:
+        """The picture of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
+        return self._pixels(self._lying(i), self._size(i))
+
+    def _size(self, i: int) -> tuple[int, int]:
+        """(width, height) of its picture. Raises ValueError if that would take too much memory."""
+        width, height = self.index.picture_sizes[i].tolist()
+        check_size(width, height, self.config.max_pixels)
+        return width, height
+
+    def _lying(self, i: int) -> bytes | None:
+        return None if self.config.blank else self.encoded(i)
+
+    def _pixels(self, lying: bytes | Tensor | None, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
+        if isinstance(lying, Tensor):
+            return lying if out is None else out.copy_(lying)
+        if out is None:
+            out = blank(self.image_size)
+        if lying is None:
+            return out.fill_(BLANK)
+        return fit_into(out, decode_indexed(lying, size, self.config.max_pixels), self.config.image, self.pad_colour)
+
+    @property
+    def text_bytes(self) -> NDArray[np.integer]:
+        """Length of what each sample trains on, (N,): of its caption, or of the record with its conversation."""
+        if self.config.text == "conversation":
+            return self.index.members[:, 2, 1]
+        return self.index.caption_bytes
+
+    def encoded(self, i: int) -> bytes:
+        """The picture as it lies in its shard."""
+        return self._read(i, 0)
+
+    def spread(self, count: int) -> Iterator[tuple[Tensor, str]]:
+        """(picture, caption) of up to `count` samples, evenly spaced through the set; what is broken is passed over."""
+        stride = max(1, len(self.index) // count)
+        pairs = (self._pair(i) for i in range(stride // 2, len(self.index), stride))
+        yield from islice(filter(None, pairs), count)
+
+    def _pair(self, i: int) -> tuple[Tensor, str] | None:
+        with suppress(ValueError):
+            if (pixels := self.sample(i).pixels) is not None:
+                return pixels, self.caption(i)
+        return None
+
+    def caption(self, i: int) -> str:
+        return self._read(i, 1, LARGEST_CAPTION).decode().strip()
+
+    def record(self, i: int) -> dict[str, Any]:
+        """What else is known of sample i: its .json member, or nothing. Raises ValueError if that is no JSON object."""
+        try:
+            record = loads(self._read(i, 2, LARGEST_LINE) or b"{}", LARGEST_LINE)
+        except ValueError as error:
+            raise ValueError(f"its .json cannot be read: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"its .json holds no object, but a {type(record).__name__}")
+        return record
+
+    def _read(self, i: int, member: int, most: int = LARGEST_FILE) -> bytes:
+        start, length = self.index.members[i, member].tolist()
+        return self._reader.read(self.index.shard_of(i), start, length, most)

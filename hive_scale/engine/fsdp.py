@@ -1,0 +1,218 @@
+"""PyTorch's own sharding over a mesh (replicate, shard): one process, DDP, HSDP and FSDP are the same code.
+
+A copy that is not cut, in fp32, is the masters themselves: there FSDP2 would only gather every weight from one rank,
+at an eighth of a step's time, so the module stays as it is, under DDP where there are more ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hive_scale.batch import Batch
+from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.device import pins_memory
+from hive_scale.distributed import Fragment, World
+from hive_scale.engine import Layout, StepOutput
+from hive_scale.engine.accumulation import accumulate, conclude, held_out
+from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
+from hive_scale.engine.optimizer import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.node import use_cores
+from hive_scale.param_groups import ParamGroup
+from hive_scale.precision import DTYPES
+
+# torch 2.14 has renamed it, and warns of the old name
+_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in signature(DistributedDataParallel).parameters
+)
+
+
+class NativeEngine:
+    """Masters and moments are float32 shards; compute is in `config.precision`, gradient reduction in float32."""
+
+    def __init__(
+        self,
+        model: Any,
+        groups: Sequence[ParamGroup],
+        stage: StageConfig,
+        config: EngineConfig,
+        world: World,
+        weights: Mapping[str, Tensor],
+    ) -> None:
+        """Shard `model` (parameters on the meta device, ``requires_grad`` set) and fill it from `weights`."""
+        self.model, self.world, self.config = model, world, config
+        self.max_grad_norm = stage.max_grad_norm
+        checkpoint_blocks(model.blocks(), config.checkpointing)
+        shard = config.shard or world.size
+        if world.size % shard:
+            raise ValueError(f"engine.shard={shard} does not divide the {world.size} processes: use a divisor of it")
+        plain = shard == 1 and config.precision == "fp32" and not config.offload
+        if not plain:
+            self._shard(config, shard)
+        self._fill(weights, "cpu" if config.offload else world.device)
+        if not plain:
+            self._wake_frozen_blocks()
+        if config.compile:
+            for block in blocks_of(model):
+                block.compile()
+        self._forward: Callable[..., Tensor] = model
+        if plain and world.size > 1:
+            options: dict[str, Any] = {_BUFFERS: False}  # the same on all ranks from the start
+            self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
+        # gradients that wait for more micro-batches wait uncut, unless each is reduced
+        reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
+        gradient_ranks = shard if reduces else 1
+        self.layout = Layout(4, shard, 4, gradient_ranks, 8, shard)
+        self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
+        if config.offload:
+            use_cores(world)
+
+    def _shard(self, config: EngineConfig, shard: int) -> None:
+        # another dimension, even of one copy, would be an all-reduce for every unit
+        dims = {"shard": shard} if shard == self.world.size else {"replicate": self.world.size // shard, "shard": shard}
+        mesh = init_device_mesh(self.world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
+        compute = DTYPES[config.precision]
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+            "offload_policy": CPUOffloadPolicy(pins_memory(self.world.device)) if config.offload else OffloadPolicy(),
+            "reshard_after_forward": config.reshard_after_forward,
+        }
+        for block in blocks_of(self.model):
+            fully_shard(block, **options)
+        # the head, which ends the forward, begins the backward: the unit around the blocks stays gathered between
+        fully_shard(self.model, **options | {"reshard_after_forward": False})
+
+    @torch.no_grad()
+    def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
+        """Give every shard memory, and its part of the tensor of its name."""
+        model: nn.Module = self.model
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        model.to_empty(device=device)  # empties buffers, too, which were real
+        self.model.language.tie_weights()  # and makes two parameters of a tied one that is not sharded
+        for name, buffer in buffers.items():
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.to(self.world.device))
+        for name, parameter in model.named_parameters():
+            local, offset = _local_range(parameter)
+            local.copy_(weights[name].flatten()[offset : offset + local.numel()])
+
+    def _wake_frozen_blocks(self) -> None:
+        """Gather once what no forward may ever gather: FSDP2 takes accumulated gradients of every unit to exist.
+
+        (torch 2.14, bf16 compute: ``'FSDPParam' object has no attribute '_unsharded_param'``.)
+        """
+        for block in self.model.blocks()["vision"]:  # above the deepest depth, or all where features are kept
+            if not any(parameter.requires_grad for parameter in block.parameters()):
+                assert isinstance(block, FSDPModule)
+                block.unshard()
+                block.reshard()
+
+    def step(
+        self,
+        micro_batches: Sequence[Batch],
+        lr_factor: float,
+        max_loss: float = math.inf,
+        votes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepOutput:
+        total = accumulate(self.world, micro_batches, self._run)
+        norm = self._grad_norm()
+        mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
+        norm = norm / divisor
+        taken = is_fit and math.isfinite(norm)
+        set_learning_rate(self.optimizer, lr_factor)
+        if taken:
+            self._scale(divisor, norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepOutput(mean, norm if math.isfinite(norm) else math.nan, num_tokens, taken, voted)
+
+    def _run(self, batch: Batch, is_last: bool) -> Tensor:
+        with self._reducing(is_last):
+            self.world.timer.enter("forward")
+            loss = self._loss(batch, self._forward)
+            self.world.timer.enter("backward")
+            torch.autograd.backward(loss * self.world.size)  # since reduction averages over ranks
+        return loss.detach()
+
+    def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
+        found = held_out(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what stays gathered after a forward waits for a backward
+        return found
+
+    def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
+        """Whether the gradients of a backward are reduced over ranks, or wait for those of the next."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(wanted or self.config.sync_each_micro_batch)
+            self.model.set_requires_all_reduce(wanted)
+            self.model.set_reshard_after_backward(wanted or self.config.reshard_after_backward)
+        elif isinstance(self._forward, DistributedDataParallel) and not wanted:
+            waiting: AbstractContextManager[None] = self._forward.no_sync()
+            return waiting
+        return nullcontext()
+
+    def _loss(self, batch: Batch, forward: Callable[..., Tensor]) -> Tensor:
+        return forward(**batch.to(self.world.device).inputs())
+
+    def _grad_norm(self) -> float:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+    def _scale(self, divisor: float, norm: float) -> None:
+        """Divide all gradients in one pass, and clip what then has the norm `norm`."""
+        divisor *= max(1.0, (norm + 1e-6) / self.max_grad_norm)
+        # which multiplies by 1.0 / divisor, as when it clips to 1.0
+        torch.nn.utils.clip_grads_with_norm_(self._trained(), 1.0, torch.tensor(divisor))
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def fragments(self) -> Iterator[Fragment]:
+        self._create_moments()
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            state = self.optimizer.state[parameter]
+            for kind, tensor in (("master", parameter), *((moment, state[moment]) for moment in MOMENTS)):
+                local, offset = _local_range(tensor.detach())
+                if local.numel():
+                    yield Fragment(name, kind, tuple(parameter.shape), offset, local)
+
+    def refresh(self, num_steps: int) -> None:
+        # compute copies are gathered from the masters anew in each forward
+        self._create_moments()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                self.optimizer.state[parameter]["step"].fill_(group["steps_behind"] + num_steps)
+
+    def _create_moments(self) -> None:
+        """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not self.optimizer.state[parameter]:
+                    self.optimizer.state[parameter] = zero_state(parameter, group["steps_behind"])
+
+
+def _local_range(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a parameter as a flat view, and where it begins in the flattened whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().view(-1), 0
+    local, mesh = tensor.to_local(), tensor.device_mesh
+    (dim,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
+    rows = math.ceil(tensor.shape[0] / mesh.size(dim))  # of every rank but the last ones, as torch.chunk cuts
+    offset = mesh.get_local_rank(dim) * rows * tensor.shape[1:].numel() if local.numel() else 0
+    return local.view(-1), offset

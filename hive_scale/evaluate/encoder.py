@@ -1,0 +1,169 @@
+"""What a frozen encoder makes of labelled pictures: batches of features, kept on disk where they do not change."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hive_scale.config import ImageMode
+from hive_scale.data.feature_store import FORMAT, open_kept, parts, settle
+from hive_scale.data.transform import VERSION, augmented, fitted
+from hive_scale.data.workers import worker_options
+from hive_scale.distributed import World
+from hive_scale.evaluate.classification_datasets import Split
+from hive_scale.model import build
+from hive_scale.model.encoders import PIXEL_STATISTICS, hidden_states, patches
+from hive_scale.model.identity import identity, key_of
+from hive_scale.phase_timer import tick
+
+Draw = tuple[int, int] | None  # seed and epoch of an augmentation
+Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
+Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of pictures
+AT_ONCE = 128  # pictures that run through the encoder together
+LARGEST = 65504.0  # of float16
+logger = logging.getLogger(__name__)
+
+
+class Encoder:
+    """A frozen SiglipVisionModel or CLIPVisionModel, of which the penultimate depth is read, as by the authors.
+
+    `identity` tells its features from those of all others: weights, config, depth, precision and image transform.
+    """
+
+    def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, depth: int = -2) -> None:
+        """`depth` counts blocks, from the end if negative: -1 is the last block's output.
+
+        Raises ValueError if there is no such depth.
+        """
+        self.tower = build.open_encoder(path).to(device).requires_grad_(False)
+        config: Any = self.tower.config
+        layers: int = config.num_hidden_layers
+        self.depth = depth if depth >= 0 else layers + 1 + depth
+        if not 0 <= self.depth <= layers:
+            raise ValueError(f"{path} has {layers} blocks: there is no depth {depth}")
+        self.image_size: int = config.image_size
+        self.mode: ImageMode = "crop" if config.model_type == "clip_vision_model" else "resize"
+        self.width: int = config.hidden_size
+        self.num_tokens: int = (config.image_size // config.patch_size) ** 2
+        self.device, self.dtype = device, dtype
+        mean, std = PIXEL_STATISTICS[config.model_type]
+        self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
+        self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
+        self.identity = key_of(identity(self.tower), self.depth, str(dtype), self.mode, mean, std)
+
+    @torch.no_grad()
+    def __call__(self, pixels_BCHW: Tensor) -> Tensor:
+        """uint8 pictures to features (B, V, C)."""
+        seen = []
+        for pixels in torch.split(pixels_BCHW, AT_ONCE):
+            normal = (pixels.to(self.device).float() - self.mean) / self.std
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                seen.append(patches(self.tower, hidden_states(self.tower, normal, self.depth)[-1]))
+        return torch.cat(seen)
+
+
+@dataclass(frozen=True)
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """The pictures of a split at the encoder's size, by number; augmented where a draw (seed, epoch) comes with it."""
+
+    split: Split
+    image_size: int
+    mode: ImageMode
+
+    def __getitem__(self, asked: tuple[int, Draw]) -> tuple[Tensor, int]:
+        index, draw = asked
+        pixels, label = self.split.read(index)
+        if draw is not None:
+            return augmented(pixels, self.image_size, *draw, index), label
+        return fitted(pixels, self.image_size, self.mode), label
+
+
+class Source:
+    """A split's features, by the numbers of its pictures."""
+
+    def __init__(self, encoder: Encoder, split: Split, workers: int) -> None:
+        self.encoder, self.split, self.workers = encoder, split, workers
+        self.cache: Cache | None = None
+        self._asked: list[list[tuple[int, Draw]]] = []  # the loader's list of batches: filled for every pass
+
+    @cached_property
+    def _loader(self) -> DataLoader[tuple[Tensor, int]]:
+        """Whose workers stay from one pass to the next."""
+        pictures = Pictures(self.split, self.encoder.image_size, self.encoder.mode)
+        options = worker_options(self.workers)
+        return DataLoader(pictures, batch_sampler=self._asked, generator=torch.Generator(), **options)
+
+    def batches(self, groups: Sequence[Numbers], draw: Draw = None) -> Iterator[Features]:
+        """Features of each group of pictures, augmented by `draw` if it is given. One pass at a time."""
+        if self.cache and draw is None:
+            for group in groups:
+                tick()
+                yield self.cache.read(group, self.encoder.device)
+            return
+        self._asked[:] = [[(index, draw) for index in group.tolist()] for group in groups]
+        for pixels, labels in self._loader:
+            tick()
+            yield self.encoder(pixels), labels.to(self.encoder.device)
+
+
+def cut(part: Numbers, size: int) -> list[Numbers]:
+    return [part[start : start + size] for start in range(0, len(part), size)]
+
+
+class Cache:
+    """Features of a split as float16 on disk, with its labels, shared by all ranks, probes and seeds.
+
+    The file's name tells encoder, set and split: other features are never read for these.
+    """
+
+    def __init__(self, folder: Path, data: str, source: Source, numbers: Numbers, world: World) -> None:
+        """Make what is missing of those pictures, each rank its share. `data` identifies the set. A collective.
+
+        Raises DiskError if the disk cannot take them.
+        """
+        encoder, split = source.encoder, source.split
+        self.source, self._told = source, False
+        path = folder / f"{split.name}-{key_of(FORMAT, encoder.identity, VERSION, data, split.size)}"
+        shape = 1, encoder.num_tokens, encoder.width
+        self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
+        groups = parts(missing, AT_ONCE)[world.rank :: world.size]
+        settle(world, self.features, self._complete(groups))
+
+    def read(self, numbers: Numbers, device: torch.device) -> Features:
+        found = [self.features.read(number) or self._make(number) for number in numbers.tolist()]
+        features = torch.cat([features for features, _ in found]).to(device).float()
+        return features, torch.tensor([label for _, label in found], device=device)
+
+    def _complete(self, groups: Sequence[Numbers]) -> OSError | None:
+        """Why the disk does not take the features of all groups, if it does not."""
+        for group, (values, told) in zip(groups, self.source.batches(groups), strict=True):
+            try:
+                self._put(group, values, told)
+            except OSError as error:
+                return error
+        return None
+
+    def _make(self, number: int) -> tuple[Tensor, int]:
+        """What cannot be read, made again."""
+        if not self._told:
+            logger.warning("%s: features cannot be read, or are damaged: made again", self.features.file)
+            self._told = True
+        encoder = self.source.encoder
+        pixels, label = Pictures(self.source.split, encoder.image_size, encoder.mode)[number, None]
+        features = encoder(pixels[None]).clamp(-LARGEST, LARGEST).cpu().half()
+        with suppress(OSError):
+            self._put(np.array([number]), features, torch.tensor([label]))
+        return features, label
+
+    def _put(self, numbers: Numbers, features: Tensor, labels: Tensor) -> None:
+        self.features.put(numbers, features.clamp(-LARGEST, LARGEST)[:, None], labels.tolist())

@@ -1,0 +1,208 @@
+"""How well a frozen encoder's features classify: probes trained, chosen and tested (paper, Table 1)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hive_scale import strict_json
+from hive_scale.data.feature_store import DiskError
+from hive_scale.distributed import World
+from hive_scale.evaluate.classification_datasets import Labelled, Split
+from hive_scale.evaluate.encoder import AT_ONCE, Cache, Encoder, Numbers, Source, cut
+from hive_scale.evaluate.probes import Grid, Kind, Recipe, nearest_neighbours
+from hive_scale.evaluate.readers import write_json
+from hive_scale.model.identity import key_of
+from hive_scale.strict_json import dumps
+
+logger = logging.getLogger(__name__)
+HELD_BACK = 0.1  # share of the training pictures on which rates are chosen, where the set has no split for it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of the encoder."""
+
+    kinds: tuple[Kind, ...]
+    recipe: Recipe
+    seeds: tuple[int, ...] = (0, 1, 2)
+    augment: bool = True
+    neighbours: bool = False  # a vote of nearest neighbours, too: a quick look, nothing is trained
+    limit: int = 0  # use so many training pictures only, the same for every encoder; 0: all
+    workers: int = 0
+
+
+class Bench:
+    """One encoder on one labelled set."""
+
+    def __init__(self, encoder: Encoder, data: Labelled, plan: Plan, world: World, cache: Path) -> None:
+        self.encoder, self.data, self.plan, self.world = encoder, data, plan, world
+        order = np.random.default_rng(0).permutation(data.train.size)  # the same parts for every encoder and seed
+        order = order[: plan.limit] if plan.limit else order
+        held = 0 if data.validation else ceil(HELD_BACK * len(order))
+        self.whole: Numbers = np.sort(order)
+        self.train_part: Numbers = np.sort(order[held:])
+        self.choice_part: Numbers = np.sort(order[:held])
+        self.cache = cache
+        self._sources: dict[str, Source] = {}
+
+    def run(self, say: Callable[[str], Any] = lambda text: None) -> dict[str, Any]:
+        """Accuracies in percent by kind: of each seed on the test split, at the rate chosen without it."""
+        results: dict[str, list[dict[str, Any]]] = {}
+        for seed in self.plan.seeds if self.plan.kinds else ():
+            for kind, one in self._one_seed(seed, say).items():
+                results.setdefault(kind, []).append(one)
+        summary = {kind: summarise(ones) for kind, ones in results.items()}
+        if self.plan.neighbours:
+            summary["neighbours"] = {"mean": self._vote(), "deviation": 0.0}
+        return summary
+
+    def _one_seed(self, seed: int, say: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+        """Train the whole grid in one pass over the data, choose one rate a kind, and test that."""
+        data, recipe, kinds = self.data, self.plan.recipe, self.plan.kinds
+        [grid] = self._train([self._grid(kinds, recipe, seed)], self.train_part, seed, say)
+        if data.validation:
+            shares = self._share_right(grid, data.validation, np.arange(data.validation.size))
+        else:
+            shares = self._share_right(grid, data.train, self.choice_part)
+        chosen_on = dict(zip(grid.keys, shares, strict=True))
+        best = {kind: chosen({rate: chosen_on[kind, rate] for rate in recipe.rates}) for kind in kinds}
+        if data.validation:
+            tested = dict(zip(grid.keys, self._test(grid), strict=True))
+            return {kind: {"accuracy": tested[kind, best[kind]["rate"]], **best[kind]} for kind in kinds}
+        # what was held back to choose by has served, and belongs to the training pictures again
+        grids = [self._grid([kind], replace(recipe, rates=(best[kind]["rate"],)), seed) for kind in kinds]
+        self._train(grids, self.whole, seed, lambda text: say(f"{text}, at the rates chosen"))
+        return {kind: {"accuracy": self._test(one)[0], **best[kind]} for kind, one in zip(kinds, grids, strict=True)}
+
+    def _grid(self, kinds: Sequence[Kind], recipe: Recipe, seed: int) -> Grid:
+        return Grid(kinds, self.encoder.width, self.data.num_classes, recipe, seed, self.world)
+
+    def _train(self, grids: list[Grid], part: Numbers, seed: int, say: Callable[[str], Any]) -> list[Grid]:
+        """`grids`, trained on those of the training pictures."""
+        recipe, world = self.plan.recipe, self.world
+        batch = min(recipe.batch, len(part))
+        if batch < world.size:
+            remedy = "start fewer, or give more pictures"
+            raise ValueError(f"{batch} pictures a batch cannot be shared by {world.size} processes: {remedy}")
+        per_epoch = len(part) // batch
+        repeats = max(1, ceil(recipe.min_steps / (per_epoch * recipe.epochs)))
+        num_steps, step = per_epoch * recipe.epochs * repeats, 0
+        source = self._source(self.data.train)
+        for epoch in range(recipe.epochs):
+            order = np.random.default_rng((seed, epoch)).permutation(part)[: per_epoch * batch]
+            # of every global batch this rank takes its share
+            shares = [np.array_split(one, world.size)[world.rank] for one in order.reshape(per_epoch, batch)]
+            for features, labels in source.batches(shares, (seed, epoch) if self.plan.augment else None):
+                for _ in range(repeats):
+                    for grid in grids:
+                        grid.step(features, labels, batch, step, num_steps)
+                    step += 1
+            say(f"seed {seed}: epoch {epoch + 1} of {recipe.epochs}")
+        return grids
+
+    def _source(self, split: Split) -> Source:
+        if split.name not in self._sources:
+            source = self._sources[split.name] = Source(self.encoder, split, self.plan.workers)
+            if not self.plan.augment:  # seen again and again unchanged, pictures need the encoder once
+                wanted = self.whole if split is self.data.train else np.arange(split.size)
+                held = key_of(self.data.name, self.data.identity)
+                try:
+                    source.cache = Cache(self.cache, held, source, wanted, self.world)
+                except DiskError as error:
+                    logger.warning("%s: %s. The encoder sees each picture again each time", self.cache, error)
+        return self._sources[split.name]
+
+    def _share_right(self, grid: Grid, split: Split, part: Numbers) -> list[float]:
+        """Percent of the pictures that each probe of the grid classifies rightly."""
+        right = torch.zeros(len(grid.keys), device=self.world.device)
+        for features, labels in self._source(split).batches(cut(part[self.world.rank :: self.world.size], AT_ONCE)):
+            right += grid.right(features, labels)
+        return [100.0 * one / max(1, len(part)) for one in self.world.sum(*right.tolist())]
+
+    def _test(self, grid: Grid) -> list[float]:
+        return self._share_right(grid, self.data.test, np.arange(self.data.test.size))
+
+    def _vote(self) -> float:
+        """Percent of the test pictures whose nearest training pictures vote for their class."""
+        known, labels = self._pooled(self.data.train, self.whole)
+        asked, truth = self._pooled(self.data.test, np.arange(self.data.test.size))
+        made = nearest_neighbours(known, labels, asked, self.data.num_classes)
+        return 100.0 * float((made == truth).float().mean())
+
+    def _pooled(self, split: Split, part: Numbers) -> tuple[Tensor, Tensor]:
+        """Mean features (N, C) and labels (N,) of all pictures in `part`, on every rank."""
+        pooled = torch.zeros(len(part), self.encoder.width, device=self.world.device)
+        labels = torch.zeros(len(part), dtype=torch.long, device=self.world.device)
+        mine = np.arange(len(part))[self.world.rank :: self.world.size]
+        place = 0
+        for features, told in self._source(split).batches(cut(part[mine], AT_ONCE)):
+            rows = torch.from_numpy(mine[place : place + len(told)])
+            pooled[rows], labels[rows] = features.float().mean(1), told
+            place += len(told)
+        self.world.add_up([pooled])
+        self.world.add_up([labels])
+        return pooled, labels
+
+
+def chosen(shares: Mapping[float, float]) -> dict[str, Any]:
+    """The best rate by its percentage ("chosen"), and at which edge of the grid it lies, if it does ("edge").
+
+    Of rates that are equally good the middle one is taken, and none at an edge if there are others.
+    """
+    rates, best = sorted(shares), max(shares.values())
+    edges = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {}
+    equal = [rate for rate in rates if shares[rate] == best]
+    equal = [rate for rate in equal if rate not in edges] or equal
+    rate = equal[(len(equal) - 1) // 2]
+    return {"chosen": best, "rate": rate, "edge": edges.get(rate, "")}
+
+
+def warnings(results: Mapping[str, Any]) -> list[str]:
+    """What a reader of `results` must know of the rates that were chosen, a line per kind of probe."""
+    lines = []
+    for kind, one in results.items():
+        for edge, further in (("lowest", "lower"), ("highest", "higher")):
+            rates = sorted({seed["rate"] for seed in one.get("seeds", ()) if seed["edge"] == edge})
+            if rates:
+                told = ", ".join(f"{rate:g}" for rate in rates)
+                lines.append(f"{kind}: {told} is the {edge} rate of the grid; a {further} one may do better: --rates")
+    return lines
+
+
+def summarise(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    accuracies = [one["accuracy"] for one in seeds]
+    deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    return {"mean": statistics.mean(accuracies), "deviation": deviation, "seeds": list(seeds)}
+
+
+def save(path: Path, plan: Plan, encoder: Encoder, data: Labelled, results: dict[str, Any]) -> None:
+    write_json(path, {**_made_of(plan, encoder, data), "results": results})
+
+
+def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any] | None:
+    """What `save` wrote, or None: there is nothing, or it is of another plan, set or encoder."""
+    try:
+        content: dict[str, Any] = strict_json.read(path)
+        results: dict[str, Any] = content.pop("results", {})
+    except (OSError, ValueError, AttributeError):  # none, or one that was cut
+        return None
+    return results if content == _made_of(plan, encoder, data) else None
+
+
+def _made_of(plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any]:
+    """As it comes back from a file."""
+    asked = {name: value for name, value in asdict(plan).items() if name != "workers"}
+    what = {"set": data.where, "plan": asked, "key": key_of(encoder.identity, data.name, data.identity)}
+    made: dict[str, Any] = json.loads(dumps(what))
+    return made

@@ -1,0 +1,135 @@
+"""Rows and pictures as benchmarks publish them: parquet with pictures inside, JSON with pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial, wraps
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet as parquet
+
+from hive_scale import strict_json
+from hive_scale.atomic import write_text
+from hive_scale.data.images import check_length, read_image
+from hive_scale.data.parquet import check_row_group
+from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.strict_json import dumps
+
+Row = dict[str, Any]
+Reader = Callable[[Path], list[Question]]
+PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
+
+
+def published_at(source: str) -> Callable[[Reader], Reader]:
+    """For a task's `read`: files whose records are of another shape than it expects are a ValueError, too."""
+
+    def told(read: Reader) -> Reader:
+        @wraps(read)
+        def wrapped(folder: Path) -> list[Question]:
+            try:
+                return read(folder)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                what = f"a record is not as published ({type(error).__name__}: {error})"
+                raise ValueError(f"{folder}: {what}; the files are at {source}") from None
+
+        return wrapped
+
+    return told
+
+
+def rows(paths: Iterable[Path], picture_column: str, columns: Sequence[str]) -> list[Row]:
+    """`columns` of every row of parquet files, and under "picture" the row's Picture, or None.
+
+    Pictures are the hub's structs of bytes and path; their bytes are read a row group at a time, when asked for.
+    Raises ValueError for a file without one of the columns, or that is not parquet.
+    """
+    found: list[Row] = []
+    for path in paths:
+        with _told(path):
+            file = parquet.ParquetFile(path)
+        known = file.schema_arrow.names
+        wanted = [picture_column, *columns] if picture_column else [*columns]
+        if missing := [name for name in wanted if name not in known]:
+            raise ValueError(f"{path} has no column '{missing[0]}': its columns are {', '.join(known)}")
+        if picture_column and not _holds_pictures(file.schema_arrow.field(picture_column).type):
+            raise ValueError(f"{path}: column '{picture_column}' holds no pictures as the hub has them (bytes, path)")
+        # of the pictures only the path, which says where there is one
+        light = [*columns, f"{picture_column}.path"] if picture_column else [*columns]
+        for group in range(file.num_row_groups):
+            with _told(path):
+                check_row_group(file, group, *columns)
+                read = file.read_row_group(group, columns=light).to_pylist()
+            for index, row in enumerate(read):
+                held = row.pop(picture_column, None) if picture_column else None
+                row["picture"] = None if held is None else _inside(path, group, index, picture_column)
+                found.append(row)
+        file.close()
+    return found
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A ValueError for the errors of its own that pyarrow raises for what is cut, damaged or no parquet."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} cannot be read as parquet: {reason}") from None
+
+
+def _holds_pictures(column: pyarrow.DataType) -> bool:
+    return pyarrow.types.is_struct(column) and {"bytes", "path"} <= {field.name for field in column}
+
+
+def _inside(path: Path, group: int, index: int, column: str) -> Picture:
+    return Picture(f"{path}:{group}:{index}", partial(_cell, path, group, index, column))
+
+
+def _cell(path: Path, group: int, index: int, column: str) -> bytes:
+    content = _group(path, group, column)[index]["bytes"].as_py()
+    if content is None:
+        raise ValueError(f"{path}: row {index} of row group {group} names a picture but does not hold it")
+    check_length(content)
+    return bytes(content)
+
+
+@lru_cache(maxsize=2)
+def _group(path: Path, group: int, column: str) -> Any:
+    with _told(path), parquet.ParquetFile(path) as file:
+        check_row_group(file, group, column)
+        return file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).combine_chunks()
+
+
+def beside(path: Path) -> Picture:
+    """The picture at `path`. Raises ValueError if there is none, at once."""
+    if not path.is_file():
+        raise ValueError(f"there is no picture {path}: unpack the task's pictures there")
+    return Picture(str(path), partial(read_image, path))
+
+
+def pictures_by_stem(folder: Path) -> dict[str, Path]:
+    """Every picture of a folder by its name without the ending."""
+    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in PICTURE_ENDINGS}
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return strict_json.read(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as the whole content of `path`: another process, or a later one, finds all of it or what was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, dumps(value, indent=1) + "\n")
+
+
+def nothing_in(folder: Path, wanted: str, source: str) -> ValueError:
+    """The error of a folder that holds none of a task's layouts."""
+    held = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
+    what = f"it holds {', '.join(held)}" if held else "it is empty" if folder.is_dir() else "there is no such folder"
+    return ValueError(f"{folder}: {wanted} not found ({what}); the files are at {source}")

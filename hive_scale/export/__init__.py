@@ -1,0 +1,103 @@
+"""What a finished run gives away: directories that others load, each with a card that says what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hive_scale import checksums, strict_json
+from hive_scale.checkpoint.io import published
+from hive_scale.checkpoint.run_reader import Run
+from hive_scale.checkpoint.stage_files import Source
+from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
+from hive_scale.config import Config, ModelConfig, PartConfig
+from hive_scale.data.tokenizer import open_tokenizer
+from hive_scale.export import huggingface, portable
+from hive_scale.export.model_card import card
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+from hive_scale.precision import DTYPES
+from hive_scale.strict_json import dumps
+from hive_scale.version import code_version
+
+
+def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
+    """Write `kind` (of `KINDS`) of the run in `directory` to the new directory `out`; the stage it was taken from.
+
+    Complete or absent. Raises ValueError if the stage is not done, the weights are damaged, `out` exists, or the
+    model is none of that kind.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: give another --output, or remove it")
+    run = Run(directory)
+    stage = run.stage(stage)
+    weights = read_weights(run.weights(stage))
+    with published(out) as folder:
+        config = replace(run.config, data=run.config.data_of(stage))
+        KINDS[kind](config, weights, folder, DTYPES[dtype])
+        (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
+    return stage
+
+
+def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A whole HIVE, with tokenizer and image processor, for `from_pretrained`; one tensor at a time is held."""
+    model = build.spelled_out(config.model)
+    content = {"model_type": "hive", "code": code_version(), "model": asdict(model)}
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(dumps(content, indent=2))
+    write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
+    portable.save_tokenizer(_tokenizer(config), path)
+    huggingface.image_processor(build.vision_config(config.model.vision), config.data.image).save_pretrained(path)
+
+
+def from_pretrained(path: Path) -> Hive:
+    """The model that `save_pretrained` wrote, on the CPU, in the precision it was written in.
+
+    Raises ValueError if `path` holds no HIVE, or one that is damaged.
+    """
+    checksums.check(path, weights=False)  # which bear checksums of their own
+    try:
+        fields = strict_json.read(path / "config.json")["model"]
+        parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
+        model = ModelConfig(**(fields | parts))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
+    return build.materialise(model, read_weights(path, sealed=checksums.is_listed(path)))
+
+
+def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, Source]:
+    def read(name: str) -> Tensor:
+        return weights[name].to(dtype)
+
+    return {name: Source(dtype, weights.shape(name), partial(read, name)) for name in weights}
+
+
+def _tokenizer(config: Config) -> Any:
+    return open_tokenizer(config.data.tokenizer).stock
+
+
+def _encoder(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    huggingface.export_encoder(config.model, weights, path, config.data.image, dtype)
+
+
+def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    huggingface.export_llm(config.model, weights, path, _tokenizer(config), dtype)
+
+
+def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
+    data = config.data
+    huggingface.export_llava(config.model, weights, path, _tokenizer(config), data.image, dtype, data.image_position)
+
+
+KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {
+    "encoder": _encoder,
+    "llm": _llm,
+    "hive": save_pretrained,
+    "llava": _llava,
+}

@@ -1,0 +1,172 @@
+"""Trained parts as stock Hugging Face directories: transformers alone loads them, to the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tokenizers import processors
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaProcessor,
+    PretrainedConfig,
+    SiglipImageProcessor,
+)
+
+from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
+from hive_scale.config import ImageMode, ImagePosition, ModelConfig
+from hive_scale.export import portable
+from hive_scale.model.build import VISION, language_config, on_meta, vision_config
+from hive_scale.model.encoders import PIXEL_STATISTICS
+
+# parameters of LlavaForConditionalGeneration, and ours
+LLAVA = {
+    "model.vision_tower.": "vision.",
+    "model.multi_modal_projector.linear_1.": "projector.0.up.",
+    "model.multi_modal_projector.linear_2.": "projector.0.down.",
+    "model.language_model.": "language.model.",
+    "lm_head.": "language.lm_head.",
+}
+Weights = Mapping[str, Tensor]
+
+
+def export_encoder(
+    config: ModelConfig, weights: Weights, path: Path, mode: ImageMode, dtype: torch.dtype = torch.float32
+) -> None:
+    """A SiglipVisionModel or CLIPVisionModel directory, with its image processor."""
+    vision = vision_config(config.vision)
+    _save(lambda: VISION[vision.model_type](vision), weights, {"": "vision."}, portable.ENCODER_FILE, path, dtype)
+    image_processor(vision, mode).save_pretrained(path)
+
+
+def export_llm(
+    config: ModelConfig, weights: Weights, path: Path, tokenizer: Any, dtype: torch.dtype = torch.float32
+) -> None:
+    """The causal LM alone, with its tokenizer: what it says without a picture, whatever the fusion."""
+    language = language_config(config.language)
+    auto: Any = AutoModelForCausalLM
+    ends = _generation(tokenizer, ChatTemplate(tokenizer).end_ids)
+    _save(lambda: auto.from_config(language), weights, {"": "language."}, portable.LLM_FILE, path, dtype, ends)
+    portable.save_tokenizer(tokenizer, path)
+
+
+def export_llava(
+    config: ModelConfig,
+    weights: Weights,
+    path: Path,
+    tokenizer: Any,
+    mode: ImageMode,
+    dtype: torch.dtype = torch.float32,
+    position: ImagePosition = "user",
+) -> None:
+    """The `concat` model as LlavaForConditionalGeneration, with its processor.
+
+    The token ``<image>``, which LLaVA wants in the vocabulary, gets a row of zeros unless there is one to spare,
+    and is never generated. The chat template asks as training did, with the image at `position`. Raises ValueError
+    for another fusion.
+    """
+    if config.fusion != "concat":
+        raise ValueError(f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat")
+    vision, language = vision_config(config.vision), language_config(config.language)
+    template = ChatTemplate(tokenizer)
+    tokenizer = _asking(tokenizer, template, position)
+    image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+    language.vocab_size = max(language.vocab_size, image_id + 1)
+    has_class_token = vision.model_type == "clip_vision_model"
+    strategy: Any = "default" if has_class_token else "full"
+    settings = LlavaConfig(
+        vision_config=vision,
+        text_config=language,
+        image_token_index=image_id,
+        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=language.tie_word_embeddings,
+    )
+    generation = _generation(tokenizer, template.end_ids, suppress_tokens=[image_id])
+    longer = _lengthened(weights, language.vocab_size)
+    _save(lambda: LlavaForConditionalGeneration(settings), longer, LLAVA, portable.LLAVA_FILE, path, dtype, generation)
+    images = image_processor(vision, mode)
+    cast(Any, LlavaProcessor)(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy=strategy,
+        image_token=IMAGE,
+        chat_template=tokenizer.chat_template,
+        num_additional_image_tokens=int(has_class_token),
+    ).save_pretrained(path)
+    images.save_pretrained(path)  # in a file of its own, where version 4 of transformers looks
+    portable.mend_tokenizer(path)
+
+
+def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> Any:
+    """A copy of `tokenizer` with which others ask as training did, whichever way they take."""
+    chat_template, end = template.exported(position), tokenizer.convert_ids_to_tokens(template.end_ids[0])
+    tokenizer = with_image_token(tokenizer)
+    tokenizer.chat_template = chat_template
+    if tokenizer.bos_token is None:
+        tokenizer.bos_token = tokenizer.eos_token  # with which captions begin then
+    tokenizer.eos_token = end  # what many tools stop at, whatever generation_config.json says
+    if tokenizer.is_fast:  # the start token is the template's to write; some tools would get two
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    for name in ("add_bos_token", "add_eos_token"):
+        if hasattr(tokenizer, name):
+            setattr(tokenizer, name, False)
+    return tokenizer
+
+
+def _generation(tokenizer: Any, end_ids: list[int], **more: Any) -> GenerationConfig:
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end_ids, "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(**ids, **more)  # type: ignore[no-untyped-call]
+
+
+def _save(
+    make: Callable[[], Any],
+    weights: Weights,
+    prefixes: Mapping[str, str],
+    file_names: Mapping[str, str],
+    path: Path,
+    dtype: torch.dtype,
+    generation: GenerationConfig | None = None,
+) -> None:
+    """Take over the tensors of a module on the meta device by name. `prefixes`: the module's to ours."""
+    module: Any = on_meta(make)
+    module.tie_weights()
+    tensors = {}
+    for name, _ in module.named_parameters():
+        theirs, ours = next((a, b) for a, b in prefixes.items() if name.startswith(a))
+        tensors[name] = weights[ours + name.removeprefix(theirs)].detach().to(dtype)
+    portable.save_model(module, tensors, file_names, path)
+    if generation:
+        generation.save_pretrained(path)
+
+
+def _lengthened(weights: Weights, vocab_size: int) -> Weights:
+    """With embeddings and head (where it is not tied) of `vocab_size` rows, zeros added at their ends."""
+    longer = dict(weights)
+    for name in ("language.model.embed_tokens.weight", "language.lm_head.weight"):
+        if name in longer:
+            longer[name] = nn.functional.pad(longer[name], (0, 0, 0, vocab_size - len(longer[name])))
+    return longer
+
+
+def image_processor(config: PretrainedConfig, mode: ImageMode) -> Any:
+    """The stock image processor that does to a picture what training did. `config`: the encoder's."""
+    mean, std = PIXEL_STATISTICS[config.model_type]
+    side = config.image_size
+    square = {"height": side, "width": side}
+    statistics: dict[str, Any] = {"image_mean": mean, "image_std": std}
+    if mode == "crop":
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **statistics)
+    if mode == "pad":
+        return LlavaImageProcessor(size=square, do_pad=True, do_center_crop=False, **statistics)
+    return SiglipImageProcessor(size=square, **statistics)

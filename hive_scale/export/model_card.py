@@ -1,0 +1,129 @@
+"""The model card of an export: what it is, how it was trained, how to load it, and what it does not say."""
+
+from __future__ import annotations
+
+import re
+
+from hive_scale.checkpoint.run_reader import Run
+from hive_scale.config import Config, PartConfig
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.strangers import printable
+from hive_scale.strict_json import dumps
+from hive_scale.version import code_version
+
+TASKS = {
+    "encoder": "image-feature-extraction",
+    "llm": "text-generation",
+    "hive": "image-to-text",
+    "llava": "image-text-to-text",
+}
+WHAT = {
+    "encoder": "The vision encoder of a HIVE. Read `hidden_states[-2]`: the block after it is never trained.",
+    "llm": "The language model of a HIVE, alone: without a picture it says what the whole model says.",
+    "hive": "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
+    "llava": "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
+}
+MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # what begins something in Markdown, HTML or mathematics
+BORDER = r"\|"
+PAPER = "[Hierarchical Pre-Training of Vision Encoders with Large Language Models](https://arxiv.org/abs/2604.00086)"
+LOAD = {
+    "encoder": """\
+from transformers import AutoImageProcessor, AutoModel
+
+encoder = AutoModel.from_pretrained(DIRECTORY)
+inputs = AutoImageProcessor.from_pretrained(DIRECTORY)(images=image, return_tensors="pt")
+features = encoder(**inputs, output_hidden_states=True).hidden_states[-2]""",
+    "llm": """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+llm, tokenizer = AutoModelForCausalLM.from_pretrained(DIRECTORY), AutoTokenizer.from_pretrained(DIRECTORY)""",
+    "hive": """\
+from pathlib import Path
+
+from hive_scale.export import from_pretrained
+
+hive = from_pretrained(Path(DIRECTORY))  # needs hive_scale, unlike the other exports""",
+    "llava": """\
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+llava, processor = LlavaForConditionalGeneration.from_pretrained(DIRECTORY), AutoProcessor.from_pretrained(DIRECTORY)
+start = processor.tokenizer.bos_token or processor.tokenizer.eos_token
+inputs = processor(images=image, text=f"{start}<image>", add_special_tokens=False, return_tensors="pt")
+caption = processor.decode(llava.generate(**inputs)[0], skip_special_tokens=True)""",
+}
+
+
+def card(kind: str, run: Run, stage: str, identity: str, dtype: str) -> str:
+    """The text of an export's README.md; `identity` is the hash of the weights that it was made from."""
+    config = run.config
+    return f"""\
+---
+library_name: {"hive_scale" if kind == "hive" else "transformers"}
+pipeline_tag: {TASKS[kind]}
+tags: [hive, vision]
+---
+
+# {_plain(config.name)}: {kind} after stage {_plain(stage)}
+
+{WHAT[kind]} After {PAPER}. The weights are in {dtype}.
+
+```python
+{LOAD[kind].replace("DIRECTORY", '"."')}
+```
+
+## Training
+
+{_stages(run, stage)}
+
+| what | from |
+|---|---|
+| encoder | {_part(config.model.vision)} |
+| LLM | {_part(config.model.language)} |
+| fusion | {_fusion(config)} |
+| pictures and captions | {", ".join(map(_plain, config.data.train))} |
+| tokenizer | {_plain(config.data.tokenizer.path)} |
+| weights | xxh3-128 {identity} |
+| code | {", ".join(f"{name} {version}" for name, version in code_version().items())} |
+
+## Limits
+
+It has learned from captions, and repeats what is wrong or one-sided in them. It has not been tested for any use in
+which errors do harm. Licences of the pretrained parts and of the data go with it; none is granted here.
+"""
+
+
+def _stages(run: Run, last: str) -> str:
+    names = list(run.config.stages)
+    rows = ["| stage | steps | global batch | trained | held-out loss, nats per token |", "|---|---|---|---|---|"]
+    for name in names[: names.index(last) + 1] if last in names else ():
+        stage = run.config.stages[name]
+        lines = read_metrics(run.dir / name / "metrics.jsonl")
+        losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        globs = ", ".join(_code(glob) for group in stage.groups.values() for glob in group.parameters)
+        loss = f"{losses[-1]:.4f}" if losses else "not measured"
+        rows.append(
+            f"| {_plain(name)} | {lines[-1]['step'] if lines else '?'} | {stage.global_batch} | {globs} | {loss} |"
+        )
+    return "\n".join(rows) if len(rows) > 2 else "Not trained: these are the weights that the first stage starts from."
+
+
+def _part(part: PartConfig) -> str:
+    return _plain(part.path) or f"from scratch: {_code(dumps(part.config, sort_keys=True))}"
+
+
+def _plain(text: str) -> str:
+    """`text` as Markdown shows it, in a heading or a table's cell: it is no markup, no HTML and no link."""
+    return MARKUP.sub(r"\\\g<0>", printable(text))
+
+
+def _code(text: str) -> str:
+    """`text` in Markdown as code, in which nothing can be escaped but a table's borders."""
+    inside = printable(text).replace("`", "'").replace("|", BORDER)
+    return f"`{inside}`"
+
+
+def _fusion(config: Config) -> str:
+    model = config.model
+    if model.fusion == "concat":
+        return "concat: one MLP after the penultimate encoder layer, visual tokens after the start token"
+    return f"{model.fusion}, {model.density:.0%} of the encoder's depths, {model.depths}"

@@ -1,0 +1,189 @@
+"""A frozen encoder need see each picture only once: the pass that makes its features and keeps them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from hive_scale.config import Config
+from hive_scale.data import transform
+from hive_scale.data.feature_store import FORMAT, DiskError, KeptFeatures, open_kept, parts, room_in, settle, size_of
+from hive_scale.data.loader import Loader
+from hive_scale.data.workers import worker_options
+from hive_scale.distributed import World
+from hive_scale.exit_codes import TryAgain
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+from hive_scale.model.identity import identity, key_of
+from hive_scale.phase_timer import tick
+from hive_scale.precision import DTYPES
+
+AT_ONCE = 32  # pictures that run through the encoder together
+logger = logging.getLogger(__name__)
+Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
+
+
+def kept_features(
+    config: Config, stage: Hive, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
+) -> KeptFeatures | None:
+    """What `config.feature_cache` has of `loader`'s set, completed; None where the encoder of `stage` learns.
+
+    A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
+    weights, config, depths, precision, transform and set: other features are never read for these. None, too, if the
+    disk cannot take them: the stage then trains on pictures, which is said.
+    """
+    if not _are_kept(config, stage, loader):
+        return None
+    try:
+        return _completed(config, loader, weights, world, stop)
+    except DiskError as error:
+        logger.warning(
+            "feature_cache=%s: %s. The stage trains on pictures, with the encoder at work", config.feature_cache, error
+        )
+        return None
+
+
+def _completed(
+    config: Config, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
+) -> KeptFeatures:
+    """Raises DiskError."""
+    dtype = DTYPES[config.engine.precision]
+    make = partial(build.eyes, config.model, weights, world.device, dtype)
+    model = make()
+    key = key_of(FORMAT, _digest(model), (loader.pad_colour, transform.VERSION), *_digest_of_set(loader))
+    path = Path(config.feature_cache).expanduser() / key
+    numbers = np.arange(len(loader.index))
+    kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
+    kept.encode = _Eyes(make)
+    failed = _fill(kept, model, loader, parts(missing, AT_ONCE), world, stop)
+    try:
+        settle(world, kept, failed)
+    except DiskError:
+        if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
+            kept.file.unlink(missing_ok=True)
+        raise
+    return kept
+
+
+def _fill(
+    kept: KeptFeatures,
+    model: Hive,
+    loader: Loader,
+    missing: Sequence[NDArray[np.integer]],
+    world: World,
+    stop: Callable[[], bool],
+) -> OSError | None:
+    """Make this rank's share of the `missing` parts; why its disk does not take them, if it does not. A collective."""
+    mine = [part.tolist() for part in missing[world.rank :: world.size]]
+    mine += [[] for _ in range(-(-len(missing) // world.size) - len(mine))]  # as many for each: they meet at every one
+    options = worker_options(loader.config.workers)
+    pictures = DataLoader(_Pictures(loader), batch_size=None, sampler=mine, generator=torch.Generator(), **options)
+    world.timer.enter("features")
+    count = sum(map(len, missing))
+    quiet = not (world.is_main and count)
+    failed: OSError | None = None
+    for read, broken, pixels, error in track(
+        pictures, f"features of {count} pictures, once", total=len(mine), disable=quiet
+    ):
+        if error is not None:
+            raise error
+        if any(world.sum(stop(), failed is not None)):
+            break
+        tick()
+        try:
+            if read:
+                kept.put(read, _features(model, pixels))
+            kept.give_up(broken)
+        except OSError as full:
+            failed = full
+    return failed
+
+
+class _Eyes:
+    """The encoder for pictures whose features cannot be read in training: not there before the first of them."""
+
+    def __init__(self, make: Callable[[], Hive]) -> None:
+        self.model = cache(make)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return _features(self.model(), pixels)
+
+
+@torch.no_grad()
+def _features(model: Hive, pixels_BCHW: Tensor) -> Tensor:
+    """(B, S, V, C) of pictures, uint8."""
+    states = model.encode(pixels_BCHW.to(model.pixel_mean.device))
+    return torch.stack(model.features(states), dim=1)
+
+
+def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
+    """Raises ValueError if what `kept_features` would keep is more than the disk can hold, and the run is a new one.
+
+    One that has begun goes on without, since nobody may be there to name another disk.
+
+    Features that are there may be those wanted: only the stage's weights, which a stage before may yet have to make,
+    tell which.
+    """
+    if not _are_kept(config, stage, loader) or (config.run_dir / "config.yaml").exists():
+        return
+    needed = size_of(len(loader.index), stage.features_shape, DTYPES[config.engine.precision])
+    if needed > (room := room_in(Path(config.feature_cache).expanduser())):
+        raise ValueError(
+            f"feature_cache={config.feature_cache}: features of {len(loader.index):,} pictures are {needed / 1e9:.1f} "
+            f"GB, {room / 1e9:.1f} GB are free or hold features: name another disk, or keep none"
+        )
+
+
+def _are_kept(config: Config, stage: Hive, loader: Loader) -> bool:
+    trains = any(parameter.requires_grad for parameter in stage.vision.parameters())
+    return bool(config.feature_cache) and not trains and not loader.config.blank
+
+
+def _digest(model: Hive) -> str:
+    """Of what the features depend on in the model: depths, and the encoder but for weights that it never reads.
+
+    The precision of compute is that of the weights.
+    """
+    unread = {name.removeprefix("vision.") for name in model.dormant()}
+    statistics = model.pixel_mean.tolist(), model.pixel_std.tolist()
+    return key_of(identity(model.vision, unread), model.encoder_depths, statistics)
+
+
+def _digest_of_set(loader: Loader) -> tuple[object, ...]:
+    """Of what they depend on in the data, whose fingerprint knows every byte."""
+    data = loader.config  # too large a picture counts as broken, and that is kept, too
+    return loader.fingerprint, loader.image_size, data.image, data.max_pixels
+
+
+class _Pictures(Dataset[Seen]):
+    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W).
+
+    And, as in `batches.Loaded`, why there are none.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, numbers: list[int]) -> Seen:
+        try:
+            return self._seen(numbers)
+        except (OSError, TryAgain) as error:
+            return [], [], None, error
+
+    def _seen(self, numbers: list[int]) -> Seen:
+        pixels, broken = {}, []
+        for number in numbers:
+            try:
+                pixels[number] = self.loader.pixels(number)
+            except ValueError:  # told when its turn comes in training
+                broken.append(number)
+        return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None, None

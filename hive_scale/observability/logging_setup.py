@@ -1,0 +1,166 @@
+"""What libraries say goes to a file per rank; rank 0 tells warnings, each once, whichever ranks had them."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
+from typing import Any
+
+from hive_scale import credentials
+from hive_scale.distributed import World
+from hive_scale.observability.console import console
+from hive_scale.strangers import printable
+
+LEVELS = ("debug", "info", "warning", "error")
+LOUD = ("DeepSpeed", "transformers", "torch", "accelerate")  # loggers that bring handlers of their own
+FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+RECORD = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?:WARNING|ERROR|CRITICAL) (.*)")
+
+
+@contextmanager
+def hushed(
+    folder: Path,
+    world: World,
+    level: str = "warning",
+    quiet: bool = False,
+    has_begun: Callable[[], bool] = lambda: True,
+) -> Iterator[None]:
+    """Within, log records and warnings go to `folder`/rank_00000.log, and those of `level` to rank 0's screen.
+
+    `quiet` leaves the screen nothing but these. Until `has_begun` says so, nothing is written to `folder`: a run that
+    is refused leaves no file there.
+    """
+    root, threshold = logging.getLogger(), logging.getLevelNamesMapping()[level.upper()]
+    file = _File(folder / f"rank_{world.rank:05d}.log", has_begun)
+    handlers = [file, *([_Teller(folder, threshold)] if world.is_main else [])]
+    loggers = [logging.getLogger(name) for name in LOUD]
+    before = root.level, [(logger.__class__, logger.handlers[:]) for logger in loggers]
+    screen: Any = None if console.file is sys.stdout else console.file  # None: sys.stdout, whatever that is by then
+    root.setLevel(min(logging.INFO, threshold))
+    logging.captureWarnings(True)
+    for handler in handlers:
+        root.addHandler(handler)
+    for logger in loggers:
+        logger.__class__ = _Captive
+        logger.handlers.clear()
+    with Path("/dev/null").open("w") as nowhere:
+        if quiet:
+            console.file = nowhere
+        try:
+            yield
+        finally:
+            tell_others()
+            console.file = screen
+            logging.captureWarnings(False)
+            for handler in handlers:
+                root.removeHandler(handler)
+                handler.close()
+            root.setLevel(before[0])
+            for logger, (kind, own) in zip(loggers, before[1], strict=True):
+                logger.__class__ = kind
+                logger.handlers[:] = own
+
+
+def tell_others() -> None:
+    """Tell what other ranks have warned of until now."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Teller):
+            handler.gather()
+
+
+class _Captive(logging.Logger):
+    """Speaks through the root's handlers alone, whatever the library hangs on it later."""
+
+    propagate = property(lambda self: True, lambda self, value: None)
+
+    def addHandler(self, hdlr: logging.Handler) -> None:
+        pass
+
+
+class _Formatter(logging.Formatter):
+    """A record's first line is its only one that looks like a record: whatever a message quotes, it is none itself.
+
+    Clients of object stores log their requests, signatures included: these are hidden.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        return credentials.hide(super().format(record))
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record), lines=True).replace("\n", "\n    ")
+
+
+class _File(WatchedFileHandler):
+    """Made with its first record once the run has begun; made again should the run directory be moved away."""
+
+    def __init__(self, path: Path, has_begun: Callable[[], bool]) -> None:
+        super().__init__(path, delay=True)
+        self.setFormatter(_Formatter(FORMAT))
+        self._has_begun, self._early = has_begun, list[logging.LogRecord]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._early.append(record)
+        self._catch_up()
+
+    def close(self) -> None:
+        self._catch_up()
+        super().close()
+
+    def _catch_up(self) -> None:
+        if self._early and self._has_begun():
+            early, self._early = self._early, []
+            for record in early:
+                super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass  # a full disk: whoever has something to save says so, without a traceback for each record
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        return super()._open()
+
+
+class _Teller(logging.Handler):
+    """Rank 0's voice for its own records, and for the other ranks' warnings as their files have them.
+
+    Files, since a rank that warns may be about to fail: no collective would be safe.
+    """
+
+    def __init__(self, folder: Path, level: int) -> None:
+        super().__init__(level)
+        self._folder, self._told = folder, set[str]()
+        self._read = {path: path.stat().st_size for path in self._others()}  # earlier runs' are told
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = printable(credentials.hide(f"{record.name}: {record.getMessage()}").split("\n")[0])
+        if text not in self._told:
+            self._told.add(text)
+            self._say(f"{record.levelname.lower()}: {text}")
+
+    def gather(self) -> None:
+        ranks: dict[str, list[str]] = {}
+        for path in self._others():
+            with path.open(errors="replace") as file:
+                file.seek(self._read.get(path, 0))
+                for match in filter(None, map(RECORD.match, iter(file.readline, ""))):
+                    ranks.setdefault(match[1], []).append(str(int(path.stem.split("_")[1])))
+                self._read[path] = file.tell()
+        for text, whose in ranks.items():
+            if text not in self._told:
+                self._told.add(text)
+                self._say(f"warning of rank {', '.join(dict.fromkeys(whose))}: {text}")
+
+    def _others(self) -> list[Path]:
+        return sorted(path for path in self._folder.glob("rank_*.log") if path.stem != "rank_00000")
+
+    def _say(self, text: str) -> None:
+        if console.is_terminal:
+            console.print(text, soft_wrap=True)  # above the progress bar, not through it
+        else:
+            print(printable(text), file=sys.stderr, flush=True)

@@ -1,0 +1,187 @@
+"""What a run needs, and is checked for, before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hive_scale import checksums, strict_json
+from hive_scale import config as configs
+from hive_scale.atomic import write_text
+from hive_scale.checkpoint.run_claims import is_begun
+from hive_scale.checkpoint.stage_files import is_done
+from hive_scale.config import Config
+from hive_scale.data.loader import Loader
+from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
+from hive_scale.device import kind
+from hive_scale.distributed import World
+from hive_scale.engine import check_compiler, check_device
+from hive_scale.feature_cache import check_disk
+from hive_scale.model import build
+from hive_scale.param_groups import freeze
+from hive_scale.strict_json import dumps
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizer: Tokenizer
+    train: Loader
+    heldout: Loader
+
+    @property
+    def names(self) -> list[str]:
+        """What checkpoints call these data: today, and by what they were known to older versions."""
+        return [f"{self.train.fingerprint}-{self.heldout.fingerprint}", self.train.layout]
+
+
+def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
+    """The data of `stage`; without, the run's. What cannot be used of it is `noted` in the run directory."""
+    data = config.data_of(stage)
+    tokenizer = open_tokenizer(data.tokenizer)
+    bad = config.run_dir / "bad_samples.jsonl" if noted else None
+
+    def loader(shards: list[str]) -> Loader:
+        size, colour = build.image_size(config.model), build.pad_colour(config.model)
+        return Loader(data, shards, tokenizer, image_size=size, pad_colour=colour, bad_samples=bad)
+
+    return Data(tokenizer, loader(data.train), loader(data.heldout))
+
+
+def open_all(config: Config, noted: bool = True) -> dict[str, Data]:
+    """The data of every stage, by its name; stages that read the run's share it."""
+    opened: dict[str, Data] = {}
+    of_run = [name for name, stage in config.stages.items() if not stage.data]
+    opened |= dict.fromkeys(of_run, open_data(config, noted=noted)) if of_run else {}
+    return opened | {name: open_data(config, name, noted) for name in config.stages if name not in opened}
+
+
+def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], here: bool = True) -> None:
+    """Meet every error of any stage now, not in the night. Raises ValueError.
+
+    `worlds` are the numbers of processes of the stages to be trained, and `here` tells whether by this machine.
+    """
+    _check_engines(config, worlds, here)
+    if here:
+        check_compiler(config.engine)
+        check_device(config.engine, kind())
+    model = build.skeleton(config.model)
+    for name, stage in config.stages.items():
+        try:
+            freeze(model, stage, model.dormant())
+            if name in worlds:
+                stage.accumulation(worlds[name])
+            stage.num_steps(data[name].train.num_samples)
+            check_disk(config, model, data[name].train)
+            _try_some(data[name].train)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
+        known, size = build.vocabulary_size(config.model), data[name].tokenizer.vocab_size
+        if size > known:
+            raise ValueError(
+                f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
+            )
+
+
+def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> None:
+    first, engine = next(iter(config.stages), ""), config.engine
+    if first and config.stages[first].keep_moments:
+        raise ValueError(f"stages.{first}.keep_moments: no stage comes before this one: set it to false")
+    if engine.ds_config:
+        from hive_scale.engine import deepspeed_config  # which takes seconds to import DeepSpeed
+
+        stages = {name: (config.stages[name], world_size) for name, world_size in worlds.items()}
+        deepspeed_config.check(Path(engine.ds_config), stages, engine, here)
+        return
+    for name, size in worlds.items():
+        if engine.shard and size % engine.shard:
+            raise ValueError(
+                f"stages.{name}: engine.shard={engine.shard} does not divide the {size} processes: use a divisor of it"
+            )
+
+
+def _try_some(loader: Loader, count: int = 4) -> None:
+    """Raises ValueError if of a few samples from all over the set none can be used, for then none will be."""
+    size, reason = len(loader.index), ""
+    for i in range(0, size, max(1, size // count)):
+        try:
+            loader.sample(i)
+            return
+        except ValueError as error:
+            reason = reason or f"{loader.index.key(i)} of {loader.index.shard(i)}: {error}"
+    raise ValueError(f"no sample that was tried can be used; the first is {reason}")
+
+
+def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
+    """Note what samples the run begins with; from then on see that they are there, wherever they lie. A collective.
+
+    Checkpoints know their samples, but a stage that has none yet would begin with whatever a pattern still matches.
+    Raises ValueError that names the stage and a shard that is not as it was.
+    """
+    path = config.run_dir / "data.json"
+    before = _read_noted(path) if path.exists() else {}
+    world.barrier()  # all have read it
+    done = {name: noted for name, noted in before.items() if is_done(config.run_dir / name)}
+    for name, noted in before.items():
+        if name in data and name not in done and not _reads_others(noted, config, name):
+            _compare(name, noted, data[name])
+    now = {name: _all_noted(one, config, name) for name, one in data.items()} | done
+    if world.is_main and now != before:
+        with checksums.listing(path):
+            write_text(path, dumps(now, indent=1))
+
+
+def _all_noted(data: Data, config: Config, stage: str) -> dict[str, Any]:
+    patterns = config.data_of(stage).train
+    return {"train": _noted(data.train), "heldout": _noted(data.heldout), "patterns": patterns}
+
+
+def _noted(loader: Loader) -> dict[str, Any]:
+    index = loader.index
+    shards = {shard: stamp.digest for shard, stamp in zip(index.shards, index.stamps, strict=True)}
+    return {"samples": len(index), "fingerprint": index.fingerprint, "shards": shards}
+
+
+def _reads_others(noted: Mapping[str, Any], config: Config, stage: str) -> bool:
+    """Whether a stage that has not begun is to read other shards than when the run began, not moved ones."""
+    patterns = config.data_of(stage).train
+    same = configs.without_folders(noted.get("patterns", patterns)) == configs.without_folders(patterns)
+    return not same and not is_begun(config.run_dir / stage)
+
+
+def _read_noted(path: Path) -> dict[str, Any]:
+    """What a run noted of its samples. Raises ValueError if that is not what was written."""
+    remedy = "restore it, or remove it: the samples that are there now are then taken for those it began with"
+    checksums.check_file(path, remedy)
+    try:
+        noted: dict[str, Any] = strict_json.read(path)
+        # an older version's knew the training samples' places and sizes alone
+        noted = {name: one if "train" in one else {"train": {**one, "shards": {}}} for name, one in noted.items()}
+        return {
+            name: one | {"train": {**one["train"], "samples": int(one["train"]["samples"])}}
+            for name, one in noted.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not what was written ({error!r}): {remedy}") from None
+
+
+def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:
+    """Raises ValueError if `before`, what is noted of a stage's data, is not of `data`."""
+    for part, loader in (("train", data.train), ("heldout", data.heldout)):
+        noted = before.get(part)
+        if noted and noted["fingerprint"] not in (loader.fingerprint, loader.layout):
+            raise ValueError(
+                f"stages.{stage}: the run began with {noted['samples']:,} samples of data.{part}, and finds "
+                f"{len(loader.index):,}, not all of them the same{_which(noted['shards'], _noted(loader)['shards'])}: "
+                "restore its shards, or use --overwrite"
+            )
+
+
+def _which(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The first of the shards `now`, each with its digest, that is another than `before`; or the first that is gone."""
+    names = {Path(shard).name for shard in before}
+    for shard, digest in now.items():
+        if before and digest not in before.values():
+            return f" ({shard} {'has changed' if Path(shard).name in names else 'was not among them'})"
+    return next((f" ({shard} is gone)" for shard, digest in before.items() if digest not in now.values()), "")

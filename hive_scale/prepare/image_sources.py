@@ -1,0 +1,151 @@
+"""Where an encoded picture lies, as a plain value that a worker process turns into bytes."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hive_scale.data.images import LARGEST_FILE, check_length, read_image
+from hive_scale.data.parquet import check_row_group, parquet_error
+
+if TYPE_CHECKING:
+    pass
+
+LOCAL_HEADER = 30  # bytes before the name, of a file inside a zip
+METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+
+
+class Place(Protocol):
+    def read(self) -> bytes:
+        """The picture's bytes. Raises ValueError if it cannot be had."""
+
+
+@dataclass(frozen=True)
+class InFile:
+    path: Path
+
+    def read(self) -> bytes:
+        return read_image(self.path)
+
+
+@dataclass(frozen=True)
+class InZip:
+    """A member of a zip by its place, so that no worker reads the archive's directory of a million names again."""
+
+    archive: Path
+    name: str
+    offset: int
+    size: int
+    raw_size: int
+    checksum: int
+    method: int
+
+    def read(self) -> bytes:
+        if self.method not in METHODS:
+            raise ValueError(f"{self.name} is packed in a way that is not supported: use stored or deflated members")
+        if max(self.size, self.raw_size) > LARGEST_FILE:  # packed zeros are a thousandth of their size
+            raise ValueError(f"{self.name} has {self.raw_size:,} bytes, more than the {LARGEST_FILE:,} of an image")
+        with self.archive.open("rb") as file:
+            if not 0 <= self.offset < self.offset + self.size + LOCAL_HEADER <= os.fstat(file.fileno()).st_size:
+                raise ValueError(f"{self.name} is said to lie outside of {self.archive.name}, which is damaged")
+            header = os.pread(file.fileno(), LOCAL_HEADER, self.offset)
+            name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+            data = os.pread(file.fileno(), self.size, self.offset + LOCAL_HEADER + name + extra)
+        if self.method == zipfile.ZIP_DEFLATED:
+            try:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.raw_size)
+            except zlib.error:
+                data = b""
+        if len(data) != self.raw_size or zlib.crc32(data) != self.checksum:
+            raise ValueError(f"{self.name} is damaged in {self.archive.name}")
+        return data
+
+
+@dataclass(frozen=True)
+class InParquet:
+    """A cell of a parquet file: bytes, or the hub's {bytes, path}."""
+
+    file: Path
+    column: str
+    group: int
+    row: int
+
+    def read(self) -> bytes:
+        try:
+            cell = _column(self.file, self.column, self.group)[self.row].as_py()
+        except Exception as error:  # pyarrow has errors of its own for what is damaged
+            raise ValueError(f"the pictures of row group {self.group} of {parquet_error(self.file, error)}") from None
+        if isinstance(cell, list) and len(cell) == 1:
+            cell = cell[0]
+        if isinstance(cell, list) and len(cell) > 1:
+            raise ValueError(f"{len(cell)} pictures: only one is supported")
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        if not isinstance(data, bytes) or not data:
+            raise ValueError("no picture: text alone" if not cell else f"no bytes in column '{self.column}'")
+        check_length(data)
+        return data
+
+
+@lru_cache(maxsize=1)  # a shard's rows are neighbours
+def _column(file: Path, column: str, group: int) -> Any:
+    from pyarrow.parquet import ParquetFile
+
+    opened = ParquetFile(file)
+    check_row_group(opened, group, column)
+    return opened.read_row_group(group, [column]).column(0)
+
+
+class Pictures:
+    """The pictures of a folder or a zip by the names that records give them.
+
+    Raises ValueError for what is neither, and for a name that points out of it: no set that means well has one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.exists():
+            raise ValueError(f"{root} is not there: give the folder or the zip that holds the pictures")
+        if root.is_file() and not zipfile.is_zipfile(root):
+            raise ValueError(f"{root} is neither a folder nor a zip: unpack it, or fetch it again")
+        self.root = root
+
+    def find(self, name: str) -> Place | None:
+        """Where `name` is, if it is there."""
+        inside(name, self.root)
+        if self.root.is_dir():
+            path = self.root / name
+            return InFile(path) if os.path.isfile(path) else None  # which takes names that no file can have
+        info = self._members.get(name) or self._members.get(self._top + name)
+        if info is None:
+            return None
+        sizes = info.compress_size, info.file_size
+        return InZip(self.root, info.filename, info.header_offset, *sizes, info.CRC, info.compress_type)
+
+    @cached_property
+    def _members(self) -> dict[str, zipfile.ZipInfo]:
+        try:
+            with zipfile.ZipFile(self.root) as archive:
+                files = [info for info in archive.infolist() if not info.is_dir()]
+                # what macOS adds of its own beside the files
+                members = {info.filename: info for info in files if not info.filename.startswith("__MACOSX/")}
+        except Exception as error:  # zipfile raises what it likes on a directory that is damaged
+            raise ValueError(f"{self.root} is cut short or damaged ({error}): fetch it again") from None
+        for name in members:
+            inside(name, self.root)
+        return members
+
+    @cached_property
+    def _top(self) -> str:
+        """The one folder that all members lie in, if it is one: people zip folders as often as what is in them."""
+        tops = {name.partition("/")[0] + "/" if "/" in name else "" for name in self._members}
+        return tops.pop() if len(tops) == 1 else ""
+
+
+def inside(name: str, root: Path) -> None:
+    path = PurePosixPath(name.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"the picture's name '{name}' leaves {root}: not reading this set")

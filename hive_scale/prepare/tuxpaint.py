@@ -1,0 +1,50 @@
+"""Tux Paint's stamps: pictures, many of them cut-out photographs, with an English sentence each."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from hive_scale.prepare.concepts import normalise
+from hive_scale.prepare.packages import Package, fetch, members
+from hive_scale.prepare.records import Record
+
+STAMPS = Package("debian", "tuxpaint-stamps-default")
+_ROOT = "usr/share/tuxpaint/stamps/"
+
+
+def records(cache: Path) -> list[Record]:
+    """The stamps that are PNG (785 of 950; the others are SVG and would need a renderer) and have a sentence.
+
+    Raises what `fetch` raises.
+    """
+    found = members(fetch(STAMPS, cache), lambda name: _ROOT in name and name.endswith((".png", ".txt")))
+    stamps = []
+    for name, picture in sorted(found.items()):
+        sentence = _sentence(found.get(re.sub(r"\.png$", ".txt", name), b""))
+        if name.endswith(".png") and sentence:
+            stamps.append(_record(PurePosixPath(name.partition(_ROOT)[2]), picture, sentence))
+    return stamps
+
+
+def concept_of(sentence: str) -> str:
+    """`sentence` without case, articles, digits and punctuation: "A tiger." and "Tiger!" are one concept."""
+    words = re.findall(r"[^\W\d_]+", normalise(sentence))
+    return " ".join(word for word in words if word not in {"a", "an", "the"}) or normalise(sentence)
+
+
+def _record(path: PurePosixPath, picture: bytes, sentence: str) -> Record:
+    facts = {
+        "label": sentence,
+        "category": path.parts[0],
+        "subcategory": str(path.parent),
+        "source": STAMPS.name,
+    }
+    key = "tuxpaint-" + re.sub(r"[^\w-]", "-", str(path.with_suffix("")))
+    return Record(key, picture, sentence, concept_of(sentence), facts)
+
+
+def _sentence(text: bytes) -> str:
+    """The first line: English; translations follow it."""
+    lines = text.decode(errors="replace").splitlines()
+    return " ".join(lines[0].split()) if lines else ""

@@ -1,0 +1,208 @@
+"""Items to shards: by several processes, each shard whole or not there, and a run that was stopped goes on.
+
+Which items a shard holds depends on the source alone, so that a repeated run knows what is done.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hive_scale.data.images import FORMATS
+from hive_scale.prepare.concepts import split_of
+from hive_scale.prepare.readers import Item, Source
+from hive_scale.prepare.records import check_made_here, write_shard
+from hive_scale.shared_files import locked
+from hive_scale.strict_json import dumps
+
+JOURNAL = "conversion.jsonl"
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG with more behind it
+SPLITS = ("train", "heldout")
+
+Numbered = tuple[int, Item]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What came of one shard; also a line of the journal."""
+
+    name: str
+    samples: int
+    num_bytes: int
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (number of the record, reason)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a set is cut: about `heldout` of the groups (see `Item.group`) go to a split of their own."""
+
+    shard_size: int = 1000
+    heldout: float = 0.002
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1 or not 0 <= self.heldout < 1:
+            raise ValueError(
+                f"shard size {self.shard_size}, held out {self.heldout}: use a size of 1 or more and a share below 1"
+            )
+
+
+def convert(
+    source: Source,
+    output: Path,
+    layout: Layout,
+    workers: int,
+    overwrite: bool = False,
+    advance: Callable[[int, int], object] = lambda done, samples: None,
+) -> list[Shard]:
+    """Write `source` as ``train-00000.tar ...`` and ``heldout-00000.tar ...`` into `output`; what came of each.
+
+    Pictures keep their bytes. Records whose picture or text cannot be used are left out, and named in
+    ``conversion.jsonl``. The same call again goes on after the shards that are whole. `advance` hears how far the
+    source is and how many samples have been written. Raises ValueError if `output` holds another set, if there is no
+    record, and if the first shard comes out empty.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / ".lock"):
+        journal = _Journal(output, {**source.identity, **asdict(layout)}, overwrite)
+        waiting: deque[tuple[int, Future[Shard]]] = deque()
+        with ProcessPoolExecutor(workers, get_context("fork"), _leave_signals) as pool:
+            try:
+                for name, items in _cut(source.items(), layout):
+                    if name in journal.done:
+                        advance(items[-1][1].done, journal.samples)
+                        continue
+                    waiting.append((items[-1][1].done, pool.submit(_write, output / name, items)))
+                    while len(waiting) > 2 * workers:  # no more of the source in memory than keeps all busy
+                        advance(_finish(waiting, journal), journal.samples)
+                while waiting:
+                    advance(_finish(waiting, journal), journal.samples)
+            except BrokenProcessPool:
+                raise ValueError(
+                    "a worker process died, for want of memory perhaps: use fewer --workers; the same command again "
+                    "goes on after the shards that are done"
+                ) from None
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                for _, future in waiting:  # what was under way is whole by now
+                    if not future.cancelled() and not future.exception():
+                        journal.add(future.result())
+                raise
+        if not journal.done:
+            raise ValueError("there is no record in the source: is the file empty, or cut behind its header?")
+        return list(journal.done.values())
+
+
+def _finish(waiting: deque[tuple[int, Future[Shard]]], journal: _Journal) -> int:
+    done, future = waiting.popleft()
+    journal.add(future.result())
+    return done
+
+
+def _cut(items: Iterable[Item], layout: Layout) -> Iterator[tuple[str, list[Numbered]]]:
+    """(name of a shard, its items) in the order in which they fill up."""
+    full, open_ = Counter[str](), dict[str, list[Numbered]]({split: [] for split in SPLITS})
+    for number, item in enumerate(items):
+        split = split_of(item.group, layout.heldout)
+        open_[split].append((number, item))
+        if len(open_[split]) == layout.shard_size:
+            yield f"{split}-{full[split]:05d}.tar", open_[split]
+            open_[split] = []
+            full[split] += 1
+    for split, rest in open_.items():
+        if rest:
+            yield f"{split}-{full[split]:05d}.tar", rest
+
+
+def _write(path: Path, items: list[Numbered]) -> Shard:
+    skipped: list[tuple[str, str]] = []
+    samples = _samples(items, skipped)
+    num_bytes = write_shard(samples, path)
+    if len(skipped) == len(items):
+        path.unlink()
+    return Shard(path.name, len(items) - len(skipped), num_bytes, skipped)
+
+
+def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[dict[str, str | bytes]]:
+    for number, item in items:
+        try:
+            if item.place is None:
+                raise ValueError(item.reason)
+            picture = item.place.read()
+            yield {
+                "__key__": f"{number:09d}",
+                _extension(picture): picture,
+                "txt": item.caption.encode(),
+                # of what is no text, escapes: JSON has one for half a character
+                "json": dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
+            }
+        except (ValueError, RecursionError) as error:
+            skipped.append((f"{number:09d}", str(error)))
+
+
+def _extension(picture: bytes) -> str:
+    """By the content, whatever the name said. Raises ValueError for what training would not open."""
+    # PIL raises what it likes on broken input
+    with suppress(Exception), Image.open(BytesIO(picture), formats=FORMATS) as image:
+        return EXTENSIONS[image.format or ""]
+    raise ValueError("the picture is no JPEG, PNG or WebP, or is damaged")
+
+
+def _leave_signals() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's matter
+
+
+class _Journal:
+    """The shards that are done, each a line written after its tar was put in place."""
+
+    def __init__(self, output: Path, identity: dict[str, Any], overwrite: bool) -> None:
+        self.path = output / JOURNAL
+        for split in SPLITS:
+            for part in output.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].part"):  # of a run that was killed
+                part.unlink()
+        old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
+        identity, lines = json.loads(dumps(identity)), self._read()
+        if overwrite or not (old or lines[1:]):
+            check_made_here(old)
+            for path in old:
+                path.unlink()
+            lines = [identity]
+        if not lines:
+            raise ValueError(f"{output} holds other shards: choose another --output, or say --overwrite")
+        if lines[0] != identity:
+            changed = ", ".join(key for key in identity if lines[0].get(key) != identity[key])
+            raise ValueError(f"{output} holds a set made with other {changed}: choose another --output, or --overwrite")
+        shards = (Shard(**line) for line in lines[1:])
+        self.done = {one.name: one for one in shards if not one.samples or (output / one.name).is_file()}
+        text = "".join(dumps(line) + "\n" for line in (identity, *map(asdict, self.done.values())))
+        self.path.write_text(text, encoding="utf-8")
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.done.values())
+
+    def add(self, shard: Shard) -> None:
+        if not self.samples + shard.samples:
+            raise ValueError(f"none of the first {len(shard.skipped)} records can be used: {shard.skipped[0][1]}")
+        self.done[shard.name] = shard
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(dumps(asdict(shard)) + "\n")
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines = []
+        if self.path.is_file():
+            for text in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # cut in its middle by a kill
+                    lines.append(json.loads(text))
+        return lines

@@ -1,0 +1,78 @@
+"""A run directory opened for looking at: its numbers, its model at the end of a stage, pictures for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from hive_scale.checkpoint import run_reader
+from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
+from hive_scale.data.transform import picture
+from hive_scale.device import this_device
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.preflight import open_data
+from hive_scale.report.curves import History
+from hive_scale.run import read_model
+
+Pair = tuple[Tensor, str]  # a picture, uint8 (3, H, W), and its caption
+
+
+class Run(run_reader.Run):
+    """A run that is looked at where it lies now, and may be unfinished."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.config = replace(self.config, output=str(directory))
+
+    @property
+    def name(self) -> str:
+        return self.dir.name
+
+    def model(self, stage: str = "") -> Hive:
+        """The model at the end of `stage`, by default the last finished one, on a GPU if there is one."""
+        return read_model(self, stage).to(this_device())
+
+    def tokenizer(self) -> Tokenizer:
+        return open_tokenizer(self.config.data.tokenizer)
+
+    def history(self) -> History:
+        lines = {stage: read_metrics(self.dir / stage / "metrics.jsonl") for stage in self.config.stages}
+        return History(self.name, {stage: found for stage, found in lines.items() if found})
+
+    def read_picture(self, path: Path) -> Tensor:
+        """As the model sees it. Raises ValueError for what is not a picture."""
+        data, model = self.config.data, self.config.model
+        size, colour = build.image_size(model), build.pad_colour(model)
+        try:
+            return picture(path.read_bytes(), size, data.image, data.max_pixels, colour)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
+
+    def heldout(self, count: int) -> list[Pair]:
+        """Held-out pairs, evenly spaced through the set."""
+        pairs = list(open_data(self.config).heldout.spread(count))
+        if not pairs:
+            raise ValueError(f"no held-out picture of {self.dir} can be read: give --images")
+        return pairs
+
+
+def pairs_of(run: Run, images: Sequence[Path], captions: Sequence[str], count: int) -> list[Pair]:
+    """Pictures with their captions: those given, or some held-out ones.
+
+    A caption that is not given is the picture's .txt. Raises ValueError if there is none.
+    """
+    if not images:
+        return run.heldout(count)
+    if captions and len(captions) != len(images):
+        raise ValueError(f"{len(captions)} captions for {len(images)} images: give one for each")
+    texts = list(captions)
+    for path in images if not captions else ():
+        if not (beside := path.with_suffix(".txt")).is_file():
+            raise ValueError(f"{path} has no caption, which the loss needs: give --captions, or write {beside.name}")
+        texts.append(beside.read_text().strip())
+    return [(run.read_picture(path), text) for path, text in zip(images, texts, strict=True)]

@@ -1,0 +1,146 @@
+"""What a finished run has to show, as a person would ask: did it learn, does it look, where is it, what next?"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from itertools import islice
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from hive_scale.batch import Batch
+from hive_scale.checkpoint.stage_files import WEIGHTS
+from hive_scale.checkpoint.weights import read_weights
+from hive_scale.config import Config
+from hive_scale.distributed import World
+from hive_scale.evaluate.captions import matched_share, write
+from hive_scale.model import build
+from hive_scale.observability import goodput
+from hive_scale.observability.console import console
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.phase_timer import tick
+from hive_scale.preflight import open_data
+from hive_scale.strangers import printable
+
+PAIRS = 512  # held-out pairs that are looked at, at most
+BATCH = 32
+
+
+def blank_twin(config: Config) -> Config:
+    """The same run on blank pictures: what can be learned of the captions without seeing."""
+    data, log = replace(config.data, blank=True), replace(config.log, wandb="off", tensorboard=False)
+    # only its last loss is asked for
+    return replace(config, output=str(config.run_dir / "blank"), data=data, log=log, evidence=False, eval_interval=0)
+
+
+def show(config: Config, device: torch.device) -> None:
+    """Print the outcome of a finished run, and keep it in `<output>/outcome.txt`. Works on this process alone.
+
+    The run is trained and saved by then: what cannot be shown of it is said in a line, and raises nothing.
+    """
+    kept = config.run_dir / "outcome.txt"
+    if not kept.exists():
+        with console.capture() as text:
+            whole = all([_losses(config), _looks(config, device), _files(config)])
+        if not whole:  # the next start tries again
+            console.out(text.get(), end="")
+            return
+        kept.write_text(text.get())
+    console.out(kept.read_text(errors="replace"), end="")
+
+
+def _told(what: Callable[..., None]) -> Callable[..., bool]:
+    """A part of the outcome that says in a line why it is missing. Returns whether it is there."""
+
+    @wraps(what)
+    def part(*arguments: Any) -> bool:
+        try:
+            what(*arguments)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = f"training is done and saved, but not all of it can be shown: {type(error).__name__}: {reason}"
+            console.print(text, soft_wrap=True)
+            return False
+        return True
+
+    return part
+
+
+@_told
+def _losses(config: Config) -> None:
+    console.print(_losses_table(config, heldout_losses(config)))
+    console.print(_time(config), soft_wrap=True)
+
+
+@_told
+def _looks(config: Config, device: torch.device) -> None:
+    """Does the model use the picture? Its captions beside the true ones."""
+    stage_dir = config.run_dir / list(config.stages)[-1]
+    data = open_data(config, stage_dir.name)
+    model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
+    if config.evidence:
+        batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
+        share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
+        console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
+        console.print(_gain(config, heldout_losses(config)))
+    if pairs := list(data.heldout.spread(3)):
+        written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
+        for (_, truth), text in zip(pairs, written, strict=True):
+            console.print(f"  truth: {printable(truth)}\n  model: {printable(text)}")
+
+
+def _got_on(batch: Batch) -> Batch:
+    tick()  # the other ranks wait
+    return batch
+
+
+def _next(config: Config) -> str:
+    if config.model.fusion == "concat":
+        return (
+            f"see both side by side: python -m hive_scale visualize report OTHER_RUN {shlex.quote(str(config.run_dir))}"
+        )
+    return "compare with the self-attention baseline: the same command with fusion=concat"
+
+
+@_told
+def _files(config: Config) -> None:
+    stage_dir = config.run_dir / list(config.stages)[-1]
+    console.print(
+        f"weights  {stage_dir / WEIGHTS}\n"
+        f"encoder  {stage_dir / 'encoder'}  (loads with transformers' from_pretrained)\n"
+        f"metrics  {config.run_dir}/<stage>/metrics.jsonl\n"
+        f"next     {_next(config)}",
+        soft_wrap=True,
+    )
+
+
+def heldout_losses(config: Config) -> dict[str, list[float]]:
+    """Every held-out loss that each stage recorded, in order, in nats per token."""
+    lines = {name: read_metrics(config.run_dir / name / "metrics.jsonl") for name in config.stages}
+    return {name: [line["eval_loss"] for line in stage if "eval_loss" in line] for name, stage in lines.items()}
+
+
+def _time(config: Config) -> str:
+    """Where the time has gone, over all stages and restarts, until the last step."""
+    last = [lines[-1] for name in config.stages if (lines := read_metrics(config.run_dir / name / "metrics.jsonl"))]
+    return goodput.summary(*goodput.added(last))
+
+
+def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:
+    table = Table("stage", "held-out loss", "at its end", title=Text(f"{config.name} (nats per token)"))
+    for name, values in losses.items():
+        table.add_row(name, f"{values[0]:.4f}" if len(values) > 1 else "", f"{values[-1]:.4f}")
+    return table
+
+
+def _gain(config: Config, losses: dict[str, list[float]]) -> str:
+    blank = heldout_losses(blank_twin(config))
+    last = list(config.stages)[-1]
+    seen, unseen = losses[last][-1], blank[last][-1]
+    less = 1 - seen / unseen
+    return f"held-out loss {seen:.4f}, {less:.1%} lower than its twin's, trained on blank pictures: {unseen:.4f}"

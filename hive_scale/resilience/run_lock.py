@@ -1,0 +1,104 @@
+"""One run per output directory: two would publish, prune and clean up each other's checkpoints."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from hive_scale import shared_files
+from hive_scale.distributed import World
+from hive_scale.exit_codes import TryAgain
+from hive_scale.rundir import LOCK
+from hive_scale.shared_files import Held
+
+
+@contextmanager
+def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Lock]:
+    """Hold `directory` for this run, on all ranks. Raises TryAgain naming the run that holds it already,
+    and ValueError if the directory cannot be written.
+
+    `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
+
+    The lock dies with its process, so that a killed run leaves nothing to clean up; data workers do not hold it, and it
+    reaches across nodes on shared disks (see `shared_files.locked`).
+    """
+    lock = Lock(directory)
+    try:
+        owner = lock.take(patience) if world.is_main else ""
+        if world.sum(bool(owner))[0]:
+            raise TryAgain(
+                f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
+                "wait for it, stop it, or choose another output"
+            )
+        yield lock
+    finally:
+        lock.release()
+
+
+class Lock:
+    """The lock on `directory`, which the main rank alone takes."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self._path = directory, directory / LOCK
+        self._held = ExitStack()
+        self._made: list[Path] = []  # what is to go again unless the run stays: innermost first
+
+    def take(self, patience: float = 0.0) -> str:
+        """Who holds the directory, or "" now that this process does. Makes it where there is none.
+
+        Once more after it was moved away: then the one that has come in its place. Raises ValueError.
+        """
+        while True:
+            try:
+                if self._path.is_symlink():
+                    raise ValueError(f"{self._path} is a link, and would be written through: remove it")
+                self._make()
+                with ExitStack() as stack:
+                    stack.enter_context(shared_files.locked(self._path, patience))
+                    self._sign()
+                    self._held.enter_context(stack.pop_all())
+                return ""
+            except Held as held:
+                owner = self._path.read_text(errors="replace").strip() if self._path.is_file() else ""
+                return (owner or "a run that does not say who it is") + (f" ({held})" if str(held) else "")
+            except FileNotFoundError:  # of another start that has just given up, and has removed what it made
+                continue
+            except OSError as error:
+                text = f"output={self.directory} cannot be written ({error.strerror}): choose another"
+                raise ValueError(text) from None
+
+    def stay(self) -> None:
+        """The run has begun: what was made for it is not to go again."""
+        self._made.clear()
+
+    def release(self) -> None:
+        """Let go; of a run that has not begun leave nothing that was not there before."""
+        for path in self._made:
+            with suppress(OSError):  # somebody has put something into a directory
+                path.rmdir() if path.is_dir() else path.unlink()
+        self._held.close()
+
+    def _make(self) -> None:
+        real = self.directory.resolve()  # a link may lead to a folder that is gone, from a scratch disk perhaps
+        missing = [place for place in (real, *real.parents) if not place.exists()]
+        real.mkdir(parents=True, exist_ok=True)
+        self._made += missing
+
+    def _sign(self) -> None:
+        """Write into the lock who holds it. Raises FileNotFoundError if it is the lock of a start that gave it up."""
+        owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
+        soft = Path(f"{self._path}.soft").exists()  # which stands for the lock where the disk knows none
+        create = os.O_CREAT if soft else 0
+        descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | create, 0o666)
+        try:
+            if not os.fstat(descriptor).st_size:  # nobody has held it before
+                self._made.insert(0, self._path)
+            with suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, owner.encode())
+        finally:
+            os.close(descriptor)

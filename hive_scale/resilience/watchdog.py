@@ -1,0 +1,156 @@
+"""A run that gets nowhere, or a rank that is gone: who, where and since when, then the end of the job.
+
+Every rank has a thread that looks at its own phase timer once a second. One whose phase lasts longer than the
+deadline, or whose collective failed because another rank has vanished, calls the roll through the store that all
+ranks share: each rank that still lives answers with what it is doing and the stacks of all its threads, the caller
+names those that did not answer, and all end with the code that asks for another try.
+
+Work of unknown length, such as writing weights while the other ranks wait, says by `phase_timer.tick` that it gets
+on. While any rank gets on, none is late.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import traceback
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+from hive_scale import phase_timer
+from hive_scale.config import Config
+from hive_scale.distributed import World
+from hive_scale.exit_codes import TRY_AGAIN, is_loss_of_contact, say
+from hive_scale.heartbeat import FAILURE, leave
+
+POLL = 1.0  # seconds between looks
+ANSWER = 5.0  # seconds in which a living rank answers
+CALL = "hive_scale/roll_call"
+PROGRESS = "hive_scale/progress"  # a count that grows while any rank gets on
+SILENCE = 60.0  # seconds, at least, that a phase outside steps may last: loading libraries and weights is silent
+
+
+class HangWatch(AbstractContextManager["HangWatch"]):
+    """Watches this process while the context lasts. A deadline of 0 watches nothing.
+
+    Time in which the process itself was stopped (by Slurm's suspend, or SIGSTOP) is nobody's fault.
+    """
+
+    def __init__(self, world: World, deadline: float) -> None:
+        self.world, self.deadline = world, deadline
+        self._store: Any = None
+        self._stopped = threading.Event()
+        self._calling = threading.Lock()
+
+    def __enter__(self) -> HangWatch:
+        if self.world.store is not None:
+            self._store = self.world.store.clone()  # a connection of its own: a wait in another's would block it
+        if self.deadline:
+            threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stopped.set()
+        if self.deadline and error is not None and is_loss_of_contact(error) and self._nobody_failed():
+            self._call_roll(f"a collective failed ({str(error).splitlines()[0]})")
+
+    def _watch(self) -> None:
+        asleep = resumed = time.monotonic()
+        mine, all_of_us = phase_timer.ticks(), 0
+        while not self._stopped.wait(min(POLL, self.deadline / 4)):
+            now = time.monotonic()
+            if now - asleep > self.deadline / 2:  # stopped in its sleep; a store that does not answer is another matter
+                resumed = now
+            moved, mine = (
+                self.world.timer.phase == phase_timer.FETCH or phase_timer.ticks() != mine,
+                phase_timer.ticks(),
+            )
+            try:
+                called, before = self._store is not None and self._store.check([CALL]), all_of_us
+                all_of_us = self._store.add(PROGRESS, int(moved)) if self._store is not None else before + int(moved)
+            except RuntimeError:
+                return  # rank 0 has gone with the store, which others see, too
+            if called:
+                self._answer()
+                time.sleep(ANSWER + POLL)
+                leave(TRY_AGAIN)
+            if all_of_us != before:
+                resumed = time.monotonic()
+            if self._late(resumed) > self._limit():
+                self._call_roll(f"{self._doing()} for {self._late(resumed):.0f} s")
+            asleep = time.monotonic()
+
+    def _late(self, resumed: float) -> float:
+        return time.monotonic() - max(self.world.timer.since, resumed)
+
+    def _limit(self) -> float:
+        return max(self.deadline, SILENCE) if self.world.timer.phase in phase_timer.OUTSIDE else self.deadline
+
+    def _doing(self) -> str:
+        phase, step = self.world.timer.phase, self.world.timer.step
+        return f"it has been at its {phase}" if phase in phase_timer.OUTSIDE else f"step {step} has been in its {phase}"
+
+    def _call_roll(self, reason: str) -> None:
+        """Say what is wrong, hear who is there, name who is not, and end this process."""
+        with self._calling:
+            self._answer()
+            say(f"rank {self.world.rank}: {reason}; the job ends, to be tried again")
+            say(self._heard())
+            time.sleep(POLL)
+            leave(TRY_AGAIN)
+
+    def _answer(self) -> None:
+        at, rank = self.world.timer, self.world.rank
+        late = time.monotonic() - at.since
+        keys = ", ".join(at.keys[:4]) + (f" and {len(at.keys) - 4} more" if len(at.keys) > 4 else "")
+        state = f"step {at.step}, {at.phase} for {late:.1f} s, samples {keys or 'none'}"
+        say(f"rank {rank}: {state}\n{stacks()}")
+        try:
+            if self._store is not None:
+                self._store.set(f"{CALL}/{rank}", state)
+                self._store.set(CALL, "now")
+        except RuntimeError:
+            say("rank 0, which holds the job together, has gone")
+
+    def _heard(self) -> str:
+        """What each rank answered, and which did not."""
+        if self._store is None:
+            return "there is no other rank"
+        answers: dict[int, str] = {}
+        deadline = time.monotonic() + ANSWER
+        try:
+            while len(answers) < self.world.size and time.monotonic() < deadline:
+                time.sleep(POLL / 4)
+                for rank in range(self.world.size):
+                    if rank not in answers and self._store.check([f"{CALL}/{rank}"]):
+                        answers[rank] = self._store.get(f"{CALL}/{rank}").decode()
+        except RuntimeError:
+            return "missing: rank 0, which holds the job together"
+        lines = [f"  rank {rank}: {answer}" for rank, answer in sorted(answers.items())]
+        missing = [str(rank) for rank in range(self.world.size) if rank not in answers]
+        return "\n".join([*lines, f"missing, without a word: rank {', '.join(missing)}" if missing else "none missing"])
+
+    def _nobody_failed(self) -> bool:
+        """Whether no rank has said that it failed: then another's error is not what this one follows from."""
+        time.sleep(2 * POLL)
+        try:
+            return self._store is None or not self._store.check([FAILURE])
+        except RuntimeError:
+            return True
+
+
+def watching(world: World) -> HangWatch:
+    """For commands that have no config: as long as a run's own. One process alone waits for nobody."""
+    return HangWatch(world, Config().hang_seconds if world.size > 1 else 0.0)
+
+
+def stacks() -> str:
+    """The stack of every thread of this process, innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    frames: dict[int, Any] = sys._current_frames()
+    return "\n".join(
+        f"  thread {names.get(ident, '?')}:\n" + "".join(traceback.format_stack(frame)).rstrip()
+        for ident, frame in frames.items()
+    )

@@ -1,0 +1,65 @@
+"""What a finished run, or a stage of one, has to offer: its encoder, its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hive_scale import checksums, strict_json
+from hive_scale.checkpoint.run_reader import CONFIG, Run, encoder_remedy
+from hive_scale.checkpoint.stage_files import ENCODER
+from hive_scale.checkpoint.weights import read_weights
+from hive_scale.config import Config, ModelConfig, PartConfig
+from hive_scale.model import build
+from hive_scale.model.hive import Hive
+
+
+def find_encoder(path: Path) -> Path:
+    """The Hugging Face directory of the encoder at `path`: that itself, a stage's, or that of a run's last stage.
+
+    Raises ValueError if there is none, its files are not what was written, or its image processor makes pictures of
+    another size than it takes.
+    """
+    if (path / "config.json").is_file() or (checksums.is_listed(path) and not (path / CONFIG).is_file()):
+        checksums.check(path, remedy=encoder_remedy(path))
+        _check_processor(path)
+        return path
+    run, stage = _find(path)
+    folder = run.dir / stage / ENCODER
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not there: name a stage that is done; of one that is, the command that trained the run "
+            "makes it again"
+        )
+    return find_encoder(folder)
+
+
+def _check_processor(path: Path) -> None:
+    """A directory whose parts do not belong together would be used on pictures of the wrong size."""
+    file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
+    told = strict_json.read(file) if file.is_file() else {}
+    size = (told.get("crop_size") or told.get("size") or {}) if isinstance(told, dict) else {}
+    side = size.get("height", size.get("shortest_edge", wanted)) if isinstance(size, dict) else size
+    if side != wanted:
+        raise ValueError(f"{path}: its processor makes pictures of {side} pixels, its encoder takes {wanted}")
+
+
+def open_hive(path: Path) -> tuple[Config, str, Hive]:
+    """The run that `path` is, or belongs to, the stage it is taken from, and its model on the CPU, ready for use."""
+    run, stage = _find(path)
+    return run.config, stage, read_model(run, stage)
+
+
+def read_model(run: Run, stage: str = "") -> Hive:
+    """On the CPU: the model at the end of `stage`, by default the last that is done."""
+    return build.materialise(run.config.model, read_weights(run.weights(run.stage(stage))))
+
+
+def _find(path: Path) -> tuple[Run, str]:
+    """The run at `path` and its last finished stage, or the stage that `path` itself is."""
+    if (path / CONFIG).is_file():
+        run = Run(path)
+        return run, run.stage()
+    if (path.parent / CONFIG).is_file():
+        run = Run(path.parent)
+        return run, run.stage(path.name)
+    raise ValueError(f"{path} is no Hugging Face directory (config.json), no run ({CONFIG}) and no stage of one")

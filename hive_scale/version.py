@@ -1,0 +1,37 @@
+"""Which code computed something: kept in every checkpoint and told by every model card."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import hive_scale
+
+PEERS = ("torch", "transformers", "deepspeed")
+
+
+@cache
+def code_version() -> dict[str, str]:
+    """{package: version}; ours with its commit where it runs from a checkout, "-dirty" if that has been changed."""
+    return {"hive_scale": _ours(), **{name: _installed(name) for name in PEERS}}
+
+
+def _ours() -> str:
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return hive_scale.__version__
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or not our checkout
+        return hive_scale.__version__
+    return f"{hive_scale.__version__}+{found}"
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

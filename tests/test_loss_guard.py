@@ -1,0 +1,288 @@
+"""A bad batch leaves no trace: weights and moments are, bit for bit, those of a run that never saw it. Bad weights
+send the run back to its last checkpoint, and not for ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import pytest
+import ranks
+from test_parity import Cell, my_batches, opened, small_jsons
+
+from hive_scale import presets
+from hive_scale.checkpoint.format import steps_in
+from hive_scale.checkpoint.stage_files import WEIGHTS
+from hive_scale.checkpoint.weights import read_weights
+from hive_scale.config import Config, GuardConfig
+from hive_scale.data.loader import Loader
+from hive_scale.distributed import World, session
+from hive_scale.engine import Engine
+from hive_scale.observability.metrics import read_metrics
+from hive_scale.pipeline import run_pipeline
+from hive_scale.resilience.loss_guard import LEAST, Guard
+from hive_scale.train import StageRun
+
+CELLS = [Cell("ddp"), Cell("fsdp"), Cell("zero1"), Cell("zero2_offload"), Cell("zero2", precision="bf16")]
+
+
+def digest(engine: Engine) -> str:
+    parts = hashlib.sha256()
+    for fragment in engine.fragments():
+        parts.update(repr(fragment[:4]).encode())
+        parts.update(fragment.data.numpy().tobytes())
+    return parts.hexdigest()
+
+
+def left_out(world: World, cells: list[Cell], folder: str) -> list[tuple[str, str]]:
+    """Of each cell, the state after three good steps, and after the same with bad ones between."""
+    return [(train(world, cell, folder, bad=False), train(world, cell, folder, bad=True)) for cell in cells]
+
+
+def train(world: World, cell: Cell, folder: str, bad: bool) -> str:
+    engine: Any = opened(cell, world, folder)[0]
+    for step in range(3):
+        output = engine.step(my_batches(cell, step, world), 1.0, votes=lambda: (world.rank, 1))
+        assert output.taken
+        assert output.votes == (1.0, 2.0)
+        if not bad:
+            continue
+        after = engine.step(my_batches(cell, 10 + step, world), 1.0, max_loss=output.loss / 2)
+        assert not after.taken
+        assert math.isfinite(after.grad_norm)
+        loss = engine._loss
+        if world.rank == 1:  # and no other
+            engine._loss = lambda *given: loss(*given) * math.nan  # noqa: B023
+        after = engine.step(my_batches(cell, 20 + step, world), 1.0)
+        engine._loss = loss
+        assert not after.taken
+        assert math.isnan(after.loss)
+        assert math.isnan(after.grad_norm)
+    return digest(engine)
+
+
+@pytest.mark.parametrize("cells", [CELLS, [Cell("zero3"), Cell("zero3_offload", precision="bf16")]], ids=["", "zero3"])
+def test_a_step_left_out_changes_no_bit(cells: list[Cell], tmp_path: Path) -> None:
+    small_jsons(tmp_path)
+    for states in ranks.run(left_out, 2, cells, str(tmp_path)):
+        for cell, (without, with_bad) in zip(cells, states, strict=True):
+            assert without == with_bad, cell
+
+
+def test_a_spike_is_told_from_noise() -> None:
+    draw = random.Random(0)
+    guard = Guard(GuardConfig(spike=20, window=32))
+    for step in range(LEAST):
+        assert guard.max_loss == math.inf, step
+        guard.accept(2.0 + draw.gauss(0, 0.05))
+    assert 2.5 < guard.max_loss < 3.5
+    assert not guard.refuse()
+    assert not guard.refuse()
+    guard.accept(2.0)  # one good step, and patience begins anew
+    assert [guard.refuse() for _ in range(3)] == [False, False, True]
+    resumed = Guard(GuardConfig(spike=20, window=32))
+    resumed.go_on(json.loads(json.dumps(guard.losses)))
+    assert resumed.max_loss == guard.max_loss
+
+
+def guard_of(losses: Iterable[float], **settings: Any) -> Guard:
+    guard = Guard(GuardConfig(**settings))
+    for loss in losses:
+        guard.accept(loss)
+    return guard
+
+
+def test_the_limit_is_so_many_standard_deviations_of_normal_losses_from_their_mean() -> None:
+    losses = [NormalDist(2.0, 0.05).inv_cdf((i + 0.5) / 200) for i in range(200)]
+    random.Random(0).shuffle(losses)
+    assert guard_of(losses, spike=20, window=200).max_loss == pytest.approx(2.0 + 20 * 0.05, abs=0.01)
+    assert guard_of(losses, spike=5, window=200).max_loss == pytest.approx(2.0 + 5 * 0.05, abs=0.01)
+    assert guard_of(losses, spike=0, window=200).max_loss == math.inf, "0 turns it off"
+
+
+def test_a_few_spikes_that_were_let_in_hardly_move_the_limit() -> None:
+    losses = [2.0 + 0.01 * (i % 10) for i in range(30)]
+    assert guard_of([*losses, 50.0, 50.0], spike=20, window=32).max_loss < 3.0
+
+
+def test_only_the_losses_of_the_window_count() -> None:
+    early, late = [9.0, 5.0] * 16, [2.0, 2.1] * 16
+    guard = guard_of([*early, *late], spike=20, window=32)
+    assert guard.losses == late
+    assert guard.max_loss == guard_of(late, spike=20, window=32).max_loss
+    guard.go_on([*early, *late])
+    assert guard.losses == late
+
+
+def test_losses_all_alike_leave_room_for_a_few_thousandths() -> None:
+    assert guard_of([2.0] * LEAST, spike=20).max_loss == pytest.approx(2.0 * (1 + 20 / 1000))
+
+
+def test_patience_begins_anew_from_a_checkpoint_and_going_back_is_counted() -> None:
+    guard = Guard(GuardConfig(patience=2, rollbacks=2))
+    assert [guard.refuse() for _ in range(2)] == [False, True]
+    guard.go_on([2.0])
+    assert [guard.refuse() for _ in range(3)] == [False, True, True]
+    guard.go_back()
+    guard.go_back()
+    with pytest.raises(ValueError, match="after going back 2 times"):
+        guard.go_back()
+
+
+def test_a_batch_left_out_is_said_and_written_down(tmp_path: Path) -> None:
+    guard = guard_of([2.0] * LEAST, spike=20)
+    said = guard.note(tmp_path / "bad.jsonl", "joint", 7, 9.5, math.nan, ("a", "b"))
+    assert said.startswith("joint: a batch for step 7 is left out: loss 9.500 (at most 2.040 is accepted)")
+    line = json.loads((tmp_path / "bad.jsonl").read_text())
+    assert line.pop("max_loss") == pytest.approx(2.04)
+    assert line == {"stage": "joint", "step": 7, "loss": 9.5, "grad_norm": None, "keys": ["a", "b"]}
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with session() as world:
+        yield world
+
+
+def run(output: Path, *words: str) -> Config:
+    stage = ["stages.projector.steps=24", "stages.projector.global_batch=4", "save_interval=6"]
+    return presets.load("debug", None, [*stage, "data.heldout=[sample:heldout]", f"output={output}", *words])
+
+
+def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[StageRun], object]) -> None:
+    votes = StageRun._votes
+
+    def harmed(self: StageRun) -> tuple[float, ...]:
+        harm(self)
+        return votes(self)
+
+    monkeypatch.setattr(StageRun, "_votes", harmed)
+    monkeypatch.setattr(StageRun, "_look", lambda self: {})  # it takes longer than all else here
+
+
+def test_a_run_with_a_bad_batch_is_the_run_without_it(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = 7  # the number of the batch
+    steps = Loader.steps
+
+    def without(self: Loader, **how: Any) -> Iterator[Any]:
+        start = how["start"] // how["global_batch"]
+        return (batch for number, batch in enumerate(steps(self, **how), start) if number != bad)
+
+    sabotage(monkeypatch, lambda stage: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loader, "steps", without)
+        run_pipeline(run(tmp_path / "without"), world, until="projector")
+
+    open_stage = StageRun.__init__
+
+    def open_and_poison(self: StageRun, *arguments: Any) -> None:
+        open_stage(self, *arguments)
+        engine: Any = self.engine
+        loss = engine._loss
+        engine._loss = lambda *given: loss(*given) * (math.nan if self.at.batch == bad else 1)
+
+    monkeypatch.setattr(StageRun, "__init__", open_and_poison)
+    run_pipeline(run(tmp_path / "with"), world, until="projector")
+    ours, theirs = (dict(read_weights(tmp_path / name / "projector" / WEIGHTS).items()) for name in ("with", "without"))
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
+    (line,) = [json.loads(line) for line in (tmp_path / "with" / "bad_batches.jsonl").read_text().splitlines()]
+    assert (line["stage"], line["step"], line["loss"], len(line["keys"])) == ("projector", bad + 1, None, 4)
+
+
+def test_bad_weights_send_a_run_back_to_other_batches(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmed: list[int] = []
+
+    def harm(stage: StageRun) -> None:
+        if stage.at.step == 20 and not harmed:
+            harmed.append(stage.at.step)
+            for fragment in stage.engine.fragments():
+                if fragment.kind == "master":
+                    fragment.data.fill_(math.nan)
+
+    sabotage(monkeypatch, harm)
+    config = run(tmp_path / "run")
+    run_pipeline(config, world, until="projector")
+    stage_dir = tmp_path / "run" / "projector"
+    lines = read_metrics(stage_dir / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 25))
+    assert max(line["loss"] for line in lines) < 10
+    state = json.loads((stage_dir / "step_00000024" / "manifest.json").read_text())["content"]["state"]
+    # the step under way, taken with weights that were spoiled after its forward; then three that were refused
+    assert state["passed"] == 21 - 18 + 3
+    assert lines[-1]["lost_steps"] == 3 + 3
+    assert lines[-1]["spent"]["lost"] > 0
+
+
+def spoil(value: float, kind: str = "master", at: int = 23) -> Callable[[StageRun], None]:
+    """Whoever is called at the end of the last step of 24 spoils what it leaves."""
+
+    def harm(stage: StageRun) -> None:
+        if stage.at.step == at:
+            step = stage.engine.step
+
+            def spoiling(*given: Any) -> Any:
+                output = step(*given)
+                for fragment in stage.engine.fragments():
+                    if fragment.kind == kind:
+                        fragment.data[:1] = value
+                return output
+
+            stage.engine.step = spoiling  # type: ignore[method-assign]
+
+    return harm
+
+
+@pytest.mark.parametrize(("value", "kind"), [(math.nan, "master"), (math.inf, "exp_avg_sq")])
+def test_a_stage_that_ends_in_what_is_no_number_is_not_done(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, value: float, kind: str
+) -> None:
+    """The step before the last leaves it behind, the last is one too many for the guard to see."""
+    sabotage(monkeypatch, spoil(value, kind, at=22))
+    monkeypatch.setattr(StageRun, "_leave_out", lambda *_: None)
+    with pytest.raises(ValueError, match=r"after going back 1 times the loss or the weights are again not finite"):
+        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")
+    assert not (tmp_path / "run" / "projector" / WEIGHTS).exists()
+    assert [path.name for path in steps_in(tmp_path / "run" / "projector")][-1] == "step_00000018"
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_published_and_no_json(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finite weights may be ruined, too: only the look at the end sees it."""
+
+    def look(stage: StageRun) -> dict[str, Any]:
+        stage.at.eval_loss = math.nan if stage.at.step == 24 else None
+        return {"eval_loss": stage.at.eval_loss, "gates": {"0": math.inf, "1": 0.5}} if stage.at.step == 24 else {}
+
+    sabotage(monkeypatch, lambda stage: None)
+    monkeypatch.setattr(StageRun, "_look", look)
+    with pytest.raises(ValueError, match="no checkpoint is there to go back to: lower the learning rates"):
+        run_pipeline(run(tmp_path / "run", "save_interval=100"), world, until="projector")
+    stage_dir = tmp_path / "run" / "projector"
+    assert not (stage_dir / WEIGHTS).exists()
+    last = (stage_dir / "metrics.jsonl").read_text().splitlines()[-1]
+    line = json.loads(last, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert line["step"] == 24
+    assert "eval_loss" not in line
+    assert line["gates"] == {"1": 0.5}
+
+
+def test_going_back_for_ever_is_refused(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(stage: StageRun) -> None:
+        engine: Any = stage.engine
+        if stage.at.step == 8:
+            engine._loss = lambda *given, loss=engine._loss: loss(*given) * math.nan
+
+    sabotage(monkeypatch, harm)
+    with pytest.raises(ValueError, match=r"after going back 1 times .* lower the learning rates"):
+        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")

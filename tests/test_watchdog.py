@@ -1,0 +1,117 @@
+"""A rank that stands still or vanishes is named, with what it was doing, and the job ends to be tried again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+
+from hive_scale import presets
+from hive_scale.data.workers import Batches
+from hive_scale.distributed import World, session
+from hive_scale.engine.fsdp import NativeEngine
+from hive_scale.exit_codes import TRY_AGAIN
+from hive_scale.pipeline import run_pipeline
+from hive_scale.resilience.watchdog import HangWatch
+
+FAULTS = ("sleeps in its forward", "is killed in its forward", "waits for its data", "is killed, and is rank 0")
+
+
+def unlucky(rank: int, port: int, folder: Path, fault: str) -> None:
+    """A rank of a run in which one, in step 3, meets `fault`; what it says goes to a file."""
+    output = os.open(folder / f"said_{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    if rank == (0 if "rank 0" in fault else 1):
+        bring_about(fault)
+    words = [f"output={folder / 'run'}", "hang_seconds=10", "stages.projector.global_batch=8", "data.workers=0"]
+    with session() as world:
+        run_pipeline(presets.load("debug", None, words), world)
+
+
+def bring_about(fault: str) -> None:
+    calls = 0
+
+    def in_step_3(original: Any, calls_a_step: int, act: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 2 * calls_a_step:
+                act()
+            return original(*arguments)
+
+        return wrapped
+
+    if "data" in fault:  # a rank's share of a batch is 4 samples
+        Batches._fill = in_step_3(Batches._fill, 4, lambda: time.sleep(1000))  # type: ignore[method-assign]
+    else:
+        act = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if "killed" in fault else (lambda: time.sleep(1000))
+        NativeEngine._loss = in_step_3(NativeEngine._loss, 1, act)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_stands_still_is_named_and_the_job_ends(tmp_path: Path, fault: str) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [ranks.CONTEXT.Process(target=unlucky, args=(rank, port, tmp_path, fault)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(120)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = [(tmp_path / f"said_{rank}").read_text() for rank in range(2)]
+    killed = "killed" in fault
+    victim = 0 if "rank 0" in fault else 1
+    assert codes[victim] == (-signal.SIGKILL if killed else TRY_AGAIN), said
+    assert codes[1 - victim] == TRY_AGAIN, said
+    if killed:
+        assert ("rank 0, which holds" if victim == 0 else "has gone without a word") in said[1 - victim]
+        return
+    both = "\n".join(said)
+    phase = "data" if "data" in fault else "forward"
+    assert f"rank 1: step 3, {phase} for " in both
+    assert "none missing" in both
+    assert "time.sleep(1000)" in said[1]  # its stack
+    assert "samples " in said[0]
+
+
+def stopped(seconds: float, ready: Any) -> None:
+    """A process whose step takes so long after it was stopped."""
+    world = World(0, 1, torch.device("cpu"))
+    with HangWatch(world, deadline=8):
+        world.timer.enter("forward")
+        ready.set()
+        time.sleep(1)  # in which it is stopped
+        time.sleep(seconds)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("seconds", "code"), [(1, 0), (20, TRY_AGAIN)])
+def test_a_suspended_job_goes_on_and_is_watched_as_before(seconds: float, code: int) -> None:
+    ready = ranks.CONTEXT.Event()
+    process = ranks.CONTEXT.Process(target=stopped, args=(seconds, ready))
+    process.start()
+    try:
+        assert ready.wait(60)
+        pid = process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(10)
+        os.kill(pid, signal.SIGCONT)
+        process.join(60)
+        assert process.exitcode == code
+    finally:
+        process.kill()
