@@ -19,7 +19,7 @@ from tokenizers import AddedToken
 from hive_scale.config import ImagePosition
 
 IMAGE = "<image>"  # where a text has its image, in LLaVA's records and in every prompt
-Turns = Sequence[Mapping[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
+Messages = Sequence[Mapping[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
 
 # for tokenizers that come without a chat template: base models, bytes
 CHAT_TEMPLATE = (
@@ -106,7 +106,7 @@ class ChatTemplate:
         found = self.special.search(text)
         return found[0] if found else ""
 
-    def render(self, turns: Turns) -> str:
+    def render(self, turns: Messages) -> str:
         """The text of a conversation; a template that knows no system role gets its text before the first question.
 
         Raises ValueError if the template refuses the conversation.
@@ -116,7 +116,7 @@ class ChatTemplate:
             raise ValueError("the tokenizer's chat template refuses a conversation of user and assistant")
         return text
 
-    def around_answers(self, turns: Turns) -> list[str]:
+    def around_answers(self, turns: Messages) -> list[str]:
         """What stands before, between and behind the answers of `turns`, one text more than there are answers.
 
         Found by rendering with marks in the answers' place: some templates drop, trim or add to earlier turns, so
@@ -184,7 +184,7 @@ class ChatTemplate:
         end = AT_USER_END if position == "user" else AT_START_END.replace("SPECIALS", specials)
         return re.sub("|".join(filled), lambda found: filled[found[0]], WRAPPER) + end
 
-    def _render(self, turns: Turns) -> str | None:
+    def _render(self, turns: Messages) -> str | None:
         try:
             text: str = self._tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], chat_template=self.source, tokenize=False, **VARIABLES
@@ -204,7 +204,7 @@ def _without_today(source: str) -> str:
     return f"{{%- macro strftime_now(format) %}}{{{{ {{{dates}}}[format] }}}}{{%- endmacro %}}\n{source}"
 
 
-def _merged(turns: Turns) -> Turns:
+def _merged(turns: Messages) -> Messages:
     """`turns` with the text of leading system turns at the head of the first question."""
     system = [turn["content"] for turn in turns if turn["role"] == "system"]
     first, *rest = turns[len(system) :]

@@ -25,7 +25,7 @@ _ENTRY = re.compile(r"# (?P<size>\d+) bytes\n(?P<digest>[0-9a-f]{64})  (?P<name>
 _seen: dict[tuple[Path, bool], list[tuple[int, ...]]] = {}  # directories that were sound, and the stat of their files
 
 
-class Damaged(ValueError):
+class CorruptFile(ValueError):
     """What is on disk is not what was written; the message says what and where."""
 
 
@@ -44,7 +44,7 @@ def write_sums(directory: Path) -> None:
 def listing(path: Path) -> Iterator[None]:
     """Within, write `path` anew, complete or absent. It is listed in its directory's `SUMS` afterwards.
 
-    A process that dies within leaves it without a checksum, not with a wrong one. Raises Damaged, OSError.
+    A process that dies within leaves it without a checksum, not with a wrong one. Raises CorruptFile, OSError.
     """
     directory = path.parent
     before = dict(read_sums(directory)) if is_listed(directory) else {}
@@ -60,16 +60,16 @@ def is_listed(directory: Path) -> bool:
 
 
 def read_sums(directory: Path) -> Mapping[str, Entry]:
-    """{name: entry} of a directory that is listed. Raises Damaged."""
+    """{name: entry} of a directory that is listed. Raises CorruptFile."""
     try:
         header, _, rest = (directory / SUMS).read_text(encoding="utf-8").partition("\n")
     except (OSError, ValueError) as error:
-        raise Damaged(f"{directory / SUMS} cannot be read: {error}") from None
+        raise CorruptFile(f"{directory / SUMS} cannot be read: {error}") from None
     found = {match["name"]: Entry(int(match["size"]), match["digest"]) for match in _ENTRY.finditer(rest)}
     if rest != "".join(map(_line, found, found.values())) or header != _HEADER.format(count=len(found)):
-        raise Damaged(f"{directory / SUMS} is not what was written")
+        raise CorruptFile(f"{directory / SUMS} is not what was written")
     if outside := [name for name in found if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]:
-        raise Damaged(f"{directory / SUMS} names files outside its directory: {outside[0]!r}")
+        raise CorruptFile(f"{directory / SUMS} names files outside its directory: {outside[0]!r}")
     return found
 
 
@@ -77,7 +77,7 @@ def faults(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -
     """What is missing of a listed directory or is not as it was written; of all files those `wanted` are read."""
     try:
         listed = read_sums(directory)
-    except Damaged as error:
+    except CorruptFile as error:
         return [str(error)]
     return [fault for name, entry in listed.items() if (fault := _fault(directory, name, entry, wanted(name)))]
 
@@ -96,7 +96,7 @@ def check(directory: Path, weights: bool = True, remedy: str = REMEDY) -> None:
     """See that a directory that is about to be read is what was written, if it bears checksums.
 
     Without `weights` their files, which are large, need only be there. Within a process each directory is read once,
-    unless a file of it changes. Raises Damaged.
+    unless a file of it changes. Raises CorruptFile.
     """
     if not is_listed(directory):
         return
@@ -104,18 +104,18 @@ def check(directory: Path, weights: bool = True, remedy: str = REMEDY) -> None:
     if now and _seen.get(key) == now:
         return
     if found := faults(directory, lambda name: weights or not name.endswith(SEALED)):
-        raise Damaged(f"{directory}: {'; '.join(found)}: {remedy}")
+        raise CorruptFile(f"{directory}: {'; '.join(found)}: {remedy}")
     _seen[key] = now
 
 
 def check_file(path: Path, remedy: str = REMEDY) -> None:
     """As `check`, of one file alone."""
     if fault := _fault_of(path):
-        raise Damaged(f"{path.parent}: {fault}: {remedy}")
+        raise CorruptFile(f"{path.parent}: {fault}: {remedy}")
 
 
 def is_changed(path: Path) -> bool:
-    """Whether a file that is listed is not what was written. Raises Damaged if the list itself is."""
+    """Whether a file that is listed is not what was written. Raises CorruptFile if the list itself is."""
     return bool(_fault_of(path))
 
 
@@ -151,7 +151,7 @@ def _stats(directory: Path) -> list[tuple[int, ...]]:
     """Of the listed files, by which a change is seen; nothing where the list, or one of them, cannot be read."""
     try:
         found = [(directory / name).stat() for name in (SUMS, *read_sums(directory))]
-    except (OSError, Damaged):
+    except (OSError, CorruptFile):
         return []
     return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in found]
 

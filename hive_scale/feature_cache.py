@@ -16,7 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import Config
 from hive_scale.data import transform
-from hive_scale.data.feature_store import FORMAT, DiskError, KeptFeatures, open_kept, parts, room_in, settle, size_of
+from hive_scale.data.feature_store import (
+    FORMAT,
+    DiskError,
+    FeatureStore,
+    free_bytes,
+    open_feature_store,
+    parts,
+    settle,
+    size_of,
+)
 from hive_scale.data.loader import Loader
 from hive_scale.data.workers import worker_options
 from hive_scale.distributed import World
@@ -32,9 +41,9 @@ logger = logging.getLogger(__name__)
 Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
 
 
-def kept_features(
+def cached_features(
     config: Config, stage: Hive, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
-) -> KeptFeatures | None:
+) -> FeatureStore | None:
     """What `config.feature_cache` has of `loader`'s set, completed; None where the encoder of `stage` learns.
 
     A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
@@ -54,15 +63,15 @@ def kept_features(
 
 def _completed(
     config: Config, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
-) -> KeptFeatures:
+) -> FeatureStore:
     """Raises DiskError."""
     dtype = DTYPES[config.engine.precision]
-    make = partial(build.eyes, config.model, weights, world.device, dtype)
+    make = partial(build.encoder_only, config.model, weights, world.device, dtype)
     model = make()
     key = key_of(FORMAT, _digest(model), (loader.pad_colour, transform.VERSION), *_digest_of_set(loader))
     path = Path(config.feature_cache).expanduser() / key
     numbers = np.arange(len(loader.index))
-    kept, missing = open_kept(world, path, numbers, len(numbers), model.features_shape, dtype)
+    kept, missing = open_feature_store(world, path, numbers, len(numbers), model.features_shape, dtype)
     kept.encode = _Eyes(make)
     failed = _fill(kept, model, loader, parts(missing, AT_ONCE), world, stop)
     try:
@@ -75,7 +84,7 @@ def _completed(
 
 
 def _fill(
-    kept: KeptFeatures,
+    kept: FeatureStore,
     model: Hive,
     loader: Loader,
     missing: Sequence[NDArray[np.integer]],
@@ -126,7 +135,7 @@ def _features(model: Hive, pixels_BCHW: Tensor) -> Tensor:
 
 
 def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
-    """Raises ValueError if what `kept_features` would keep is more than the disk can hold, and the run is a new one.
+    """Raises ValueError if what `cached_features` would keep is more than the disk can hold, and the run is a new one.
 
     One that has begun goes on without, since nobody may be there to name another disk.
 
@@ -136,7 +145,7 @@ def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
     if not _are_kept(config, stage, loader) or (config.run_dir / "config.yaml").exists():
         return
     needed = size_of(len(loader.index), stage.features_shape, DTYPES[config.engine.precision])
-    if needed > (room := room_in(Path(config.feature_cache).expanduser())):
+    if needed > (room := free_bytes(Path(config.feature_cache).expanduser())):
         raise ValueError(
             f"feature_cache={config.feature_cache}: features of {len(loader.index):,} pictures are {needed / 1e9:.1f} "
             f"GB, {room / 1e9:.1f} GB are free or hold features: name another disk, or keep none"
@@ -153,7 +162,7 @@ def _digest(model: Hive) -> str:
 
     The precision of compute is that of the weights.
     """
-    unread = {name.removeprefix("vision.") for name in model.dormant()}
+    unread = {name.removeprefix("vision.") for name in model.unused_parameters()}
     statistics = model.pixel_mean.tolist(), model.pixel_std.tolist()
     return key_of(identity(model.vision, unread), model.encoder_depths, statistics)
 

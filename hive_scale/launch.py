@@ -9,9 +9,9 @@ from collections.abc import Callable
 from hive_scale.config import Config
 from hive_scale.distributed import World, session
 from hive_scale.exit_codes import Stopped
-from hive_scale.observability.logging_setup import hushed
+from hive_scale.observability.logging_setup import capture_library_logs
 from hive_scale.resilience.preemption import end_of_stop
-from hive_scale.resilience.watchdog import HangWatch
+from hive_scale.resilience.watchdog import Watchdog
 from hive_scale.rundir import MARKER, check_place
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
     """
     check_place(config)
     folder, has_begun = config.run_dir / "logs", (config.run_dir / MARKER).exists
-    with session() as world, hushed(folder, world, arguments.log_level, arguments.quiet, has_begun):
+    with session() as world, capture_library_logs(folder, world, arguments.log_level, arguments.quiet, has_begun):
         try:
             work(world)
         except Stopped as stopped:
@@ -37,7 +37,7 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
 
 def by_main(config: Config, world: World, what: Callable[[], None]) -> None:
     """Do `what` on rank 0, for which the others wait as long as it gets on. A collective."""
-    with HangWatch(world, config.hang_seconds):
+    with Watchdog(world, config.hang_seconds):
         world.timer.enter("handoff")
         if world.is_main:
             what()

@@ -22,7 +22,7 @@ class ParamGroup:
     steps_behind: int = 0  # optimizer steps of earlier stages that its moments hold
 
 
-def freeze(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:
+def apply_trainable_groups(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:
     """Set ``requires_grad`` on every parameter of `model`, and return the stage's parameter groups.
 
     `dormant` parameters, which the forward never reads, stay frozen whatever names them. Of each group's

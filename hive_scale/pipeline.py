@@ -10,10 +10,18 @@ from torch import Tensor
 
 from hive_scale import checksums
 from hive_scale.checkpoint.io import published
-from hive_scale.checkpoint.run_claims import Overwrite, begin, check_owner, claim, is_again, is_begun, on_main
+from hive_scale.checkpoint.run_claims import (
+    Overwrite,
+    begin_stage,
+    check_owner,
+    claim_run_dir,
+    is_again,
+    is_begun,
+    on_main,
+)
 from hive_scale.checkpoint.run_reader import Run, encoder_remedy
-from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights, is_done
-from hive_scale.checkpoint.weights import Weights, build_handoff, read_weights, write_weights
+from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights, is_stage_done
+from hive_scale.checkpoint.weights import Weights, merge_trained_weights, read_weights, write_weights
 from hive_scale.config import Config, ModelConfig, holds_weights_alone, run_of
 from hive_scale.distributed import World
 from hive_scale.engine import memory
@@ -23,21 +31,21 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
-from hive_scale.preflight import check, open_all, same_data
-from hive_scale.resilience.preemption import Interrupt, listening
+from hive_scale.preflight import check, check_data_fingerprint, open_all
+from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
-from hive_scale.resilience.watchdog import HangWatch
+from hive_scale.resilience.watchdog import Watchdog
 from hive_scale.rundir import check_place
 from hive_scale.train import StageRun
 
 PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("projector.", "fusion.")}
 
 
-def assemble(config: ModelConfig, seed: int) -> Hive:
+def initial_model(config: ModelConfig, seed: int) -> Hive:
     """float32 on the CPU. Raises ValueError that names what is missing, of another shape or not finite in a part."""
     paths = {"vision": config.vision.path, "language": config.language.path, "connector": config.connector}
     ours = {part: path for part, path in paths.items() if path and (part == "connector" or _is_ours(path))}
-    model = build.assemble(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
+    model = build.init_model(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
     if spoiled := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
         more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
         raise ValueError(f"{spoiled[0]}{more} would begin with values that are not finite: give the part other weights")
@@ -100,9 +108,9 @@ def run_pipeline(
     world.timer.enter("start")
     on_main(world, lambda: check_place(config))
     with (
-        HangWatch(world, config.hang_seconds),
+        Watchdog(world, config.hang_seconds),
         locked(config.run_dir, world, patience) as lock,
-        listening(config.run_dir, world) as interrupt,
+        listening(config.run_dir, world) as preemption,
     ):
         if overwrite and world.of_main("again" if is_again(config.run_dir) else ""):
             overwrite = False
@@ -113,19 +121,19 @@ def run_pipeline(
             for name in wanted:
                 _mend_encoder(config, name)
         world.barrier()
-        if overwrite or not all(is_done(config.run_dir / name) for name in wanted):
-            if any(world.sum(interrupt.requested())):
+        if overwrite or not all(is_stage_done(config.run_dir / name) for name in wanted):
+            if any(world.sum(preemption.requested())):
                 raise Stopped("stopped before it began")
-            take = partial(claim, config, world, lock, overwrite, follows)
-            _run_stages(config, wanted, world, interrupt, bool(overwrite), take)
+            take = partial(claim_run_dir, config, world, lock, overwrite, follows)
+            _run_stages(config, wanted, world, preemption, bool(overwrite), take)
         elif world.is_main:
             _check_result(config, wanted[-1])
 
 
 def _run_stages(
-    config: Config, wanted: Sequence[str], world: World, interrupt: Interrupt, anew: bool, take: Callable[[], None]
+    config: Config, wanted: Sequence[str], world: World, preemption: Preemption, anew: bool, take: Callable[[], None]
 ) -> None:
-    left = [name for name in wanted if anew or not is_done(config.run_dir / name)]
+    left = [name for name in wanted if anew or not is_stage_done(config.run_dir / name)]
     check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
@@ -133,12 +141,12 @@ def _run_stages(
     begun = any(is_begun(config.run_dir / name) for name in config.stages)
     if world.is_main and (anew or not begun or not find_weights(weights)):
         world.timer.enter(FETCH if _comes_from_a_hub(config.model) else "start")
-        first = assemble(config.model, seed=next(iter(config.stages.values())).seed)
+        first = initial_model(config.model, seed=next(iter(config.stages.values())).seed)
         world.timer.enter("start")
     # not before: to a directory that a refused command had claimed, the corrected one would be another run
     take()
     data = open_all(config)
-    same_data(config, data, world)
+    check_data_fingerprint(config, data, world)
     if world.is_main:
         (config.run_dir / "outcome.txt").unlink(missing_ok=True)  # of fewer stages
     if first is not None:
@@ -147,14 +155,14 @@ def _run_stages(
     world.barrier()
     for name in wanted:
         stage_dir = config.run_dir / name
-        if not is_done(stage_dir):
+        if not is_stage_done(stage_dir):
             world.timer.enter("start")
-            begin(config, name, world)
-            checkpoint = StageRun(config, name, data[name], world, weights, interrupt).run()
+            begin_stage(config, name, world)
+            checkpoint = StageRun(config, name, data[name], world, weights, preemption).run()
             world.timer.enter("handoff")
             memory.release()
             if world.is_main:
-                build_handoff(weights, checkpoint, stage_dir / WEIGHTS)
+                merge_trained_weights(weights, checkpoint, stage_dir / WEIGHTS)
                 _give_encoder(config, name)
             world.barrier()
         weights = stage_dir / WEIGHTS
@@ -175,7 +183,7 @@ def _mend_encoder(config: Config, name: str) -> None:
 
 
 def _check_result(config: Config, name: str) -> None:
-    """See that what a finished run came to is still what was written. Raises Damaged, with the remedy."""
+    """See that what a finished run came to is still what was written. Raises CorruptFile, with the remedy."""
     stage_dir = config.run_dir / name
     read_weights(stage_dir / WEIGHTS)
     checksums.check(stage_dir / ENCODER, remedy=encoder_remedy(stage_dir / ENCODER))

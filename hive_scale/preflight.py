@@ -11,7 +11,7 @@ from hive_scale import checksums, strict_json
 from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.run_claims import is_begun
-from hive_scale.checkpoint.stage_files import is_done
+from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
@@ -20,7 +20,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import check_compiler, check_device
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
-from hive_scale.param_groups import freeze
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.strict_json import dumps
 
 
@@ -66,10 +66,10 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
     if here:
         check_compiler(config.engine)
         check_device(config.engine, kind())
-    model = build.skeleton(config.model)
+    model = build.meta_model(config.model)
     for name, stage in config.stages.items():
         try:
-            freeze(model, stage, model.dormant())
+            apply_trainable_groups(model, stage, model.unused_parameters())
             if name in worlds:
                 stage.accumulation(worlds[name])
             stage.num_steps(data[name].train.num_samples)
@@ -113,7 +113,7 @@ def _try_some(loader: Loader, count: int = 4) -> None:
     raise ValueError(f"no sample that was tried can be used; the first is {reason}")
 
 
-def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
+def check_data_fingerprint(config: Config, data: Mapping[str, Data], world: World) -> None:
     """Note what samples the run begins with; from then on see that they are there, wherever they lie. A collective.
 
     Checkpoints know their samples, but a stage that has none yet would begin with whatever a pattern still matches.
@@ -122,7 +122,7 @@ def same_data(config: Config, data: Mapping[str, Data], world: World) -> None:
     path = config.run_dir / "data.json"
     before = _read_noted(path) if path.exists() else {}
     world.barrier()  # all have read it
-    done = {name: noted for name, noted in before.items() if is_done(config.run_dir / name)}
+    done = {name: noted for name, noted in before.items() if is_stage_done(config.run_dir / name)}
     for name, noted in before.items():
         if name in data and name not in done and not _reads_others(noted, config, name):
             _compare(name, noted, data[name])

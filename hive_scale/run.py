@@ -51,7 +51,7 @@ def open_hive(path: Path) -> tuple[Config, str, Hive]:
 
 def read_model(run: Run, stage: str = "") -> Hive:
     """On the CPU: the model at the end of `stage`, by default the last that is done."""
-    return build.materialise(run.config.model, read_weights(run.weights(run.stage(stage))))
+    return build.load_model(run.config.model, read_weights(run.weights(run.stage(stage))))
 
 
 def _find(path: Path) -> tuple[Run, str]:

@@ -12,29 +12,29 @@ from typing import Any
 
 import torch
 
-from hive_scale.checkpoint.checkpointer import Store
-from hive_scale.checkpoint.optimizer_transfer import Moments
+from hive_scale.checkpoint.checkpointer import Checkpointer
+from hive_scale.checkpoint.optimizer_transfer import OptimizerTransfer
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, StepOutput, memory, open_engine
 from hive_scale.exit_codes import Stopped
-from hive_scale.feature_cache import kept_features
+from hive_scale.feature_cache import cached_features
 from hive_scale.model import build
-from hive_scale.observability.goodput import Goodput, Starvation
-from hive_scale.observability.layer_stats import gauge
+from hive_scale.observability.goodput import DataStall, Goodput
+from hive_scale.observability.layer_stats import layer_grad_rms
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.observability.profiler import profiling
-from hive_scale.observability.rank_report import hear, tell
+from hive_scale.observability.rank_report import rank_report, read_reports
 from hive_scale.observability.stage_log import StageLog
 from hive_scale.observability.throughput import Throughput
-from hive_scale.param_groups import freeze
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import count
 from hive_scale.preflight import Data
-from hive_scale.resilience.checkpoint_interval import Cadence
-from hive_scale.resilience.loss_guard import BAD_BATCHES, Guard
-from hive_scale.resilience.preemption import Interrupt
+from hive_scale.resilience.checkpoint_interval import CheckpointInterval
+from hive_scale.resilience.loss_guard import BAD_BATCHES, LossGuard
+from hive_scale.resilience.preemption import Preemption
 from hive_scale.schedule import lr_factor
 from hive_scale.seeding import seed_step
 from hive_scale.version import code_version
@@ -44,17 +44,22 @@ logger = logging.getLogger(__name__)
 PIECE = 1 << 24  # numbers looked at together: a look takes as much memory again
 
 
-class Progress:
+class TrainState:
     """What a checkpoint says beside masters and moments; random numbers and schedule are functions of the step."""
 
     def __init__(
-        self, store: Store, engine: Engine, guard: Guard, origin: Mapping[str, Sequence[str]], known: Mapping[str, Any]
+        self,
+        checkpoints: Checkpointer,
+        engine: Engine,
+        guard: LossGuard,
+        origin: Mapping[str, Sequence[str]],
+        known: Mapping[str, Any],
     ) -> None:
         """`origin` is what a checkpoint must agree with to be gone on from, `known` what it only tells.
 
         Each of `origin` has the name that is written, and after it those that older versions wrote.
         """
-        self.store, self.engine, self.guard, self.origin, self.known = store, engine, guard, origin, known
+        self.checkpoints, self.engine, self.guard, self.origin, self.known = checkpoints, engine, guard, origin, known
         self.step = 0  # optimizer steps taken
         self.passed = 0  # global batches left out on the way
         self.tokens = 0  # targets of the steps taken
@@ -72,7 +77,7 @@ class Progress:
     def save(self, global_batch: int, wait: bool) -> bool:
         """Write a checkpoint of this step; False, and none, if what it would hold is not finite. A collective."""
         if not self._is_finite():
-            if self.store.world.is_main:
+            if self.checkpoints.world.is_main:
                 logger.warning(
                     "step %d is not saved: its weights, their moments or its held-out loss are not finite", self.step
                 )
@@ -80,7 +85,7 @@ class Progress:
         state: dict[str, Any] = {"step": self.step, "samples": self.step * global_batch, "tokens": self.tokens}
         state |= {"passed": self.passed, "losses": self.guard.losses, "eval_loss": self.eval_loss}
         state |= {what: names[0] for what, names in self.origin.items()}
-        self.store.save(self.step, self.engine.fragments(), {**state, **self.known}, wait=wait)
+        self.checkpoints.save(self.step, self.engine.fragments(), {**state, **self.known}, wait=wait)
         return True
 
     def _is_finite(self) -> bool:
@@ -90,33 +95,33 @@ class Progress:
             for fragment in self.engine.fragments()
             for piece in torch.split(fragment.data, PIECE)
         )
-        return not any(self.store.world.sum(spoiled)) and isfinite(self.eval_loss or 0.0)
+        return not any(self.checkpoints.world.sum(spoiled)) and isfinite(self.eval_loss or 0.0)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint, if there is one.
 
         Raises ValueError if that belongs to other data or other weights.
         """
-        newest = self.store.latest()
+        newest = self.checkpoints.latest()
         if newest is None:
             return False
-        state = self.store.load(newest, self.engine.fragments())
+        state = self.checkpoints.load(newest, self.engine.fragments())
         for what, names in self.origin.items():
             if state[what] not in names:
                 raise ValueError(f"{newest} belongs to other {what}: restore what it began with, or use --overwrite")
-        if state["code"] != code_version() and self.store.world.is_main:
+        if state["code"] != code_version() and self.checkpoints.world.is_main:
             logger.warning("%s was saved by %s, and goes on with %s", newest, state["code"], code_version())
         self.step, self.passed, self.tokens = state["step"], state["passed"], state["tokens"]
-        self.guard.go_on(state["losses"])
-        self.engine.refresh(self.step)
+        self.guard.restore(state["losses"])
+        self.engine.after_load(self.step)
         return True
 
-    def go_back(self) -> None:
+    def rollback(self) -> None:
         """Begin again from the last checkpoint, but with the batches that come next.
 
         Raises ValueError if there is none, or the run has gone back too often.
         """
-        self.guard.go_back()
+        self.guard.rollback()
         next_batch = self.batch
         if not self.resume():
             raise ValueError(
@@ -129,46 +134,48 @@ class Progress:
 class StageRun:
     """One stage at work: from its newest checkpoint, if it has one, to its end."""
 
-    def __init__(self, config: Config, name: str, data: Data, world: World, parent: Path, interrupt: Interrupt) -> None:
-        self.config, self.name, self.data, self.world, self.interrupt = config, name, data, world, interrupt
+    def __init__(
+        self, config: Config, name: str, data: Data, world: World, parent: Path, preemption: Preemption
+    ) -> None:
+        self.config, self.name, self.data, self.world, self.preemption = config, name, data, world, preemption
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
-        self.model = model = build.skeleton(config.model)
-        self.moments = Moments(_stage_before(config, name) if self.stage.keep_moments else None)
-        groups = self.moments.divide(freeze(model, self.stage, model.dormant()))
+        self.model = model = build.meta_model(config.model)
+        self.moments = OptimizerTransfer(_stage_before(config, name) if self.stage.keep_moments else None)
+        groups = self.moments.divide(apply_trainable_groups(model, self.stage, model.unused_parameters()))
         self.work = count(model, config.engine.checkpointing)
         weights = read_weights(parent, world)
-        features = kept_features(config, model, data.train, weights, world, interrupt.requested)
+        features = cached_features(config, model, data.train, weights, world, preemption.requested)
         if features:
             self.work = self.work.without("vision")
-        self.train = data.train.fed(features)
+        self.train = data.train.with_features(features)
         self.engine = open_engine(model, groups, self.stage, config.engine, world, weights)
-        self.store = Store(self.dir, world, config.keep, config.max_failed_saves)
+        self.checkpoints = Checkpointer(self.dir, world, config.keep, config.max_failed_saves)
         origin = {"parent": [weights.identity], "data": data.names}
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
-        self.guard = Guard(config.guard)
-        self.at = Progress(self.store, self.engine, self.guard, origin, known)
+        self.guard = LossGuard(config.guard)
+        self.at = TrainState(self.checkpoints, self.engine, self.guard, origin, known)
         self.heldout = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
-        self.cadence = Cadence(config.save_interval, config.failures_per_day, config.grace_seconds)
-        self.starvation, self.waited = Starvation(data.train.config.workers), 0.0
+        self.interval = CheckpointInterval(config.save_interval, config.failures_per_day, config.grace_seconds)
+        self.data_stall, self.waited = DataStall(data.train.config.workers), 0.0
 
     def run(self) -> Path:
         """Train to the end; the last checkpoint."""
-        if any(self.world.sum(self.interrupt.requested())):
+        if any(self.world.sum(self.preemption.requested())):
             raise Stopped(f"stopped before {self.name}")
         if not self.at.resume():
-            self._tell_if_again()
+            self._warn_if_restarted()
             self.moments.fill(self.engine.fragments())
         self.goodput = Goodput(self.world.timer, read_metrics(self.metrics), self.at.step)
         while not self._train():
-            self.at.go_back()
-            self.goodput.go_back(read_metrics(self.metrics), self.at.step)
-        checkpoint = self.store.finish()
+            self.at.rollback()
+            self.goodput.rollback(read_metrics(self.metrics), self.at.step)
+        checkpoint = self.checkpoints.finish()
         assert checkpoint is not None
         return checkpoint
 
-    def _tell_if_again(self) -> None:
+    def _warn_if_restarted(self) -> None:
         """A stage that was trained before, and left neither weights nor a checkpoint, must not begin again untold."""
         if self.world.is_main and (lines := read_metrics(self.metrics)):
             logger.warning(
@@ -189,7 +196,7 @@ class StageRun:
         meter = Throughput(self.work.total, peak_flops(self.world.device, config.engine.precision), self.world.size)
         log = StageLog(self.dir, self.num_steps, at.step, at.tokens, config.log, self.world)
         with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
-            log.say(memory.report(self.engine), keep="memory.txt")
+            log.print(memory.report(self.engine), keep="memory.txt")
             while at.step < self.num_steps:
                 timer.step = at.step + 1
                 begin(timer.step)
@@ -200,33 +207,33 @@ class StageRun:
                 timer.keys = tuple(key for batch in micro_batches for key in batch.keys)
                 seed_step(stage.seed, at.step, self.world.rank)
                 factor = lr_factor(at.step, self.num_steps, stage.warmup, stage.min_lr)
-                output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._votes)
+                output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._flags)
                 stop, save, *told = output.votes  # any rank's request stops them all, at the same step
-                waits, held = hear(told, self.world)
-                self.starvation.stepped(waits, perf_counter() - began)
-                if output.taken:
+                waits, held = read_reports(told, self.world)
+                self.data_stall.stepped(waits, perf_counter() - began)
+                if output.applied:
                     at.take(output.num_tokens)
                     self.guard.accept(output.loss)
                     self.goodput.held_up(max(waits) - self.waited)
                     rates = {name: group.lr * factor for name, group in stage.groups.items()}
                     metrics = output.metrics() | {"lr": rates, "data_seconds": round(max(waits), 6)}
-                    metrics |= held | meter.step(micro_batches, output.num_tokens) | self._look()
+                    metrics |= held | meter.step(micro_batches, output.num_tokens) | self._evaluate_if_due()
                     log.step(at.step, at.step * stage.global_batch, metrics | self.goodput.line())
                 else:
-                    self._leave_out(output, log)
-                    self.goodput.leave_out(perf_counter() - began - self.waited)
-                    if self.guard.refuse():
+                    self._skip_batch(output, log)
+                    self.goodput.skip_batch(perf_counter() - began - self.waited)
+                    if self.guard.reject():
                         return False
-                self.cadence.stepped(self.store.write_seconds)
-                log.say(self.cadence.warning())
-                log.say(self.starvation.warning())
+                self.interval.stepped(self.checkpoints.write_seconds)
+                log.print(self.interval.warning())
+                log.print(self.data_stall.warning())
                 saved = self._save(wait=bool(stop)) if stop or save else True
                 if stop and at.step < self.num_steps:
                     how = "and saved it" if saved else "which is not fit to be saved"
                     raise Stopped(f"{self.name} stopped after step {at.step} of {self.num_steps}, {how}")
                 if not saved:
                     return False
-            log.say(f"{self.name}: {self.goodput.close()}")
+            log.print(f"{self.name}: {self.goodput.close()}")
         return self._save(wait=False)
 
     def _save(self, wait: bool) -> bool:
@@ -235,17 +242,17 @@ class StageRun:
         began = perf_counter()
         saved = self.at.save(self.stage.global_batch, wait)
         if saved:
-            self.cadence.saved(perf_counter() - began)
+            self.interval.saved(perf_counter() - began)
         return saved
 
-    def _votes(self) -> tuple[float, ...]:
+    def _flags(self) -> tuple[float, ...]:
         """(stop, save), as far as this rank is asked, and what it tells of itself."""
-        stop, save = self.interrupt.requested(), False
+        stop, save = self.preemption.requested(), False
         if self.world.is_main:  # one clock is enough for all
-            stop, save = stop or self.cadence.time_is_up(), self.cadence.due(self.at.step + 1)
-        return stop, save, *tell(self.world, self.waited)
+            stop, save = stop or self.interval.time_is_up(), self.interval.due(self.at.step + 1)
+        return stop, save, *rank_report(self.world, self.waited)
 
-    def _look(self) -> dict[str, Any]:
+    def _evaluate_if_due(self) -> dict[str, Any]:
         """The mean loss per target token over all held-out pairs, in nats, and the gauges, if it is time."""
         at, interval = self.at, self.config.eval_interval
         at.eval_loss = None
@@ -254,17 +261,17 @@ class StageRun:
         loss_sum, num_tokens = self.engine.evaluate(self.heldout)
         at.eval_loss = loss_sum / max(1, num_tokens)
         beta2, behind = self.stage.betas[1], self.moments.steps
-        gauges = gauge(self.model, self.engine.fragments(), at.step, beta2, self.world, behind)
+        gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, beta2, self.world, behind)
         return {"eval_loss": at.eval_loss, **gauges}
 
-    def _leave_out(self, output: StepOutput, log: StageLog) -> None:
+    def _skip_batch(self, output: StepOutput, log: StageLog) -> None:
         """Say which batch was bad, and go on to the next."""
         number, size = self.at.batch, self.stage.global_batch
         self.at.passed += 1
         if self.world.is_main:
             keys = self.data.train.keys(self.stage.seed, number * size, size)
             path = self.config.run_dir / BAD_BATCHES
-            log.say(self.guard.note(path, self.name, self.at.step + 1, output.loss, output.grad_norm, keys))
+            log.print(self.guard.note(path, self.name, self.at.step + 1, output.loss, output.grad_norm, keys))
 
 
 def _stage_before(config: Config, name: str) -> Path:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hive_scale.checkpoint.checkpointer import Store
+from hive_scale.checkpoint.checkpointer import Checkpointer
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.resilience.run_lock import locked
@@ -73,7 +73,7 @@ def _rank(rank: int, size: int, meeting: Path, job: Callable[..., Any], args: tu
 
 def die_at_event(world: World, directory: Path, victim: int, event: int) -> None:
     """Save two checkpoints; while the second is written, kill -9 comes at the victim's n-th file operation."""
-    store = Store(directory, world, KeepConfig(1))
+    store = Checkpointer(directory, world, KeepConfig(1))
     store.save(1, numbered(1, world.rank, world.size), {"step": 1}, wait=True)
     seen = 0
 
@@ -92,7 +92,7 @@ def die_at_event(world: World, directory: Path, victim: int, event: int) -> None
 
 def die_at_byte(world: World, directory: Path, victim: int, limit: int) -> None:
     """While the second checkpoint is written, the kernel kills the victim at byte `limit` of a file."""
-    store = Store(directory, world, KeepConfig(1))
+    store = Checkpointer(directory, world, KeepConfig(1))
     store.save(1, numbered(1, world.rank, world.size), {"step": 1}, wait=True)
     if world.rank == victim:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -103,7 +103,7 @@ def die_at_byte(world: World, directory: Path, victim: int, limit: int) -> None:
 
 def fail_then_recover(world: World, directory: Path) -> None:
     """The last rank's disk is full for a while: every rank hears of it, training goes on, then it is fatal."""
-    store = Store(directory, world, KeepConfig(1), max_failures=2)
+    store = Checkpointer(directory, world, KeepConfig(1), max_failures=2)
     store.save(1, numbered(1, world.rank, world.size), {}, wait=True)
     full = world.rank == world.size - 1
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -127,7 +127,7 @@ def save_as_nobody(world: World, directory: Path) -> None:
     """Without the right to write, the failure is a message."""
     if os.getuid() == 0:
         os.setuid(65534)  # root may write anywhere
-    store = Store(directory, world)
+    store = Checkpointer(directory, world)
     store.save(2, numbered(2), {})
     with pytest.raises(RuntimeError, match="Permission denied"):
         store.finish()

@@ -19,12 +19,12 @@ from transformers import AutoProcessor, PreTrainedTokenizerFast, pipeline
 
 from hive_scale.chat_template import ChatTemplate
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
-from hive_scale.data.conversation import chat_sample, prompt_with_slot
+from hive_scale.data.conversation import prompt_with_slot, tokenize_conversation
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.evaluate.vqa_runner import HiveAnswerer
 from hive_scale.evaluate.vqa_types import Picture, Question
 from hive_scale.export.huggingface import export_llava
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 
 pytestmark = pytest.mark.contract
 TEXT = "what is in the picture ?"
@@ -123,7 +123,7 @@ def asked(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     tokenizer, folder = FAMILIES[family], tmp_path_factory.mktemp("llava")
     language = tiny.language("llama", vocab_size=330, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)
     config = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", density=0.5)
-    model = tiny.sighted(assemble(config, 2).eval(), 3)
+    model = tiny.sighted(init_model(config, 2).eval(), 3)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     export_llava(config, weights, folder, tokenizer, "resize", position=position)
     asker = HiveAnswerer(model, DataConfig(image="resize", image_position=position), torch.device("cpu"))
@@ -150,7 +150,9 @@ def test_every_way_to_ask_gives_the_tokens_of_training(asked: Any, before: list[
     tokenizer = asker.tokenizer
     turns = [*before, {"role": "user", "content": TEXT}]
     tokens, slot = prompt_with_slot(turns, tokenizer, position)
-    trained = chat_sample("k", None, [*turns, {"role": "assistant", "content": "a cat"}], tokenizer, 999, position)
+    trained = tokenize_conversation(
+        "k", None, [*turns, {"role": "assistant", "content": "a cat"}], tokenizer, 999, position
+    )
     assert list(trained.tokens[: len(tokens)]) == tokens
     assert trained.image_slot == slot
     processor = AutoProcessor.from_pretrained(folder)
@@ -178,7 +180,7 @@ def test_every_way_to_ask_gives_the_tokens_of_training(asked: Any, before: list[
 def test_a_conversation_with_its_answers_is_what_was_trained(asked: Any) -> None:
     folder, asker, position = asked
     turns = [*FIRST, {"role": "user", "content": TEXT}, {"role": "assistant", "content": "a cat"}]
-    sample = chat_sample("k", None, turns, asker.tokenizer, 999, position)
+    sample = tokenize_conversation("k", None, turns, asker.tokenizer, 999, position)
     processor = AutoProcessor.from_pretrained(folder)
     said: list[dict[str, Any]] = [{**turns[0], "content": parts(turns[0]["content"])}, *turns[1:]]
     ids = processor(images=image(), text=processor.apply_chat_template(said))["input_ids"][0]
@@ -276,5 +278,5 @@ def test_answers_that_the_template_would_change_are_refused() -> None:
     tokenizer = Tokenizer(tokenizer_of(template, None, "<|im_end|>", False, IM))
     said = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": "<think>so</think>yes"}]
     with pytest.raises(ValueError, match="chat template changes an answer"):
-        chat_sample("k", None, said, tokenizer, 999)
-    assert chat_sample("k", None, [said[0], {"role": "assistant", "content": "yes"}], tokenizer, 999)
+        tokenize_conversation("k", None, said, tokenizer, 999)
+    assert tokenize_conversation("k", None, [said[0], {"role": "assistant", "content": "yes"}], tokenizer, 999)

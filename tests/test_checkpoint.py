@@ -35,10 +35,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import hive_scale.checkpoint.checkpointer as staging_module
-from hive_scale.checkpoint.checkpointer import Store, WriteError
-from hive_scale.checkpoint.format import Owned, Range, difference, divide, write_manifest
-from hive_scale.checkpoint.io import Damaged
-from hive_scale.checkpoint.weights import Source, build_handoff, fill, find_weights, read_weights, write_weights
+from hive_scale.checkpoint.checkpointer import Checkpointer, WriteError
+from hive_scale.checkpoint.format import OwnedRange, Range, difference, divide, write_manifest
+from hive_scale.checkpoint.io import CorruptFile
+from hive_scale.checkpoint.weights import Source, fill, find_weights, merge_trained_weights, read_weights, write_weights
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.resilience.run_lock import locked
@@ -55,7 +55,7 @@ def _quiet_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def stage(tmp_path: Path) -> Path:
     """A stage with good checkpoints of steps 1, 2 and 3."""
     directory = tmp_path / "stage"
-    store = Store(directory, ALONE, KeepConfig(3))
+    store = Checkpointer(directory, ALONE, KeepConfig(3))
     for step in (1, 2, 3):
         store.save(step, numbered(step), {"step": step})
     store.finish()
@@ -64,7 +64,7 @@ def stage(tmp_path: Path) -> Path:
 
 def restored(directory: Path) -> int:
     """The step of the newest sound checkpoint; its contents must be that step's."""
-    store = Store(directory, ALONE)
+    store = Checkpointer(directory, ALONE)
     found = store.latest()
     assert found is not None
     target = numbered(99)
@@ -80,12 +80,12 @@ def restored(directory: Path) -> int:
 @given(st.data())
 def test_ranks_share_all_ranges_and_overlap_nowhere(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 5))
-    tables: list[list[Owned]] = [[] for _ in range(size)]
+    tables: list[list[OwnedRange]] = [[] for _ in range(size)]
     for key in "abc":
         cuts = sorted(data.draw(st.sets(st.integers(1, 39), max_size=4)) | {0, 40})
         for low, high in pairwise(cuts):
             for rank in data.draw(st.sets(st.integers(0, size - 1), min_size=1)):
-                tables[rank].append(Owned(Range(key, low, high - low), (5, 8)))
+                tables[rank].append(OwnedRange(Range(key, low, high - low), (5, 8)))
     written = dict.fromkeys("abc", 0)
     for rank in range(size):
         for (key, offset, length), source, begin in divide(tables, rank):
@@ -100,7 +100,7 @@ def test_ranks_share_all_ranges_and_overlap_nowhere(data: st.DataObject) -> None
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 5))
 def test_replicas_share_the_writing_evenly(lengths: list[int], size: int) -> None:
-    table = [Owned(Range(f"w{i}", 0, length), (length,)) for i, length in enumerate(lengths)]
+    table = [OwnedRange(Range(f"w{i}", 0, length), (length,)) for i, length in enumerate(lengths)]
     shares = [sum(piece.range.length for piece in divide([table] * size, rank)) for rank in range(size)]
     assert sum(shares) == sum(lengths)
     assert max(shares) - min(shares) <= 1
@@ -116,11 +116,11 @@ def test_replicas_share_the_writing_evenly(lengths: list[int], size: int) -> Non
     ],
 )
 def test_ranges_that_do_not_make_up_a_tensor_are_refused(ranges: list[tuple[str, int, int]], message: str) -> None:
-    tables = [[Owned(Range(*r), (2, 5))] for r in ranges] + [[Owned(Range("w", 0, 0), (2, 5))]]
+    tables = [[OwnedRange(Range(*r), (2, 5))] for r in ranges] + [[OwnedRange(Range("w", 0, 0), (2, 5))]]
     with pytest.raises(ValueError, match=message):
         divide(tables, 0)
     with pytest.raises(ValueError, match=r"w has shape \(2, 5\) on one rank and \(10,\)"):
-        divide([*tables, [Owned(Range("w", 0, 10), (10,))]], 0)
+        divide([*tables, [OwnedRange(Range("w", 0, 10), (10,))]], 0)
 
 
 # ----------------------------------------------------------------------- writing beside training
@@ -130,7 +130,7 @@ def test_training_goes_on_and_does_not_reach_the_disk(tmp_path: Path, monkeypatc
     may_write = threading.Event()
     write = staging_module.write_file
     monkeypatch.setattr(staging_module, "write_file", lambda *a: may_write.wait(10) and write(*a))
-    store = Store(tmp_path, ALONE)
+    store = Checkpointer(tmp_path, ALONE)
     live, state = numbered(1), {"step": 1, "rng": [1, 2]}
     store.save(1, live, state)  # returns although nothing can be written yet
     assert not list(tmp_path.glob("step_????????"))
@@ -140,7 +140,7 @@ def test_training_goes_on_and_does_not_reach_the_disk(tmp_path: Path, monkeypatc
     may_write.set()
     assert store.finish() == tmp_path / "step_00000001"
     assert restored(tmp_path) == 1
-    assert Store(tmp_path, ALONE).load(tmp_path / "step_00000001", live)["rng"] == [1, 2]
+    assert Checkpointer(tmp_path, ALONE).load(tmp_path / "step_00000001", live)["rng"] == [1, 2]
 
 
 def test_a_checkpoint_is_twelve_bytes_a_parameter(stage: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_checkpoint_is_twelve_bytes_a_parameter(stage: Path) -> None:
 
 
 def test_the_staging_buffer_is_reused(tmp_path: Path) -> None:
-    store = Store(tmp_path, ALONE)
+    store = Checkpointer(tmp_path, ALONE)
     places = set()
     for step in range(3):
         store.save(step, numbered(step), {})
@@ -160,7 +160,7 @@ def test_the_staging_buffer_is_reused(tmp_path: Path) -> None:
 
 
 def test_the_last_k_stay(tmp_path: Path) -> None:
-    store = Store(tmp_path, ALONE, KeepConfig(2))
+    store = Checkpointer(tmp_path, ALONE, KeepConfig(2))
     for step in (10, 20, 30, 100_000_000):
         store.save(step, numbered(step), {})
     store.finish()
@@ -172,16 +172,16 @@ def test_the_last_k_stay(tmp_path: Path) -> None:
 def test_every_nth_and_the_best_stay_also_after_a_restart(tmp_path: Path) -> None:
     losses = {1: 5.0, 2: 3.0, 3: None, 4: 2.0, 5: float("nan"), 6: 2.5, 7: None, 8: 2.25, 9: 4.0}
     for steps in ((1, 2, 3, 4, 5), (6, 7, 8, 9)):
-        store = Store(tmp_path, ALONE, KeepConfig(1, every=3, best=True))
+        store = Checkpointer(tmp_path, ALONE, KeepConfig(1, every=3, best=True))
         for step in steps:
             store.save(step, numbered(step), {"step": step, "eval_loss": losses[step]})
         store.finish()
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [3, 4, 6, 9]
     damage_flip(tmp_path / "step_00000004")  # the best no more, once that is known
     damage_flip(tmp_path / "step_00000009")
-    store = Store(tmp_path, ALONE, KeepConfig(1, best=True))
+    store = Checkpointer(tmp_path, ALONE, KeepConfig(1, best=True))
     assert store.latest() == tmp_path / "step_00000006"
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptFile):
         store.load(tmp_path / "step_00000004", numbered(0))
     store.save(10, numbered(10), {"step": 10}, wait=True)
     assert [int(path.name[5:]) for path in sorted(tmp_path.iterdir())] == [6, 10]
@@ -190,7 +190,7 @@ def test_every_nth_and_the_best_stay_also_after_a_restart(tmp_path: Path) -> Non
 def test_damaged_checkpoints_do_not_displace_good_ones(stage: Path) -> None:
     for step in (2, 3):
         damage_flip(stage / f"step_0000000{step}")
-    store = Store(stage, ALONE, KeepConfig(2))
+    store = Checkpointer(stage, ALONE, KeepConfig(2))
     assert store.latest() == stage / "step_00000001"
     store.save(3, numbered(3), {"step": 3}, wait=True)  # over the damaged one
     assert sorted(path.name for path in stage.iterdir()) == ["step_00000001", "step_00000003"]
@@ -198,7 +198,7 @@ def test_damaged_checkpoints_do_not_displace_good_ones(stage: Path) -> None:
 
 
 def test_saving_twice_at_one_step_is_saving_once(stage: Path) -> None:
-    store = Store(stage, ALONE)
+    store = Checkpointer(stage, ALONE)
     found = store.latest()
     before = (stage / "step_00000003/manifest.json").stat().st_mtime_ns
     store.save(3, numbered(3), {"step": 3}, wait=True)
@@ -207,7 +207,7 @@ def test_saving_twice_at_one_step_is_saving_once(stage: Path) -> None:
 
 
 def test_ranges_that_change_within_a_stage_are_refused(stage: Path) -> None:
-    store = Store(stage, ALONE)
+    store = Checkpointer(stage, ALONE)
     store.save(4, numbered(4), {})
     with pytest.raises(RuntimeError, match="have changed"):
         store.save(5, numbered(5, numel=7), {})
@@ -258,8 +258,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_taken(stage, damage,
     with caplog.at_level(logging.WARNING):
         assert restored(stage) == 2
     assert reason in caplog.text
-    with pytest.raises(Damaged, match=reason):
-        Store(stage, ALONE).load(newest, numbered(0))
+    with pytest.raises(CorruptFile, match=reason):
+        Checkpointer(stage, ALONE).load(newest, numbered(0))
 
 
 def test_every_byte_of_the_manifest_counts(stage: Path) -> None:
@@ -267,28 +267,28 @@ def test_every_byte_of_the_manifest_counts(stage: Path) -> None:
     good = (path / MANIFEST).read_bytes()
     for at in range(len(good)):
         (path / MANIFEST).write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        assert Store(stage, ALONE)._damage(path), f"a flipped bit in byte {at} went unnoticed"
+        assert Checkpointer(stage, ALONE)._damage(path), f"a flipped bit in byte {at} went unnoticed"
 
 
 def test_starting_over_is_a_decision(stage: Path) -> None:
     for step in (1, 2, 3):
         damage_flip(stage / f"step_0000000{step}")
-    with pytest.raises(Damaged, match="remove them all to start the stage over"):
-        Store(stage, ALONE).latest()
-    assert Store(stage / "other", ALONE).latest() is None
+    with pytest.raises(CorruptFile, match="remove them all to start the stage over"):
+        Checkpointer(stage, ALONE).latest()
+    assert Checkpointer(stage / "other", ALONE).latest() is None
 
 
 def test_another_models_state_is_refused_by_name(stage: Path) -> None:
-    found = Store(stage, ALONE).latest()
+    found = Checkpointer(stage, ALONE).latest()
     assert found is not None
     renamed = [fragment._replace(name="v") for fragment in numbered(0)]
     with pytest.raises(ValueError, match="missing: v; unexpected: w"):
-        Store(stage, ALONE).load(found, renamed)
+        Checkpointer(stage, ALONE).load(found, renamed)
     reshaped = [fragment._replace(shape=(300, 200)) for fragment in numbered(0)]
     with pytest.raises(ValueError, match=r"of another shape: w \(60000,\) instead of \(300, 200\)"):
-        Store(stage, ALONE).load(found, reshaped)
+        Checkpointer(stage, ALONE).load(found, reshaped)
     with pytest.raises(ValueError, match="unexpected: exp_avg_sq/w"):
-        Store(stage, ALONE).load(found, numbered(0)[:2])
+        Checkpointer(stage, ALONE).load(found, numbered(0)[:2])
 
 
 def test_a_long_difference_is_cut() -> None:
@@ -303,8 +303,8 @@ def test_a_manifest_cannot_point_elsewhere(stage: Path) -> None:
     content["files"]["../step_00000002/rank_00000.safetensors"] = content["files"].pop(DATA)
     (path / MANIFEST).unlink()
     write_manifest(path, 3, content["shapes"], content["files"], {})
-    with pytest.raises(Damaged, match="outside the checkpoint"):
-        Store(stage, ALONE).load(path, numbered(0))
+    with pytest.raises(CorruptFile, match="outside the checkpoint"):
+        Checkpointer(stage, ALONE).load(path, numbered(0))
 
 
 # ----------------------------------------------------------------------- faults while writing
@@ -313,7 +313,7 @@ def test_a_manifest_cannot_point_elsewhere(stage: Path) -> None:
 def check_after_crash(directory: Path) -> None:
     step = restored(directory)
     assert step in (1, 2)
-    store = Store(directory, ALONE)  # the next run goes on, and clears up
+    store = Checkpointer(directory, ALONE)  # the next run goes on, and clears up
     store.latest()
     store.save(7, numbered(7), {"step": 7}, wait=True)
     assert restored(directory) == 7
@@ -368,12 +368,12 @@ def test_kill_9_of_all_at_any_moment(tmp_path: Path) -> None:
             process.join()
         step = restored(directory)
         assert step >= 1
-        Store(directory, ALONE).save(step + 1, numbered(step + 1), {"step": step + 1}, wait=True)
+        Checkpointer(directory, ALONE).save(step + 1, numbered(step + 1), {"step": step + 1}, wait=True)
         assert restored(directory) == step + 1
 
 
 def save_for_ever(world: World, directory: Path) -> None:
-    store = Store(directory, world, KeepConfig(1))
+    store = Checkpointer(directory, world, KeepConfig(1))
     for step in range(1, 10_000):
         store.save(step, numbered(step, world.rank, world.size), {"step": step})
 
@@ -390,7 +390,7 @@ def test_no_space_left(tmp_path: Path) -> None:
     if os.system(f"mount -t tmpfs -o size=1m tmpfs {disk} 2>/dev/null"):
         pytest.skip("needs the right to mount a tmpfs; the file size limit above stands in for it")
     try:
-        store = Store(disk, ALONE, KeepConfig(1))
+        store = Checkpointer(disk, ALONE, KeepConfig(1))
         store.save(1, numbered(1), {"step": 1}, wait=True)  # 0.7 of 1 MB
         with pytest.raises(WriteError, match="No space left"):
             store.save(2, numbered(2), {"step": 2}, wait=True)
@@ -438,7 +438,7 @@ def parent_and_checkpoint(tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict
         for name, t in masters.items()
         for kind in ("master", "exp_avg", "exp_avg_sq")
     ]
-    store = Store(tmp_path / "stage", ALONE)
+    store = Checkpointer(tmp_path / "stage", ALONE)
     store.save(4, fragments, {"step": 4}, wait=True)
     write_weights(tmp_path / "parent.safetensors", parent)
     checkpoint = store.finish()
@@ -450,7 +450,7 @@ def parent_and_checkpoint(tmp_path: Path) -> tuple[dict[str, torch.Tensor], dict
 def test_handoff_is_the_parent_with_the_masters_in_place(tmp_path: Path, limit: int) -> None:
     parent, masters, checkpoint = parent_and_checkpoint(tmp_path)
     path = tmp_path / "out" / "weights.safetensors"
-    published = build_handoff(tmp_path / "parent.safetensors", checkpoint, path, max_shard_bytes=limit)
+    published = merge_trained_weights(tmp_path / "parent.safetensors", checkpoint, path, max_shard_bytes=limit)
     assert published == find_weights(path)
     files = [file for file in path.parent.iterdir() if file.suffix == ".safetensors"]
     assert (len(files) == 1) == (limit > 500)
@@ -471,10 +471,10 @@ def test_a_checkpoint_of_other_parameters_is_no_handoff(tmp_path: Path) -> None:
     _, _, checkpoint = parent_and_checkpoint(tmp_path)
     write_weights(tmp_path / "other.safetensors", {"odd": torch.zeros(7, 13), "gate": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"unexpected: embed.weight; of another shape: gate \(1,\) instead of \(2,\)"):
-        build_handoff(tmp_path / "other.safetensors", checkpoint, tmp_path / "out.safetensors")
+        merge_trained_weights(tmp_path / "other.safetensors", checkpoint, tmp_path / "out.safetensors")
     damage_flip(checkpoint)
-    with pytest.raises(Damaged, match="checksum"):
-        build_handoff(tmp_path / "parent.safetensors", checkpoint, tmp_path / "out.safetensors")
+    with pytest.raises(CorruptFile, match="checksum"):
+        merge_trained_weights(tmp_path / "parent.safetensors", checkpoint, tmp_path / "out.safetensors")
     assert not list(tmp_path.glob("out*"))
 
 
@@ -526,17 +526,17 @@ def test_damaged_weights_are_refused(tmp_path: Path, limit: int) -> None:
     whole = (bad / name).read_bytes()
     for at in (3, 30, len(whole) // 2, len(whole) - 1):
         (bad / name).write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFile):
             read_weights(bad)
     (bad / name).write_bytes(whole[:-1])
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptFile):
         read_weights(bad)
     (bad / name).write_bytes((good / name).read_bytes())  # sound, but of another set
     if limit == 1000:
-        with pytest.raises(Damaged, match="not the file that its index names"):
+        with pytest.raises(CorruptFile, match="not the file that its index names"):
             read_weights(bad)
         damage_cut(good, "weights.safetensors.index.json")
-        with pytest.raises(Damaged, match="not what was written"):
+        with pytest.raises(CorruptFile, match="not what was written"):
             read_weights(good)
 
 

@@ -18,7 +18,7 @@ from test_tasks import picture, write
 from torch.utils.data import DataLoader
 
 from hive_scale.evaluate import classification_datasets
-from hive_scale.evaluate.classification_datasets import KNOWN, open_labelled
+from hive_scale.evaluate.classification_datasets import KNOWN, open_dataset
 from hive_scale.evaluate.encoder import Pictures
 
 
@@ -56,7 +56,7 @@ def test_the_hubs_parquet(
 ) -> None:
     for part in ("train", *tests):
         save(tmp_path / "data" / f"{part}-00000-of-00001.parquet", image, rows(3, image, label, first))
-    data = open_labelled(name, tmp_path)
+    data = open_dataset(name, tmp_path)
     assert data.train.size == 3
     assert data.test.name == next(iter(tests))
     assert (data.validation.name if data.validation else None) == choice
@@ -69,15 +69,15 @@ def test_the_hubs_parquet(
 def test_a_label_out_of_range_is_named(tmp_path: Path) -> None:
     save(tmp_path / "train-0.parquet", "image", rows(3, "image", "label", first=36))
     with pytest.raises(ValueError, match="pets, train split, row 1: label 37 is not below 37"):
-        open_labelled("pets", tmp_path)
+        open_dataset("pets", tmp_path)
 
 
 def test_a_set_without_test_pictures_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "train-0.parquet", "image", rows(3, "image", "label"))
     with pytest.raises(ValueError, match="none of test, validation, valid, val; see timm/oxford-iiit-pet"):
-        open_labelled("pets", tmp_path)
+        open_dataset("pets", tmp_path)
     with pytest.raises(ValueError, match="the files are at ethz/food101"):
-        open_labelled("food101", tmp_path / "nowhere")
+        open_dataset("food101", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,19 @@ def test_a_set_of_which_nothing_can_be_told_is_refused(tmp_path: Path, files: li
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(tars.picture_bytes(format="PNG"))
     with pytest.raises(ValueError, match=message):
-        open_labelled("folder", tmp_path)
+        open_dataset("folder", tmp_path)
 
 
 def test_class_folders(tmp_path: Path) -> None:
     for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(tars.picture_bytes())
-    data = open_labelled("folder", tmp_path)
+    data = open_dataset("folder", tmp_path)
     assert data.num_classes == 2
     assert data.test.read(0)[1] == 1
     (tmp_path / "val" / "cow").mkdir()
     with pytest.raises(ValueError, match="the class 'cow', which"):
-        open_labelled("folder", tmp_path)
+        open_dataset("folder", tmp_path)
 
 
 def test_what_desktops_leave_in_class_folders_is_no_picture(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_what_desktops_leave_in_class_folders_is_no_picture(tmp_path: Path) -> N
     for path in ("train/cat/1.jpg", "train/dog/deep/2.PNG", "test/cat/1.webp", *junk, *named):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(tars.picture_bytes())
-    data = open_labelled("folder", tmp_path)
+    data = open_dataset("folder", tmp_path)
     assert (data.num_classes, data.train.size, data.test.size) == (2, 2, 1)
     assert [data.train.read(i)[1] for i in range(2)] == [0, 1]
     [note] = data.notes
@@ -133,7 +133,7 @@ def test_a_broken_picture_is_named_once_and_the_next_one_stands_in(
             whole = tars.picture_bytes(seed=i)
             path.write_bytes(whole if split == "test" or i != 2 else whole[:-80])  # 2 is the second of class a
     (tmp_path / "test" / "b" / "3.jpg").write_bytes(b"<html>")
-    data = open_labelled("folder", tmp_path)
+    data = open_dataset("folder", tmp_path)
     assert [data.train.read(i)[1] for i in range(4)] == [0, 1, 1, 1]
     assert torch.equal(data.train.read(1)[0], data.train.read(2)[0])
     assert data.test.read(3)[1] == 0, "behind the last one the first"
@@ -155,14 +155,14 @@ def test_rows_and_records_without_picture_or_label_are_left_out_and_counted(tmp_
     made[1]["image"], made[2]["label"] = None, None
     for part in ("train", "test"):
         save(tmp_path / "hub" / f"{part}-0.parquet", "image", made)
-    data = open_labelled("pets", tmp_path / "hub")
+    data = open_dataset("pets", tmp_path / "hub")
     assert [data.train.read(i)[1] for i in range(data.train.size)] == [0, 3]
     assert data.notes[0] == "train: 2 rows without a picture or a label are left out"
     records = [b'{"category": "food"}', b"[]", b"null", b"{", b'{"category": ["x"]}', b"[" * 9999, b'{"category": "a"}']
     pairs = [(str(i), tars.pair(i) | {"json": one}) for i, one in enumerate(records)]
     for part in ("train", "heldout"):
         tars.write_tar(tmp_path / "tars" / f"{part}-00000.tar", [*pairs, ("broken", {"jpg": b"", "txt": b"x"})])
-    data = open_labelled("emoji", tmp_path / "tars")
+    data = open_dataset("emoji", tmp_path / "tars")
     assert [data.train.read(i)[1] for i in range(data.train.size)] == [1, 0]
     assert "5 samples whose records have no 'category' are left out" in data.notes[1]
     assert "1 faults in its tars" in data.notes[0]
@@ -180,7 +180,7 @@ def test_probes_see_pictures_upright_and_in_eight_bits(tmp_path: Path) -> None:
             "image",
             [{"image": {"bytes": buffer.getvalue(), "path": None}, "label": 0}],
         )
-    assert open_labelled("pets", tmp_path).test.read(0)[0].shape == (3, 24, 16)
+    assert open_dataset("pets", tmp_path).test.read(0)[0].shape == (3, 24, 16)
     grey = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     known = replace(KNOWN["pets"], torchvision=lambda root: ([(shown, 0), (grey, 1)], [(None, 0), (grey, 1)]))
     data = classification_datasets._torchvision("pets", known, tmp_path)
@@ -198,7 +198,7 @@ def test_fashion_mnist_as_torchvision_lays_it_out(tmp_path: Path) -> None:
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(
             np.array([0x801, count], ">i4").tobytes() + bytes(range(count))
         )
-    data = open_labelled("fashion_mnist", tmp_path)
+    data = open_dataset("fashion_mnist", tmp_path)
     assert (data.train.size, data.test.size, data.num_classes) == (5, 3, 10)
     pixels, label = data.test.read(2)
     assert label == 2
@@ -212,7 +212,7 @@ def test_tars_of_this_toolkit(tmp_path: Path) -> None:
             (str(i), tars.pair(i) | {"json": json.dumps({"category": c}).encode()}) for i, c in enumerate(categories)
         ]
         tars.write_tar(tmp_path / f"{split}-00000.tar", pairs)
-    data = open_labelled("emoji", tmp_path)
+    data = open_dataset("emoji", tmp_path)
     assert data.num_classes == 2
     assert [data.train.read(i)[1] for i in range(2)] == [1, 0]
     assert data.test.size == 1  # of a class that training has not shown, nothing can be said
@@ -230,11 +230,11 @@ def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> No
     for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg", "notes/of-mine.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(tars.picture_bytes())
-    seen = [open_labelled("folder", tmp_path).identity]
+    seen = [open_dataset("folder", tmp_path).identity]
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     tmp_path.rename(moved)
     (moved / "notes" / "of-mine.txt").write_text("what is beside the pictures does not count")
-    assert open_labelled("folder", moved).identity == seen[0]
+    assert open_dataset("folder", moved).identity == seen[0]
     changes = [
         lambda: (moved / "train" / "ant").mkdir(),  # every label is another now
         lambda: (moved / "train" / "dog" / "2.png").rename(moved / "train" / "cat" / "2.png"),
@@ -245,7 +245,7 @@ def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> No
     ]
     for change in changes:
         change()
-        seen.append(open_labelled("folder", moved).identity)
+        seen.append(open_dataset("folder", moved).identity)
     assert len({*seen}) == len(seen)
 
 
@@ -254,6 +254,6 @@ def test_parquet_files_with_other_labels_are_another_set(tmp_path: Path) -> None
     for first in (0, 1):
         for part in ("train", "test"):
             save(tmp_path / f"{part}-0.parquet", "img", rows(3, "img", "label", first))
-        seen.append(open_labelled("cifar10", tmp_path).identity)
+        seen.append(open_dataset("cifar10", tmp_path).identity)
     assert seen[0] != seen[1]
-    assert seen[1] == open_labelled("cifar10", tmp_path).identity
+    assert seen[1] == open_dataset("cifar10", tmp_path).identity

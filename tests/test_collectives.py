@@ -15,8 +15,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from hive_scale.distributed import World
 from hive_scale.engine import open_engine
-from hive_scale.model.build import skeleton
-from hive_scale.param_groups import freeze
+from hive_scale.model.build import meta_model
+from hive_scale.param_groups import apply_trainable_groups
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def collectives(world: World, cells: list[tuple[str, dict[str, Any]]], folder: s
     World.sum = noted  # type: ignore[method-assign]
     for engine_name, changes in cells:
         cell = Cell(engine_name, precision=changes.pop("precision", "fp32"))
-        model, stage = skeleton(model_of(cell.fusion)), stage_of(3, cell.fusion, world.size)
-        groups = freeze(model, stage, model.dormant())
+        model, stage = meta_model(model_of(cell.fusion)), stage_of(3, cell.fusion, world.size)
+        groups = apply_trainable_groups(model, stage, model.unused_parameters())
         config = replace(engine_config(cell, folder), **changes)
         engine = open_engine(model, groups, stage, config, world, weights_of(cell.fusion))
         batches = my_batches(cell, 0, world)

@@ -24,9 +24,9 @@ from hive_scale import requirements
 from hive_scale.config import CheckpointingConfig, EngineConfig
 from hive_scale.distributed import World
 from hive_scale.engine import open_engine
-from hive_scale.model.build import assemble, skeleton
+from hive_scale.model.build import init_model, meta_model
 from hive_scale.model.generate import generate
-from hive_scale.param_groups import freeze
+from hive_scale.param_groups import apply_trainable_groups
 
 pytestmark = pytest.mark.contract
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,12 +36,12 @@ FUSIONS = ("cross_attention", "joint_attention", "concat")
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("llm", ["llama", "qwen2", "qwen3"])
 def test_forward_backward_and_decoding_with_a_cache(fusion: str, llm: str) -> None:
-    model = tiny.sighted(assemble(tiny.model_config(fusion, llm), 0), 2.0)
+    model = tiny.sighted(init_model(tiny.model_config(fusion, llm), 0), 2.0)
     batch = tiny.batch(4, text_only=1)
     loss = model(**batch.inputs())
     loss.backward()
     assert torch.isfinite(loss)
-    unused = model.dormant()
+    unused = model.unused_parameters()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.isfinite().all())) or name in unused, name
     model.eval()
@@ -58,15 +58,17 @@ def test_forward_backward_and_decoding_with_a_cache(fusion: str, llm: str) -> No
 @torch.no_grad()
 def following(model: Any, pixels: Tensor, has_image: bool, tokens: list[int]) -> int:
     """The likeliest next token, from the whole text anew."""
-    hidden = model.read(model.see(pixels), torch.tensor([tokens]), torch.tensor([has_image]))
+    hidden = model.language_forward(model.encode_images(pixels), torch.tensor([tokens]), torch.tensor([has_image]))
     return int(model.logits(hidden[:, -1]).argmax())
 
 
 def one_step(world: World, settings: EngineConfig) -> tuple[float, float, float]:
     """Of a step of stage two: loss, gradient norm, and the loss of the same samples after it."""
     stage = stage_of(2, "cross_attention", world.size)
-    model, weights = skeleton(model_of("cross_attention")), weights_of("cross_attention")
-    engine = open_engine(model, freeze(model, stage, model.dormant()), stage, settings, world, weights)
+    model, weights = meta_model(model_of("cross_attention")), weights_of("cross_attention")
+    engine = open_engine(
+        model, apply_trainable_groups(model, stage, model.unused_parameters()), stage, settings, world, weights
+    )
     mine = cut(data_of("ragged", 0), world.size * 2)[world.rank :: world.size]
     output = engine.step(mine, 1.0)
     assert output.grad_norm > CLIP

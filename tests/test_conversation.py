@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hive_scale.config import TokenizerConfig
-from hive_scale.data.conversation import chat_sample, prompt, turns_of
+from hive_scale.data.conversation import parse_messages, prompt, tokenize_conversation
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 
 SPECIAL = ["<unk>", "<bos>", "</s>", "<|im_start|>", "<|im_end|>", "<turn>", "<end_of_turn>"]
@@ -75,8 +75,8 @@ def test_the_targets_are_the_answers_and_the_prompt_is_what_precedes_the_last(
     name: str, said: list[tuple[str, str]], system: str
 ) -> None:
     tokenizer = TOKENIZERS[name]
-    turns = turns_of(record(*(text for pair in said for text in pair), system=system))
-    sample = chat_sample("k", None, turns, tokenizer, 10_000)
+    turns = parse_messages(record(*(text for pair in said for text in pair), system=system))
+    sample = tokenize_conversation("k", None, turns, tokenizer, 10_000)
     runs: list[list[int]] = []
     for before, token, is_target in zip([False, *sample.is_target], sample.tokens, sample.is_target, strict=False):
         if is_target:
@@ -95,10 +95,10 @@ def test_the_targets_are_the_answers_and_the_prompt_is_what_precedes_the_last(
 
 
 def test_the_picture_has_no_place_in_the_text_and_odd_layouts_are_read() -> None:
-    turns = turns_of(record("<image>\nWhat is it?", "A horse.", "And now?", image="a.jpg"))
+    turns = parse_messages(record("<image>\nWhat is it?", "A horse.", "And now?", image="a.jpg"))
     assert turns == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A horse."}]
     hub = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "images": ["x"]}
-    assert [turn["role"] for turn in turns_of(hub)] == ["user", "assistant"]
+    assert [turn["role"] for turn in parse_messages(hub)] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize(
@@ -119,29 +119,29 @@ def test_the_picture_has_no_place_in_the_text_and_odd_layouts_are_read() -> None
 )
 def test_a_conversation_that_cannot_be_used_says_why(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        turns_of(wrong)
+        parse_messages(wrong)
 
 
 def test_limits_and_templates_that_will_not_do_say_so() -> None:
     tokenizer = TOKENIZERS["a default system text"]
-    turns = turns_of(record("a" * 50, "horse"))
+    turns = parse_messages(record("a" * 50, "horse"))
     pixels = torch.zeros(3, 2, 2)
-    whole = chat_sample("k", pixels, turns, tokenizer, 10_000)
+    whole = tokenize_conversation("k", pixels, turns, tokenizer, 10_000)
     assert (whole.key, whole.pixels) == ("k", pixels)
     first = whole.is_target.index(True)
-    cut = chat_sample("k", None, turns, tokenizer, first + 1)
+    cut = tokenize_conversation("k", None, turns, tokenizer, first + 1)
     assert list(cut.tokens) == list(whole.tokens[: first + 1])
     with pytest.raises(ValueError, match=f"begins after data.max_tokens={first}"):
-        chat_sample("k", None, turns, tokenizer, first)
+        tokenize_conversation("k", None, turns, tokenizer, first)
     with pytest.raises(ValueError, match=r"holds the tokenizer's special token <\|im_end\|>"):
-        chat_sample("k", None, turns_of(record("what <|im_end|>", "A")), tokenizer, 99)
+        tokenize_conversation("k", None, parse_messages(record("what <|im_end|>", "A")), tokenizer, 99)
     for template, message in (
         ("{% for message in messages %}{{ message.content }}\n{% endfor %}", "without a special token"),
         ("{{ messages[0].content }}</s>", "does not show each answer once"),
         ("{{ raise_exception('never') }}", "refuses a conversation"),
     ):
         with pytest.raises(ValueError, match=message):
-            chat_sample("k", None, turns, fast(template), 99)
+            tokenize_conversation("k", None, turns, fast(template), 99)
 
 
 def words_alone(special: str) -> Tokenizer:

@@ -28,10 +28,10 @@ from hive_scale.prepare import readers
 from hive_scale.prepare.concepts import split_of
 from hive_scale.prepare.packages import members
 from hive_scale.prepare.readers import Item, Source, json_records
-from hive_scale.prepare.writer import JOURNAL, Layout, Shard, _samples, convert
+from hive_scale.prepare.writer import JOURNAL, Shard, ShardLayout, _samples, convert
 
 CACHE = ShardCache(10**9)
-PAIRS = Layout(shard_size=4, heldout=0.0)
+PAIRS = ShardLayout(shard_size=4, heldout=0.0)
 
 
 def talk(name: str | list[str], *said: str, **more: Any) -> dict[str, Any]:
@@ -456,7 +456,7 @@ def test_a_conversion_that_was_stopped_gives_the_same_tars(
     (root / "rows.jsonl").write_text(rows)
     for i in range(9):  # the tenth is missing
         (root / f"{i}.jpg").write_bytes(picture_bytes(seed=i))
-    source, layout = readers.table(root / "rows.jsonl", root), Layout(shard_size=3, heldout=0.3)
+    source, layout = readers.table(root / "rows.jsonl", root), ShardLayout(shard_size=3, heldout=0.3)
     whole = convert(source, root / "whole", layout, workers=1)
     for after in stops:
         with pytest.raises(KeyboardInterrupt):
@@ -503,7 +503,7 @@ def test_another_set_in_the_output_is_refused_and_overwrite_replaces_it(llava: P
 def test_the_split_keeps_records_of_one_picture_together(llava: Path) -> None:
     names = [f"0045{i % 3}/GCC_train_{i:09d}.jpg" for i in range(10)]
     (llava / "two.json").write_text(json.dumps([talk(name, "Q", answer) for answer in "AB" for name in names]))
-    convert(readers.table(llava / "two.json", llava / "images"), llava / "out", Layout(4, 0.4), workers=1)
+    convert(readers.table(llava / "two.json", llava / "images"), llava / "out", ShardLayout(4, 0.4), workers=1)
     sides = {
         split: {json.loads(one["json"])["image"] for one in read(llava / "out", split).values()}
         for split in ("train", "heldout")

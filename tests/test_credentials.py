@@ -26,7 +26,7 @@ from hive_scale.data.index import open_index
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import expand
 from hive_scale.distributed import World
-from hive_scale.observability.logging_setup import hushed
+from hive_scale.observability.logging_setup import capture_library_logs
 from hive_scale.slurm import downstream as followers
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.resources import Resources, read
@@ -341,7 +341,7 @@ def test_what_a_store_s_client_logs_is_told_without_credentials(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-token")
     url = DataConfig(train=[f"https://me:planted-password@host/a.tar?{SIGNED}"]).train[0]
-    with hushed(tmp_path, World(0, 1, torch.device("cpu")), level="debug"):
+    with capture_library_logs(tmp_path, World(0, 1, torch.device("cpu")), level="debug"):
         log = logging.getLogger("urllib3")
         log.warning("GET %s", credentials.private(url))
         log.debug("Authorization: me:planted-password, planted-token, %2Fs3", extra={})

@@ -19,7 +19,7 @@ from hive_scale.config import Config, PartConfig
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
 from hive_scale.observability.console import console
-from hive_scale.observability.goodput import ENOUGH, Starvation
+from hive_scale.observability.goodput import ENOUGH, DataStall
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
 
@@ -27,7 +27,7 @@ SLOW = 0.3  # seconds
 
 
 def test_it_is_said_once_with_the_rank_and_again_when_much_worse() -> None:
-    starvation = Starvation(workers=3)
+    starvation = DataStall(workers=3)
     said = []
     for waits in ENOUGH * [(0.0, 0.05)] + 3 * ENOUGH * [(0.1, 0.4)] + 3 * ENOUGH * [(0.1, 0.9)]:
         starvation.stepped(waits, seconds=1.0)

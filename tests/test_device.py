@@ -18,7 +18,7 @@ from hive_scale.config import EngineConfig
 from hive_scale.device import choose_precision, default_precision, exact_fp32, kind, peaks, pinned_bytes, this_device
 from hive_scale.distributed import World
 from hive_scale.engine import check_device
-from hive_scale.observability.rank_report import hear, tell
+from hive_scale.observability.rank_report import rank_report, read_reports
 
 PACKAGE = Path(device.__file__).parent
 CPU, CUDA, XPU, MPS = (torch.device(of) for of in ("cpu", "cuda", "xpu", "mps"))
@@ -135,10 +135,10 @@ def test_memory_is_that_of_the_fullest_rank(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda _, held=allocated: held)
         monkeypatch.setattr(torch.accelerator, "max_memory_reserved", lambda _, held=reserved: held)
         monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda held=pinned: {"allocated_bytes.peak": held})
-        mine = tell(World(rank, 3, CUDA), waited=rank / 2)
+        mine = rank_report(World(rank, 3, CUDA), waited=rank / 2)
         added = mine if added is None else [one + other for one, other in zip(added, mine, strict=True)]
     assert added is not None
-    waits, held = hear(added, World(1, 3, CUDA))
+    waits, held = read_reports(added, World(1, 3, CUDA))
     assert waits == [0.0, 0.5, 1.0]
     assert held.pop("host_gb") > 0.1
     assert held == {"memory_gb": 11.0, "reserved_gb": 16.0, "pinned_gb": 8.5899}

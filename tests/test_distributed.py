@@ -103,7 +103,7 @@ RESTARTING = """
 import os, signal, sys, time
 from pathlib import Path
 from hive_scale.distributed import session
-from hive_scale.resilience.watchdog import HangWatch
+from hive_scale.resilience.watchdog import Watchdog
 faults = {faults}
 def met():
     return len([*Path(__file__).parent.glob("met_*")])
@@ -120,7 +120,7 @@ meet("at start", met())
 with session() as world:
     number = met()
     world.barrier()
-    with HangWatch(world, 3):
+    with Watchdog(world, 3):
         world.timer.enter("forward")
         meet("in a step", number)
         world.barrier()

@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from hive_scale import config as configs
 from hive_scale import distributed, phase_timer, pipeline, presets
 from hive_scale.checkpoint import io
-from hive_scale.checkpoint.checkpointer import Store, WriteError
+from hive_scale.checkpoint.checkpointer import Checkpointer, WriteError
 from hive_scale.checkpoint.stage_files import find_weights
 from hive_scale.commands import pretrain
 from hive_scale.config import Config, PartConfig
@@ -44,7 +44,7 @@ from hive_scale.report import summary
 from hive_scale.resilience import watchdog
 from hive_scale.resilience.preemption import STOP
 from hive_scale.resilience.run_lock import locked
-from hive_scale.resilience.watchdog import HangWatch
+from hive_scale.resilience.watchdog import Watchdog
 from hive_scale.slurm.slurm_cli import Silent, SlurmError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,9 +119,9 @@ def saves_on_a_slow_disk(config: Config, world: World) -> None:
 
     os.fsync = slow
     mine = torch.ones(2_000_000 if world.is_main else 0)
-    with HangWatch(world, config.hang_seconds):
+    with Watchdog(world, config.hang_seconds):
         world.timer.enter("save")
-        store = Store(config.run_dir / "projector", world)
+        store = Checkpointer(config.run_dir / "projector", world)
         store.save(1, [Fragment("w", "master", (2_000_000,), 0, mine)] if world.is_main else [], {}, wait=True)
     assert store.latest() is not None
 
@@ -157,7 +157,7 @@ def member(rank: int, port: int, folder: Path, victim: int, place: str, act: Any
 
 PLACES: dict[str, tuple[Any, str]] = {
     "in start-up": (pipeline, "open_all"),
-    "in the final save": (Store, "finish"),
+    "in the final save": (Checkpointer, "finish"),
     "between stages": (pipeline.memory, "release"),
     "in the handoff": (pipeline, "build_handoff"),
     "while it shows the outcome": (summary, "show"),

@@ -28,7 +28,7 @@ from hive_scale.config import Config, ModelConfig, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import session
 from hive_scale.export import from_pretrained, huggingface, save_pretrained
-from hive_scale.model.build import assemble, materialise
+from hive_scale.model.build import init_model, load_model
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import run_pipeline
 
@@ -69,7 +69,7 @@ def model_config(fusion: Any, tower: dict[str, Any], llm: str, **changes: Any) -
 @torch.no_grad()
 def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str, changes: dict[str, Any]) -> None:
     config = model_config("concat", tower, llm, **changes)
-    ours = assemble(config, seed=5).eval()
+    ours = init_model(config, seed=5).eval()
     huggingface.export_llava(config, dict(ours.named_parameters()), tmp_path, BYTES, mode)
     llava, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -79,7 +79,7 @@ def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str
     tokens = torch.tensor([[1, *BYTES.encode(TEXT, add_special_tokens=False)]])
     assert inputs.input_ids.shape[1] == NUM_VISUAL + tokens.shape[1]
     theirs = llava.eval()(**inputs).logits
-    expected = ours.logits(ours.read(ours.see(pixels_of(image)), tokens))
+    expected = ours.logits(ours.language_forward(ours.encode_images(pixels_of(image)), tokens))
     found = theirs[:, NUM_VISUAL:, : expected.shape[-1]]  # from the last visual token on, which predicts the first word
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     plain = llava(input_ids=tokens).logits[..., : expected.shape[-1]]  # the picture counts
@@ -99,7 +99,7 @@ def test_other_fusions_are_no_llava(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_encoder_and_llm_leave_as_stock_directories(tmp_path: Path) -> None:
     config = model_config("cross_attention", tiny.CLIP, "qwen3")
-    ours = assemble(config, seed=5).eval()
+    ours = init_model(config, seed=5).eval()
     weights, image = dict(ours.named_parameters()), picture()
     huggingface.export_encoder(config, weights, tmp_path / "encoder", "crop")
     huggingface.export_llm(config, weights, tmp_path / "llm", BYTES)
@@ -120,12 +120,12 @@ def test_encoder_and_llm_leave_as_stock_directories(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_a_hive_comes_back_without_the_directories_it_was_made_from(tmp_path: Path, fusion: str) -> None:
     config = model_config("concat", tiny.CLIP, "llama")
-    weights = dict(assemble(config, seed=5).named_parameters())
+    weights = dict(init_model(config, seed=5).named_parameters())
     huggingface.export_encoder(config, weights, tmp_path / "encoder", "crop")
     huggingface.export_llm(config, weights, tmp_path / "llm", BYTES)
     parts = PartConfig(str(tmp_path / "encoder")), PartConfig(str(tmp_path / "llm"))
     config = ModelConfig(*parts, fusion=fusion, density=0.5)  # type: ignore[arg-type]
-    ours = assemble(config, seed=6)
+    ours = init_model(config, seed=6)
     open_gates(ours)
     write_weights(tmp_path / "w.safetensors", dict(ours.named_parameters()))
     run = Config(model=config)
@@ -164,7 +164,7 @@ def test_a_run_gives_its_parts_away_with_a_card(
         assert "| joint | 1 |" not in card
         assert read_weights(run / "language" / "weights.safetensors").identity in card
     config = small(run).model
-    ours = materialise(config, read_weights(run / "language"))
+    ours = load_model(config, read_weights(run / "language"))
     assert torch.equal(from_pretrained(tmp_path / "hive")(**tiny.batch().inputs()), ours(**tiny.batch().inputs()))
     assert command(monkeypatch, "encoder", run) == 0
     assert (run / "export" / "encoder" / "model.safetensors").exists()

@@ -25,12 +25,20 @@ from hive_scale import presets
 from hive_scale.checkpoint.weights import Weights, read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
 from hive_scale.data import feature_store as kept_module
-from hive_scale.data.feature_store import DiskError, KeptFeatures, open_kept, parts, record_size, settle, size_of
+from hive_scale.data.feature_store import (
+    DiskError,
+    FeatureStore,
+    open_feature_store,
+    parts,
+    record_size,
+    settle,
+    size_of,
+)
 from hive_scale.distributed import World, session
-from hive_scale.feature_cache import check_disk, kept_features
+from hive_scale.feature_cache import cached_features, check_disk
 from hive_scale.model import build
 from hive_scale.observability.metrics import read_metrics
-from hive_scale.param_groups import freeze
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preflight import open_data
 
@@ -104,9 +112,9 @@ def world() -> Any:
 
 
 def opened(config: Config, world: World, stage: str, weights: Weights, stop: Any = lambda: False) -> Any:
-    model = build.skeleton(config.model)
-    freeze(model, config.stages[stage], model.dormant())
-    return kept_features(config, model, open_data(config).train, weights, world, stop)
+    model = build.meta_model(config.model)
+    apply_trainable_groups(model, config.stages[stage], model.unused_parameters())
+    return cached_features(config, model, open_data(config).train, weights, world, stop)
 
 
 def missing_of(kept: Any) -> list[int]:
@@ -160,7 +168,7 @@ def test_features_of_the_same_weights_are_made_anew_for_anything_else_that_chang
     shard: str, tmp_path: Path, world: World, change: Any
 ) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
-    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
     assert len(missing_of(opened(config, world, "language", weights))) == 0
     stopped = opened(change(config), world, "language", weights, stop=lambda: True)
     assert len(missing_of(stopped)) == PICTURES
@@ -177,7 +185,7 @@ def test_a_set_of_the_same_sizes_with_other_pictures_is_another(tmp_path: Path, 
             members["jpg"] = tars.picture_bytes(seed=seed + i).ljust(lengths[i], b"\0")
         shard = tars.write_tar(tmp_path / name / "pairs.tar", pairs)
         config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
-        weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+        weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
         found.append((open_data(config).train.fingerprint, opened(config, world, "language", weights).get(5)))
     assert found[0][0] != found[1][0]
     assert not torch.equal(found[0][1], found[1][1])
@@ -191,14 +199,14 @@ def test_a_set_that_differs_in_a_single_picture_is_another(shard: str, tmp_path:
         pairs[1][1]["jpg"] = tars.picture_bytes(seed=seed)
         config = recipe(tmp_path / "run", tars.write_tar(tmp_path / f"{seed}" / "pairs.tar", pairs))
         config = replace(config, feature_cache=str(tmp_path / "cache"))
-        weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+        weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
         found.append(opened(config, world, "language", weights).get(1))
     assert not torch.equal(*found)
 
 
 def test_weights_that_no_depth_reads_do_not_count(shard: str, tmp_path: Path, world: World) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
-    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
     opened(config, world, "language", weights)
     for name in ("vision.encoder.layers.3.mlp.fc1.weight", "vision.post_layernorm.weight", "projector.0.up.weight"):
         weights[name] = weights[name] + 1
@@ -209,7 +217,7 @@ def test_weights_that_no_depth_reads_do_not_count(shard: str, tmp_path: Path, wo
 
 def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Path, world: World) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
-    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
     before = opened(config, world, "language", weights).get(8)
     [file] = (tmp_path / "cache").glob("*.features")
     file.unlink()
@@ -219,22 +227,22 @@ def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Pa
 def test_a_disk_without_room_is_met_before_the_first_picture(tmp_path: Path, world: World) -> None:
     some, shape = np.arange(10**6), (6, 576, 1024)
     with pytest.raises(DiskError, match=r" GB of features are still to be made, .* GB are free"):
-        open_kept(world, tmp_path / "large", some, len(some), shape, torch.bfloat16)
-    _, missing = open_kept(world, tmp_path / "large", some[:3], len(some), shape, torch.bfloat16)
+        open_feature_store(world, tmp_path / "large", some, len(some), shape, torch.bfloat16)
+    _, missing = open_feature_store(world, tmp_path / "large", some[:3], len(some), shape, torch.bfloat16)
     assert missing.tolist() == [0, 1, 2]
 
 
 def test_features_beyond_the_disk_are_refused_before_the_run(shard: str, tmp_path: Path) -> None:
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "not" / "yet"))
     loader = copy(open_data(config).train)
-    model = build.skeleton(config.model)
-    freeze(model, config.stages["projector"])
+    model = build.meta_model(config.model)
+    apply_trainable_groups(model, config.stages["projector"])
     check_disk(config, model, loader)
     loader.index = replace(loader.index, arrays={"caption_bytes": np.broadcast_to(np.int8(0), 10**12)})
     with pytest.raises(ValueError, match=r"1,000,000,000,000 pictures are 4224000.0 GB, .* name another disk"):
         check_disk(config, model, loader)
     check_disk(replace(config, feature_cache=""), model, loader)
-    freeze(model, config.stages["joint"])
+    apply_trainable_groups(model, config.stages["joint"])
     check_disk(config, model, loader)  # whose encoder trains: nothing is kept
 
 
@@ -242,8 +250,8 @@ def test_a_run_that_has_begun_is_not_refused_for_a_disk_that_has_filled_up(shard
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
     loader = copy(open_data(config).train)
     loader.index = replace(loader.index, arrays={"caption_bytes": np.broadcast_to(np.int8(0), 10**12)})
-    model = build.skeleton(config.model)
-    freeze(model, config.stages["projector"])
+    model = build.meta_model(config.model)
+    apply_trainable_groups(model, config.stages["projector"])
     with pytest.raises(ValueError, match="name another disk"):
         check_disk(config, model, loader)
     configs.save(config, config.run_dir / "config.yaml")
@@ -254,8 +262,8 @@ SHAPE = 2, 16, 32
 RECORD = record_size(SHAPE, torch.float32)
 
 
-def kept_of(path: Path, count: int = 70) -> tuple[KeptFeatures, torch.Tensor]:
-    kept = KeptFeatures(path, count, SHAPE, torch.float32)
+def kept_of(path: Path, count: int = 70) -> tuple[FeatureStore, torch.Tensor]:
+    kept = FeatureStore(path, count, SHAPE, torch.float32)
     features = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
     kept.put(list(range(count)), features)
     return kept, features
@@ -281,11 +289,11 @@ def test_no_damage_of_a_file_is_read_as_features(tmp_path: Path) -> None:
         assert kept.get(4) is None
     kept.file.write_bytes(whole)
     other = kept.file.rename(tmp_path / "other.features")
-    assert KeptFeatures(other.with_suffix(""), 70, SHAPE, torch.float32).get(4) is None, "it is of another set"
+    assert FeatureStore(other.with_suffix(""), 70, SHAPE, torch.float32).get(4) is None, "it is of another set"
 
 
 def test_neighbours_lie_on_pages_that_no_other_part_touches(tmp_path: Path) -> None:
-    kept = KeptFeatures(tmp_path / "some", 100, SHAPE, torch.float32)
+    kept = FeatureStore(tmp_path / "some", 100, SHAPE, torch.float32)
     kept.put(list(range(32, 64)), torch.ones(32, *SHAPE))
     data = np.frombuffer(kept.file.read_bytes(), np.uint8)
     first = size_of(32, SHAPE, torch.float32)
@@ -320,11 +328,11 @@ def test_features_that_are_damaged_are_made_again_while_a_stage_trains(
     """In the place of each picture; the losses are those of sound ones."""
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
     config = replace(config, data=replace(config.data, workers=workers))
-    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
     train = open_data(config).train
 
     def batches(kept: Any) -> list[Any]:
-        steps = train.fed(kept).steps(global_batch=8, accumulation=2, seed=0, start=0, world=world)
+        steps = train.with_features(kept).steps(global_batch=8, accumulation=2, seed=0, start=0, world=world)
         return [batch for _ in range(6) for batch in next(steps)]
 
     sound = batches(opened(config, world, "language", weights))
@@ -357,7 +365,7 @@ def test_a_disk_that_fills_up_in_the_pass_leaves_the_stage_its_pictures(
         pytest.skip("needs the right to mount a tmpfs")
     try:
         config = recipe(tmp_path / "run", shard, feature_cache=str(disk / "cache"))
-        weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+        weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
         calls = iter(range(100))
 
         def fill() -> bool:
@@ -392,7 +400,7 @@ def test_a_disk_that_goes_away_does_not_stop_a_run(
 def half_full(world: World, folder: str, shard: str) -> tuple[bool, bool]:
     """Whether each rank got features where one alone cannot write, and after that where all can."""
     config = recipe(Path(folder, "run"), shard, feature_cache=str(Path(folder, "cache")))
-    weights: Any = {name: p.detach() for name, p in build.assemble(config.model, 0).named_parameters()}
+    weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if world.rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, unlimited[1]))
@@ -477,7 +485,7 @@ def features_of(number: int) -> torch.Tensor:
 def on_two_nodes(world: World, path: str) -> list[float]:
     """What a rank reads of what both have made, the second a second later."""
     kept_module.os = Pages()  # type: ignore[attr-defined]
-    kept, missing = open_kept(world, Path(path), np.arange(NODES), NODES, PAGED, torch.float32)
+    kept, missing = open_feature_store(world, Path(path), np.arange(NODES), NODES, PAGED, torch.float32)
     assert kept.missing(np.arange(NODES)).all(), "and so each has pages, and a length, of the file as it is now"
     time.sleep(world.rank)
     for part in parts(missing, 32)[world.rank :: world.size]:
@@ -498,7 +506,7 @@ def test_the_stand_in_for_a_network_file_system_loses_what_shares_a_page(
 ) -> None:
     """Else the test before this one could not fail."""
     monkeypatch.setattr(kept_module, "os", Pages())
-    nodes = [KeptFeatures(tmp_path / "some", NODES, PAGED, torch.float32) for _ in range(2)]
+    nodes = [FeatureStore(tmp_path / "some", NODES, PAGED, torch.float32) for _ in range(2)]
     for number in range(NODES):  # one by one, not in parts
         nodes[number % 2].put([number], features_of(number))
     assert nodes[0].get(1) is None, "nothing is seen before it is synced"

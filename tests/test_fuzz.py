@@ -35,18 +35,18 @@ from tars import pair, picture_bytes, write_tar
 
 from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.checkpoint.format import Range, Snapshot, audit, tensor_name, write_manifest
+from hive_scale.checkpoint.format import Range, StepCheckpoint, audit, tensor_name, write_manifest
 from hive_scale.checkpoint.io import file_hash
 from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.config import Config, EngineConfig
-from hive_scale.data.bad_samples import Ledger, read_faults
-from hive_scale.data.conversation import turns_of
+from hive_scale.data.bad_samples import BadSampleLog, read_faults
+from hive_scale.data.conversation import parse_messages
 from hive_scale.data.index import open_index
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader
-from hive_scale.data.tar_scan import Fault, scan_shard
+from hive_scale.data.tar_scan import SampleError, scan_shard
 from hive_scale.data.transform import decode
-from hive_scale.observability.metrics import Follower, flat, numbers, read_metrics
+from hive_scale.observability.metrics import MetricsTail, flat, numbers, read_metrics
 from hive_scale.prepare.readers import table
 from hive_scale.slurm.chain import Record
 from hive_scale.slurm.job import read_attempts
@@ -237,7 +237,7 @@ def test_an_index(tmp_path: Path, shard: str) -> None:
         if isinstance(content, bytes):
             place.write_bytes(content)
         else:
-            place.write_bytes(sealed(header, arrays, content))
+            place.write_bytes(checksummed(header, arrays, content))
         index = open_index([shard], CACHE)
         reader = ShardReader(index.shards, index.stamps, CACHE)
         try:
@@ -257,7 +257,7 @@ def test_an_index(tmp_path: Path, shard: str) -> None:
     fuzz(tmp_path, raw([written]) | edits | tables.filter(lambda table: isinstance(table, dict)) | faults, check)
 
 
-def sealed(header: dict[str, Any], arrays: dict[str, Any], change: Any) -> bytes:
+def checksummed(header: dict[str, Any], arrays: dict[str, Any], change: Any) -> bytes:
     """An index with `change`d arrays, another table of arrays or other faults, under a checksum that is right."""
     from hive_scale.data.index import _checksum, _seal  # what a stranger would compute, too
 
@@ -289,7 +289,7 @@ def test_a_record_and_its_conversation(tmp_path: Path) -> None:
     def check(_: Path, content: bytes) -> None:
         record = loads(content, 10**6)
         if isinstance(record, dict):
-            for turn in turns_of(record):
+            for turn in parse_messages(record):
                 turn["content"].encode()
 
     fuzz(tmp_path, raw([json.dumps(CONVERSATION).encode()]) | as_json(grafted(CONVERSATION)), check)
@@ -342,7 +342,7 @@ def test_a_checkpoints_manifest(tmp_path: Path) -> None:
             with suppress(TypeError, KeyError):  # what cannot be written is none
                 write_manifest(step, *(content[key] for key in ("step", "shapes", "files", "state")))
         audit(step)
-        snapshot = Snapshot(step)
+        snapshot = StepCheckpoint(step)
         for name in snapshot.masters():
             snapshot.master(name)
 
@@ -359,7 +359,7 @@ def test_metrics(tmp_path: Path) -> None:
     def check(folder: Path, content: bytes) -> None:
         path = folder / "metrics.jsonl"
         path.write_bytes(content)
-        for line in [*Follower(path).lines(), *read_metrics(path)]:
+        for line in [*MetricsTail(path).lines(), *read_metrics(path)]:
             flat(line)
             numbers(line)
 
@@ -373,7 +373,7 @@ def test_faults_that_were_noted(tmp_path: Path) -> None:
         path = folder / "bad_samples.jsonl"
         path.write_bytes(content)
         "".join(fault.describe() for fault in read_faults(path)).encode()
-        Ledger(path, 1).add([Fault("b.tar", "l", "cut")])
+        BadSampleLog(path, 1).add([SampleError("b.tar", "l", "cut")])
 
     fuzz(tmp_path, raw([json.dumps(line).encode() + b"\n"]) | as_json(grafted(line)), check)
 

@@ -27,15 +27,15 @@ MODELS: list[Any] = [
 
 
 def model(fusion: str, llm: str = "llama", **changes: Any) -> Hive:
-    return tiny.sighted(build.assemble(tiny.model_config(fusion, llm, **changes), seed=3).eval(), 4)
+    return tiny.sighted(build.init_model(tiny.model_config(fusion, llm, **changes), seed=3).eval(), 4)
 
 
 @torch.no_grad()
 def anew(hive: Hive, text: list[int], about: int | None) -> Tensor:
     """Logits of the token after `text`, by the forward that training uses, on this one text alone."""
-    visual = hive.see(PICTURES[[about or 0]])
+    visual = hive.encode_images(PICTURES[[about or 0]])
     has_image = None if about is not None else torch.tensor([False])
-    return hive.logits(hive.read(visual, torch.tensor([text]), has_image)[0, -1])
+    return hive.logits(hive.language_forward(visual, torch.tensor([text]), has_image)[0, -1])
 
 
 @pytest.mark.parametrize(("fusion", "llm", "changes"), MODELS)
@@ -47,14 +47,14 @@ def test_cached_logits_are_those_of_the_whole_text(fusion: str, llm: str, change
     has_image = torch.tensor([one is not None for one in about])
     decoder = Decoder(hive, PICTURES, torch.tensor([one or 0 for one in about]), has_image)
     with torch.no_grad():
-        logits = decoder.begin(tokens, torch.tensor([len(text) for text in texts]), room=4)
+        logits = decoder.prefill(tokens, torch.tensor([len(text) for text in texts]), room=4)
         for step in range(4):
             expected = torch.stack([anew(hive, text, one) for text, one in zip(texts, about, strict=True)])
             torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
             following = torch.tensor([20 + step + row for row in range(len(texts))])
             for text, token in zip(texts, following.tolist(), strict=True):
                 text.append(token)
-            logits = decoder.go_on(following)
+            logits = decoder.decode_step(following)
     blind = torch.stack([anew(hive, text, None) for text in texts])
     seeing = has_image
     assert (logits - blind)[seeing].abs().max() > 1e-2  # the pictures did matter
@@ -93,14 +93,14 @@ def test_keys_and_values_stay_where_they_are(fusion: str) -> None:
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in PROMPTS], batch_first=True)
     places = set()
     with torch.inference_mode():
-        logits = decoder.begin(tokens, torch.tensor([len(text) for text in PROMPTS]), room=5)
+        logits = decoder.prefill(tokens, torch.tensor([len(text) for text in PROMPTS]), room=5)
         for _ in range(5):
-            logits = decoder.go_on(logits.argmax(-1))
+            logits = decoder.decode_step(logits.argmax(-1))
             layers: list[Any] = decoder.cache.layers
             places.add(tuple(one.data_ptr() for layer in layers for one in (layer.keys, layer.values)))
     assert len(places) == 1
     with pytest.raises(ValueError, match="room for 5 tokens"):
-        decoder.go_on(logits.argmax(-1))
+        decoder.decode_step(logits.argmax(-1))
 
 
 class Waits(TorchDispatchMode):
@@ -137,10 +137,10 @@ def test_under_autocast_too(fusion: str) -> None:
     hive, text = model(fusion), list(PROMPTS[0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         decoder = Decoder(hive, PICTURES, torch.tensor([1]), torch.tensor([True]))
-        logits = decoder.begin(torch.tensor([text]), torch.tensor([len(text)]), room=3)
+        logits = decoder.prefill(torch.tensor([text]), torch.tensor([len(text)]), room=3)
         for token in (20, 21, 22):
             text.append(token)
-            logits = decoder.go_on(torch.tensor([token]))
+            logits = decoder.decode_step(torch.tensor([token]))
         expected = anew(hive, text, 1)
         assert decoder.cache.layers[0].keys.dtype == torch.bfloat16
     torch.testing.assert_close(logits[0], expected, atol=0.05 * float(expected.abs().max()), rtol=0)

@@ -37,15 +37,15 @@ from hive_scale.data.shards import ShardReader
 from hive_scale.data.tar_scan import scan_shard
 from hive_scale.data.transform import decode
 from hive_scale.distributed import World
-from hive_scale.evaluate.readers import beside, read_json
+from hive_scale.evaluate.readers import image_file, read_json
 from hive_scale.evaluate.readers import rows as parquet_rows
 from hive_scale.exit_codes import ended
 from hive_scale.export import model_card
 from hive_scale.observability.console import Screen
-from hive_scale.observability.logging_setup import RECORD, hushed
+from hive_scale.observability.logging_setup import RECORD, capture_library_logs
 from hive_scale.prepare import readers
-from hive_scale.prepare.image_sources import Pictures
-from hive_scale.prepare.writer import JOURNAL, Layout, convert
+from hive_scale.prepare.image_sources import ImageSource
+from hive_scale.prepare.writer import JOURNAL, ShardLayout, convert
 from hive_scale.report.html import Report, page
 from hive_scale.report.report import save_report
 from hive_scale.run import find_encoder
@@ -106,7 +106,7 @@ def test_a_screen_shows_brackets_and_colons_as_they_are(capsys: pytest.CaptureFi
 
 def test_a_message_cannot_look_like_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     forged = "sample a\n2026-01-01 00:00:00,000 ERROR hive_scale: all is lost \x1b[2J"
-    with hushed(tmp_path, World(0, 1, torch.device("cpu"))):
+    with capture_library_logs(tmp_path, World(0, 1, torch.device("cpu"))):
         logging.getLogger("hive_scale.test").warning("%s", forged)
     lines = (tmp_path / "rank_00000.log").read_text().splitlines()
     assert [bool(RECORD.match(line)) for line in lines] == [True, False]
@@ -323,12 +323,12 @@ def test_a_zip_bomb_costs_its_record_and_no_memory(tmp_path: Path) -> None:
             for _ in range(300):
                 member.write(bytes(2**20))
     assert (tmp_path / "p.zip").stat().st_size < 3e6
-    bomb = Pictures(tmp_path / "p.zip").find("bomb.jpg")
+    bomb = ImageSource(tmp_path / "p.zip").find("bomb.jpg")
     assert bomb is not None
     assert most_memory(bomb.read) < 10**7
     records = [{"image": f"{name}.jpg", "caption": "c"} for name in ("bomb", "good")]
     (tmp_path / "t.json").write_text(json.dumps(records))
-    convert(readers.table(tmp_path / "t.json", tmp_path / "p.zip"), tmp_path / "out", Layout(2, 0), workers=1)
+    convert(readers.table(tmp_path / "t.json", tmp_path / "p.zip"), tmp_path / "out", ShardLayout(2, 0), workers=1)
     line = json.loads((tmp_path / "out" / JOURNAL).read_text().splitlines()[1])
     assert line["samples"] == 1
     assert "more than the 268,435,456 of an image" in line["skipped"][0][1]
@@ -381,7 +381,7 @@ def test_a_caption_and_a_picture_that_are_too_large_are_faults(tmp_path: Path) -
     path = tmp_path / "large.png"
     path.touch()
     os.truncate(path, 2**40)
-    assert most_memory(beside(path).read) < 10**6
+    assert most_memory(image_file(path).read) < 10**6
 
 
 def png(*chunks: tuple[bytes, bytes]) -> bytes:
@@ -432,7 +432,7 @@ def test_a_parquet_that_says_it_unpacks_to_much_is_refused(tmp_path: Path, monke
 
 
 def test_an_index_that_points_elsewhere_is_made_again(tmp_path: Path) -> None:
-    from test_fuzz import sealed
+    from test_fuzz import checksummed
 
     shard = write_tar(tmp_path / "a.tar", [(f"k{i}", pair(i)) for i in range(3)])
     sound = open_index([shard], CACHE)
@@ -440,12 +440,12 @@ def test_an_index_that_points_elsewhere_is_made_again(tmp_path: Path) -> None:
     content = sound.path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
-    sound.path.write_bytes(sealed(header, arrays, []))
+    sound.path.write_bytes(checksummed(header, arrays, []))
     before = sound.path.stat()
     assert open_index([shard], CACHE).key(0) == "k0"
     assert sound.path.stat().st_mtime_ns == before.st_mtime_ns  # what is right is taken
     for change in ([("members", 0, -1)], [("members", 1, 2**62)], [("shard_sizes", 0, 9)], [("key_ends", 0, 10**9)]):
-        sound.path.write_bytes(sealed(header, arrays, change))
+        sound.path.write_bytes(checksummed(header, arrays, change))
         again = open_index([shard], CACHE)
         assert [again.key(i) for i in range(len(again))] == ["k0", "k1", "k2"]
         assert (again.members == arrays["members"]).all()

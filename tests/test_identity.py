@@ -20,7 +20,7 @@ from hive_scale.config import PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.evaluate.encoder import Encoder
 from hive_scale.export.huggingface import export_encoder
-from hive_scale.model.build import assemble, open_encoder
+from hive_scale.model.build import init_model, open_encoder
 from hive_scale.model.identity import identity, identity_of_processor, key_of
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_the_same_weights_under_another_config_are_another_encoder(
 
 def test_features_of_another_depth_precision_or_family_are_others(encoder: Path, tmp_path: Path) -> None:
     clip = replace(tiny.model_config(), vision=PartConfig(config=tiny.CLIP))
-    export_encoder(clip, dict(assemble(clip, 0).named_parameters()), tmp_path / "clip", "crop")
+    export_encoder(clip, dict(init_model(clip, 0).named_parameters()), tmp_path / "clip", "crop")
     made = [
         Encoder(encoder, CPU),
         Encoder(encoder, CPU, depth=-1),

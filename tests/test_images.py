@@ -198,7 +198,7 @@ def test_padding_is_llavas_bit_for_bit_in_any_strips(
 @pytest.mark.parametrize("mode", ["resize", "crop", "pad"])
 def test_training_sees_what_the_exported_processor_makes(tower: dict[str, Any], mode: Any) -> None:
     config = ModelConfig(PartConfig(config=tower), PartConfig(config=tiny.language()), fusion="concat")
-    model = build.assemble(config, seed=0)
+    model = build.init_model(config, seed=0)
     data = picture_bytes(50, 33)
     pixels = picture(data, build.image_size(config), mode, MANY, build.pad_colour(config))
     processor = image_processor(build.vision_config(config.vision), mode)

@@ -25,7 +25,7 @@ from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.evaluate.vqa_runner import HiveAnswerer
 from hive_scale.evaluate.vqa_types import Picture, Question
 from hive_scale.export.huggingface import export_llava
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def test_a_real_task_end_to_end(python: Path, family: str, tmp_path: Path) -> No
     config = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", density=0.5)
     questions = [Question(str(i), text, Picture(str(i), lambda i=i: png(i)), {}) for i, text in enumerate(QUESTIONS)]
     for seed in range(20):  # some of these small models say the same to everything
-        model = tiny.sighted(assemble(config, seed).eval(), 3)
+        model = tiny.sighted(init_model(config, seed).eval(), 3)
         asker = HiveAnswerer(model, DataConfig(image="resize"), torch.device("cpu"))
         asker.tokenizer = Tokenizer(tokenizer)
         expected = [answer.text for answer in asker.answer(questions, 6)]

@@ -25,7 +25,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import DataConfig, TokenizerConfig
 from hive_scale.data.dataset import Read
 from hive_scale.data.loader import Loader
-from hive_scale.data.sampler import Order
+from hive_scale.data.sampler import ShuffledSampler
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.distributed import World
 from hive_scale.exit_codes import TryAgain
@@ -132,7 +132,7 @@ def test_memory_of_pictures_is_used_again_only_when_nobody_holds_it(
         steps = loader.steps(global_batch=6, accumulation=1, seed=3, start=0, world=world)
         return (batch.pixels for [batch] in islice(steps, count))
 
-    held = list(pictures(24))  # more than there are rooms for
+    held = list(pictures(24))  # more than there are buffers for
     own = [pixels.clone() for pixels in pictures(24)]
     assert all(torch.equal(one, other) for one, other in zip(held, own, strict=True))
     assert len({pixels.data_ptr() for pixels in held}) == 24
@@ -200,7 +200,7 @@ def test_a_broken_slot_is_filled_by_rule_and_nothing_else_moves(
     shards: list[str], broken: list[str], tokenizer: Tokenizer
 ) -> None:
     whole, loader = _loader(shards, tokenizer), _loader(broken, tokenizer)
-    order = Order(loader.index.shard_sizes, 3, 9)
+    order = ShuffledSampler(loader.index.shard_sizes, 3, 9)
     for step, (a, b) in enumerate(zip(_steps(whole, 1, 1, 0, 6), _steps(loader, 1, 1, 0, 6), strict=True)):
         ids = order.ids(12 * step, 12).tolist()
         for key, filled in zip(a[0].keys, b[0].keys, strict=True):

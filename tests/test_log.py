@@ -31,7 +31,7 @@ from hive_scale.config import LogConfig
 from hive_scale.distributed import World
 from hive_scale.observability import console, goodput, logging_setup, trackers
 from hive_scale.observability.goodput import Goodput
-from hive_scale.observability.metrics import Follower, damage, read_metrics
+from hive_scale.observability.metrics import MetricsTail, damage, read_metrics
 from hive_scale.observability.stage_log import StageLog
 from hive_scale.observability.trackers import replay, wandb_id
 from hive_scale.phase_timer import PhaseTimer
@@ -77,13 +77,13 @@ def test_a_cut_line_is_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptu
 def described(path: Path, draw: bool = False) -> list[str]:
     """What every reader of a log says of it: status, goodput, mirrors and, to `draw`, the report."""
     if draw:
-        notes = report([gallery.Run(path.parents[1])], look=False).notes
+        notes = report([gallery.RunView(path.parents[1])], look=False).notes
         assert [note.partition(": ")[2] for note in notes] == damage(path)
     lines = read_metrics(path)
     _progress(lines, 10, 4)
     goodput.summary(*goodput.added(lines[-1:]))
     Goodput(PhaseTimer(), lines, 3).line()
-    list(Follower(path).lines())
+    list(MetricsTail(path).lines())
     return damage(path)
 
 
@@ -185,7 +185,7 @@ def test_a_schema_from_the_future_is_refused(tmp_path: Path) -> None:
 
 def test_a_follower_waits_for_whole_lines_and_meets_a_replaced_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    follower = Follower(path)
+    follower = MetricsTail(path)
     assert list(follower.lines()) == []
     with path.open("w") as file:
         file.write('{"step": 1}\n{"st')
@@ -351,7 +351,7 @@ for rank in (1, 2):
 
 
 def test_warnings_of_all_ranks_are_told_once_by_rank_0(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with logging_setup.hushed(tmp_path, WORLD):
+    with logging_setup.capture_library_logs(tmp_path, WORLD):
         logging.getLogger("DeepSpeed").warning("the same everywhere")
         command = [sys.executable, "-c", RANKS, str(tmp_path)]
         others = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
@@ -367,7 +367,7 @@ def test_warnings_of_all_ranks_are_told_once_by_rank_0(tmp_path: Path, capfd: py
 
 
 def test_quiet_leaves_warnings_and_what_is_captured(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with logging_setup.hushed(tmp_path, WORLD, quiet=True):
+    with logging_setup.capture_library_logs(tmp_path, WORLD, quiet=True):
         train(tmp_path / "joint", 1, 2)
         with console.console.capture() as outcome:
             console.console.print("the outcome")
@@ -379,7 +379,7 @@ def test_quiet_leaves_warnings_and_what_is_captured(tmp_path: Path, capfd: pytes
 
 
 def test_afterwards_the_screen_is_where_stdout_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with logging_setup.hushed(tmp_path, WORLD, quiet=True):
+    with logging_setup.capture_library_logs(tmp_path, WORLD, quiet=True):
         pass
     moved = StringIO()
     monkeypatch.setattr(sys, "stdout", moved)

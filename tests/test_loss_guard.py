@@ -26,7 +26,7 @@ from hive_scale.distributed import World, session
 from hive_scale.engine import Engine
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
-from hive_scale.resilience.loss_guard import LEAST, Guard
+from hive_scale.resilience.loss_guard import LEAST, LossGuard
 from hive_scale.train import StageRun
 
 CELLS = [Cell("ddp"), Cell("fsdp"), Cell("zero1"), Cell("zero2_offload"), Cell("zero2", precision="bf16")]
@@ -49,19 +49,19 @@ def train(world: World, cell: Cell, folder: str, bad: bool) -> str:
     engine: Any = opened(cell, world, folder)[0]
     for step in range(3):
         output = engine.step(my_batches(cell, step, world), 1.0, votes=lambda: (world.rank, 1))
-        assert output.taken
+        assert output.applied
         assert output.votes == (1.0, 2.0)
         if not bad:
             continue
         after = engine.step(my_batches(cell, 10 + step, world), 1.0, max_loss=output.loss / 2)
-        assert not after.taken
+        assert not after.applied
         assert math.isfinite(after.grad_norm)
         loss = engine._loss
         if world.rank == 1:  # and no other
             engine._loss = lambda *given: loss(*given) * math.nan  # noqa: B023
         after = engine.step(my_batches(cell, 20 + step, world), 1.0)
         engine._loss = loss
-        assert not after.taken
+        assert not after.applied
         assert math.isnan(after.loss)
         assert math.isnan(after.grad_norm)
     return digest(engine)
@@ -77,22 +77,22 @@ def test_a_step_left_out_changes_no_bit(cells: list[Cell], tmp_path: Path) -> No
 
 def test_a_spike_is_told_from_noise() -> None:
     draw = random.Random(0)
-    guard = Guard(GuardConfig(spike=20, window=32))
+    guard = LossGuard(GuardConfig(spike=20, window=32))
     for step in range(LEAST):
         assert guard.max_loss == math.inf, step
         guard.accept(2.0 + draw.gauss(0, 0.05))
     assert 2.5 < guard.max_loss < 3.5
-    assert not guard.refuse()
-    assert not guard.refuse()
+    assert not guard.reject()
+    assert not guard.reject()
     guard.accept(2.0)  # one good step, and patience begins anew
-    assert [guard.refuse() for _ in range(3)] == [False, False, True]
-    resumed = Guard(GuardConfig(spike=20, window=32))
+    assert [guard.reject() for _ in range(3)] == [False, False, True]
+    resumed = LossGuard(GuardConfig(spike=20, window=32))
     resumed.go_on(json.loads(json.dumps(guard.losses)))
     assert resumed.max_loss == guard.max_loss
 
 
-def guard_of(losses: Iterable[float], **settings: Any) -> Guard:
-    guard = Guard(GuardConfig(**settings))
+def guard_of(losses: Iterable[float], **settings: Any) -> LossGuard:
+    guard = LossGuard(GuardConfig(**settings))
     for loss in losses:
         guard.accept(loss)
     return guard
@@ -116,7 +116,7 @@ def test_only_the_losses_of_the_window_count() -> None:
     guard = guard_of([*early, *late], spike=20, window=32)
     assert guard.losses == late
     assert guard.max_loss == guard_of(late, spike=20, window=32).max_loss
-    guard.go_on([*early, *late])
+    guard.restore([*early, *late])
     assert guard.losses == late
 
 
@@ -125,14 +125,14 @@ def test_losses_all_alike_leave_room_for_a_few_thousandths() -> None:
 
 
 def test_patience_begins_anew_from_a_checkpoint_and_going_back_is_counted() -> None:
-    guard = Guard(GuardConfig(patience=2, rollbacks=2))
-    assert [guard.refuse() for _ in range(2)] == [False, True]
-    guard.go_on([2.0])
-    assert [guard.refuse() for _ in range(3)] == [False, True, True]
-    guard.go_back()
-    guard.go_back()
+    guard = LossGuard(GuardConfig(patience=2, rollbacks=2))
+    assert [guard.reject() for _ in range(2)] == [False, True]
+    guard.restore([2.0])
+    assert [guard.reject() for _ in range(3)] == [False, True, True]
+    guard.rollback()
+    guard.rollback()
     with pytest.raises(ValueError, match="after going back 2 times"):
-        guard.go_back()
+        guard.rollback()
 
 
 def test_a_batch_left_out_is_said_and_written_down(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from hive_scale.batch import collate
 from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.export.huggingface import export_encoder
 from hive_scale.model.attention import scaled_dot_product
-from hive_scale.model.build import assemble, materialise, skeleton
+from hive_scale.model.build import init_model, load_model, meta_model
 from hive_scale.model.encoders import covered, encoder_depths, group_ends, hidden_states, mean_colour, patches
 from hive_scale.model.fusion import _visual_positions
 from hive_scale.presets import load
@@ -70,7 +70,7 @@ def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches(
     assert mean_colour("clip_vision_model") == (122, 116, 104)  # llava.mm_utils.expand2square is given these
     assert mean_colour("siglip_vision_model") == (127, 127, 127)
     for image_size, side in ((32, 32), (33, 32), (39, 32), (40, 40)):
-        model = skeleton(
+        model = meta_model(
             replace(tiny.model_config(), vision=PartConfig(config=tiny.SIGLIP | {"image_size": image_size}))
         )
         assert covered(model.vision) == side
@@ -78,7 +78,7 @@ def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches(
 
 def test_as_many_depths_as_llm_layers_pair_one_to_one() -> None:
     shallow = PartConfig(config=tiny.language(num_hidden_layers=3))
-    model = skeleton(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, density=1.0))
+    model = meta_model(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, density=1.0))
     assert model.encoder_depths == (1, 2, 3)
     assert model.fusion.depths == (0, 1, 2)
     assert model.features_shape == (3, 16, 32)  # 32 pixels in patches of 8
@@ -87,24 +87,24 @@ def test_as_many_depths_as_llm_layers_pair_one_to_one() -> None:
 @pytest.mark.parametrize("llm", FAMILIES)
 @torch.no_grad()
 def test_shut_gates_leave_the_llm_as_it_was(llm: str) -> None:
-    model = assemble(tiny.model_config(llm=llm), seed=0).eval()
+    model = init_model(tiny.model_config(llm=llm), seed=0).eval()
     batch = tiny.batch()
-    ours = model.logits(model.read(model.see(batch.pixels), batch.tokens))
+    ours = model.logits(model.language_forward(model.encode_images(batch.pixels), batch.tokens))
     assert torch.equal(ours, model.language(batch.tokens).logits)
     open_gates(model)
-    assert not torch.equal(model.logits(model.read(model.see(batch.pixels), batch.tokens)), ours)
+    assert not torch.equal(model.logits(model.language_forward(model.encode_images(batch.pixels), batch.tokens)), ours)
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("llm", FAMILIES)
 @torch.no_grad()
 def test_a_sample_without_picture_is_plain_text(fusion: str, llm: str) -> None:
-    model = assemble(tiny.model_config(fusion, llm), seed=0).eval()
+    model = init_model(tiny.model_config(fusion, llm), seed=0).eval()
     open_gates(model)
     batch = tiny.batch(3)
     has_image = torch.tensor([True, False, True])
-    mixed = model.logits(model.read(model.see(batch.pixels), batch.tokens, has_image))
-    alone = model.logits(model.read(model.see(batch.pixels), batch.tokens))
+    mixed = model.logits(model.language_forward(model.encode_images(batch.pixels), batch.tokens, has_image))
+    alone = model.logits(model.language_forward(model.encode_images(batch.pixels), batch.tokens))
     torch.testing.assert_close(mixed[1], model.language(batch.tokens).logits[1], atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(mixed[[0, 2]], alone[[0, 2]], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(alone[1], mixed[1], atol=1e-3)
@@ -116,43 +116,45 @@ def test_a_sample_without_picture_is_plain_text(fusion: str, llm: str) -> None:
 def test_a_side_that_the_patch_does_not_divide_is_rounded_down_as_by_transformers(family: Any, fusion: str) -> None:
     base = tiny.model_config(fusion)
     config = replace(base, vision=PartConfig(config=family | {"image_size": 37}))
-    model = assemble(config, seed=0).eval()
+    model = init_model(config, seed=0).eval()
     pixels = torch.randint(0, 256, (2, 3, 37, 37), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    seen = model.see(pixels)
+    seen = model.encode_images(pixels)
     assert [one.shape[1] for one in seen] == [model.num_patches] * len(seen) == [16] * len(seen)
     assert model.features_shape[1] == 16
     stock = model.vision((pixels - model.pixel_mean) / model.pixel_std, output_hidden_states=True).hidden_states
     found = patches(model.vision, stock[model.encoder_depths[-1]])
     torch.testing.assert_close(model.features(model.encode(pixels))[-1], found, atol=1e-5, rtol=0)
     tokens = torch.tensor([[1, 5, 6]] * 2)
-    assert model.read(seen, tokens).shape == (2, 3, 48)
+    assert model.language_forward(seen, tokens).shape == (2, 3, 48)
     edge = pixels.clone()
     edge[..., 32:] = 255 - edge[..., 32:]  # a part that no patch covers
-    assert torch.equal(model.read(model.see(edge), tokens), model.read(seen, tokens))
+    assert torch.equal(model.language_forward(model.encode_images(edge), tokens), model.language_forward(seen, tokens))
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 @torch.no_grad()
 def test_a_position_sees_no_later_token(fusion: str) -> None:
-    model = assemble(tiny.model_config(fusion), seed=0).eval()
+    model = init_model(tiny.model_config(fusion), seed=0).eval()
     open_gates(model)
     batch = tiny.batch(3)
     changed = batch.tokens.clone()
     changed[:, 5] = (changed[:, 5] + 1) % tiny.VOCABULARY
-    before, after = (model.read(model.see(batch.pixels), tokens) for tokens in (batch.tokens, changed))
+    before, after = (
+        model.language_forward(model.encode_images(batch.pixels), tokens) for tokens in (batch.tokens, changed)
+    )
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5], after[:, 5])
 
 
 @torch.no_grad()
 def test_the_baseline_is_the_llm_run_over_one_long_sequence() -> None:
-    model = assemble(tiny.model_config("concat"), seed=0).eval()
+    model = init_model(tiny.model_config("concat"), seed=0).eval()
     batch = tiny.batch(2)
-    (visual,) = model.see(batch.pixels)
+    (visual,) = model.encode_images(batch.pixels)
     text = model.language.model.embed_tokens(batch.tokens)
     sequence = torch.cat([text[:, :1], visual, text[:, 1:]], dim=1)
     expected = model.language(inputs_embeds=sequence).logits
-    ours = model.logits(model.read([visual], batch.tokens))
+    ours = model.logits(model.language_forward([visual], batch.tokens))
     # the caption's first token is predicted from the last visual token
     torch.testing.assert_close(ours, expected[:, visual.shape[1] :], atol=1e-6, rtol=1e-5)
 
@@ -166,7 +168,7 @@ def test_grid_positions_turn_by_row_column_and_a_constant() -> None:
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_selected_depth_receives_gradient(fusion: str) -> None:
     config = tiny.model_config(fusion)
-    model = assemble(config, seed=0)
+    model = init_model(config, seed=0)
     open_gates(model)
     taps: list[torch.Tensor] = []
     batch = tiny.batch(2)
@@ -180,7 +182,7 @@ def test_every_selected_depth_receives_gradient(fusion: str) -> None:
     pixels = (batch.pixels.float() - model.pixel_mean) / model.pixel_std
     features = keep(feature_maps(model.vision, pixels, model.encoder_depths))
     visual = [project(feature) for project, feature in zip(model.projector, features, strict=True)]
-    hidden = model.read(visual, batch.tokens)
+    hidden = model.language_forward(visual, batch.tokens)
     model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids).sum().backward()
     assert len(taps) == len(model.encoder_depths)
     for depth, tap in zip(model.encoder_depths, taps, strict=True):
@@ -191,22 +193,22 @@ def test_every_selected_depth_receives_gradient(fusion: str) -> None:
 @pytest.mark.parametrize("tower", [tiny.SIGLIP, tiny.CLIP], ids=["siglip", "clip"])
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_the_parameters_without_gradient_are_those_called_dormant(fusion: str, tower: dict[str, Any]) -> None:
-    model = assemble(replace(tiny.model_config(fusion), vision=PartConfig(config=tower)), seed=0)
+    model = init_model(replace(tiny.model_config(fusion), vision=PartConfig(config=tower)), seed=0)
     open_gates(model)
     model(**tiny.batch(2).inputs()).backward()
-    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == model.dormant()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is None} == model.unused_parameters()
 
 
 @torch.no_grad()
 def test_the_loss_is_the_sum_over_targets_and_ignores_padding() -> None:
-    model = assemble(tiny.model_config(), seed=0).eval()
+    model = init_model(tiny.model_config(), seed=0).eval()
     open_gates(model)
     samples = tiny.samples(4)
     whole = model(**collate(samples, 0, tiny.IMAGE).inputs())
     parts = sum(model(**collate([sample], 0, tiny.IMAGE).inputs()) for sample in samples)
     torch.testing.assert_close(whole, parts, rtol=1e-6, atol=1e-5)
     batch = collate(samples, 0, tiny.IMAGE)
-    logits = model.logits(model.read(model.see(batch.pixels), batch.tokens))
+    logits = model.logits(model.language_forward(model.encode_images(batch.pixels), batch.tokens))
     labels = torch.full_like(batch.tokens, -100).flatten()
     labels[batch.target_rows] = batch.target_ids
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum")
@@ -216,7 +218,7 @@ def test_the_loss_is_the_sum_over_targets_and_ignores_padding() -> None:
 @pytest.mark.parametrize("preset", ["paper_siglip", "paper_clip"])
 def test_full_size_parts_have_their_published_sizes(preset: str) -> None:
     config = load(preset, None, []).model
-    model = skeleton(config)
+    model = meta_model(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert count(model.language) == 345_355_200
     assert len(model.fusion.depths) == len(model.encoder_depths) == 6
@@ -245,7 +247,7 @@ def test_llama_1b_has_its_published_size() -> None:
         "tie_word_embeddings": True,
     }
     vision = load("paper_clip", None, []).model.vision
-    model = skeleton(ModelConfig(vision, PartConfig(config=llama)))
+    model = meta_model(ModelConfig(vision, PartConfig(config=llama)))
     assert count(model.language) == 1_235_814_400
     assert model.language.config.rope_parameters["rope_type"] == "llama3"
 
@@ -261,8 +263,8 @@ def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[s
     llama.half().save_pretrained(tmp_path / "language", max_shard_size="50kB")  # several files, as big checkpoints are
     assert len(list((tmp_path / "language").glob("*.safetensors"))) > 1
     config = ModelConfig(PartConfig(str(tmp_path / "vision")), PartConfig(str(tmp_path / "language")), density=0.5)
-    built = assemble(config, seed=0)
-    assert {p.dtype for model in (built, skeleton(config)) for p in model.parameters()} == {torch.float32}
+    built = init_model(config, seed=0)
+    assert {p.dtype for model in (built, meta_model(config)) for p in model.parameters()} == {torch.float32}
     for ours, theirs in ((built.vision, tower), (built.language, llama)):
         for name, parameter in theirs.named_parameters():
             assert torch.equal(ours.get_parameter(name), parameter), name
@@ -273,7 +275,7 @@ def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[s
 
 def test_the_encoder_leaves_as_a_stock_directory(tmp_path: Path) -> None:
     config = tiny.model_config()
-    model = assemble(config, seed=3)
+    model = init_model(config, seed=3)
     export_encoder(config, dict(model.named_parameters()), tmp_path / "encoder", "resize")
     loaded, report = SiglipVisionModel.from_pretrained(tmp_path / "encoder", output_loading_info=True)
     assert not report["missing_keys"]
@@ -288,8 +290,8 @@ def test_the_encoder_leaves_as_a_stock_directory(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_materialise_gives_the_assembled_model_back() -> None:
     config = tiny.model_config("joint_attention")
-    model = assemble(config, seed=0).eval()
-    again = materialise(config, {name: value.clone() for name, value in model.named_parameters()})
+    model = init_model(config, seed=0).eval()
+    again = load_model(config, {name: value.clone() for name, value in model.named_parameters()})
     batch = tiny.batch(2)
     assert torch.equal(model(**batch.inputs()), again(**batch.inputs()))
 
@@ -324,7 +326,7 @@ def test_materialise_gives_the_assembled_model_back() -> None:
 def test_a_bad_model_config_says_what_to_change(change: dict[str, Any], message: str) -> None:
     parts: dict[str, Any] = {"vision": PartConfig(config=tiny.SIGLIP), "language": PartConfig(config=tiny.language())}
     with pytest.raises(ValueError, match=message):
-        skeleton(ModelConfig(**(parts | change)))
+        meta_model(ModelConfig(**(parts | change)))
 
 
 @pytest.mark.parametrize("said", ["null", "[1]", '{"model_type": "llama", "hidden_size": "x"}', "{", '{"a": NaN}', ""])
@@ -333,7 +335,7 @@ def test_a_directory_s_config_that_is_none_is_refused_in_a_line(tmp_path: Path, 
     for given in ({}, tiny.language(hidden_act="gelu")):
         model = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(str(tmp_path), given))
         with pytest.raises(ValueError, match=r"model\.language|no file named model\.safetensors"):
-            assemble(model, seed=0)
+            init_model(model, seed=0)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
@@ -342,7 +344,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path)
     deeper = PartConfig(str(tmp_path), tiny.language(num_hidden_layers=6))
     with pytest.raises(ValueError, match="does not fit this model: missing: "):
-        assemble(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
+        init_model(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])
@@ -351,14 +353,14 @@ def test_norms_of_queries_and_keys_make_their_size_irrelevant(fusion: str) -> No
     """Weights ten times as large change nothing; in the layer as its host has it they do."""
     batch = tiny.batch(3)
     for qk_norm in (True, False):
-        model = assemble(tiny.model_config(fusion, qk_norm=qk_norm), seed=0).eval()
+        model = init_model(tiny.model_config(fusion, qk_norm=qk_norm), seed=0).eval()
         open_gates(model)
-        before = model.read(model.see(batch.pixels), batch.tokens)
+        before = model.language_forward(model.encode_images(batch.pixels), batch.tokens)
         for layer in model.fusion.layers:
             layer.k_proj.weight.mul_(10)
             if fusion == "cross_attention":
                 layer.q_proj.weight.mul_(10)
-        after = model.read(model.see(batch.pixels), batch.tokens)
+        after = model.language_forward(model.encode_images(batch.pixels), batch.tokens)
         assert torch.allclose(before, after, atol=1e-4) == qk_norm
 
 
@@ -367,11 +369,11 @@ def test_norms_of_queries_and_keys_make_their_size_irrelevant(fusion: str) -> No
 @torch.no_grad()
 def test_attention_to_patches_is_what_the_fused_kernels_compute(fusion: str, llm: str) -> None:
     """Values moved by some delta at the patches move each row of the mix by its weights times delta."""
-    model = assemble(tiny.model_config(fusion, llm, qk_norm=fusion == "joint_attention"), seed=0).eval()
+    model = init_model(tiny.model_config(fusion, llm, qk_norm=fusion == "joint_attention"), seed=0).eval()
     open_gates(model)
     batch = tiny.batch(3)
-    visual = model.see(batch.pixels)
-    depth = model.looking_layers()[-1]
+    visual = model.encode_images(batch.pixels)
+    depth = model.visual_layers()[-1]
     weights = model.attention(visual, batch.tokens, [depth])[depth]
     host = model.language.model.layers[depth].self_attn
     values, mixer = host.v_proj, host.o_proj
@@ -383,14 +385,14 @@ def test_attention_to_patches_is_what_the_fused_kernels_compute(fusion: str, llm
     delta = torch.randn(3, num_visual, 2, 12)  # key-value heads, head width
     mixes: list[torch.Tensor] = []
     mixer.register_forward_pre_hook(lambda _, inputs: mixes.append(inputs[0]))
-    model.read(visual, batch.tokens)
+    model.language_forward(visual, batch.tokens)
 
     def move(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         before, rest = (1, output.shape[1] - 1 - num_visual) if fusion == "concat" else (0, 0)
         return output + torch.nn.functional.pad(delta.flatten(2), (0, 0, before, rest))
 
     values.register_forward_hook(move)
-    model.read(visual, batch.tokens)
+    model.language_forward(visual, batch.tokens)
     moved = mixes[1] - mixes[0]
     if fusion == "concat":
         moved = moved[:, num_visual:]
@@ -417,7 +419,7 @@ class AttentionCalls(TorchFunctionMode):
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_float32_never_meets_a_kernel_that_keeps_all_scores(fusion: str) -> None:
     """On GPUs no fused kernel takes groups of heads in float32: each gets as many heads of keys as of queries."""
-    model, batch = assemble(tiny.model_config(fusion), seed=0), tiny.batch(3)
+    model, batch = init_model(tiny.model_config(fusion), seed=0), tiny.batch(3)
     open_gates(model)
     with AttentionCalls() as whole:
         loss = model(**batch.inputs())

@@ -10,7 +10,7 @@ import ranks
 import torch
 
 from hive_scale import node
-from hive_scale.checkpoint.io import Damaged
+from hive_scale.checkpoint.io import CorruptFile
 from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.distributed import World
 from hive_scale.node import once_per_node, share, use_cores
@@ -64,9 +64,9 @@ def test_damaged_weights_end_every_rank(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
-    with pytest.raises(Damaged):
+    with pytest.raises(CorruptFile):
         read_weights(tmp_path, ALONE)
-    with pytest.raises(ranks.RankFailed, match=r"Damaged: .*does not match its checksum"):
+    with pytest.raises(ranks.RankFailed, match=r"CorruptFile: .*does not match its checksum"):
         ranks.run(reading, 2, tmp_path)
 
 

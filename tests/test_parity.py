@@ -26,8 +26,8 @@ from hive_scale.config import CheckpointingConfig, EngineConfig, GroupConfig, Mo
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, open_engine
 from hive_scale.engine.memory import found, planned, report
-from hive_scale.model.build import assemble, skeleton
-from hive_scale.param_groups import freeze
+from hive_scale.model.build import init_model, meta_model
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.schedule import lr_factor
 
 STEPS = 6
@@ -92,7 +92,7 @@ def model_of(fusion: Any) -> ModelConfig:
 
 @cache
 def weights_of(fusion: str) -> dict[str, Tensor]:
-    weights = {name: p.detach().clone() for name, p in assemble(model_of(fusion), 0).named_parameters()}
+    weights = {name: p.detach().clone() for name, p in init_model(model_of(fusion), 0).named_parameters()}
     # open gates, or most of the first gradients would be zero
     return {name: torch.full_like(w, 0.5) if name.endswith(".gate") else w for name, w in weights.items()}
 
@@ -117,9 +117,9 @@ def factor(step: int) -> float:
 
 def oracle(number: int, fusion: str, data: str) -> Outcome:
     """A bare loop over whole batches, one parameter per optimizer group."""
-    model, outcome = assemble(model_of(fusion), 0), Outcome()
+    model, outcome = init_model(model_of(fusion), 0), Outcome()
     stage = stage_of(number, fusion, 1)
-    groups = freeze(model, stage, model.dormant())
+    groups = apply_trainable_groups(model, stage, model.unused_parameters())
     parameters = dict(model.named_parameters())
     for name, weight in weights_of(fusion).items():
         parameters[name].data.copy_(weight)
@@ -169,9 +169,9 @@ def small_jsons(folder: Path) -> None:
 
 
 def opened(cell: Cell, world: World, folder: str) -> tuple[Engine, Any]:
-    model = skeleton(model_of(cell.fusion))
+    model = meta_model(model_of(cell.fusion))
     stage = stage_of(cell.stage, cell.fusion, world.size)
-    groups = freeze(model, stage, model.dormant())
+    groups = apply_trainable_groups(model, stage, model.unused_parameters())
     weights = weights_of(cell.fusion)
     return open_engine(model, groups, stage, engine_config(cell, folder), world, weights), model
 

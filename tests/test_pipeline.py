@@ -15,9 +15,9 @@ import torch
 from hive_scale import config as configs
 from hive_scale.checkpoint.weights import find_weights, write_weights
 from hive_scale.config import Config, ModelConfig, PartConfig
-from hive_scale.model.build import skeleton
+from hive_scale.model.build import meta_model
 from hive_scale.model.hive import Hive
-from hive_scale.pipeline import assemble
+from hive_scale.pipeline import initial_model
 
 PARTS = {"vision": ("vision.",), "language": ("language.",), "connector": ("projector.", "fusion.")}
 
@@ -25,7 +25,7 @@ PARTS = {"vision": ("vision.",), "language": ("language.",), "connector": ("proj
 @pytest.fixture(scope="module")
 def donor(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Hive]:
     """A run whose first stage is done, its directory and its model."""
-    model = assemble(tiny.model_config(), seed=9)
+    model = initial_model(tiny.model_config(), seed=9)
     run, stages = tmp_path_factory.mktemp("run"), {name: tiny_stage() for name in ("first", "second")}
     configs.save(Config(model=tiny.model_config(), stages=stages), run / "config.yaml")
     weights = dict(model.named_parameters())
@@ -58,7 +58,7 @@ def test_every_part_from_a_run_its_stage_and_safetensors(donor: tuple[Path, Hive
     index = find_weights(run / "sharded" / "weights.safetensors")
     assert index is not None
     for path in (run, run / "first", run / "first" / "weights.safetensors", run / "sharded", index):
-        ours = assemble(begun(path), seed=0)
+        ours = initial_model(begun(path), seed=0)
         assert all(all(same(ours, theirs, part)) for part in PARTS), path
 
 
@@ -67,7 +67,7 @@ def test_one_part_alone_and_the_shape_from_the_run(donor: tuple[Path, Hive]) -> 
     for part in PARTS:
         base = tiny.model_config()
         change: Any = str(run) if part == "connector" else PartConfig(str(run))  # no config: it is the run's
-        ours = assemble(replace(base, **{part: change}), seed=0)
+        ours = initial_model(replace(base, **{part: change}), seed=0)
         assert {name: all(same(ours, theirs, name)) for name in PARTS if name != "connector"} == {
             name: name == part for name in PARTS if name != "connector"
         }
@@ -78,7 +78,9 @@ def test_one_part_alone_and_the_shape_from_the_run(donor: tuple[Path, Hive]) -> 
 def test_an_encoder_alone_under_its_published_names(donor: tuple[Path, Hive]) -> None:
     run, theirs = donor
     base = tiny.model_config()
-    ours = assemble(replace(base, vision=replace(base.vision, path=str(run / "alone" / "tower.safetensors"))), seed=0)
+    ours = initial_model(
+        replace(base, vision=replace(base.vision, path=str(run / "alone" / "tower.safetensors"))), seed=0
+    )
     assert all(same(ours, theirs, "vision"))
 
 
@@ -99,13 +101,13 @@ def test_what_does_not_fit_is_named(donor: tuple[Path, Hive], change: dict[str, 
     base = tiny.model_config(**(fields if part == "connector" else {}))
     value: Any = str(donor[0]) if part == "connector" else PartConfig(str(donor[0]), fields)
     with pytest.raises(ValueError, match=message):
-        assemble(replace(base, **{part: value}), seed=0)
+        initial_model(replace(base, **{part: value}), seed=0)
 
 
 def test_what_has_no_place_is_left_out_and_said(donor: tuple[Path, Hive], caplog: pytest.LogCaptureFixture) -> None:
     shallower = PartConfig(str(donor[0]), tiny.SIGLIP | {"num_hidden_layers": 3})
     with caplog.at_level(logging.WARNING):
-        assemble(replace(tiny.model_config(), vision=shallower, density=0.67), seed=0)
+        initial_model(replace(tiny.model_config(), vision=shallower, density=0.67), seed=0)
     assert "left out: unexpected: encoder.layers.3." in caplog.text
 
 
@@ -139,7 +141,7 @@ def test_weights_compute_as_they_were_trained(tmp_path: Path, part: str, said: d
     given = {"vision": tiny.CLIP, "language": tiny.language()}[part]
     base = tiny.model_config()
     with pytest.raises(ValueError, match=rf"^model\.{part}.*{message}"):
-        skeleton(replace(base, **{part: PartConfig(published(tmp_path / "other", said), given)}))  # type: ignore[arg-type]
+        meta_model(replace(base, **{part: PartConfig(published(tmp_path / "other", said), given)}))  # type: ignore[arg-type]
 
 
 def test_what_the_weights_say_in_other_words_or_not_at_all_is_no_difference(tmp_path: Path) -> None:
@@ -150,27 +152,27 @@ def test_what_the_weights_say_in_other_words_or_not_at_all_is_no_difference(tmp_
     # a family that transformers does not have, read as the one that is given
     foreign = {"model_type": "mobilellm", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": None}
     for i, (said, given) in enumerate(((old, new), (foreign, tiny.language(rms_norm_eps=1e-5)))):
-        skeleton(replace(base, language=PartConfig(published(tmp_path / str(i), said), given)))
+        meta_model(replace(base, language=PartConfig(published(tmp_path / str(i), said), given)))
     # nor what was never fetched from the hub: a plan needs no network
-    skeleton(replace(base, language=PartConfig("nobody/has-this", tiny.language(rms_norm_eps=1e-5))))
+    meta_model(replace(base, language=PartConfig("nobody/has-this", tiny.language(rms_norm_eps=1e-5))))
 
 
 def test_a_timm_model_or_packed_weights_without_a_config_say_so(tmp_path: Path) -> None:
     base = tiny.model_config()
     timm = published(tmp_path / "timm", {"architecture": "vit_tiny", "pretrained_cfg": {"num_classes": 0}})
     with pytest.raises(ValueError, match="is a timm model: give the same encoder as transformers has it"):
-        skeleton(replace(base, vision=PartConfig(timm)))
+        meta_model(replace(base, vision=PartConfig(timm)))
     packed = published(tmp_path / "gptq", tiny.language() | {"quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(ValueError, match=r"quantized weights \(gptq\), which cannot be trained"):
-        skeleton(replace(base, language=PartConfig(packed)))
+        meta_model(replace(base, language=PartConfig(packed)))
 
 
 def test_a_path_without_weights_or_without_shapes_says_so() -> None:
     base, path = tiny.model_config(), "/nowhere/tower.safetensors"
     with pytest.raises(ValueError, match=r"model.vision: /nowhere.* there are no weights"):
-        assemble(replace(base, vision=replace(base.vision, path=path)), seed=0)
+        initial_model(replace(base, vision=replace(base.vision, path=path)), seed=0)
     with pytest.raises(ValueError, match=r"holds weights alone: give model.vision.config, too"):
-        skeleton(replace(base, vision=PartConfig(path)))
+        meta_model(replace(base, vision=PartConfig(path)))
 
 
 def test_weights_that_are_not_finite_are_named(donor: tuple[Path, Hive], tmp_path: Path) -> None:
@@ -179,10 +181,10 @@ def test_weights_that_are_not_finite_are_named(donor: tuple[Path, Hive], tmp_pat
     spoiled[name][0] = torch.nan
     write_weights(tmp_path / "spoiled.safetensors", spoiled)
     with pytest.raises(ValueError, match=rf"^{name} would begin with values that are not finite"):
-        assemble(begun(tmp_path / "spoiled.safetensors"), seed=0)
+        initial_model(begun(tmp_path / "spoiled.safetensors"), seed=0)
 
 
 def test_an_unfinished_run_has_nothing_to_begin_with(tmp_path: Path) -> None:
     configs.save(Config(model=tiny.model_config(), stages={"first": tiny_stage()}), tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"every stage of .* is still to be done"):
-        assemble(begun(tmp_path), seed=0)
+        initial_model(begun(tmp_path), seed=0)

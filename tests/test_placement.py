@@ -28,8 +28,8 @@ from hive_scale import device, placement
 from hive_scale.config import EngineConfig
 from hive_scale.distributed import World, _place, ports
 from hive_scale.engine import open_engine
-from hive_scale.model.build import skeleton
-from hive_scale.param_groups import freeze
+from hive_scale.model.build import meta_model
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.placement import View, deal, interface, look
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -348,8 +348,8 @@ def test_machines_whose_own_name_is_a_loopback_address_reach_each_other(net: Net
 
 
 def shard_groups(world: World) -> list[int]:
-    model, stage = skeleton(model_of("cross_attention")), stage_of(3, "cross_attention", world.size)
-    groups, weights = freeze(model, stage, model.dormant()), weights_of("cross_attention")
+    model, stage = meta_model(model_of("cross_attention")), stage_of(3, "cross_attention", world.size)
+    groups, weights = apply_trainable_groups(model, stage, model.unused_parameters()), weights_of("cross_attention")
     engine: Any = open_engine(model, groups, stage, EngineConfig("bf16", shard=2), world, weights)
     parameter = next(one for one in engine.model.parameters() if isinstance(one, DTensor))
     return dist.get_process_group_ranks(parameter.device_mesh["shard"].get_group())

@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hive_scale import presets
 from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, PartConfig, StageConfig
 from hive_scale.engine.activation_checkpointing import checkpoint_blocks
-from hive_scale.model.build import assemble, skeleton
+from hive_scale.model.build import init_model, meta_model
 from hive_scale.observability.throughput import Throughput
-from hive_scale.param_groups import freeze
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan import complexity
 from hive_scale.plan.devices import GPUS, find
 from hive_scale.plan.fit import fit
@@ -51,8 +51,8 @@ def run_config(fusion: Any = "cross_attention", **changes: Any) -> Config:
 @pytest.mark.parametrize(("fusion", "stage"), CASES)
 def test_flops_are_those_that_torch_counts(fusion: str, stage: str, mode: Any) -> None:
     checkpointing = CheckpointingConfig(mode, mode, mode)
-    model, batch = assemble(tiny.model_config(fusion), seed=0), tiny.batch(4)
-    freeze(model, stage_of(fusion, stage), model.dormant())
+    model, batch = init_model(tiny.model_config(fusion), seed=0), tiny.batch(4)
+    apply_trainable_groups(model, stage_of(fusion, stage), model.unused_parameters())
     want = count(model, checkpointing).total(len(batch), batch.tokens.shape[1], batch.num_tokens)
     checkpoint_blocks(model.blocks(), checkpointing)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as forward:
@@ -66,8 +66,8 @@ def test_flops_are_those_that_torch_counts(fusion: str, stage: str, mode: Any) -
 @pytest.mark.contract
 def test_the_trace_counts_the_same_flops() -> None:
     config, stage = run_config(), stage_of("cross_attention", "joint")
-    model = skeleton(config.model)
-    freeze(model, stage, model.dormant())
+    model = meta_model(config.model)
+    apply_trainable_groups(model, stage, model.unused_parameters())
     want = count(model).total(1, 12, 11)
     found = examine(config, stage, 12).trace.flops
     assert found["forward"] == pytest.approx(want.forward, rel=0.001)
@@ -78,7 +78,7 @@ def test_a_side_that_the_patch_does_not_divide_counts_whole_patches() -> None:
     def counted(side: int) -> float:
         base = tiny.model_config()
         return (
-            count(skeleton(replace(base, vision=PartConfig(config=tiny.SIGLIP | {"image_size": side}))))
+            count(meta_model(replace(base, vision=PartConfig(config=tiny.SIGLIP | {"image_size": side}))))
             .total(2, 9, 8)
             .forward
         )
@@ -93,7 +93,7 @@ def test_the_papers_formulas_are_the_counted_flops() -> None:
         vision = tiny.SIGLIP | {"image_size": side}
         base = tiny.model_config(fusion)
         model = ModelConfig(replace(base.vision, config=vision), base.language, fusion=fusion, density=0.5)
-        parts = count(skeleton(model)).components(1, num_text, 0)
+        parts = count(meta_model(model)).components(1, num_text, 0)
         return parts[component].forward
 
     def sizes(side: int) -> int:
@@ -150,7 +150,7 @@ def test_kept_features_are_made_once_and_save_the_encoders_work() -> None:
     config, machine = run_config(), Machine(GPUS["a100-40"], 2)
     plain, kept = (plan_run(replace(config, feature_cache=cache), machine, 1000) for cache in ("", "features"))
     for stage, before, after in zip(STAGES, plain, kept, strict=True):
-        model = skeleton(config.model)
+        model = meta_model(config.model)
         encoder = count(model).components(1, config.data.max_tokens, 0)["vision"].forward
         saved = encoder if stage != "joint" else 0.0  # where the encoder learns
         assert before.flops["forward"] - after.flops["forward"] == pytest.approx(saved, rel=1e-6), stage

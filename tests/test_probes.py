@@ -26,20 +26,20 @@ from hive_scale.commands import probe
 from hive_scale.config import PartConfig
 from hive_scale.data.transform import fitted
 from hive_scale.distributed import World
-from hive_scale.evaluate.classification_datasets import Labelled, Split, open_labelled
+from hive_scale.evaluate.classification_datasets import ClassificationDataset, Split, open_dataset
 from hive_scale.evaluate.encoder import Cache, Encoder, Pictures, Source, cut
-from hive_scale.evaluate.probe_runner import Bench, Plan, chosen, read_results, save, summarise, warnings
+from hive_scale.evaluate.probe_runner import ProbeConfig, ProbeRunner, chosen, read_results, save, summarise, warnings
 from hive_scale.evaluate.probes import (
     RATES,
     AttentiveProbe,
-    Grid,
     LinearProbe,
+    ProbeGrid,
     Recipe,
     nearest_neighbours,
     normalised,
 )
 from hive_scale.export.huggingface import export_encoder
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -92,7 +92,7 @@ def test_the_linear_probe_reads_the_mean_of_normalised_features() -> None:
 def test_each_rate_of_the_grid_trains_as_if_alone() -> None:
     """Against plain PyTorch: cross-entropy, clipping at its own norm, AdamW, warm-up and cosine to the minimum."""
     recipe = replace(RECIPE, rates=(1e-2, 1e-3), max_grad_norm=0.05, weight_decay=0.1, warmup_epochs=3, epochs=6)
-    grid = Grid(["attentive", "linear"], 64, 3, recipe, seed=4, world=ALONE)
+    grid = ProbeGrid(["attentive", "linear"], 64, 3, recipe, seed=4, world=ALONE)
     torch.manual_seed(4)
     alone = AttentiveProbe(64, 3)
     optimizer = torch.optim.AdamW(alone.parameters(), lr=1.0, betas=(0.9, 0.999), weight_decay=0.1)
@@ -118,7 +118,7 @@ def test_a_part_of_a_batch_gives_its_part_of_the_gradient() -> None:
     features, labels = torch.randn(5, 4, 64), torch.randint(3, (5,))
     parts = []
     for one in (slice(0, 5), slice(0, 2), slice(2, 5)):
-        grid = Grid(["attentive", "linear"], 64, 3, recipe, seed=0, world=ALONE)
+        grid = ProbeGrid(["attentive", "linear"], 64, 3, recipe, seed=0, world=ALONE)
         grid.step(features[one], labels[one], 5, 0, 10)
         parts.append([p.grad for probe in grid.probes for p in probe.parameters() if p.grad is not None])
     for whole, first, second in zip(*parts, strict=True):
@@ -151,7 +151,7 @@ def test_two_neighbours_outvote_one_that_is_little_nearer(cosine: float, vote: i
 @torch.no_grad()
 def test_what_is_read_is_the_hidden_state_that_transformers_shows(encoder: Path, tmp_path: Path) -> None:
     config = replace(tiny.model_config(), vision=PartConfig(config=tiny.CLIP))
-    export_encoder(config, dict(assemble(config, 0).named_parameters()), tmp_path, "crop")
+    export_encoder(config, dict(init_model(config, 0).named_parameters()), tmp_path, "crop")
     pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     clip = torch.tensor([[0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]])
     for kind, path, mean, std, first in (
@@ -168,7 +168,7 @@ def test_what_is_read_is_the_hidden_state_that_transformers_shows(encoder: Path,
 
 
 def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) -> None:
-    data = open_labelled("folder", pictures)
+    data = open_dataset("folder", pictures)
     alike = Split("train", 2, lambda i: data.train.read(0))
     places = [(place, (seed, epoch)) for place in (0, 1) for seed in (0, 1) for epoch in (0, 1)]
     made = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
@@ -180,7 +180,7 @@ def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) 
 def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read_from_disk(
     encoder: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    model, data = Encoder(encoder, ALONE.device, depth=0), open_labelled("folder", pictures)
+    model, data = Encoder(encoder, ALONE.device, depth=0), open_dataset("folder", pictures)
     with torch.no_grad():
         model.tower.get_parameter("embeddings.position_embedding.weight").mul_(1e6)
     source = Source(model, data.test, workers=0)
@@ -195,7 +195,7 @@ def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read
 
 
 def test_workers_stay_from_one_epoch_to_the_next(encoder: Path, pictures: Path) -> None:
-    data = open_labelled("folder", pictures)
+    data = open_dataset("folder", pictures)
     model = Encoder(encoder, ALONE.device)
     groups = [np.arange(4), np.arange(4, 8)]
     alone, shared = Source(model, data.train, workers=0), Source(model, data.train, workers=1)
@@ -211,14 +211,14 @@ def test_workers_stay_from_one_epoch_to_the_next(encoder: Path, pictures: Path) 
 
 
 def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool) -> dict[str, Any]:
-    plan = Plan(("attentive", "linear"), RECIPE, seeds=(0, 1), augment=augment, neighbours=True)
-    data = open_labelled("folder", pictures)
-    return Bench(Encoder(encoder, world.device), data, plan, world, folder).run()
+    plan = ProbeConfig(("attentive", "linear"), RECIPE, seeds=(0, 1), augment=augment, neighbours=True)
+    data = open_dataset("folder", pictures)
+    return ProbeRunner(Encoder(encoder, world.device), data, plan, world, folder).run()
 
 
 def parted(world: World, encoder: Path, pictures: Path, folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """A run on this rank's parts, and probes after two steps on parts of five and two pictures, or on all."""
-    grid = Grid(["attentive", "linear"], 64, 3, RECIPE, seed=0, world=world)
+    grid = ProbeGrid(["attentive", "linear"], 64, 3, RECIPE, seed=0, world=world)
     made = torch.Generator().manual_seed(0)
     for step in range(2):
         features, labels = torch.randn(7, 4, 64, generator=made), torch.randint(3, (7,), generator=made)
@@ -297,12 +297,12 @@ def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictu
     tensors = load_file(zeros / "model.safetensors")
     (zeros / "model.safetensors").unlink()
     torch.save({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, zeros / "pytorch_model.bin")
-    data, plan = open_labelled("folder", pictures), Plan(("linear",), RECIPE, seeds=(0,), augment=False)
+    data, plan = open_dataset("folder", pictures), ProbeConfig(("linear",), RECIPE, seeds=(0,), augment=False)
     found = []
     for path in (encoder, zeros):
         model = Encoder(path, ALONE.device)
         assert read_results(tmp_path / "results.json", plan, model, data) is None
-        found.append(Bench(model, data, plan, ALONE, tmp_path / "features").run())
+        found.append(ProbeRunner(model, data, plan, ALONE, tmp_path / "features").run())
         save(tmp_path / "results.json", plan, model, data, found[-1])
     assert found[0]["linear"]["mean"] > 90
     assert found[1]["linear"]["mean"] == pytest.approx(100 / 3)
@@ -314,17 +314,17 @@ def test_augmented_pictures_differ_by_epoch_and_serve(encoder: Path, pictures: P
 
 
 def test_the_test_pictures_choose_nothing(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data = open_labelled("folder", pictures)
+    data = open_dataset("folder", pictures)
 
     def wrong(i: int) -> tuple[torch.Tensor, int]:
         pixels, label = data.test.read(i)
         return pixels, (label + 1) % 3
 
-    plan = Plan(("linear",), RECIPE, seeds=(0,), augment=False)
+    plan = ProbeConfig(("linear",), RECIPE, seeds=(0,), augment=False)
     told = replace(data, name="told wrongly", test=replace(data.test, read=wrong))
     made: list[dict[str, Any]] = []
     for one in (data, told):
-        results = Bench(Encoder(encoder, ALONE.device), one, plan, ALONE, tmp_path).run()
+        results = ProbeRunner(Encoder(encoder, ALONE.device), one, plan, ALONE, tmp_path).run()
         made += results["linear"]["seeds"]
     assert made[0]["rate"] == made[1]["rate"]
     assert made[0]["chosen"] == made[1]["chosen"] > 90
@@ -332,9 +332,9 @@ def test_the_test_pictures_choose_nothing(encoder: Path, pictures: Path, tmp_pat
 
 
 def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data: Labelled = open_labelled("folder", pictures)
-    plan = Plan(("linear",), RECIPE, limit=50)
-    benches = [Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path / str(i)) for i in range(2)]
+    data: ClassificationDataset = open_dataset("folder", pictures)
+    plan = ProbeConfig(("linear",), RECIPE, limit=50)
+    benches = [ProbeRunner(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path / str(i)) for i in range(2)]
     assert benches[0].train_part.tolist() == benches[1].train_part.tolist()
     assert len(benches[0].train_part) == 45
     assert len(benches[0].choice_part) == 5
@@ -356,7 +356,7 @@ def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
     assert said.count("folder: 3 classes") == 1
     assert said.count("emoji: ") == 1
     assert said.count(f"results  {tmp_path}/out/folder.json") == 2
-    monkeypatch.setattr(Bench, "run", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(ProbeRunner, "run", lambda *_: pytest.fail("probed again"))
     assert probe.main([*words, "1", "--set", "folder,emoji"]) == 0
     with pytest.raises(pytest.fail.Exception, match="probed again"):
         probe.main([*words, "2", "--set", "folder"])
@@ -380,14 +380,14 @@ def test_results_and_features_are_those_of_these_labels_and_pictures(
 ) -> None:
     mine = tmp_path / "pictures"
     shutil.copytree(pictures, mine)
-    plan = Plan(("linear",), replace(RECIPE, rates=(1e-2,)), seeds=(0,), augment=False)
+    plan = ProbeConfig(("linear",), replace(RECIPE, rates=(1e-2,)), seeds=(0,), augment=False)
     model, made = Encoder(encoder, ALONE.device), []
     for _ in range(2):
-        data = open_labelled("folder", mine)
+        data = open_dataset("folder", mine)
         assert read_results(tmp_path / "results.json", plan, model, data) is None
-        results = Bench(model, data, plan, ALONE, tmp_path / "features").run()
+        results = ProbeRunner(model, data, plan, ALONE, tmp_path / "features").run()
         save(tmp_path / "results.json", plan, model, data, results)
-        assert read_results(tmp_path / "results.json", plan, model, open_labelled("folder", mine)) == results
+        assert read_results(tmp_path / "results.json", plan, model, open_dataset("folder", mine)) == results
         made.append(results["linear"]["mean"])
         if len(made) == 1:
             change(mine)
@@ -398,7 +398,7 @@ def test_results_and_features_are_those_of_these_labels_and_pictures(
 
 
 def test_results_of_another_precision_depth_or_plan_are_not_read(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data, plan, path = open_labelled("folder", pictures), Plan(("linear",), RECIPE), tmp_path / "results.json"
+    data, plan, path = open_dataset("folder", pictures), ProbeConfig(("linear",), RECIPE), tmp_path / "results.json"
     model = Encoder(encoder, ALONE.device)
     save(path, plan, model, data, {"linear": {"mean": 1.0}})
     assert read_results(path, plan, model, data) == {"linear": {"mean": 1.0}}
@@ -413,9 +413,9 @@ def test_results_of_another_precision_depth_or_plan_are_not_read(encoder: Path, 
 
 def test_a_small_sets_probe_tells_apart_what_logistic_regression_does(encoder: Path, tmp_path: Path) -> None:
     """By default, against L-BFGS on the same features: the 50 steps of as many epochs alone leave it at a guess."""
-    data = open_labelled("emoji", ROOT / "hive_scale/data/sample")
-    plan = Plan(("linear",), Recipe(rates=RATES[-3:]), seeds=(0,), augment=False, limit=300)
-    bench = Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path)
+    data = open_dataset("emoji", ROOT / "hive_scale/data/sample")
+    plan = ProbeConfig(("linear",), Recipe(rates=RATES[-3:]), seeds=(0,), augment=False, limit=300)
+    bench = ProbeRunner(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path)
     found = bench.run()["linear"]["mean"]
 
     def features(split: Any, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -443,25 +443,25 @@ def test_few_batches_are_each_trained_on_until_there_are_steps_enough(
     encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int]] = []
-    step = Grid.step
+    step = ProbeGrid.step
 
-    def watched(self: Grid, features: Any, labels: Any, count: int, number: int, num_steps: int) -> None:
+    def watched(self: ProbeGrid, features: Any, labels: Any, count: int, number: int, num_steps: int) -> None:
         seen.append((number, num_steps, len(self.probes)))
         step(self, features, labels, count, number, num_steps)
 
-    monkeypatch.setattr(Grid, "step", watched)
+    monkeypatch.setattr(ProbeGrid, "step", watched)
     recipe = replace(RECIPE, epochs=2, batch=50, min_steps=10)  # 108 pictures to choose by: 2 batches an epoch
-    data, plan = open_labelled("folder", pictures), Plan(("linear",), recipe, seeds=(0,), augment=False)
-    Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run()
+    data, plan = open_dataset("folder", pictures), ProbeConfig(("linear",), recipe, seeds=(0,), augment=False)
+    ProbeRunner(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run()
     assert [one for one in seen if one[2] == 2] == [(i, 12, 2) for i in range(12)]  # 3 times each
     assert [one for one in seen if one[2] == 1] == [(i, 12, 1) for i in range(12)]  # and the rate chosen, on all 120
     seen.clear()
-    Bench(Encoder(encoder, ALONE.device), data, replace(plan, recipe=RECIPE), ALONE, tmp_path).run()
+    ProbeRunner(Encoder(encoder, ALONE.device), data, replace(plan, recipe=RECIPE), ALONE, tmp_path).run()
     assert {total for _, total, _ in seen} == {3 * RECIPE.epochs}, "batches enough are trained on once"
 
 
 def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data = open_labelled("folder", pictures)
+    data = open_dataset("folder", pictures)
     seen: list[int] = []
 
     def noted(i: int) -> tuple[torch.Tensor, int]:
@@ -469,15 +469,15 @@ def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pi
         return data.train.read(i)
 
     watched = replace(data, train=replace(data.train, read=noted))
-    plan = Plan(("linear",), replace(RECIPE, batch=40, epochs=2), seeds=(0,), augment=True)
-    bench = Bench(Encoder(encoder, ALONE.device), watched, plan, ALONE, tmp_path)
+    plan = ProbeConfig(("linear",), replace(RECIPE, batch=40, epochs=2), seeds=(0,), augment=True)
+    bench = ProbeRunner(Encoder(encoder, ALONE.device), watched, plan, ALONE, tmp_path)
     bench.run()
     half = seen.index(next(i for i in seen if i in bench.choice_part))
     assert not {*seen[:half]} & {*bench.choice_part.tolist()}, "no picture to choose by is trained on before the choice"
     assert {*seen[half + len(bench.choice_part) :]} == {*range(120)}
     seen.clear()
     given = replace(watched, validation=data.test)
-    Bench(Encoder(encoder, ALONE.device), given, plan, ALONE, tmp_path / "other").run()
+    ProbeRunner(Encoder(encoder, ALONE.device), given, plan, ALONE, tmp_path / "other").run()
     assert len(seen) == 2 * 120, "a split to choose by holds nothing back, and nothing is trained again"
 
 
@@ -493,8 +493,8 @@ def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
 
     monkeypatch.setattr(Source, "batches", noted)
     recipe = replace(RECIPE, epochs=2, batch=9, rates=(1e-2,))
-    plan = Plan(("linear",), recipe, seeds=(0, 1), augment=True, limit=20)
-    Bench(Encoder(encoder, ALONE.device), open_labelled("folder", pictures), plan, ALONE, tmp_path).run()
+    plan = ProbeConfig(("linear",), recipe, seeds=(0, 1), augment=True, limit=20)
+    ProbeRunner(Encoder(encoder, ALONE.device), open_dataset("folder", pictures), plan, ALONE, tmp_path).run()
     trained = [(draw, order) for draw, order in seen if draw is not None]
     places = [(seed, epoch) for seed in (0, 1) for _ in ("to choose", "on all") for epoch in (0, 1)]
     assert [draw for draw, _ in trained] == places
@@ -507,7 +507,7 @@ def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
 @pytest.mark.parametrize("split", ["none", "its own"])
 def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path, tmp_path: Path, split: str) -> None:
     """Wherever in the grid it stands; and chosen on the split that the set has for it."""
-    data = open_labelled("folder", pictures)
+    data = open_dataset("folder", pictures)
 
     def sometimes_wrong(i: int) -> tuple[torch.Tensor, int]:
         pixels, label = data.train.read(i)
@@ -516,8 +516,8 @@ def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path
     if split == "its own":
         data = replace(data, validation=replace(data.train, name="validation", read=sometimes_wrong))
     recipe = replace(RECIPE, rates=(1e-5, 1e-2, 1e-6))
-    plan = Plan(("attentive", "linear"), recipe, seeds=(0,), augment=False)
-    for kind, one in Bench(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run().items():
+    plan = ProbeConfig(("attentive", "linear"), recipe, seeds=(0,), augment=False)
+    for kind, one in ProbeRunner(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run().items():
         [seed] = one["seeds"]
         assert seed["rate"] == 1e-2, kind
         assert seed["accuracy"] > 90, kind
@@ -526,9 +526,9 @@ def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path
 
 
 def test_neighbours_are_sought_among_all_training_pictures_by_mean_features(encoder: Path, tmp_path: Path) -> None:
-    data = open_labelled("emoji", ROOT / "hive_scale/data/sample")
+    data = open_dataset("emoji", ROOT / "hive_scale/data/sample")
     model = Encoder(encoder, ALONE.device)
-    bench = Bench(model, data, Plan((), RECIPE, neighbours=True, limit=100), ALONE, tmp_path)
+    bench = ProbeRunner(model, data, ProbeConfig((), RECIPE, neighbours=True, limit=100), ALONE, tmp_path)
 
     def pooled(split: Split, part: Any) -> tuple[torch.Tensor, torch.Tensor]:
         read = [split.read(int(i)) for i in part]

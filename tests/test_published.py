@@ -17,7 +17,7 @@ from test_train import small, some_pairs  # noqa: F401  (the fixture is one of t
 from hive_scale import config as configs
 from hive_scale.checkpoint.run_reader import Run, verify_path
 from hive_scale.checkpoint.weights import read_weights, write_weights
-from hive_scale.checksums import SUMS, Damaged, check, listing, read_sums, write_sums
+from hive_scale.checksums import SUMS, CorruptFile, check, listing, read_sums, write_sums
 from hive_scale.commands.export import main as export
 from hive_scale.config import Config, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
@@ -25,7 +25,7 @@ from hive_scale.distributed import World, session
 from hive_scale.export import export_run, from_pretrained
 from hive_scale.model.build import open_encoder, vision_config
 from hive_scale.model.llava import StockLlava
-from hive_scale.pipeline import assemble, run_pipeline
+from hive_scale.pipeline import initial_model, run_pipeline
 from hive_scale.run import find_encoder, open_hive
 from hive_scale.rundir import BEGAN, MARKER
 
@@ -131,7 +131,7 @@ def test_a_user_can_check_a_published_directory_without_us(run: Path) -> None:
 
 def begun_with(path: Path) -> None:
     vision = PartConfig(path=str(path))
-    assemble(replace(small(path).model, vision=vision), seed=0)
+    initial_model(replace(small(path).model, vision=vision), seed=0)
 
 
 READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
@@ -190,7 +190,9 @@ def test_a_run_whose_own_files_are_damaged_is_refused_by_name(run: Path, world: 
     whole = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(whole.replace("density: 0.5", "density: 0.9"))
     for read in (Run, find_encoder, open_hive):
-        with pytest.raises(Damaged, match=r"config.yaml does not match its checksum: .* if you changed it yourself"):
+        with pytest.raises(
+            CorruptFile, match=r"config.yaml does not match its checksum: .* if you changed it yourself"
+        ):
             read(run)
     with pytest.raises(ValueError, match=r"holds another run \(other model.density\)"):
         run_pipeline(recipe(run), world)
@@ -226,7 +228,7 @@ def test_empty_final_weights_end_a_finished_run_with_a_remedy_that_works(run: Pa
 def test_a_flipped_bit_of_a_finished_runs_result_ends_its_command(run: Path, world: World) -> None:
     encoder = run / "language" / "encoder"
     flip(encoder / "model.safetensors")
-    with pytest.raises(Damaged, match=f"remove {encoder}, and the command that trained the run makes it again"):
+    with pytest.raises(CorruptFile, match=f"remove {encoder}, and the command that trained the run makes it again"):
         run_pipeline(recipe(run), world)
     shutil.rmtree(encoder)
     run_pipeline(recipe(run), world)
@@ -234,7 +236,7 @@ def test_a_flipped_bit_of_a_finished_runs_result_ends_its_command(run: Path, wor
     shutil.rmtree(run / "language" / "step_00000002")
     shutil.rmtree(run / "language" / "step_00000001", ignore_errors=True)
     flip(run / "language" / "weights.safetensors")
-    with pytest.raises(Damaged, match="then trains this stage again"):
+    with pytest.raises(CorruptFile, match="then trains this stage again"):
         run_pipeline(recipe(run), world)
 
 
@@ -271,14 +273,14 @@ def test_weights_whose_checksum_cannot_be_found_are_not_others(run: Path, place:
     path = run / place
     path.write_bytes(path.read_bytes().replace(b'"xxh3_128"', b'"xxh3_129"', 1))
     for read in (open_hive, verified) if path.name == "weights.safetensors" else (from_pretrained,):
-        with pytest.raises(Damaged, match="does not bear the checksum that it was written with"):
+        with pytest.raises(CorruptFile, match="does not bear the checksum that it was written with"):
             read(run if read is not from_pretrained else path.parent)
     assert damaged(run)
 
 
 def verified(run: Path) -> None:
     if found := [damage for place, damage in damaged(run).items() if place == "language/weights.safetensors"]:
-        raise Damaged(found[0])
+        raise CorruptFile(found[0])
 
 
 def test_an_index_of_weights_that_lacks_a_tensor_is_not_believed(tmp_path: Path) -> None:
@@ -294,7 +296,7 @@ def test_an_index_of_weights_that_lacks_a_tensor_is_not_believed(tmp_path: Path)
         {"weight_map": {"a": 1}},
     ):
         index.write_text(json.dumps(wrong))
-        with pytest.raises(Damaged, match=r"weights.safetensors.index.json .*: get it again from where it came"):
+        with pytest.raises(CorruptFile, match=r"weights.safetensors.index.json .*: get it again from where it came"):
             read_weights(tmp_path)
 
 
@@ -320,15 +322,15 @@ def test_a_list_of_checksums_is_believed_as_a_whole_or_not_at_all(tmp_path: Path
     ]
     for text in wrong:
         (tmp_path / SUMS).write_text(text)
-        with pytest.raises(Damaged):
+        with pytest.raises(CorruptFile):
             check(tmp_path)
     (tmp_path / SUMS).write_bytes(whole.encode()[:80] + b"\xff" + whole.encode()[81:])
-    with pytest.raises(Damaged, match="cannot be read"):
+    with pytest.raises(CorruptFile, match="cannot be read"):
         check(tmp_path)
     (tmp_path / SUMS).write_text(whole)
     check(tmp_path)
     flip(tmp_path / "b.json")  # after it was found sound in this very process
-    with pytest.raises(Damaged, match=r"b\.json does not match its checksum"):
+    with pytest.raises(CorruptFile, match=r"b\.json does not match its checksum"):
         check(tmp_path)
 
 

@@ -22,7 +22,7 @@ from hive_scale.batch import Sample, collate
 from hive_scale.config import ModelConfig, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.export.huggingface import LLAVA, export_llava
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 from hive_scale.model.encoders import hidden_states
 from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
@@ -192,7 +192,7 @@ def some_samples(slots: Sequence[int] = (1,), text_only: int = 1) -> list[Sample
 def test_hive_is_the_paper_written_plainly(fusion: Any, tower: dict[str, Any], llm: str, slots: Any) -> None:
     language = tiny.language(llm, num_hidden_layers=5, tie_word_embeddings=llm == "llama")
     config = ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion=fusion, density=0.5)
-    model, random = assemble(config, 0), torch.Generator().manual_seed(1)
+    model, random = init_model(config, 0), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate"):
@@ -236,7 +236,7 @@ def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: A
     """Loss, all gradients and what is written; ragged, and the first sample has no picture."""
     language = tiny.language(llm, vocab_size=300, num_hidden_layers=3, bos_token_id=1, eos_token_id=1)
     config = ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion="concat", density=0.5)
-    model = tiny.sighted(assemble(config, 0), 2.0)
+    model = tiny.sighted(init_model(config, 0), 2.0)
     export_llava(config, {name: p.detach() for name, p in model.named_parameters()}, tmp_path, BYTES, mode)
     llava = AutoModelForImageTextToText.from_pretrained(tmp_path).train()
     image, count, samples = llava.config.image_token_index, model.num_patches, some_samples(slots)
@@ -260,7 +260,7 @@ def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: A
         there = next((a + name.removeprefix(b) for a, b in LLAVA.items() if name.startswith(b)), "")
         wanted = theirs[there].grad
         if parameter.grad is None or wanted is None:
-            assert name in model.dormant() or wanted is None
+            assert name in model.unused_parameters() or wanted is None
             continue
         wanted = wanted[: len(parameter)]  # theirs has a row for the image's token
         assert float((parameter.grad - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max()) + 1e-6, name
@@ -283,9 +283,12 @@ def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: A
 
 @torch.no_grad()
 def test_the_picture_decides_the_first_word_of_the_baseline() -> None:
-    model = tiny.sighted(assemble(tiny.model_config("concat"), 0).eval(), 2.0)
+    model = tiny.sighted(init_model(tiny.model_config("concat"), 0).eval(), 2.0)
     batch = tiny.batch(2)
-    logits = [model.logits(model.read(model.see(pixels[None]), torch.tensor([[1]])))[0, 0] for pixels in batch.pixels]
+    logits = [
+        model.logits(model.language_forward(model.encode_images(pixels[None]), torch.tensor([[1]])))[0, 0]
+        for pixels in batch.pixels
+    ]
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
@@ -294,7 +297,7 @@ def test_visual_keys_turn_as_the_llms_own_rotary_tables_do() -> None:
     """On a line, which is how text stands; yarn also scales what it turns."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     parts = PartConfig(config=tiny.SIGLIP), PartConfig(config=tiny.language(rope_parameters=yarn))
-    model = assemble(ModelConfig(*parts, fusion="joint_attention", density=0.5, positions="line"), 0)
+    model = init_model(ModelConfig(*parts, fusion="joint_attention", density=0.5, positions="line"), 0)
     rotary, layer = model.language.model.rotary_emb, model.fusion.layers[0]
     assert rotary.attention_scaling > 1.05
     visual = torch.randn(1, 16, 48)

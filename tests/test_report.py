@@ -31,9 +31,9 @@ from hive_scale import presets
 from hive_scale.batch import Sample, collate
 from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import Fragment, World, session
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 from hive_scale.observability.console import console
-from hive_scale.observability.layer_stats import gauge, layer_of
+from hive_scale.observability.layer_stats import layer_grad_rms, layer_of
 from hive_scale.observability.profiler import ROWS
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preflight import open_data
@@ -41,7 +41,7 @@ from hive_scale.report import report as reports
 from hive_scale.report.attention_maps import attention_maps, choose, words_at
 from hive_scale.report.curves import History, by_component, thin
 from hive_scale.report.gradient_maps import concentration, gradient_maps
-from hive_scale.report.run_view import Run, pairs_of
+from hive_scale.report.run_view import RunView, pairs_of
 from hive_scale.report.svg import bare, draw
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +58,7 @@ def small(output: Path, fusion: str, *names: str, **changes: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunView]:
     """A HIVE and a baseline, trained for two steps a stage, with a dozen pictures to look at."""
     import webdataset
 
@@ -79,13 +79,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
             config = small(folder / name, fusion, *names)
             data = replace(config.data, heldout=[str(folder / "some.tar")])
             run_pipeline(replace(config, data=data), world)
-            made.append(Run(folder / name))
+            made.append(RunView(folder / name))
     return made
 
 
 def test_gradients_are_those_of_each_blocks_output() -> None:
     """As torch itself keeps them in the backward of a training step, sample by sample."""
-    model = assemble(tiny.model_config(), seed=0).eval()
+    model = init_model(tiny.model_config(), seed=0).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("gate"):
             torch.nn.init.constant_(parameter, 0.5)
@@ -129,7 +129,7 @@ def test_dollars_in_captions_are_no_mathematics_and_odd_characters_no_broken_fil
 def test_maps_lie_on_the_part_of_the_picture_that_patches_cover(side: int) -> None:
     config = tiny.model_config()
     config = replace(config, vision=PartConfig(config=tiny.SIGLIP | {"image_size": side}))
-    model, pixels = assemble(config, seed=0), torch.zeros(3, side, side, dtype=torch.uint8)
+    model, pixels = init_model(config, seed=0), torch.zeros(3, side, side, dtype=torch.uint8)
     shown = attention_maps(model, pixels, [1, 2, 3], [("word", [1, 2])], "word")
     assert shown.pixels.shape == (3, 32, 32)
     assert {len(weights) for maps in shown.maps.values() for weights in maps} == {16}
@@ -149,7 +149,7 @@ def test_words_find_their_tokens_and_a_missing_one_lists_those_there_are() -> No
 
 
 def test_gauges_are_the_moments_and_gates_summed_over_ranks() -> None:
-    model = assemble(tiny.model_config(), seed=0)
+    model = init_model(tiny.model_config(), seed=0)
     name = "fusion.layers.1.gate"
     fragments = [
         Fragment(name, "master", (1,), 0, torch.tensor([0.5])),
@@ -158,12 +158,12 @@ def test_gauges_are_the_moments_and_gates_summed_over_ranks() -> None:
         Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg_sq", (2,), 1, torch.tensor([0.76])),
         Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg", (2,), 0, torch.tensor([5.0, 5.0])),
     ]
-    found = gauge(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")))
+    found = layer_grad_rms(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")))
     assert found["gates"] == pytest.approx({"0": 0.0, "1": 0.46211716})
     assert found["grad_rms"]["vision.0"] == pytest.approx(3.0)  # (0.95 + 0.76) / (1 - 0.9**2) = 9
     assert found["grad_rms"]["fusion.1"] == pytest.approx(1.0)
     behind = {"vision.encoder.layers.0.mlp.fc1.bias": 3}  # steps of the stage before, in its moments alone
-    found = gauge(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")), behind)
+    found = layer_grad_rms(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")), behind)
     assert found["grad_rms"]["vision.0"] == pytest.approx((1.71 / (1 - 0.9**5)) ** 0.5)
     assert found["grad_rms"]["fusion.1"] == pytest.approx(1.0)
     assert layer_of("language.model.embed_tokens.weight") == "language"
@@ -213,7 +213,7 @@ def test_a_profiled_step_leaves_trace_and_snapshot_per_rank_and_shows_ten_operat
             assert any(name in names for names in around)
 
 
-def test_two_runs_beside_each_other(runs: list[Run], tmp_path: Path) -> None:
+def test_two_runs_beside_each_other(runs: list[RunView], tmp_path: Path) -> None:
     maps = [report.gradients(run, run.heldout(2)) for run in runs]
     written = reports.save_gradients(maps, [run.history() for run in runs], tmp_path / "gradients.svg")
     text = written[0].read_text()
@@ -230,7 +230,7 @@ def visualize(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_attention_by_command(runs: list[Run], tmp_path: Path) -> None:
+def test_attention_by_command(runs: list[RunView], tmp_path: Path) -> None:
     output = str(tmp_path / "attention.svg")
     done = visualize("attention", str(runs[0].dir), "--caption", "a red cat", "--tokens", "red,cat", "--output", output)
     assert done.returncode == 0, done.stderr
@@ -242,9 +242,9 @@ def test_attention_by_command(runs: list[Run], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda runs, _: Run(runs[0].dir / "joint"), "is no run, for it has no config.yaml"),
+        (lambda runs, _: RunView(runs[0].dir / "joint"), "is no run, for it has no config.yaml"),
         (lambda runs, _: runs[0].model("joined"), "no stage 'joined': there are projector, joint, initial"),
-        (lambda runs, new: Run(new).model(), "no finished stage: train it to its end"),
+        (lambda runs, new: RunView(new).model(), "no finished stage: train it to its end"),
         (lambda runs, _: runs[0].read_picture(ROOT / "README.md"), "README.md: .*: give a JPEG, PNG or WebP"),
         (lambda runs, _: runs[0].read_picture(Path("nowhere.png")), "nowhere.png: No such file"),
         (lambda runs, _: pairs_of(runs[0], [Path("a.png")], [], 1), "has no caption.*write a.txt"),
@@ -256,7 +256,7 @@ def test_attention_by_command(runs: list[Run], tmp_path: Path) -> None:
         (lambda runs, _: reports.attention(runs[0], runs[0].heldout(1)[0][0], "a cat", head=9), "none of 0 to 3"),
     ],
 )
-def test_bad_requests_say_what_there_is(runs: list[Run], tmp_path: Path, act: Any, message: str) -> None:
+def test_bad_requests_say_what_there_is(runs: list[RunView], tmp_path: Path, act: Any, message: str) -> None:
     configs.save(small(tmp_path, "cross_attention", "projector"), tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=message):
         act(runs, tmp_path)
@@ -269,7 +269,7 @@ def test_a_run_under_way_is_reported_with_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "projector" / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 2, "lo')
     fault = {"shard": "a.tar", "key": "7", "reason": "no picture"}
     (tmp_path / "bad_samples.jsonl").write_text(json.dumps(fault) + "\n")
-    found = reports.report([Run(tmp_path)], look=False)
+    found = reports.report([RunView(tmp_path)], look=False)
     assert [(row["reason"], row["samples"], row["such as"]) for row in found.faults] == [
         ("no picture", "1", "a.tar: 7")
     ]
@@ -283,7 +283,7 @@ def test_a_run_under_way_is_reported_with_what_it_has(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def report(runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def report(runs: list[RunView], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     reports.save_report(reports.report(runs, pictures=2), path)
     return path

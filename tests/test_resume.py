@@ -23,14 +23,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from hive_scale.batch import Batch
-from hive_scale.checkpoint.checkpointer import Store
-from hive_scale.checkpoint.format import Snapshot
-from hive_scale.checkpoint.optimizer_transfer import Moments
+from hive_scale.checkpoint.checkpointer import Checkpointer
+from hive_scale.checkpoint.format import StepCheckpoint
+from hive_scale.checkpoint.optimizer_transfer import OptimizerTransfer
 from hive_scale.config import GroupConfig, ModelConfig, PartConfig, StageConfig
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, open_engine
-from hive_scale.model.build import assemble, skeleton
-from hive_scale.param_groups import freeze
+from hive_scale.model.build import init_model, meta_model
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.schedule import lr_factor
 
 SAVED, STEPS = 5, 10
@@ -72,13 +72,13 @@ def stage_of(size: int) -> StageConfig:
 
 
 def first_weights() -> dict[str, Tensor]:
-    weights = {name: p.detach() for name, p in assemble(MODEL, 0).named_parameters()}
+    weights = {name: p.detach() for name, p in init_model(MODEL, 0).named_parameters()}
     return {name: torch.full_like(w, 0.5) if name.endswith(".gate") else w for name, w in weights.items()}
 
 
 def opened(cell: Cell, world: World, folder: Path) -> Engine:
-    model, stage = skeleton(MODEL), stage_of(world.size)
-    groups = freeze(model, stage, model.dormant())
+    model, stage = meta_model(MODEL), stage_of(world.size)
+    groups = apply_trainable_groups(model, stage, model.unused_parameters())
     engine = open_engine(model, groups, stage, engine_config(cell, str(folder)), world, first_weights())
     list(engine.fragments())  # DeepSpeed's safe_get_full_* find moments only if they exist before the first step
     return engine
@@ -114,7 +114,7 @@ def save(world: World, cells: list[Cell], folder: Path) -> None:
         engine = opened(cell, world, folder)
         train(engine, world, range(SAVED))
         path = folder / f"{cell.engine}@{world.size}"
-        store = Store(path, world)
+        store = Checkpointer(path, world)
         store.save(SAVED, engine.fragments(), {"step": SAVED}, wait=True)
         state = {key: tensor.clone() for key, tensor in whole(engine)}
         source = Source(state, train(engine, world, range(SAVED, STEPS)))
@@ -125,7 +125,7 @@ def save(world: World, cells: list[Cell], folder: Path) -> None:
 
 def check_files(path: Path, total: int, even: bool) -> None:
     """Every number is written once, nothing frozen is, and ranks that hold the same share the work."""
-    written = [sum(length for _, _, length in file["ranges"]) for file in Snapshot(path).files.values()]
+    written = [sum(length for _, _, length in file["ranges"]) for file in StepCheckpoint(path).files.values()]
     assert sum(written) == total
     assert not even or max(written) - min(written) <= len(written)
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
@@ -142,24 +142,24 @@ def resume(world: World, cells: list[Cell], folder: Path, share: int) -> dict[st
         engine, target = opened(cell, world, folder), f"{cell.engine}@{world.size}"
         train(engine, world, [STEPS])  # so that moments and step counts are those of another run, too
         for index, (name, source) in enumerate(sources.items()):
-            load(engine, Store(folder / name, world), source, pair := f"{name} to {target}")
+            load(engine, Checkpointer(folder / name, world), source, pair := f"{name} to {target}")
             found[pair] = None
             if name == target or (index + crc32(target.encode())) % share == 0:
                 losses = train(engine, world, range(SAVED, STEPS))
                 found[pair] = max(abs(a / b - 1) for a, b in zip(losses, source.losses, strict=True))
-        compare_whole(engine, store := Store(folder / name, world), source)
+        compare_whole(engine, store := Checkpointer(folder / name, world), source)
         store.load(folder / name / f"step_{SAVED:08d}", engine.fragments())
-        engine.refresh(SAVED - 1)
+        engine.after_load(SAVED - 1)
         losses = train(engine, world, range(SAVED, STEPS))
         found[f"control on {target}"] = max(abs(a / b - 1) for a, b in zip(losses, source.losses, strict=True))
     return found
 
 
-def load(engine: Engine, store: Store, source: Source, pair: str) -> None:
+def load(engine: Engine, store: Checkpointer, source: Source, pair: str) -> None:
     """Load, and see that this rank's ranges have the source's bits and that all ranks' make up all of them."""
     path = store.latest()
     assert path is not None
-    engine.refresh(int(store.load(path, engine.fragments())["step"]))
+    engine.after_load(int(store.load(path, engine.fragments())["step"]))
     reached = dict.fromkeys(source.state, 0)
     for fragment in engine.fragments():
         key, end = f"{fragment.kind}/{fragment.name}", fragment.offset + fragment.data.numel()
@@ -169,7 +169,7 @@ def load(engine: Engine, store: Store, source: Source, pair: str) -> None:
     assert all(n >= len(t) for n, t in zip(copies, source.state.values(), strict=True)), pair
 
 
-def compare_whole(engine: Engine, store: Store, source: Source) -> None:
+def compare_whole(engine: Engine, store: Checkpointer, source: Source) -> None:
     load(engine, store, source, "for the engine's own view")
     for key, tensor in whole(engine):
         assert torch.equal(tensor, source.state[key]), key
@@ -221,7 +221,7 @@ def carry(world: World, cells: list[Cell], folder: Path) -> list[tuple[list[floa
     for cell in cells:
         engine, first = opened(cell, world, folder), folder / f"{cell.engine}@{world.size}"
         train(engine, world, range(SAVED))
-        Store(first, world).save(SAVED, engine.fragments(), {"step": SAVED}, wait=True)
+        Checkpointer(first, world).save(SAVED, engine.fragments(), {"step": SAVED}, wait=True)
         uninterrupted = train(engine, world, range(SAVED, STEPS))
         same, _ = next_stage(cell, world, folder, first, stage_of(world.size))
         found.append((uninterrupted, train(same, world, range(SAVED, STEPS))))
@@ -235,7 +235,7 @@ def check_more(cell: Cell, world: World, folder: Path, first: Path) -> None:
     layers = replace(stage.groups["language"], parameters=["language.model.layers.*", "language.model.embed_tokens.*"])
     stage = replace(stage, groups=stage.groups | {"language": layers})
     engine, moments = next_stage(cell, world, folder, first, stage)
-    store = Store(folder / f"{first.name}, second", world)
+    store = Checkpointer(folder / f"{first.name}, second", world)
     train(engine, world, [0])
     store.save(1, engine.fragments(), {"step": 1, **moments}, wait=True)
     expected = train(engine, world, [1])
@@ -243,17 +243,17 @@ def check_more(cell: Cell, world: World, folder: Path, first: Path) -> None:
     store.load(store.directory / "step_00000001", again.fragments())
     again.refresh(1)
     assert train(again, world, [1]) == expected
-    steps = Moments(store.directory).steps
+    steps = OptimizerTransfer(store.directory).steps
     assert steps["projector.0.up.weight"] == steps["language.model.layers.1.mlp.up_proj.weight"] == SAVED + 1
     assert steps["language.model.layers.0.mlp.up_proj.weight"] == 1
 
 
 def next_stage(cell: Cell, world: World, folder: Path, first: Path, stage: StageConfig) -> tuple[Engine, Any]:
     """An engine that begins where the checkpoint in `first` ends, with its moments; and what its checkpoints say."""
-    moments, snapshot = Moments(first), Snapshot(first / f"step_{SAVED:08d}")
+    moments, snapshot = OptimizerTransfer(first), StepCheckpoint(first / f"step_{SAVED:08d}")
     masters = {name: snapshot.master(name) for name in snapshot.masters()}
-    model = skeleton(MODEL)
-    groups = moments.divide(freeze(model, stage, model.dormant()))
+    model = meta_model(MODEL)
+    groups = moments.divide(apply_trainable_groups(model, stage, model.unused_parameters()))
     engine = open_engine(model, groups, stage, engine_config(cell, str(folder)), world, first_weights() | masters)
     moments.fill(engine.fragments())
     return engine, moments.state(groups)

@@ -24,9 +24,9 @@ import torch
 
 from hive_scale import config as configs
 from hive_scale import presets
-from hive_scale.checkpoint.run_claims import check_owner, claim, is_again, is_begun
-from hive_scale.checkpoint.run_reader import Run, verify
-from hive_scale.checkpoint.stage_files import WEIGHTS, is_done
+from hive_scale.checkpoint.run_claims import check_owner, claim_run_dir, is_again, is_begun
+from hive_scale.checkpoint.run_reader import Run, verify_run
+from hive_scale.checkpoint.stage_files import WEIGHTS, is_stage_done
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.checksums import SUMS
 from hive_scale.cli import add_run_arguments, add_training_arguments, named_run
@@ -36,13 +36,13 @@ from hive_scale.distributed import World, session
 from hive_scale.export import export_run, from_pretrained
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
-from hive_scale.report.summary import blank_twin, show
+from hive_scale.report.summary import blank_image_control, show
 from hive_scale.resilience.run_lock import locked
 from hive_scale.run import find_encoder
 from hive_scale.rundir import BEGAN, LOCK, MARKER, look
 from hive_scale.slurm import submission
 from hive_scale.slurm.chain import Record
-from hive_scale.slurm.downstream import Follower
+from hive_scale.slurm.downstream import DownstreamJob
 from hive_scale.slurm.resources import Resources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,7 +264,7 @@ def test_of_many_starts_at_once_one_begins(base: Config, tmp_path: Path) -> None
                 check_owner(config)
                 if number < 2:  # refused for something else
                     raise ValueError("gave up")
-                claim(config, ALONE, lock)
+                claim_run_dir(config, ALONE, lock)
             outcomes.put(config.name)
         except (ValueError, RuntimeError) as error:
             outcomes.put(str(error))
@@ -299,7 +299,7 @@ def test_a_directory_given_up_meanwhile_is_taken_anew(tmp_path: Path) -> None:
 def test_the_same_command_goes_on_and_hardware_may_change(base: Config, world: World, half: Path) -> None:
     before = written(half)
     run_pipeline(replace(stage(at(base, half), "projector", micro_batch=2), save_interval=1), world)
-    assert is_done(half / "joint")
+    assert is_stage_done(half / "joint")
     assert {name: written(half)[name] for name in before} == before
 
 
@@ -319,7 +319,7 @@ def test_a_run_of_an_older_version_goes_on(base: Config, world: World, half: Pat
     assert look(half) == "ours"
     before = written(half)
     run_pipeline(at(base, half), world)
-    assert is_done(half / "joint")
+    assert is_stage_done(half / "joint")
     assert written(half)["projector"] == before["projector"]
     assert look(half) == "ours"
     assert (half / MARKER).is_file()
@@ -486,10 +486,10 @@ def test_overwrite_of_a_linked_directory_stays_on_its_disk(
     assert run.is_symlink()
     assert len(aside(disk / "big")) == 1
     assert not aside(run)
-    assert is_done(disk / "big" / "projector")
+    assert is_stage_done(disk / "big" / "projector")
     shutil.rmtree(disk)  # a scratch disk that was purged
     run_pipeline(at(base, run), world, until="projector")
-    assert is_done(disk / "big" / "projector")
+    assert is_stage_done(disk / "big" / "projector")
 
 
 def test_a_requeued_job_goes_on_with_what_it_has_begun(
@@ -504,7 +504,7 @@ def test_a_requeued_job_goes_on_with_what_it_has_begun(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
     run_pipeline(at(base, run), world, overwrite=True, until="language")
     assert written(run)["projector"] == made["projector"]
-    assert is_done(run / "language")
+    assert is_stage_done(run / "language")
     assert len(aside(run)) == 1
     monkeypatch.setenv("SLURM_JOB_ID", "43")
     assert not is_again(run)
@@ -522,7 +522,7 @@ def test_a_requeued_job_goes_on_with_what_it_has_begun(
 def test_a_follower_does_not_overwrite(base: Config) -> None:
     """Its job may begin again any time, days later, too."""
     with pytest.raises(ValueError, match="--overwrite: a job of a chain may begin again"):
-        Follower("finetune_vlm", "joint", ["x", "--overwrite", "output=y"]).check(base, 1)
+        DownstreamJob("finetune_vlm", "joint", ["x", "--overwrite", "output=y"]).check(base, 1)
 
 
 # -- moved and copied -----------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_a_moved_run_goes_on_where_it_lies(base: Config, world: World, half: Pat
     before = written(moved)
     run_pipeline(at(base, moved), world, until="language")
     run_pipeline(named("--config", str(moved / "config.yaml")), world)
-    assert is_done(moved / "joint")
+    assert is_stage_done(moved / "joint")
     assert written(moved)["projector"] == before["projector"]
     assert not half.exists()
 
@@ -542,7 +542,7 @@ def test_the_config_of_a_copy_goes_on_in_the_copy(base: Config, world: World, ha
     copy = Path(shutil.copytree(half, tmp_path / "copy"))
     before = files(half)
     run_pipeline(named("--config", str(copy / "config.yaml"), "save_interval=1"), world)
-    assert is_done(copy / "joint")
+    assert is_stage_done(copy / "joint")
     assert files(half) == before
     # what names a run is heeded, and a recipe is no run
     said = [f"output={tmp_path / 'new'}", "name=other"]
@@ -573,7 +573,7 @@ def test_a_path_of_spaces_braces_and_marks_works_throughout(
     run_pipeline(at(base, run), world)  # goes on
     show(at(base, run), world.device)
     assert f"weights  {run}" in capsys.readouterr().out
-    assert not [finding for finding in verify(Run(run)) if finding.damage]
+    assert not [finding for finding in verify_run(Run(run)) if finding.damage]
     export_run("hive", run, run / "hive")
     assert from_pretrained(run / "hive")
     assert find_encoder(run) == run / "joint" / "encoder"
@@ -613,15 +613,15 @@ def test_a_stage_added_to_a_finished_run_is_trained_alone(base: Config, world: W
     with pytest.raises(ValueError, match=r"other stages.more"):
         run_pipeline(at(base, run), world)  # the old command
     run_pipeline(config, world)
-    assert is_done(run / "more")
+    assert is_stage_done(run / "more")
     assert {name: written(run)[name] for name in before} == before
     assert not (run / "outcome.txt").exists()
 
 
 def test_the_blank_twin_follows_its_run(base: Config, world: World, run: Path) -> None:
-    run_pipeline(blank_twin(at(base, run)), world, follows=True, until="projector")
+    run_pipeline(blank_image_control(at(base, run)), world, follows=True, until="projector")
     config = edited(run, lambda c: rate(c, "joint", 0.5))
-    run_pipeline(blank_twin(config), world, follows=True, until="language")
+    run_pipeline(blank_image_control(config), world, follows=True, until="language")
     assert configs.load(run / "blank" / "config.yaml").stages["joint"].groups["vision"].lr == 0.5
 
 
@@ -682,7 +682,7 @@ def test_until_a_stage_has_begun_the_model_may_change(base: Config, world: World
     first = read_weights(half / "initial" / WEIGHTS).identity
     run_pipeline(edited(half, lambda c: stage(c, "projector", seed=5)), world, until="projector")
     assert read_weights(half / "initial" / WEIGHTS).identity != first
-    assert is_done(half / "projector")
+    assert is_stage_done(half / "projector")
 
 
 def test_a_stage_whose_folder_was_moved_away_is_trained_again(
@@ -691,13 +691,13 @@ def test_a_stage_whose_folder_was_moved_away_is_trained_again(
     (run / "joint").rename(tmp_path / "joint")
     config = edited(run, lambda c: rate(c, "joint", 0.5))
     run_pipeline(config, world)
-    assert is_done(run / "joint")
+    assert is_stage_done(run / "joint")
     (run / "language").rename(run / "language.old")  # in place, too
     with pytest.raises(ValueError, match=r"stage joint has begun, but .*language/weights.* is not there: restore it"):
         run_pipeline(config, world)
     (run / "joint").rename(run / "joint.old")
     run_pipeline(config, world)
-    assert is_done(run / "language")
+    assert is_stage_done(run / "language")
     assert is_begun(run / "language.old")
 
 
@@ -724,6 +724,6 @@ def test_claims_are_whole(base: Config, tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(os, "fsync", slow)
     with locked(tmp_path / "run", ALONE) as lock:
-        claim(at(base, tmp_path / "run"), ALONE, lock)
+        claim_run_dir(at(base, tmp_path / "run"), ALONE, lock)
     assert seen[0] is False
     assert configs.load(tmp_path / "run" / "config.yaml") == at(base, tmp_path / "run")

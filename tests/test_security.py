@@ -30,7 +30,7 @@ import torch
 import wandb_server
 
 from hive_scale import credentials, presets
-from hive_scale.checkpoint.checkpointer import Store
+from hive_scale.checkpoint.checkpointer import Checkpointer
 from hive_scale.config import Config, PartConfig
 from hive_scale.data.shards import SAMPLE_DIR
 from hive_scale.distributed import World, session
@@ -90,7 +90,7 @@ def test_a_pickle_among_weights_is_not_run(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1), "bomb": Bomb(marker)}, folder / "pytorch_model.bin")
     config = replace(small(tmp_path).model, language=PartConfig(path=str(folder)))
     with pytest.raises(Exception, match=r"(?i)pickle|safetensors|weights"):
-        build.assemble(config, seed=0)
+        build.init_model(config, seed=0)
     assert not marker.exists()
 
 
@@ -102,7 +102,7 @@ def test_a_pickle_in_a_checkpoints_place_is_not_run(tmp_path: Path, world: World
     for path in newest.iterdir():
         path.write_bytes(pickle.dumps(Bomb(marker)))
     with pytest.raises(ValueError, match=r"no checkpoint in .* is sound"):
-        Store(stage_dir, world).latest()
+        Checkpointer(stage_dir, world).latest()
     (stage_dir / "weights.safetensors").write_bytes(pickle.dumps(Bomb(marker)))
     with pytest.raises(ValueError, match=r"cannot be read|not what was written|weights.safetensors"):
         run_pipeline(config, world, until="language")

@@ -27,10 +27,10 @@ import tiny
 from tars import write_set
 
 from hive_scale.config import ModelConfig, PartConfig
-from hive_scale.data.bad_samples import Ledger
+from hive_scale.data.bad_samples import BadSampleLog
 from hive_scale.data.index import open_index
 from hive_scale.data.shard_cache import ShardCache, digest_of
-from hive_scale.data.tar_scan import Fault
+from hive_scale.data.tar_scan import SampleError
 from hive_scale.export.huggingface import export_encoder
 from hive_scale.model import build
 from hive_scale.shared_files import Held, locked, replacing
@@ -165,12 +165,12 @@ def test_nobody_s_file_is_written_through_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_an_exported_encoder_is_as_readable_as_the_umask_says(tmp_path: Path, umask: int) -> None:
-    model = build.spelled_out(
+    model = build.with_full_configs(
         ModelConfig(vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=tiny.language()))
     )
     before = os.umask(umask)
     try:
-        weights = dict(build.assemble(model, seed=0).named_parameters())
+        weights = dict(build.init_model(model, seed=0).named_parameters())
         export_encoder(model, weights, tmp_path / "encoder", "resize")
     finally:
         os.umask(before)
@@ -257,7 +257,7 @@ def test_a_file_system_without_locks_is_said_once_and_used(
     for _ in range(2):
         index = open_index(shards, CACHE)
         index.path.unlink()
-        Ledger(tmp_path / "bad.jsonl", 5).add([Fault("a", "b", "c")])
+        BadSampleLog(tmp_path / "bad.jsonl", 5).add([SampleError("a", "b", "c")])
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 1
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert f"the file system of {tmp_path} knows no locks" in caplog.text

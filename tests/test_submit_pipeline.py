@@ -16,14 +16,14 @@ import pytest
 from test_vlm import recipe, write_questions
 
 from hive_scale import presets
-from hive_scale.checkpoint.stage_files import is_done
+from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import DataConfig
 from hive_scale.exit_codes import HALTED, REFUSED
 from hive_scale.slurm import downstream as followers
 from hive_scale.slurm import slurm_cli, status, submission
 from hive_scale.slurm.chain import Link, Record, decide, job_name
-from hive_scale.slurm.downstream import Follower, order
-from hive_scale.slurm.job import FollowerJob, StageJob, attempts_file, read_attempts
+from hive_scale.slurm.downstream import DownstreamJob, order
+from hive_scale.slurm.job import DownstreamChainJob, StageJob, attempts_file, read_attempts
 from hive_scale.slurm.resources import PROFILES, Resources, environment, read, split
 from hive_scale.slurm.slurm_cli import NEVER, Job
 
@@ -79,8 +79,8 @@ def test_how_a_job_ended_counts_for_nothing_without_its_weights() -> None:
 
 
 def test_what_follows_waits_for_the_last_stage_or_for_one_another() -> None:
-    then = {"probe": Follower("probe", "joint", []), "vlm": Follower("finetune_vlm", "joint", [])}
-    whole = order(STAGES, then | {"evaluate": Follower("evaluate", "vlm", [])})
+    then = {"probe": DownstreamJob("probe", "joint", []), "vlm": DownstreamJob("finetune_vlm", "joint", [])}
+    whole = order(STAGES, then | {"evaluate": DownstreamJob("evaluate", "vlm", [])})
     assert decide(whole, ["projector", "language"], {})[2:] == [
         Link("joint", "submit"),
         Link("probe", "submit", "joint"),
@@ -256,9 +256,9 @@ def test_a_job_that_gets_nowhere_gives_up_with_a_line(tmp_path: Path, capsys: py
 
 def test_a_stop_file_keeps_a_job_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = presets.load("debug", None, [f"output={tmp_path}"])
-    follower = Follower("probe", "joint", ["--output", str(tmp_path / "probes")])
+    follower = DownstreamJob("probe", "joint", ["--output", str(tmp_path / "probes")])
     (tmp_path / "STOP").touch()
-    for job in (StageJob(config, "projector", 5), FollowerJob(config, "probe", 5, follower)):
+    for job in (StageJob(config, "projector", 5), DownstreamChainJob(config, "probe", 5, follower)):
         assert job() == HALTED
         assert f"stopped before it began. Remove {tmp_path / 'STOP'}" in capsys.readouterr().out.replace("\n", " ")
     assert (tmp_path / "STOP").exists()
@@ -345,7 +345,7 @@ def test_the_same_chain_as_local_processes(tmp_path: Path, then: list[str]) -> N
     words = ["--preset", "debug", "--cluster", "local", *BRIEF, f"output={run}", "--then", "probe", then[2]]
     shown = command(*words, "slurm.gpus_per_node=2", "slurm.cpus_per_task=1")
     assert shown.returncode == 0, shown.stdout + shown.stderr
-    assert all(is_done(run / stage) for stage in STAGES)
+    assert all(is_stage_done(run / stage) for stage in STAGES)
     assert attempted(run) == [(stage, event) for stage in (*STAGES, "probe") for event in ("begin", "end")]
     assert (run / "probes" / "emoji.json").is_file()
     assert command("status", str(run)).stdout.count(" done ") == 4
@@ -362,7 +362,7 @@ def test_the_same_chain_in_one_process_goes_on_to_the_benchmark(
     run = tmp_path / "run"
     assert submitted(run, *then, *BRIEF, cluster="debug") == 0
     names = [*STAGES, "probe", "vlm", "evaluate"]
-    assert all(is_done(place) for place in (*(run / stage for stage in STAGES), run / "vlm" / "language"))
+    assert all(is_stage_done(place) for place in (*(run / stage for stage in STAGES), run / "vlm" / "language"))
     assert attempted(run) == [(name, event) for name in names for event in ("begin", "end")]
     assert 0 <= json.loads((run / "probes" / "emoji.json").read_text())["results"]["linear"]["mean"] <= 100
     assert json.loads((run / "evaluation" / "results.json").read_text())["easyvqa"]["missing"] == 0

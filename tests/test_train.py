@@ -25,8 +25,8 @@ from PIL import Image
 from transformers import SiglipVisionModel
 
 from hive_scale import presets
-from hive_scale.checkpoint.format import Snapshot
-from hive_scale.checkpoint.stage_files import WEIGHTS, is_done
+from hive_scale.checkpoint.format import StepCheckpoint
+from hive_scale.checkpoint.stage_files import WEIGHTS, is_stage_done
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.checksums import SUMS
 from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
@@ -38,7 +38,7 @@ from hive_scale.observability.metrics import read_metrics
 from hive_scale.observability.stage_log import StageLog
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preflight import Data, open_all, open_data
-from hive_scale.report.summary import blank_twin, heldout_losses, show
+from hive_scale.report.summary import blank_image_control, heldout_losses, show
 from hive_scale.seeding import seed_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +141,7 @@ def test_a_finished_run_returns_at_once_and_can_be_started_over(tmp_path: Path, 
 def test_a_run_may_end_after_a_stage(tmp_path: Path, world: World) -> None:
     config = small(tmp_path / "run", steps=1)
     run_pipeline(config, world, until="language")
-    assert [is_done(config.run_dir / name) for name in config.stages] == [True, True, False]
+    assert [is_stage_done(config.run_dir / name) for name in config.stages] == [True, True, False]
     run_pipeline(config, world, until="projector")
     assert not (config.run_dir / "joint").exists()
 
@@ -156,7 +156,7 @@ def test_a_shard_that_is_gone_is_missed_where_no_checkpoint_knows_of_it(tmp_path
         run_pipeline(config, world)
     away.rename(shards[1])
     run_pipeline(config, world)
-    assert is_done(config.run_dir / "joint")
+    assert is_stage_done(config.run_dir / "joint")
 
 
 def test_data_that_moved_are_those_it_began_with_and_changed_ones_are_named(tmp_path: Path, world: World) -> None:
@@ -182,7 +182,7 @@ def test_data_that_moved_are_those_it_began_with_and_changed_ones_are_named(tmp_
     with pytest.raises(ValueError, match=r"other data\.train"):  # as many samples, but in another order
         run_pipeline(replace(at("new"), data=once), world)
     run_pipeline(at("new"), world)
-    assert is_done(tmp_path / "run" / "joint")
+    assert is_stage_done(tmp_path / "run" / "joint")
 
 
 def test_a_run_that_an_older_version_began_goes_on_by_what_that_noted(
@@ -237,7 +237,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     with pytest.raises(Stopped, match="language stopped after step 2 of 6"):
         run_pipeline(cut, world)
     lines = read_metrics(cut.run_dir / "language" / "metrics.jsonl")
-    state = Snapshot(cut.run_dir / "language" / "step_00000002").state
+    state = StepCheckpoint(cut.run_dir / "language" / "step_00000002").state
     assert (state["step"], state["samples"], state["tokens"]) == (2, 16, lines[-1]["tokens"])
     assert state["config"]["stages"].keys() == cut.stages.keys()
     assert state["code"].keys() == {"hive_scale", "torch", "transformers", "deepspeed"}
@@ -270,7 +270,7 @@ def test_a_stage_may_keep_the_moments_of_the_one_before(tmp_path: Path, world: W
     assert before.any()
     # what is told of gradients takes the bias off the moments of all four steps, not of the stage's own two
     told = read_metrics(config.run_dir / "language" / "metrics.jsonl")[-1]["grad_rms"]["projector.0"]
-    names = [name for name, _ in build.skeleton(config.model).named_parameters() if name.startswith("projector.0.")]
+    names = [name for name, _ in build.meta_model(config.model).named_parameters() if name.startswith("projector.0.")]
     squares = sum(float(checkpointed(config, "language", 2, name, "exp_avg_sq").sum()) for name in names)
     assert told == pytest.approx((squares / (1 - language.betas[1] ** 4)) ** 0.5, rel=1e-4)
     with pytest.raises(ValueError, match=r"stages.projector.keep_moments: no stage comes before"):
@@ -279,7 +279,7 @@ def test_a_stage_may_keep_the_moments_of_the_one_before(tmp_path: Path, world: W
 
 def checkpointed(config: Config, stage: str, step: int, name: str, kind: str = "exp_avg") -> torch.Tensor:
     """A moment of a parameter."""
-    snapshot = Snapshot(config.run_dir / stage / f"step_{step:08d}")
+    snapshot = StepCheckpoint(config.run_dir / stage / f"step_{step:08d}")
     moment = torch.empty(snapshot.shapes[f"{kind}/{name}"]).flatten()
     snapshot.read(f"{kind}/{name}", 0, moment)
     return moment
@@ -320,7 +320,7 @@ def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: Wo
     config = small(tmp_path / "run", steps=2)
     config = replace(config, evidence=True)
     run_pipeline(config, world)
-    run_pipeline(blank_twin(config), world)
+    run_pipeline(blank_image_control(config), world)
     with console.capture() as shown:
         show(config, world.device)
     text = shown.get()
@@ -349,7 +349,7 @@ def test_an_outcome_that_cannot_be_shown_whole_shows_the_rest(tmp_path: Path, wo
 
 
 def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
-    data = open_data(blank_twin(small(tmp_path / "run")))
+    data = open_data(blank_image_control(small(tmp_path / "run")))
     pixels = data.train.sample(0).pixels
     assert pixels is not None
     assert pixels.unique().numel() == 1
@@ -393,7 +393,7 @@ def test_a_refused_command_does_not_claim_the_directory(
     run_pipeline(right, world, until="projector")
     with pytest.raises(ValueError, match=message):
         run_pipeline(wrong, world, overwrite=True)
-    assert is_done(right.run_dir / "projector")  # nor does it empty what another has made
+    assert is_stage_done(right.run_dir / "projector")  # nor does it empty what another has made
 
 
 def _ds(config: Config, folder: Path, settings: dict[str, Any]) -> Config:

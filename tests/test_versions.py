@@ -27,7 +27,7 @@ from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.evaluate.vqa_runner import HiveAnswerer
 from hive_scale.evaluate.vqa_types import Picture, Question
 from hive_scale.export import huggingface
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 from hive_scale.model.hive import Hive
 
 pytestmark = pytest.mark.contract
@@ -126,7 +126,7 @@ LONG = " ".join([TEXT] * 8)
 def of_llava(tower: str) -> Hive:
     """The first that says something; which random weights do differs between releases."""
     config = model_config(TOWERS[tower][0], "llama", rope_theta=500000.0)
-    made = (tiny.sighted(assemble(config, seed).eval(), 3) for seed in range(3, 30))
+    made = (tiny.sighted(init_model(config, seed).eval(), 3) for seed in range(3, 30))
     return next(model for model in made if all(answer(model, tower, position) for position in ("user", "start")))
 
 
@@ -141,7 +141,7 @@ def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     """What version 4 computes with each exported directory, by its name; one process reads them all."""
     folder, jobs = tmp_path_factory.mktemp("exports"), []
     for tower, (config, mode) in TOWERS.items():
-        weights = dict(assemble(model_config(config, "llama"), 1).named_parameters())
+        weights = dict(init_model(model_config(config, "llama"), 1).named_parameters())
         huggingface.export_encoder(model_config(config, "llama"), weights, folder / tower, mode)
         jobs.append(("encoder", str(folder / tower), ""))
         for position in ("user", "start"):
@@ -152,7 +152,7 @@ def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
             )
             jobs.append(("llava", str(path), TEXT))
     for name, (llm, changes) in LLMS.items():
-        weights = dict(assemble(model_config(tiny.SIGLIP, llm, **changes), 1).named_parameters())
+        weights = dict(init_model(model_config(tiny.SIGLIP, llm, **changes), 1).named_parameters())
         huggingface.export_llm(model_config(tiny.SIGLIP, llm, **changes), weights, folder / name, TOKENIZER.stock)
         jobs.append(("llm", str(folder / name), LONG))
     environment = os.environ | {"PYTHONPATH": str(old), "HF_HUB_OFFLINE": "1"}
@@ -166,7 +166,7 @@ def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 @torch.no_grad()
 def test_an_encoder(found: dict[str, dict[str, Tensor]], image: Path, tower: str) -> None:
     config = TOWERS[tower][0]
-    model = assemble(model_config(config, "llama"), 1).eval()
+    model = init_model(model_config(config, "llama"), 1).eval()
     pixels = torch.frombuffer(bytearray(Image.open(image).tobytes()), dtype=torch.uint8)
     states = model.encode(pixels.view(1, tiny.IMAGE, tiny.IMAGE, 3).permute(0, 3, 1, 2))
     expected = states[config["num_hidden_layers"] - 1]
@@ -177,7 +177,7 @@ def test_an_encoder(found: dict[str, dict[str, Tensor]], image: Path, tower: str
 @torch.no_grad()
 def test_an_llm(found: dict[str, dict[str, Tensor]], name: str) -> None:
     llm, changes = LLMS[name]
-    model = assemble(model_config(tiny.SIGLIP, llm, **changes), 1).eval()
+    model = init_model(model_config(tiny.SIGLIP, llm, **changes), 1).eval()
     tokens = found[name]["tokens"]
     assert tokens.tolist() == [TOKENIZER.stock.encode(LONG)]
     torch.testing.assert_close(found[name]["logits"], model.language(tokens).logits, atol=1e-4, rtol=1e-4)

@@ -51,7 +51,7 @@ CHAT = (
 
 def model() -> Hive:
     config = replace(tiny.model_config(), language=PartConfig(config=tiny.language(vocab_size=259)))
-    return tiny.sighted(build.assemble(config, seed=2).eval(), 3)
+    return tiny.sighted(build.init_model(config, seed=2).eval(), 3)
 
 
 def ask(folder: Path, count: int = 11) -> list[Question]:
@@ -201,7 +201,7 @@ def exported(folder: Path) -> HiveAnswerer:
     """The answerer of a model that lies in `folder` as a stock LLaVA."""
     language = tiny.language(vocab_size=259, bos_token_id=1, eos_token_id=1)
     config = replace(tiny.model_config("concat"), language=PartConfig(config=language))
-    made = tiny.sighted(build.assemble(config, seed=4).eval(), 4)
+    made = tiny.sighted(build.init_model(config, seed=4).eval(), 4)
     answerer = HiveAnswerer(made, DataConfig(image="pad"), ALONE.device)
     stock = answerer.tokenizer.stock
     stock.chat_template = CHAT

@@ -14,12 +14,12 @@ import ranks
 import torch
 
 from hive_scale import presets
-from hive_scale.data.workers import Batches
+from hive_scale.data.workers import MicroBatchDataset
 from hive_scale.distributed import World, session
-from hive_scale.engine.fsdp import NativeEngine
+from hive_scale.engine.fsdp import FsdpEngine
 from hive_scale.exit_codes import TRY_AGAIN
 from hive_scale.pipeline import run_pipeline
-from hive_scale.resilience.watchdog import HangWatch
+from hive_scale.resilience.watchdog import Watchdog
 
 FAULTS = ("sleeps in its forward", "is killed in its forward", "waits for its data", "is killed, and is rank 0")
 
@@ -51,10 +51,10 @@ def bring_about(fault: str) -> None:
         return wrapped
 
     if "data" in fault:  # a rank's share of a batch is 4 samples
-        Batches._fill = in_step_3(Batches._fill, 4, lambda: time.sleep(1000))  # type: ignore[method-assign]
+        MicroBatchDataset._fill = in_step_3(MicroBatchDataset._fill, 4, lambda: time.sleep(1000))  # type: ignore[method-assign]
     else:
         act = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if "killed" in fault else (lambda: time.sleep(1000))
-        NativeEngine._loss = in_step_3(NativeEngine._loss, 1, act)  # type: ignore[method-assign]
+        FsdpEngine._loss = in_step_3(FsdpEngine._loss, 1, act)  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -91,7 +91,7 @@ def test_what_stands_still_is_named_and_the_job_ends(tmp_path: Path, fault: str)
 def stopped(seconds: float, ready: Any) -> None:
     """A process whose step takes so long after it was stopped."""
     world = World(0, 1, torch.device("cpu"))
-    with HangWatch(world, deadline=8):
+    with Watchdog(world, deadline=8):
         world.timer.enter("forward")
         ready.set()
         time.sleep(1)  # in which it is stopped

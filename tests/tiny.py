@@ -10,7 +10,7 @@ import torch
 from hive_scale.batch import Batch, Sample, collate
 from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.export.huggingface import export_encoder
-from hive_scale.model.build import assemble
+from hive_scale.model.build import init_model
 from hive_scale.model.hive import Hive
 
 IMAGE = 32
@@ -82,5 +82,5 @@ def batch(count: int = 3, seed: int = 0, **changes: Any) -> Batch:
 def stock_encoder(path: Path) -> Path:
     """The directory `path`, with the encoder of `model_config()` as Hugging Face would have it."""
     config = model_config()
-    export_encoder(config, dict(assemble(config, seed=0).named_parameters()), path, "resize")
+    export_encoder(config, dict(init_model(config, seed=0).named_parameters()), path, "resize")
     return path

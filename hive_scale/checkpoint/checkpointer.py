@@ -1,7 +1,7 @@
 """The step checkpoints of one stage: written while training goes on, published whole or not at all, verified.
 
 Every rank writes the ranges it owns to ``step_*.tmp``; the manifest with all checksums comes last, then one
-rename publishes the directory. Nothing else says which checkpoint is newest: `Store.latest` looks and verifies.
+rename publishes the directory. Nothing else says which checkpoint is newest: `Checkpointer.latest` looks and verifies.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ import torch
 import torch.distributed as dist
 
 from hive_scale.checkpoint.format import (
-    Owned,
+    OwnedRange,
     Shape,
-    Snapshot,
+    StepCheckpoint,
     audit,
     by_parameter,
     difference,
     directory_name,
     divide,
     key_of,
-    owned,
+    owned_ranges,
     shapes_of,
     step_of,
     steps_in,
     tensor_name,
     write_manifest,
 )
-from hive_scale.checkpoint.io import Damaged, safetensors_header, sync_directory, write_file
+from hive_scale.checkpoint.io import CorruptFile, safetensors_header, sync_directory, write_file
 from hive_scale.config import KeepConfig
 from hive_scale.device import pins_memory, synchronize
 from hive_scale.distributed import Fragment, World
@@ -76,8 +76,8 @@ class Retention:
         """The held-out loss that a checkpoint was saved with, or infinity."""
         if path not in self._losses:
             try:
-                self._losses[path] = _loss_of(Snapshot(path).state)
-            except Damaged:
+                self._losses[path] = _loss_of(StepCheckpoint(path).state)
+            except CorruptFile:
                 return inf
         return self._losses[path]
 
@@ -90,7 +90,7 @@ def _loss_of(state: Mapping[str, Any]) -> float:
 class Staging:
     """Who writes what does not change within a stage, so it is worked out once; so is the one buffer."""
 
-    def __init__(self, tables: Sequence[Sequence[Owned]], world: World) -> None:
+    def __init__(self, tables: Sequence[Sequence[OwnedRange]], world: World) -> None:
         """`tables` says what each rank owns. Raises ValueError if that is not the whole of every tensor."""
         self.world = world
         self.table = list(tables[world.rank])
@@ -106,7 +106,7 @@ class Staging:
     @torch.no_grad()
     def fill(self, fragments: Sequence[Fragment]) -> None:
         """Copy this rank's share. Raises RuntimeError if the rank owns other ranges than at first."""
-        if owned(fragments) != self.table:
+        if owned_ranges(fragments) != self.table:
             raise RuntimeError("the ranges that this rank owns have changed since the stage's first checkpoint")
         for part, piece in zip(self._parts, self.pieces, strict=True):
             source = fragments[piece.source].data
@@ -132,7 +132,7 @@ class WriteError(TryAgain):
     """A checkpoint could not be written; every rank gets the same message."""
 
 
-class Store:
+class Checkpointer:
     """Every method is a collective: all ranks call it, and all return or all raise."""
 
     def __init__(self, directory: Path, world: World, keep: KeepConfig = LAST_TWO, max_failures: int = 3) -> None:
@@ -175,7 +175,7 @@ class Store:
     def latest(self) -> Path | None:
         """The newest checkpoint whose every checksum agrees, or None where there is no checkpoint at all.
 
-        Damaged ones are refused and logged. Raises Damaged if all are: starting over must be a decision.
+        CorruptFile ones are refused and logged. Raises CorruptFile if all are: starting over must be a decision.
         """
         self._settle()
         refusals = []
@@ -188,7 +188,7 @@ class Store:
             refusals.append(f"{path.name}: {reason}")
             self._log(logging.WARNING, "checkpoint %s refused: %s", path, reason)
         if refusals:
-            raise Damaged(
+            raise CorruptFile(
                 f"no checkpoint in {self.directory} is sound ({'; '.join(refusals)}): "
                 "restore one, or remove them all to start the stage over"
             )
@@ -197,27 +197,27 @@ class Store:
     def load(self, path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
         """Fill the fragments' memory, on any number of ranks; returns the state that was saved.
 
-        Raises Damaged if a checksum disagrees, ValueError naming the parameters if it is another model's.
+        Raises CorruptFile if a checksum disagrees, ValueError naming the parameters if it is another model's.
         """
         self._settle()
         fragments = list(fragments)
         if path not in self._sound and (reason := self._damage(path)):
-            raise Damaged(f"{path} refused: {reason}")
+            raise CorruptFile(f"{path} refused: {reason}")
         self._sound.add(path)
-        snapshot = Snapshot(path)
-        wanted = shapes_of(self._gather(owned(fragments)))
+        snapshot = StepCheckpoint(path)
+        wanted = shapes_of(self._gather(owned_ranges(fragments)))
         # first by parameter, since three kinds of each would bury the message
         differs = difference(by_parameter(snapshot.shapes), by_parameter(wanted)) or difference(snapshot.shapes, wanted)
         if differs:
             raise ValueError(f"{path} holds another model's state: {differs}")
-        self._together(lambda: _read(snapshot, fragments), Damaged)
+        self._together(lambda: _read(snapshot, fragments), CorruptFile)
         return snapshot.state
 
     # --------------------------------------------------------------- on the caller's thread
 
     def _stage(self, fragments: list[Fragment]) -> Staging:
         if self._staging is None:
-            self._staging = Staging(self._gather(owned(fragments)), self.world)
+            self._staging = Staging(self._gather(owned_ranges(fragments)), self.world)
         self._staging.fill(fragments)
         return self._staging
 
@@ -316,6 +316,6 @@ class Store:
             log.log(level, message, *values)
 
 
-def _read(snapshot: Snapshot, fragments: Iterable[Fragment]) -> None:
+def _read(snapshot: StepCheckpoint, fragments: Iterable[Fragment]) -> None:
     for fragment in fragments:
         snapshot.read(key_of(fragment), fragment.offset, fragment.data)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hive_scale import strict_json
-from hive_scale.checkpoint.io import Damaged, file_hash, write_json
+from hive_scale.checkpoint.io import CorruptFile, file_hash, write_json
 from hive_scale.distributed import Fragment
 
 Shape = tuple[int, ...]
@@ -35,7 +35,7 @@ class Range(NamedTuple):
     length: int
 
 
-class Owned(NamedTuple):
+class OwnedRange(NamedTuple):
     """What a rank tells the others about one fragment."""
 
     range: Range
@@ -54,11 +54,11 @@ def key_of(fragment: Fragment) -> str:
     return f"{fragment.kind}/{fragment.name}"
 
 
-def owned(fragments: Iterable[Fragment]) -> list[Owned]:
-    return [Owned(Range(key_of(f), f.offset, f.data.numel()), tuple(f.shape)) for f in fragments]
+def owned_ranges(fragments: Iterable[Fragment]) -> list[OwnedRange]:
+    return [OwnedRange(Range(key_of(f), f.offset, f.data.numel()), tuple(f.shape)) for f in fragments]
 
 
-def shapes_of(tables: Iterable[Sequence[Owned]]) -> dict[str, Shape]:
+def shapes_of(tables: Iterable[Sequence[OwnedRange]]) -> dict[str, Shape]:
     """{key: shape} over all ranks. Raises ValueError where two ranks disagree."""
     shapes: dict[str, Shape] = {}
     for table in tables:
@@ -69,7 +69,7 @@ def shapes_of(tables: Iterable[Sequence[Owned]]) -> dict[str, Shape]:
     return shapes
 
 
-def divide(tables: Sequence[Sequence[Owned]], rank: int) -> list[Piece]:
+def divide(tables: Sequence[Sequence[OwnedRange]], rank: int) -> list[Piece]:
     """What `rank` has to write so that all ranks together write every range once.
 
     `tables` has one table per rank. A range that several ranks hold (replicas) is shared among them: all
@@ -170,26 +170,26 @@ def write_manifest(directory: Path, step: int, shapes: Mapping[str, Shape], file
 def audit(path: Path, share: int = 0, num_shares: int = 1) -> str:
     """Why the checkpoint at `path` cannot be trusted, or "". Reads every `num_shares`-th of its files."""
     try:
-        snapshot = Snapshot(path)
+        snapshot = StepCheckpoint(path)
     except ValueError as error:
         return str(error)
     return next(filter(None, map(snapshot.damage, sorted(snapshot.files)[share::num_shares])), "")
 
 
-class Snapshot:
+class StepCheckpoint:
     """A published checkpoint, opened for reading; shapes are those of whole parameters."""
 
     def __init__(self, path: Path) -> None:
-        """Raises Damaged if the manifest is missing, cut, altered, of another format or of another step."""
+        """Raises CorruptFile if the manifest is missing, cut, altered, of another format or of another step."""
         self.path = path
         self._open: dict[str, Any] = {}
         try:
             self._take(_read_manifest(path))
-        except Damaged:
+        except CorruptFile:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
             # a checksum finds damage, but anyone can compute one who writes a manifest
-            raise Damaged(f"{MANIFEST} does not describe a checkpoint: {error}") from None
+            raise CorruptFile(f"{MANIFEST} does not describe a checkpoint: {error}") from None
 
     def _take(self, content: dict[str, Any]) -> None:
         self.step: int = content["step"]
@@ -224,14 +224,16 @@ class Snapshot:
         return ""
 
     def read(self, key: str, offset: int, out: Tensor) -> None:
-        """Fill the 1-D `out` with the elements of `key` from `offset` on. Raises Damaged if a file is not readable."""
+        """Fill the 1-D `out` with the elements of `key` from `offset` on. Raises CorruptFile where that fails."""
         for stored, name in self._stored[key]:
             low = max(offset, stored.offset)
             high = min(offset + out.numel(), stored.offset + stored.length)
             if low < high:
                 found = self._slice(name, stored)[low - stored.offset : high - stored.offset]
                 if found.shape != (high - low,):
-                    raise Damaged(f"{self.path / name}: {tensor_name(stored)} is not of the length that it should have")
+                    raise CorruptFile(
+                        f"{self.path / name}: {tensor_name(stored)} is not of the length that it should have"
+                    )
                 with torch.no_grad():
                     out[low - offset : high - offset].copy_(found)
 
@@ -253,7 +255,7 @@ class Snapshot:
                 self._open[name] = safe_open(self.path / name, framework="pt")  # memory-mapped
             return self._open[name].get_slice(tensor_name(stored))
         except (SafetensorError, OSError) as error:
-            raise Damaged(f"{self.path / name}: {error}") from error
+            raise CorruptFile(f"{self.path / name}: {error}") from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -262,17 +264,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = manifest["content"]
         sound = manifest["checksum"] == _checksum(content)
     except OSError as error:
-        raise Damaged(f"{MANIFEST} cannot be read: {error.strerror}") from error
+        raise CorruptFile(f"{MANIFEST} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, LookupError) as error:
-        raise Damaged(f"{MANIFEST} is not what was written: {error}") from error
+        raise CorruptFile(f"{MANIFEST} is not what was written: {error}") from error
     if not sound:
-        raise Damaged(f"{MANIFEST} does not match its checksum")
+        raise CorruptFile(f"{MANIFEST} does not match its checksum")
     if content["format"] != FORMAT:
-        raise Damaged(f"{MANIFEST} has format {content['format']}, this version reads format {FORMAT}")
+        raise CorruptFile(f"{MANIFEST} has format {content['format']}, this version reads format {FORMAT}")
     if directory_name(content["step"]) != path.name:
-        raise Damaged(f"{MANIFEST} is that of {directory_name(content['step'])}")
+        raise CorruptFile(f"{MANIFEST} is that of {directory_name(content['step'])}")
     if any(Path(name).name != name for name in content["files"]):
-        raise Damaged(f"{MANIFEST} names files outside the checkpoint")
+        raise CorruptFile(f"{MANIFEST} names files outside the checkpoint")
     return cast(dict[str, Any], content)
 
 

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hive_scale.checksums import Damaged as Damaged  # part of this room's public face
+from hive_scale.checksums import CorruptFile as CorruptFile  # part of this room's public face
 from hive_scale.checksums import write_sums
 from hive_scale.phase_timer import tick
 from hive_scale.strict_json import dumps

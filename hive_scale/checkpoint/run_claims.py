@@ -18,7 +18,7 @@ from hive_scale import checksums
 from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.format import steps_in
-from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights, is_done
+from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights, is_stage_done
 from hive_scale.config import TAKEN, Config
 from hive_scale.distributed import World
 from hive_scale.resilience.run_lock import Lock
@@ -100,7 +100,7 @@ def _check_plan(config: Config, follows: bool) -> None:
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: restore it, or use --overwrite")
     # the shards of a run that goes on may have moved: `preparation.same_data` looks at what they are
-    goes_on = not all(is_done(config.run_dir / name) for name in config.stages)
+    goes_on = not all(is_stage_done(config.run_dir / name) for name in config.stages)
     if not follows and (changed := configs.differences(config, _load(saved), goes_on)):
         raise ValueError(
             f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite; to "
@@ -164,7 +164,7 @@ def _check_overwrite(config: Config, overwrite: Overwrite) -> None:
             raise ValueError(
                 f"{key}={path} lies in {directory}, which --overwrite would move away: choose another output"
             )
-    if overwrite == "delete" and (found := strangers(directory)):
+    if overwrite == "delete" and (found := foreign_files(directory)):
         raise ValueError(
             f"{directory} holds what is no run's ({', '.join(found[:3])}): --overwrite=delete leaves it alone: move "
             "that away, or let --overwrite move all of it aside"
@@ -185,7 +185,7 @@ def _paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _paths(child, key)
 
 
-def strangers(directory: Path) -> list[str]:
+def foreign_files(directory: Path) -> list[str]:
     """What lies in the run `directory` that no run puts there.
 
     Folders that programs alone fill (wandb's, Slurm's, checkpoints, exports) are looked through for ``.git`` only.
@@ -199,7 +199,7 @@ def strangers(directory: Path) -> list[str]:
     found += _others(directory / "logs", ("*.log", *LATE))
     for name in ("blank", "vlm"):
         if (directory / name).is_dir():
-            found += [directory / name / one for one in strangers(directory / name)]
+            found += [directory / name / one for one in foreign_files(directory / name)]
     found += [Path(at) / ".git" for at, folders, files in os.walk(directory) if ".git" in (*folders, *files)]
     return sorted({str(path.relative_to(directory)) for path in found})
 
@@ -235,7 +235,9 @@ def _attempt() -> dict[str, int]:
 # -- a run begins ---------------------------------------------------------------------------------------------
 
 
-def claim(config: Config, world: World, lock: Lock, overwrite: Overwrite = False, follows: bool = False) -> None:
+def claim_run_dir(
+    config: Config, world: World, lock: Lock, overwrite: Overwrite = False, follows: bool = False
+) -> None:
     """Make the run directory this run's, which it stays; with `overwrite` what is there goes aside first. A collective.
 
     Raises ValueError, on all ranks, if that cannot be done, RuntimeError if another run comes in between.
@@ -271,7 +273,7 @@ def _mark(config: Config, follows: bool) -> None:
             write_text(directory / MARKER, dumps({"format": FORMAT, "attempt": _attempt()}))
 
 
-def begin(config: Config, stage: str, world: World) -> None:
+def begin_stage(config: Config, stage: str, world: World) -> None:
     """Note what `stage` begins with, unless it has begun. A collective."""
 
     def act() -> None:

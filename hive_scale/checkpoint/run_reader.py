@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from hive_scale import checksums
 from hive_scale import config as configs
-from hive_scale.checkpoint.format import MANIFEST, Snapshot, audit, steps_in
+from hive_scale.checkpoint.format import MANIFEST, StepCheckpoint, audit, steps_in
 from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.rundir import BEGAN, MARKER
@@ -77,7 +77,7 @@ def encoder_remedy(directory: Path) -> str:
 
 
 def verify_path(path: Path) -> Iterator[Finding]:
-    """What `verify` finds of the run at `path`, and of its twin on blank pictures; or of an exported directory.
+    """What `verify_run` finds of the run at `path`, and of its twin on blank pictures; or of an exported directory.
 
     Raises ValueError if `path` is neither.
     """
@@ -86,15 +86,15 @@ def verify_path(path: Path) -> Iterator[Finding]:
         return
     try:
         run = Run(path)
-    except checksums.Damaged as error:
+    except checksums.CorruptFile as error:
         yield Finding(path / CONFIG, str(error))
         return
-    yield from verify(run)
+    yield from verify_run(run)
     if (path / "blank" / CONFIG).is_file():
         yield from verify_path(path / "blank")
 
 
-def verify(run: Run) -> Iterator[Finding]:
+def verify_run(run: Run) -> Iterator[Finding]:
     """Read everything that a run has published, stage by stage: checkpoints, weights, encoders, and then exports.
 
     Each file must match its checksum, none may be missing, none be there that was not written; weights and
@@ -143,7 +143,7 @@ def _own(path: Path) -> Iterator[Finding]:
     try:
         listed = checksums.read_sums(path.parent) if checksums.is_listed(path.parent) else {}
         checksums.check_file(path)
-    except checksums.Damaged as error:
+    except checksums.CorruptFile as error:
         yield Finding(path, str(error))
     else:
         if path.name in listed or path.is_file():  # older versions noted no data
@@ -151,12 +151,12 @@ def _own(path: Path) -> Iterator[Finding]:
 
 
 def _stranger(checkpoint: Path, parent: str) -> str:
-    return "" if Snapshot(checkpoint).state.get("parent") == parent else STRANGER
+    return "" if StepCheckpoint(checkpoint).state.get("parent") == parent else STRANGER
 
 
 def _extra(checkpoint: Path) -> str:
     there = {path.name for path in checkpoint.iterdir()}
-    return _named(sorted(there - Snapshot(checkpoint).files.keys() - {MANIFEST}))
+    return _named(sorted(there - StepCheckpoint(checkpoint).files.keys() - {MANIFEST}))
 
 
 def _named(unexpected: list[str]) -> str:

@@ -1,6 +1,6 @@
 """Safetensors files that carry their own checksum.
 
-The seal is the xxh3-128 of the file, kept in the file's own metadata and computed with itself left blank; so
+The checksum is the xxh3-128 of the file, kept in the file's own metadata and computed with itself left blank; so
 a damaged file is refused, and any safetensors reader still opens a sound one.
 """
 
@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hive_scale.checkpoint.format import Shape
-from hive_scale.checkpoint.io import Damaged, file_hash, read_pieces, safetensors_header, write_file
+from hive_scale.checkpoint.io import CorruptFile, file_hash, read_pieces, safetensors_header, write_file
 
-SEAL = "xxh3_128"
+CHECKSUM = "xxh3_128"
 _BLANK = "0" * 32
 
 
-class Source(NamedTuple):
+class LazyTensor(NamedTuple):
     """A tensor that is not read yet."""
 
     dtype: torch.dtype
@@ -31,53 +31,53 @@ class Source(NamedTuple):
     read: Callable[[], Tensor]
 
 
-def write_sealed(path: Path, sources: Mapping[str, Source], metadata: Mapping[str, str]) -> str:
-    """Returns the seal. The caller syncs the directory."""
+def write_checksummed(path: Path, sources: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> str:
+    """Returns the checksum. The caller syncs the directory."""
     # widest first, so that every tensor begins aligned
     ordered = sorted(sources.items(), key=lambda item: -item[1].dtype.itemsize)
     specs = [(name, source.dtype, source.shape) for name, source in ordered]
-    header = safetensors_header(specs, {**metadata, SEAL: _BLANK})
+    header = safetensors_header(specs, {**metadata, CHECKSUM: _BLANK})
     unnamed = unnamed_path(path)
-    seal = write_file(unnamed, header, (source.read for _, source in ordered))
+    checksum = write_file(unnamed, header, (source.read for _, source in ordered))
     with open(unnamed, "r+b") as file:
-        file.seek(header.index(_seal_field(_BLANK)))
-        file.write(_seal_field(seal))
+        file.seek(header.index(_checksum_field(_BLANK)))
+        file.write(_checksum_field(checksum))
         file.flush()
         os.fsync(file.fileno())
     unnamed.rename(path)
-    return seal
+    return checksum
 
 
-def check_seal(path: Path, expected: str | None, required: bool = False) -> str:
-    """The seal that the file bears, or if it bears none, its hash.
+def verify_checksum(path: Path, expected: str | None, required: bool = False) -> str:
+    """The checksum that the file bears, or if it bears none, its hash.
 
-    Raises Damaged if the file does not match its own seal, has another than `expected`, or has none where one is
-    `required`: the name of the seal may be what was damaged.
+    Raises CorruptFile if the file does not match its own checksum, has another than `expected`, or lacks one where one is
+    `required`: the name of the checksum may be what was damaged.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            seal = (file.metadata() or {}).get(SEAL)
+            checksum = (file.metadata() or {}).get(CHECKSUM)
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"{path} cannot be read: {error}") from error
-    if expected not in (None, seal):
-        raise Damaged(f"{path} is not the file that its index names")
-    if seal is None and required:
-        raise Damaged(f"{path} does not bear the checksum that it was written with")
-    if seal is None:
+        raise CorruptFile(f"{path} cannot be read: {error}") from error
+    if expected not in (None, checksum):
+        raise CorruptFile(f"{path} is not the file that its index names")
+    if checksum is None and required:
+        raise CorruptFile(f"{path} does not bear the checksum that it was written with")
+    if checksum is None:
         return file_hash(path)
     with open(path, "rb") as file:
         length = file.read(8)
         header = length + file.read(int.from_bytes(length, "little"))
-    digest = xxhash.xxh3_128(header.replace(_seal_field(seal), _seal_field(_BLANK), 1))
+    digest = xxhash.xxh3_128(header.replace(_checksum_field(checksum), _checksum_field(_BLANK), 1))
     for piece in read_pieces(path, len(header)):
         digest.update(piece)
-    if digest.hexdigest() != seal:
-        raise Damaged(f"{path} does not match its checksum")
-    return str(seal)
+    if digest.hexdigest() != checksum:
+        raise CorruptFile(f"{path} does not match its checksum")
+    return str(checksum)
 
 
-def _seal_field(seal: str) -> bytes:
-    return f'"{SEAL}":"{seal}"'.encode()
+def _checksum_field(checksum: str) -> bytes:
+    return f'"{CHECKSUM}":"{checksum}"'.encode()
 
 
 def unnamed_path(path: Path) -> Path:
@@ -91,7 +91,7 @@ WEIGHTS = "weights.safetensors"
 ENCODER = "encoder"
 
 
-def is_done(stage_dir: Path) -> bool:
+def is_stage_done(stage_dir: Path) -> bool:
     """Whether the stage has ended, and left all that the next one and the user need."""
     return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / ENCODER).is_dir()
 

@@ -1,4 +1,4 @@
-"""What one stage leaves to the next: all weights under their plain names, in sealed safetensors files."""
+"""What one stage leaves to the next: all weights under their plain names, in checksummed safetensors files."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hive_scale import strict_json
-from hive_scale.checkpoint.format import Shape, Snapshot, audit, difference, steps_in
-from hive_scale.checkpoint.io import DTYPES, Damaged, num_bytes, sync_directory, write_json
+from hive_scale.checkpoint.format import Shape, StepCheckpoint, audit, difference, steps_in
+from hive_scale.checkpoint.io import DTYPES, CorruptFile, num_bytes, sync_directory, write_json
 from hive_scale.checkpoint.io import file_hash as file_hash  # part of this room's public face
 from hive_scale.checkpoint.stage_files import (
-    SEAL,
+    CHECKSUM,
     WEIGHTS,
-    Source,
-    check_seal,
+    LazyTensor,
     find_weights,
     index_of,
     unnamed_path,
-    write_sealed,
+    verify_checksum,
+    write_checksummed,
 )
 from hive_scale.distributed import World
 from hive_scale.node import once_per_node
@@ -57,15 +57,15 @@ class Weights(Mapping[str, Tensor]):
     def shape(self, name: str) -> Shape:
         return tuple(self._files[name].get_slice(name).get_shape())
 
-    def sources(self) -> dict[str, Source]:
+    def sources(self) -> dict[str, LazyTensor]:
         """Every tensor unread, as `write_weights` takes them."""
         dtypes = {name: _dtype(name, file.get_slice(name).get_dtype()) for name, file in self._files.items()}
-        return {name: Source(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
+        return {name: LazyTensor(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
 
 
 def write_weights(
     path: Path,
-    tensors: Mapping[str, Tensor | Source] | Iterable[tuple[str, Tensor | Source]],
+    tensors: Mapping[str, Tensor | LazyTensor] | Iterable[tuple[str, Tensor | LazyTensor]],
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
@@ -80,31 +80,31 @@ def write_weights(
     path.parent.mkdir(parents=True, exist_ok=True)
     index = index_of(path)
     if len(shards) == 1:
-        write_sealed(path, shards[0], metadata or {})
+        write_checksummed(path, shards[0], metadata or {})
         index.unlink(missing_ok=True)  # of another, larger model
         sync_directory(path.parent)
         return path
     names = [f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    seals = {
-        name: write_sealed(path.with_name(name), shard, metadata or {})
+    checksums = {
+        name: write_checksummed(path.with_name(name), shard, metadata or {})
         for name, shard in zip(names, shards, strict=True)
     }
     total = sum(num_bytes(source.dtype, source.shape) for source in sources.values())
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     unnamed = unnamed_path(index)
-    write_json(unnamed, {"metadata": {"total_size": total, SEAL: seals}, "weight_map": weight_map})
+    write_json(unnamed, {"metadata": {"total_size": total, CHECKSUM: checksums}, "weight_map": weight_map})
     unnamed.rename(index)
     path.unlink(missing_ok=True)
     sync_directory(path.parent)
     return index
 
 
-def read_weights(path: Path, world: World | None = None, sealed: bool = False) -> Weights:
+def read_weights(path: Path, world: World | None = None, checksummed: bool = False) -> Weights:
     """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
 
-    To check a seal takes a reading of the file. Given a `world` one rank of each node does that, and all are told what
-    it found; it is a collective then. Raises FileNotFoundError, or Damaged, with the remedy, if a seal does not hold.
-    Files without a seal, which others wrote, are taken as they are, unless they must be `sealed`, as a run's must.
+    Verifying a checksum reads the whole file. Given a `world`, one rank of each node does that and tells the others: a
+    collective then. Raises FileNotFoundError, or CorruptFile, with the remedy, if a checksum does not hold. Files
+    without one, which others wrote, are taken as they are, unless they must be `checksummed`, as a run's must.
     """
     if path.is_dir():
         candidates = (path / "weights.safetensors", path / "model.safetensors")
@@ -112,34 +112,34 @@ def read_weights(path: Path, world: World | None = None, sealed: bool = False) -
     found = find_weights(path)
     if found is None:
         raise FileNotFoundError(f"there are no weights at {path}")
-    sealed |= _is_of_run(found)
+    checksummed |= _is_of_run(found)
     try:
         if found.suffix != ".json":
-            return Weights([found], _once(world, partial(check_seal, found, None, sealed)))
+            return Weights([found], _once(world, partial(verify_checksum, found, None, checksummed)))
         return _read_sharded(found, world)
-    except Damaged as error:
-        raise Damaged(f"{error}: {_remedy(found)}") from None
+    except CorruptFile as error:
+        raise CorruptFile(f"{error}: {_remedy(found)}") from None
 
 
 def _read_sharded(found: Path, world: World | None) -> Weights:
     try:
         index = strict_json.read(found)
-        weight_map, seals = index["weight_map"], index.get("metadata", {}).get(SEAL, {})
+        weight_map, checksums = index["weight_map"], index.get("metadata", {}).get(CHECKSUM, {})
         # beside it: a name with a folder in it is a ValueError
-        paths = [found.with_name(name) for name in sorted({*weight_map.values(), *seals})]
-        expected = [seals.get(path.name) for path in paths]
+        paths = [found.with_name(name) for name in sorted({*weight_map.values(), *checksums})]
+        expected = [checksums.get(path.name) for path in paths]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise Damaged(f"{found} is not what was written: {error}") from error
+        raise CorruptFile(f"{found} is not what was written: {error}") from error
 
     def check() -> str:
-        checked = [check_seal(path, seal) for path, seal in zip(paths, expected, strict=True)]
+        checked = [verify_checksum(path, checksum) for path, checksum in zip(paths, expected, strict=True)]
         return str(xxhash.xxh3_128_hexdigest("".join(checked).encode()))
 
     weights = Weights(paths, _once(world, check))
     if lost := sorted(weight_map.keys() - weights.keys()):
-        raise Damaged(f"{found} names tensors that no file holds: {', '.join(lost)}")
-    if seals and (more := sorted(weights.keys() - weight_map.keys())):
-        raise Damaged(f"{found} does not name tensors that its files hold: {', '.join(more)}")
+        raise CorruptFile(f"{found} names tensors that no file holds: {', '.join(lost)}")
+    if checksums and (more := sorted(weights.keys() - weight_map.keys())):
+        raise CorruptFile(f"{found} does not name tensors that its files hold: {', '.join(more)}")
     return weights
 
 
@@ -167,19 +167,23 @@ def _once(world: World | None, make: Callable[[], str]) -> str:
     return make() if world is None else once_per_node(world, make)
 
 
-def build_handoff(parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000) -> Path:
+def merge_trained_weights(
+    parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000
+) -> Path:
     """The next stage's weights: those of the parent, and in place of the trained ones the checkpoint's masters.
 
     One process does this; it holds one tensor at a time. Trained parameters become fp32, the others keep the
-    parent's dtype. Raises Damaged, or ValueError if the checkpoint trained what the parent does not have.
+    parent's dtype. Raises CorruptFile, or ValueError if the checkpoint trained what the parent does not have.
     """
     if reason := audit(checkpoint):
-        raise Damaged(f"{checkpoint} refused: {reason}")
-    parent, snapshot = read_weights(parent_weights), Snapshot(checkpoint)
+        raise CorruptFile(f"{checkpoint} refused: {reason}")
+    parent, snapshot = read_weights(parent_weights), StepCheckpoint(checkpoint)
     trained = snapshot.masters()
     if differs := difference(trained, {name: parent.shape(name) for name in parent if name in trained}):
         raise ValueError(f"{checkpoint} was not trained from {parent_weights}: {differs}")
-    masters = {name: Source(torch.float32, shape, partial(snapshot.master, name)) for name, shape in trained.items()}
+    masters = {
+        name: LazyTensor(torch.float32, shape, partial(snapshot.master, name)) for name, shape in trained.items()
+    }
     metadata = {"format": "pt", "step": str(snapshot.step), "parent": parent.identity}
     return write_weights(out, parent.sources() | masters, metadata, max_shard_bytes)
 
@@ -200,16 +204,16 @@ def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
             tensor.copy_(weights[name])
 
 
-def _untied(tensors: Iterable[tuple[str, Tensor | Source]]) -> dict[str, Source]:
+def _untied(tensors: Iterable[tuple[str, Tensor | LazyTensor]]) -> dict[str, LazyTensor]:
     live: list[tuple[str, Tensor]] = []
-    sources: dict[str, Source] = {}
+    sources: dict[str, LazyTensor] = {}
     for name, tensor in tensors:
-        if isinstance(tensor, Source):
+        if isinstance(tensor, LazyTensor):
             sources[name] = tensor
         else:
             live.append((name, tensor))
     for name, tensor in _first_of_tied(live).items():
-        sources[name] = Source(tensor.dtype, tuple(tensor.shape), partial(_same, tensor))
+        sources[name] = LazyTensor(tensor.dtype, tuple(tensor.shape), partial(_same, tensor))
     return sources
 
 
@@ -234,8 +238,8 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _shards(sources: Mapping[str, Source], limit: int) -> list[dict[str, Source]]:
-    shards: list[dict[str, Source]] = [{}]
+def _shards(sources: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
+    shards: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, source in sources.items():
         more = num_bytes(source.dtype, source.shape)

@@ -44,12 +44,12 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import by_main, launch
     from hive_scale.pipeline import run_pipeline
-    from hive_scale.report.summary import blank_twin, show
+    from hive_scale.report.summary import blank_image_control, show
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)
         if config.evidence:
-            run_pipeline(blank_twin(config), world, follows=True)
+            run_pipeline(blank_image_control(config), world, follows=True)
         by_main(config, world, lambda: show(config, world.device))
 
     return launch(config, arguments, work)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
-    from hive_scale.evaluate.classification_datasets import Labelled
-    from hive_scale.evaluate.probe_runner import Plan
+    from hive_scale.evaluate.classification_datasets import ClassificationDataset
+    from hive_scale.evaluate.probe_runner import ProbeConfig
 
 EXAMPLES = """\
 examples:
@@ -46,7 +46,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     from hive_scale.device import choose_precision
     from hive_scale.distributed import session
     from hive_scale.evaluate.encoder import Encoder
-    from hive_scale.evaluate.probe_runner import Bench, read_results, save, warnings
+    from hive_scale.evaluate.probe_runner import ProbeRunner, read_results, save, warnings
     from hive_scale.observability.console import console
     from hive_scale.precision import DTYPES
     from hive_scale.resilience.watchdog import watching
@@ -71,7 +71,7 @@ def _probe(arguments: argparse.Namespace) -> int:
                 say(f"{data.name}: {data.num_classes} classes, {sizes}")
                 for note in data.notes:
                     say(f"{data.name}, {note}")
-                results = Bench(encoder, data, plan, world, output / "features").run(say)
+                results = ProbeRunner(encoder, data, plan, world, output / "features").run(say)
                 if world.is_main:
                     save(file, plan, encoder, data, results)
                 if data.num_broken:
@@ -84,17 +84,17 @@ def _probe(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _sets(arguments: argparse.Namespace) -> list[Labelled]:
-    from hive_scale.evaluate.classification_datasets import open_labelled
+def _sets(arguments: argparse.Namespace) -> list[ClassificationDataset]:
+    from hive_scale.evaluate.classification_datasets import open_dataset
 
     root, names = arguments.data or Path("data"), arguments.set.split(",")
     if arguments.data and len(names) == 1 and not (root / names[0]).is_dir():
-        return [open_labelled(names[0], root)]
-    return [open_labelled(name, root / name) for name in names]
+        return [open_dataset(names[0], root)]
+    return [open_dataset(name, root / name) for name in names]
 
 
-def _plan(arguments: argparse.Namespace) -> Plan:
-    from hive_scale.evaluate.probe_runner import Plan
+def _plan(arguments: argparse.Namespace) -> ProbeConfig:
+    from hive_scale.evaluate.probe_runner import ProbeConfig
     from hive_scale.evaluate.probes import PROBES, RATES, Recipe
 
     heads = arguments.heads.split(",")
@@ -112,7 +112,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     recipe = Recipe(rates=rates, batch=arguments.batch)
     if arguments.epochs is not None:
         recipe = replace(recipe, epochs=arguments.epochs, min_steps=0)
-    return Plan(
+    return ProbeConfig(
         kinds=tuple(kind for kind in PROBES if kind in heads),
         recipe=recipe,
         seeds=tuple(range(arguments.seeds)),

@@ -32,9 +32,9 @@ def _act(arguments: argparse.Namespace) -> int:
 
 def _gradients(arguments: argparse.Namespace) -> None:
     from hive_scale.report.report import gradients, save_gradients
-    from hive_scale.report.run_view import Run, pairs_of
+    from hive_scale.report.run_view import RunView, pairs_of
 
-    runs = [Run(path) for path in arguments.runs]
+    runs = [RunView(path) for path in arguments.runs]
     pairs = [pairs_of(run, arguments.images, arguments.captions, arguments.count) for run in runs]
     maps = [gradients(run, own, arguments.stage) for run, own in zip(runs, pairs, strict=True)]
     output = arguments.output or arguments.runs[0] / "gradients.svg"
@@ -44,10 +44,10 @@ def _gradients(arguments: argparse.Namespace) -> None:
 def _attention(arguments: argparse.Namespace) -> None:
     from hive_scale.report.attention_maps import attention_figure
     from hive_scale.report.report import attention
-    from hive_scale.report.run_view import Run
+    from hive_scale.report.run_view import RunView
     from hive_scale.report.svg import save
 
-    run = Run(arguments.run)
+    run = RunView(arguments.run)
     pixels, caption = (run.read_picture(arguments.image), "") if arguments.image else run.heldout(1)[0]
     words = [word for word in arguments.tokens.split(",") if word]
     shown = attention(
@@ -60,9 +60,9 @@ def _attention(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from hive_scale.report.report import report, save_report
-    from hive_scale.report.run_view import Run
+    from hive_scale.report.run_view import RunView
 
-    runs = [Run(path) for path in arguments.runs]
+    runs = [RunView(path) for path in arguments.runs]
     output = arguments.output or arguments.runs[0] / "report.html"
     save_report(report(runs, look=not arguments.numbers_only), output, arguments.plots)
     _tell([output])
@@ -72,9 +72,9 @@ def _sync(arguments: argparse.Namespace) -> None:
     import os
 
     from hive_scale.observability.trackers import replay
-    from hive_scale.report.run_view import Run
+    from hive_scale.report.run_view import RunView
 
-    run = Run(arguments.run)
+    run = RunView(arguments.run)
     for name in replay(run.dir, os.environ.get("WANDB_MODE", "online")):
         print(name)
 

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
-from hive_scale.data.tar_scan import Fault
+from hive_scale.data.tar_scan import SampleError
 from hive_scale.shared_files import PATIENCE, Held, locked
 from hive_scale.strict_json import LARGEST_LINE, loads
 
 
-class Ledger:
+class BadSampleLog:
     """Bad samples in `path` (JSON lines: shard, key, reason), or in memory alone without one.
 
     `budget` is how many a run may meet; the count is that of the file, whoever wrote it.
@@ -24,9 +24,9 @@ class Ledger:
     def __init__(self, path: Path | None, budget: int) -> None:
         self.path = path
         self.budget = budget
-        self._known: dict[tuple[str, str], Fault] = {}
+        self._known: dict[tuple[str, str], SampleError] = {}
 
-    def add(self, faults: Iterable[Fault]) -> None:
+    def add(self, faults: Iterable[SampleError]) -> None:
         """Note those of `faults` that are new. Raises ValueError with a summary when the budget is exceeded."""
         new = {(fault.shard, fault.key): fault for fault in faults}
         for place in new.keys() & self._known.keys():
@@ -55,7 +55,7 @@ class Ledger:
         )
 
 
-def read_faults(path: Path) -> list[Fault]:
+def read_faults(path: Path) -> list[SampleError]:
     """What a ledger has noted; nothing if there is none."""
     if not path.is_file():
         return []
@@ -72,8 +72,8 @@ def _locked(path: Path) -> Iterator[TextIO]:
         yield stack.enter_context(path.open("a+"))
 
 
-def _read(file: TextIO) -> Iterator[Fault]:
+def _read(file: TextIO) -> Iterator[SampleError]:
     file.seek(0)
     for line in file:
         with suppress(ValueError, TypeError):  # a line cut off when a run was killed
-            yield Fault(**loads(line, LARGEST_LINE))
+            yield SampleError(**loads(line, LARGEST_LINE))

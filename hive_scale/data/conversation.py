@@ -14,7 +14,7 @@ from hive_scale.config import ImagePosition
 from hive_scale.data.tokenizer import Tokenizer
 
 SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA adds to questions with short answers
-Turns = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
+Messages = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
 
 ROLES = {
     **{"human": "user", "user": "user", "system": "system"},
@@ -22,7 +22,7 @@ ROLES = {
 }
 
 
-def turns_of(record: Mapping[str, Any]) -> Turns:
+def parse_messages(record: Mapping[str, Any]) -> Messages:
     """The conversation in `record`, cut after its last answer, the picture's place in it left out.
 
     Reads LLaVA's ``conversations`` ({from, value}) and the hub's ``messages`` ({role, content}). Raises ValueError
@@ -66,10 +66,10 @@ def _turn(said: Any) -> dict[str, str]:
     raise ValueError("a turn of the conversation is not {from: human or gpt, value: text}")
 
 
-def chat_sample(
+def tokenize_conversation(
     key: str,
     pixels: Tensor | None,
-    turns: Turns,
+    turns: Messages,
     tokenizer: Tokenizer,
     max_tokens: int,
     image: ImagePosition | None = "user",
@@ -85,19 +85,19 @@ def chat_sample(
     return Sample(key, pixels, tokens[:max_tokens], is_target[:max_tokens], slot)
 
 
-def prompt(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None = "user") -> list[int]:
+def prompt(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None = "user") -> list[int]:
     """Tokens of `turns`, the last of which is the user's, up to where the assistant's answer begins."""
     return prompt_with_slot(turns, tokenizer, image)[0]
 
 
-def prompt_with_slot(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
+def prompt_with_slot(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
     """The tokens of `prompt`, and how many of them come before the picture."""
     *asked, _, _ = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)  # but for answer and end
     tokens, _, slot = tokenizer.encode_parts(asked)
     return tokens, slot
 
 
-def _parts(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
+def _parts(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
     """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
     template = tokenizer.template
     turns = [{**turn, "content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hive_scale.batch import BLANK, Sample
 from hive_scale.config import DataConfig
-from hive_scale.data.conversation import chat_sample, turns_of
-from hive_scale.data.feature_store import KeptFeatures
+from hive_scale.data.conversation import parse_messages, tokenize_conversation
+from hive_scale.data.feature_store import FeatureStore
 from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.index import Index
 from hive_scale.data.shard_cache import ShardCache
@@ -47,7 +47,7 @@ class Decoded:
     number: int = -1  # of the sample, where `pixels` is a picture though features were wanted
 
 
-class Samples:
+class SampleReader:
     """Random access to the samples of `index`; numbers below len(index).
 
     `pad_colour` is what ``data.image=pad`` adds beside a picture (see `build.pad_colour`).
@@ -67,7 +67,7 @@ class Samples:
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.pad_colour = pad_colour
-        self.features: KeptFeatures | None = None  # read in place of pictures, where there are any
+        self.features: FeatureStore | None = None  # read in place of pictures, where there are any
         self._reader = ShardReader(index.shards, index.stamps, cache)
 
     def sample(self, i: int) -> Sample:
@@ -83,8 +83,8 @@ class Samples:
         return Read(key, text, self._lying(i) if kept is None else kept, size)
 
     def _conversation(self, key: str, i: int) -> Sample:
-        config, turns = self.config, turns_of(self.record(i))
-        return chat_sample(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
+        config, turns = self.config, parse_messages(self.record(i))
+        return tokenize_conversation(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
 
     def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
         """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be.

@@ -49,7 +49,7 @@ class DiskError(ValueError):
     """A disk cannot hold the features, or not be reached; every rank gets it."""
 
 
-class KeptFeatures:
+class FeatureStore:
     """Features of N pictures, (S, V, C) each: of S depths, V visual tokens of width C.
 
     `encode`, where it is set, makes them of pictures (B, 3, H, W), uint8, for `make`.
@@ -173,7 +173,7 @@ def size_of(count: int, shape: Shape, dtype: torch.dtype) -> int:
     return -(-count // NEIGHBOURS) * pages * PAGE
 
 
-def room_in(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     """Bytes that features may take in `folder`, which need not be there yet: free, or features' already."""
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(disk).free + sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
@@ -185,16 +185,16 @@ def parts(missing: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
     return [part for part in np.split(missing, np.flatnonzero(np.diff(missing // size)) + 1) if len(part)]
 
 
-def open_kept(
+def open_feature_store(
     world: World, path: Path, wanted: NDArray[np.integer], count: int, shape: Shape, dtype: torch.dtype
-) -> tuple[KeptFeatures, NDArray[np.integer]]:
+) -> tuple[FeatureStore, NDArray[np.integer]]:
     """The features under `path`, and which of the `wanted` are missing, the same for all ranks. A collective.
 
     Raises DiskError if the disk cannot be used, or has no room for those.
     """
     kept, reason = None, "another rank cannot use it"
     try:
-        kept = KeptFeatures(path, count, shape, dtype)
+        kept = FeatureStore(path, count, shape, dtype)
     except OSError as error:
         reason = str(error)
     if world.sum(kept is None)[0] or kept is None:
@@ -213,7 +213,7 @@ def open_kept(
     return kept, missing
 
 
-def settle(world: World, kept: KeptFeatures, failed: OSError | None) -> None:
+def settle(world: World, kept: FeatureStore, failed: OSError | None) -> None:
     """All that all ranks have put is on disk, and seen by all of them. A collective.
 
     Nobody looks again before the last has synced: NFS keeps what it saw of a file's length and pages until it is

@@ -32,7 +32,7 @@ from safetensors.numpy import save_file
 from hive_scale import credentials
 from hive_scale.data.shard_cache import ShardCache, is_remote
 from hive_scale.data.shards import SAMPLE_DIR
-from hive_scale.data.tar_scan import Fault, ShardTable, Stamp, scan_shard
+from hive_scale.data.tar_scan import SampleError, ShardTable, Stamp, scan_shard
 from hive_scale.shared_files import cache_dir, locked, own_lock, replacing
 from hive_scale.strict_json import loads
 
@@ -48,7 +48,7 @@ class Index:
 
     path: Path  # of the index file
     shards: tuple[str, ...]
-    faults: tuple[Fault, ...]  # what is in the tars but not among the samples, and why
+    faults: tuple[SampleError, ...]  # what is in the tars but not among the samples, and why
     stamps: tuple[Stamp, ...]  # of the shards
     layout: str  # digest of the arrays, by which alone older versions knew a set
     arrays: dict[str, NDArray[Any]]
@@ -272,7 +272,7 @@ def _load(path: Path, shards: tuple[str, ...]) -> Index:
     stamps = tuple(Stamp(*stamp) for stamp in metadata["stamps"])
     if not len(stamps) == len(shards) == len(arrays["shard_sizes"]):
         raise ValueError(f"index {path} is of other shards: delete it")
-    faults = tuple(Fault(shards[i], key, reason) for i, key, reason in metadata["faults"])
+    faults = tuple(SampleError(shards[i], key, reason) for i, key, reason in metadata["faults"])
     return Index(path, shards, faults, stamps, metadata["checksum"], arrays)
 
 

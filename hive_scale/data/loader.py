@@ -1,6 +1,6 @@
 """The data room's front: global batches by number, dealt to this rank, read, decoded and collated.
 
-Which samples a step sees, and how they are dealt, is `order`'s matter; `batches` reads them, in worker processes if
+Which samples a step sees, and how they are dealt, is `sampler`'s matter; `workers` reads them, in worker processes if
 there are any.
 """
 
@@ -16,22 +16,22 @@ from torch.utils.data import DataLoader
 
 from hive_scale.batch import Batch
 from hive_scale.config import DataConfig
-from hive_scale.data.bad_samples import Ledger
-from hive_scale.data.dataset import Samples
-from hive_scale.data.feature_store import KeptFeatures
+from hive_scale.data.bad_samples import BadSampleLog
+from hive_scale.data.dataset import SampleReader
+from hive_scale.data.feature_store import FeatureStore
 from hive_scale.data.index import open_index
-from hive_scale.data.sampler import Mixture, Order, Stream, cut, deal
+from hive_scale.data.sampler import MixtureSampler, SampleStream, ShuffledSampler, eval_batches, split_by_length
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import all_shards, expand
-from hive_scale.data.tar_scan import Fault
+from hive_scale.data.tar_scan import SampleError
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.data.transform import GREY, Colour
-from hive_scale.data.workers import Batches, Slots, worker_options
+from hive_scale.data.workers import MicroBatchDataset, Slots, worker_options
 from hive_scale.device import pins_memory
 from hive_scale.distributed import World
 
 
-class Loader(Samples):
+class Loader(SampleReader):
     """A set of picture-caption pairs as batches.
 
     `shards` are patterns as in `shards.expand`. Samples that cannot be used are listed in `bad_samples`.
@@ -53,7 +53,7 @@ class Loader(Samples):
         super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size, pad_colour)
         self.num_samples = self.stream(0).num_samples  # in an epoch
         self.fingerprint, self.layout = self.index.fingerprint, self.index.layout
-        self._ledger = Ledger(bad_samples, config.max_bad_samples)
+        self._ledger = BadSampleLog(bad_samples, config.max_bad_samples)
         self._ledger.add(self.index.faults)
 
     def steps(
@@ -62,7 +62,7 @@ class Loader(Samples):
         """This rank's micro-batches for each optimizer step, endlessly, after `start` samples consumed.
 
         All ranks and micro-batches have equally many samples. Step s holds the stream's positions
-        [start + s * global_batch, ...) whatever the world; see `order.deal` for who gets which.
+        [start + s * global_batch, ...) whatever the world; see `sampler.split_by_length` for who gets which.
         """
         order = self.stream(seed)
         slots = self._dealt(order, global_batch, accumulation, start, world)
@@ -71,11 +71,11 @@ class Loader(Samples):
         while True:
             yield [next(micro_batches) for _ in range(accumulation)]
 
-    def note(self, bad: Sequence[Fault]) -> None:
+    def note(self, bad: Sequence[SampleError]) -> None:
         """List samples that cannot be used. Raises ValueError if they are too many."""
         self._ledger.add(bad)
 
-    def fed(self, features: KeptFeatures | None) -> Loader:
+    def with_features(self, features: FeatureStore | None) -> Loader:
         """The same set, whose batches have `features` in place of pictures."""
         loader = copy(self)
         loader.features = features
@@ -95,11 +95,13 @@ class Loader(Samples):
         All ranks see equally many batches, so that collectives match: one that has run out, or whose whole batch
         is bad, gets a batch without pictures and targets, which adds nothing to any sum.
         """
-        slots: list[Slots] = [[(-1, int(sample)) for sample in batch] for batch in cut(self.text_bytes, batch_size)]
+        slots: list[Slots] = [
+            [(-1, int(sample)) for sample in batch] for batch in eval_batches(self.text_bytes, batch_size)
+        ]
         slots += [[] for _ in range(-len(slots) % world.size)]
         return Passes(self, slots[world.rank :: world.size], None, batch_size, held=2, world=world)
 
-    def stream(self, seed: int) -> Stream:
+    def stream(self, seed: int) -> SampleStream:
         """The order of the samples, endlessly. Raises ValueError if one of the sets has no usable sample."""
         sizes = np.split(self.index.shard_sizes, np.cumsum([len(one.shards) for one in self.sets])[:-1])
         for one, size in zip(self.sets, sizes, strict=True):
@@ -107,13 +109,15 @@ class Loader(Samples):
                 raise ValueError(f"no usable sample in '{one.pattern}': leave it out, or repair it")
         repeats = [one.repeats for one in self.sets]
         if all(repeat == 1 for repeat in repeats):
-            return Order(self.index.shard_sizes, seed, self.config.window)
-        return Mixture(sizes, repeats, seed, self.config.window)
+            return ShuffledSampler(self.index.shard_sizes, seed, self.config.window)
+        return MixtureSampler(sizes, repeats, seed, self.config.window)
 
-    def _dealt(self, order: Stream, global_batch: int, accumulation: int, start: int, world: World) -> Iterator[Slots]:
+    def _dealt(
+        self, order: SampleStream, global_batch: int, accumulation: int, start: int, world: World
+    ) -> Iterator[Slots]:
         while True:
             ids = order.ids(start, global_batch)
-            for places in deal(self.text_bytes[ids], world.size, accumulation)[world.rank]:
+            for places in split_by_length(self.text_bytes[ids], world.size, accumulation)[world.rank]:
                 yield list(zip((start + places).tolist(), ids[places].tolist(), strict=True))
             start += global_batch
 
@@ -125,10 +129,10 @@ class Passes(Iterable[Batch]):
     """
 
     def __init__(
-        self, loader: Loader, slots: Iterable[Slots], order: Stream | None, size: int, held: int, world: World
+        self, loader: Loader, slots: Iterable[Slots], order: SampleStream | None, size: int, held: int, world: World
     ) -> None:
         self.note, self.features = loader.note, loader.features
-        self._batches = Batches(loader, order, size, held)
+        self._batches = MicroBatchDataset(loader, order, size, held)
         self._loader = DataLoader(
             self._batches,
             batch_size=None,

@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 CLOCK = 2**40  # ticks of an epoch, by which mixtures are timed: integers, since floats would round
 
 
-class Stream(ABC):
+class SampleStream(ABC):
     """Sample numbers, endlessly, epoch after epoch; holds nothing but memory of what it computed last."""
 
     def __init__(self, num_samples: int, seed: int, window: int) -> None:
@@ -63,7 +63,7 @@ class Stream(ABC):
         """What lies at the places [low, high) of an epoch before its windows are shuffled."""
 
 
-class Order(Stream):
+class ShuffledSampler(SampleStream):
     """One set: each sample once in each epoch. `shard_sizes` are the samples per shard."""
 
     def __init__(self, shard_sizes: ArrayLike, seed: int, window: int) -> None:
@@ -87,7 +87,7 @@ class Order(Stream):
         return self._epoch[1:]
 
 
-class Mixture(Stream):
+class MixtureSampler(SampleStream):
     """Several sets: an epoch has exactly `repeats` epochs of each, evenly spread.
 
     `sets` are their shard sizes; sample numbers run on from set to set. Each set keeps an order of its own, so
@@ -95,7 +95,7 @@ class Mixture(Stream):
     """
 
     def __init__(self, sets: Sequence[ArrayLike], repeats: Sequence[float], seed: int, window: int) -> None:
-        self.orders = [Order(sizes, seed, window) for sizes in sets]
+        self.orders = [ShuffledSampler(sizes, seed, window) for sizes in sets]
         sizes = [order.num_samples for order in self.orders]
         self.counts = [max(1, round(repeat * size)) for repeat, size in zip(repeats, sizes, strict=True)]
         super().__init__(sum(self.counts), seed, window)
@@ -125,7 +125,7 @@ class Mixture(Stream):
         return [(2 * time * count + CLOCK) // (2 * CLOCK) for count in self.counts]
 
 
-def deal(lengths: ArrayLike, world_size: int, micro_batches: int) -> Ints:
+def split_by_length(lengths: ArrayLike, world_size: int, micro_batches: int) -> Ints:
     """Deal a global batch of B samples by length: int64 (world_size, micro_batches, B / both), indices into it.
 
     Every micro-batch holds as many samples, of lengths as alike as can be, so little is padded. At each turn the
@@ -145,7 +145,7 @@ def deal(lengths: ArrayLike, world_size: int, micro_batches: int) -> Ints:
     return turns.transpose(1, 0, 2)
 
 
-def cut(lengths: ArrayLike, batch_size: int) -> list[Ints]:
+def eval_batches(lengths: ArrayLike, batch_size: int) -> list[Ints]:
     """All samples once, longest first, in the fewest batches of at most `batch_size`, as equal as can be."""
     by_length = np.argsort(-np.asarray(lengths), kind="stable")
     return np.array_split(by_length, max(1, -(-len(by_length) // batch_size)))

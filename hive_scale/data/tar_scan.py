@@ -41,7 +41,7 @@ NO_FILE: Range = (-1, 0)  # of a member without content of its own, such as a li
 
 
 @dataclass(frozen=True)
-class Fault:
+class SampleError:
     """Something in a shard that is no usable sample. An empty key means the shard itself."""
 
     shard: str
@@ -82,7 +82,7 @@ class ShardTable:
     members: NDArray[np.int64]
     picture_sizes: NDArray[np.int32]
     caption_bytes: NDArray[np.int32]
-    faults: list[Fault]
+    faults: list[SampleError]
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -96,7 +96,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     A sample is a run of members with one key (the path up to the first dot of the file name): a picture
     (jpg, png, webp), a caption (txt) and perhaps a record (json), in any order.
     """
-    faults: list[Fault] = []
+    faults: list[SampleError] = []
     gaps: list[Range] = []
     rows: list[tuple[str, list[Range], Range, int]] = []
     seen: set[str] = set()
@@ -112,10 +112,10 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
                 seen.add(key)
                 rows.append((key, *_examine(file.fileno(), members)))
             except ValueError as error:
-                faults.append(Fault(shard, key, str(error)))
+                faults.append(SampleError(shard, key, str(error)))
         reasons = [_damage(file, gaps), _missing(shard, len(seen))]
     if reason := "; ".join(filter(None, reasons)):
-        faults.append(Fault(shard, "", reason))
+        faults.append(SampleError(shard, "", reason))
     return ShardTable(
         stamp=stamp,
         keys=[row[0] for row in rows],

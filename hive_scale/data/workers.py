@@ -1,6 +1,6 @@
 """Micro-batches by the numbers of their samples: what a worker process does.
 
-A broken sample is named and its slot filled by a fixed rule (see `order.Stream.substitutes`).
+A broken sample is named and its slot filled by a fixed rule (see `sampler.SampleStream.substitutes`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from hive_scale.batch import Batch, Sample, collate
-from hive_scale.data.dataset import Decoded, Read, Samples
-from hive_scale.data.sampler import Stream
-from hive_scale.data.tar_scan import Fault
+from hive_scale.data.dataset import Decoded, Read, SampleReader
+from hive_scale.data.sampler import SampleStream
+from hive_scale.data.tar_scan import SampleError
 from hive_scale.exit_codes import TryAgain, is_worker_death
 
 NONE = -1
 _numbers = count()
-_here: WeakValueDictionary[int, Rooms] = WeakValueDictionary()  # those made in this process or before its fork
+_here: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # those made in this process or before its fork
 
 
 @dataclass(frozen=True)
-class Layout:
+class BufferLayout:
     """Of one sample's part in a batch: a shape, the strides that it lies with, and a dtype."""
 
     shape: tuple[int, ...]
@@ -55,14 +55,14 @@ class Layout:
         return samples * prod(self.shape) * self.dtype.itemsize
 
 
-class Rooms:
-    """`number` rooms for up to `samples` samples each, shared with processes that are forked later.
+class BufferPool:
+    """`number` buffers in memory shared with processes that are forked later, each for `samples` samples.
 
-    Who asks for a batch takes a room for it, whoever makes the batch fills it, and the batch is `lent` where it is
-    used: the room is free again when the last tensor on it is gone, so that nobody's batch is ever written over.
+    The main process acquires a slot per request; the worker writes pixels into it; the consumer gets a tensor view.
+    The slot is free again when the last view is garbage-collected, so no batch is ever written over.
     """
 
-    def __init__(self, layout: Layout, samples: int, number: int) -> None:
+    def __init__(self, layout: BufferLayout, samples: int, number: int) -> None:
         self.layout = layout
         # anonymous: nothing is there before its use, and none of it is of /dev/shm, which containers keep small
         maps = (mmap(-1, layout.bytes(samples)) for _ in range(number))
@@ -71,48 +71,48 @@ class Rooms:
         self._number = next(_numbers)
         _here[self._number] = self
 
-    def take(self) -> int:
-        """The room freed last, whose memory is in the caches still; NONE if none is free."""
+    def acquire(self) -> int:
+        """The slot freed last, whose memory is in the caches still; NONE if none is free."""
         return self._free.pop() if self._free else NONE
 
-    def fill(self, room: int, samples: int) -> Tensor:
+    def write_view(self, slot: int, samples: int) -> Tensor:
         """(samples, *shape) to write into, for the process that fills it."""
-        return self.layout.over(self._memory[room], samples)
+        return self.layout.over(self._memory[slot], samples)
 
-    def lend(self, room: int, samples: int) -> Tensor:
-        """The same as a tensor of its own, with which the room is given back."""
-        array = self._memory[room].numpy()[:]  # an object that the tensor's storage, and nothing else, keeps alive
-        finalize(array, self._free.append, room).atexit = False
+    def read_view(self, slot: int, samples: int) -> Tensor:
+        """The same as a tensor of its own, with whose end the slot is free again."""
+        array = self._memory[slot].numpy()[:]  # an object that the tensor's storage, and nothing else, keeps alive
+        finalize(array, self._free.append, slot).atexit = False
         return self.layout.over(torch.from_numpy(array), samples)
 
-    def sent(self, room: int, samples: int) -> Any:
-        """What becomes `lend` of these in the process that they were made in."""
-        return _Sent(self._number, room, samples)
+    def handle(self, slot: int, samples: int) -> Any:
+        """What unpickles as `read_view` of these in the main process."""
+        return _Sent(self._number, slot, samples)
 
 
 @dataclass(frozen=True)
 class _Sent:
-    rooms: int
-    room: int
+    pool: int
+    slot: int
     samples: int
 
     def __reduce__(self) -> tuple[Callable[..., Tensor], tuple[int, int, int]]:
-        return _received, (self.rooms, self.room, self.samples)
+        return _received, (self.pool, self.slot, self.samples)
 
 
-def _received(rooms: int, room: int, samples: int) -> Tensor:
-    return _here[rooms].lend(room, samples)
+def _received(pool: int, slot: int, samples: int) -> Tensor:
+    return _here[pool].read_view(slot, samples)
 
 
 Made = TypeVar("Made")
 TELLS_SENDERS = hasattr(signal, "sigtimedwait")  # who sent a signal. A Mac does not, and obeys every SIGTERM
 POLL = 1.0  # seconds between looks whether the main process is there
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
-Request = tuple[Slots, int]  # and the room for its pictures
+Request = tuple[Slots, int]  # and the slot for its pictures
 
 
 @dataclass(frozen=True)
-class Loaded:
+class WorkerResult:
     """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used.
 
     `lost` are (row, sample, picture, uint8 (3, H, W)) of those whose features could not be read. `error` is why the
@@ -120,45 +120,47 @@ class Loaded:
     """
 
     batch: Batch | None
-    bad: list[Fault]
+    bad: list[SampleError]
     lost: list[tuple[int, int, NDArray[np.uint8]]] = field(default_factory=list)
     error: Exception | None = None
 
-    def pin_memory(self) -> Loaded:
+    def pin_memory(self) -> WorkerResult:
         return replace(self, batch=self.batch and self.batch.pin())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Small tensors go through the pipe: for each torch would make a file, and pass it by a socket of its own."""
         if self.batch is None:
-            return Loaded, (None, self.bad, self.lost, self.error)
+            return WorkerResult, (None, self.bad, self.lost, self.error)
         fields = vars(self.batch)
         small = {name: fields[name].numpy() for name in ("has_image", "tokens", "target_rows", "target_ids")}
         return _arrived, (fields | small, self.bad, self.lost)
 
 
-def _arrived(fields: dict[str, Any], bad: list[Fault], lost: list[tuple[int, int, NDArray[np.uint8]]]) -> Loaded:
+def _arrived(
+    fields: dict[str, Any], bad: list[SampleError], lost: list[tuple[int, int, NDArray[np.uint8]]]
+) -> WorkerResult:
     tensors = {name: torch.from_numpy(value) for name, value in fields.items() if isinstance(value, np.ndarray)}
-    return Loaded(Batch(**fields | tensors), bad, lost)
+    return WorkerResult(Batch(**fields | tensors), bad, lost)
 
 
-class Batches(Dataset[Loaded]):
+class MicroBatchDataset(Dataset[WorkerResult]):
     """Micro-batches of up to `size` samples. With an order, broken samples are substituted; without, left out.
 
     Whoever uses them holds `held` at a time; more may be held, in memory that is not used again.
     """
 
-    def __init__(self, samples: Samples, order: Stream | None, size: int, held: int) -> None:
+    def __init__(self, samples: SampleReader, order: SampleStream | None, size: int, held: int) -> None:
         self.samples = samples
         self.order = order
         config = samples.config
         number = held + 1 + 2 * config.workers  # torch asks each worker for two ahead
-        self.rooms = Rooms(_layout(samples), max(1, size), number)
+        self.pool = BufferPool(_layout(samples), max(1, size), number)
         self.threads, self._thread = config.threads, local()
         # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
         rows = max(1, config.workers) * self.threads
         self.reading = np.frombuffer(mmap(-1, rows * 16), np.int64).reshape(rows, 2)
 
-    def watch(self, loaded: Iterable[Loaded]) -> Iterator[Loaded]:
+    def watch(self, loaded: Iterable[WorkerResult]) -> Iterator[WorkerResult]:
         """`loaded` by workers, whose sudden death (out of memory, a crashing decoder) is told with its sample."""
         try:
             yield from loaded
@@ -171,17 +173,17 @@ class Batches(Dataset[Loaded]):
             raise TryAgain(f"a data worker died while reading {where} ({said})" if where else said) from None
 
     def requests(self, slots: Iterable[Slots]) -> Requests:
-        """Each with a room; drawn where the batches are used."""
-        return Requests(slots, self.rooms)
+        """Each with a slot; drawn where the batches are used."""
+        return Requests(slots, self.pool)
 
-    def __getitem__(self, request: Request) -> Loaded:
+    def __getitem__(self, request: Request) -> WorkerResult:
         try:
             return self._loaded(*request)
         except (OSError, TryAgain) as error:
-            return Loaded(None, [], error=error)
+            return WorkerResult(None, [], error=error)
 
-    def _loaded(self, slots: Slots, room: int) -> Loaded:
-        pixels = self._place(room, max(1, len(slots)))
+    def _loaded(self, slots: Slots, slot: int) -> WorkerResult:
+        pixels = self._place(slot, max(1, len(slots)))
         over = self._pool.map if self.threads > 1 else map
         # all are read before the first is decoded: after each picture the caches would have to be filled again
         read = list(over(self._read, (i for _, i in slots)))
@@ -189,7 +191,9 @@ class Batches(Dataset[Loaded]):
         bad = [fault for _, faults in filled for fault in faults]
         decoded = [one for one, _ in filled if one is not None]
         if self.order is not None and len(decoded) < len(slots):
-            return Loaded(None, bad)  # told by the caller: an error raised in a worker arrives as a page of traceback
+            return WorkerResult(
+                None, bad
+            )  # told by the caller: an error raised in a worker arrives as a page of traceback
         lost = [(row, one.number, one.pixels.numpy()) for row, one in enumerate(decoded) if one.number >= 0]
         for row, _, _ in lost:  # what is to lie there is made where the encoder is
             decoded[row] = replace(decoded[row], pixels=pixels[row])
@@ -199,15 +203,15 @@ class Batches(Dataset[Loaded]):
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
         # their pictures lie there already, and move up if some before them were left out
         batch = collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)])
-        if get_worker_info() and room != NONE:
-            batch = replace(batch, pixels=self.rooms.sent(room, len(samples)))
-        return Loaded(batch, bad, lost)
+        if get_worker_info() and slot != NONE:
+            batch = replace(batch, pixels=self.pool.handle(slot, len(samples)))
+        return WorkerResult(batch, bad, lost)
 
-    def _place(self, room: int, samples: int) -> Tensor:
-        if room == NONE:
-            layout = self.rooms.layout
+    def _place(self, slot: int, samples: int) -> Tensor:
+        if slot == NONE:
+            layout = self.pool.layout
             return layout.over(torch.empty(layout.bytes(samples), dtype=torch.uint8), samples)
-        return (self.rooms.fill if get_worker_info() else self.rooms.lend)(room, samples)
+        return (self.pool.write_view if get_worker_info() else self.pool.read_view)(slot, samples)
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
@@ -215,29 +219,31 @@ class Batches(Dataset[Loaded]):
         numbers = count()
         return ThreadPoolExecutor(self.threads, initializer=lambda: vars(self._thread).update(number=next(numbers)))
 
-    def _fill(self, slot: tuple[int, int], read: Read | Fault, pixels: Tensor) -> tuple[Decoded | None, list[Fault]]:
+    def _fill(
+        self, slot: tuple[int, int], read: Read | SampleError, pixels: Tensor
+    ) -> tuple[Decoded | None, list[SampleError]]:
         """The sample of a slot, its picture put into `pixels`, and those that could not be used instead."""
         position, first = slot
-        bad: list[Fault] = []
+        bad: list[SampleError] = []
         substitutes = self.order.substitutes(position) if self.order else ()
         for i, one in chain([(first, read)], ((i, self._read(i)) for i in substitutes)):
-            found = one if isinstance(one, Fault) else self._try(i, self.samples.decoded, one, pixels)
-            if not isinstance(found, Fault):
+            found = one if isinstance(one, SampleError) else self._try(i, self.samples.decoded, one, pixels)
+            if not isinstance(found, SampleError):
                 is_lost = self.samples.features is not None and found.pixels.dtype == torch.uint8
                 return (replace(found, number=i) if is_lost else found), bad
             bad.append(found)
         return None, bad
 
-    def _read(self, i: int) -> Read | Fault:
+    def _read(self, i: int) -> Read | SampleError:
         return self._try(i, self.samples.read, i)
 
-    def _try(self, i: int, do: Callable[..., Made], *arguments: Any) -> Made | Fault:
+    def _try(self, i: int, do: Callable[..., Made], *arguments: Any) -> Made | SampleError:
         """What `do` makes of sample i, which is noted, or why it cannot be used."""
         self._note(i)
         try:
             return do(*arguments)
         except ValueError as error:
-            return Fault(self.samples.index.shard(i), self.samples.index.key(i), str(error))
+            return SampleError(self.samples.index.shard(i), self.samples.index.key(i), str(error))
 
     def _note(self, sample: int) -> None:
         if worker := get_worker_info():
@@ -250,26 +256,26 @@ class Requests:
     """Drawn anew in every pass, as far as `slots` can be."""
 
     slots: Iterable[Slots]
-    rooms: Rooms
+    pool: BufferPool
 
     def __iter__(self) -> Iterator[Request]:
-        return ((one, self.rooms.take()) for one in self.slots)
+        return ((one, self.pool.acquire()) for one in self.slots)
 
 
-def _layout(samples: Samples) -> Layout:
+def _layout(samples: SampleReader) -> BufferLayout:
     """Of a picture, uint8 (3, H, W), channels last as decoded ones are, or of what the encoder has made of it."""
     if samples.features:
         depths, tokens, width = samples.features.shape
-        return Layout((depths, tokens, width), (tokens * width, width, 1), samples.features.dtype)
+        return BufferLayout((depths, tokens, width), (tokens * width, width, 1), samples.features.dtype)
     size = samples.image_size
-    return Layout((3, size, size), (1, 3 * size, 3), torch.uint8)
+    return BufferLayout((3, size, size), (1, 3 * size, 3), torch.uint8)
 
 
 def worker_options(number: int) -> dict[str, Any]:
     """Of every DataLoader with `number` workers: how they are started, and that they stay for its next pass.
 
     They are forked whatever Python's default is, which differs between its releases and systems: only so do they share
-    `Rooms`, and have for a parent who ends them.
+    `BufferPool`, and have for a parent who ends them.
     """
     if not number:
         return {}

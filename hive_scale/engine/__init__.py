@@ -27,14 +27,14 @@ class StepOutput:
     loss: float  # mean over target tokens, nats
     grad_norm: float  # L2 over all trainable parameters, before clipping; NaN if it was not finite
     num_tokens: int  # target tokens
-    taken: bool = True  # or left out, with no weight and no moment changed
+    applied: bool = True  # or left out, with no weight and no moment changed
     votes: tuple[float, ...] = ()  # what the ranks asked for, added up
 
     def metrics(self) -> dict[str, Any]:
         return {"loss": self.loss, "grad_norm": self.grad_norm, "num_tokens": self.num_tokens}
 
 
-class Layout(NamedTuple):
+class StateSharding(NamedTuple):
     """Bytes that an engine holds per number of a parameter, and over how many ranks it cuts them."""
 
     parameter_bytes: int
@@ -52,7 +52,7 @@ class Engine(Protocol):
     """
 
     model: Any
-    layout: Layout
+    layout: StateSharding
 
     def step(
         self,
@@ -77,7 +77,7 @@ class Engine(Protocol):
         """Masters and moments that this rank owns, as views; moments exist (zero) before the first step."""
         ...
 
-    def refresh(self, num_steps: int) -> None:
+    def after_load(self, num_steps: int) -> None:
         """After the fragments were overwritten: renew compute copies, set the stage's count of optimizer steps."""
         ...
 
@@ -118,9 +118,9 @@ def open_engine(
         exact_fp32()
     # imported here: each engine brings its framework, and each imports this module
     if config.ds_config:
-        from hive_scale.engine.deepspeed import ZeroEngine
+        from hive_scale.engine.deepspeed import DeepSpeedEngine
 
-        return ZeroEngine(model, groups, stage, config, world, weights)
-    from hive_scale.engine.fsdp import NativeEngine
+        return DeepSpeedEngine(model, groups, stage, config, world, weights)
+    from hive_scale.engine.fsdp import FsdpEngine
 
-    return NativeEngine(model, groups, stage, config, world, weights)
+    return FsdpEngine(model, groups, stage, config, world, weights)

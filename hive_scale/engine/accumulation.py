@@ -17,7 +17,7 @@ from hive_scale.batch import Batch
 from hive_scale.distributed import World
 
 
-class Conclusion(NamedTuple):
+class StepTotals(NamedTuple):
     """Of one step, over all ranks."""
 
     mean_loss: float  # over the target tokens
@@ -39,24 +39,24 @@ def accumulate(world: World, micro_batches: Sequence[Batch], run: Callable[[Batc
     return total
 
 
-def conclude(
+def reduce_loss(
     world: World,
     total: Tensor,
     micro_batches: Sequence[Batch],
     max_loss: float,
     votes: Callable[[], Sequence[float]],
-) -> Conclusion:
+) -> StepTotals:
     """What all ranks now know of the step, from `total`, this rank's sum of losses. A collective."""
     own_tokens = sum(batch.num_tokens for batch in micro_batches)
     loss_sum, num_tokens, *voted = world.sum(total.item(), own_tokens, *votes())
     mean = loss_sum / max(1.0, num_tokens)
     world.timer.enter("update")
     is_fit = math.isfinite(mean) and mean <= max_loss
-    return Conclusion(mean, int(num_tokens), is_fit, tuple(voted), max(1.0, num_tokens))
+    return StepTotals(mean, int(num_tokens), is_fit, tuple(voted), max(1.0, num_tokens))
 
 
 @torch.no_grad()
-def held_out(
+def evaluate_batches(
     world: World, model: nn.Module, micro_batches: Iterable[Batch], loss_of: Callable[[Batch], Tensor]
 ) -> tuple[float, int]:
     """The sum of token losses without dropout, and the number of target tokens, over all ranks.

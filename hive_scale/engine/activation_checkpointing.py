@@ -50,7 +50,7 @@ def checkpoint_blocks(
         extra: dict[str, Any] = {}
         if mode == "selective":
             torchs = partial(create_selective_checkpoint_contexts, _policy)
-            extra["context_fn"] = _keep_and_reuse if gathers_within else torchs
+            extra["context_fn"] = _save_and_replay if gathers_within else torchs
         for module in modules:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, **extra)
 
@@ -59,13 +59,13 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_and_reuse() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _save_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """Contexts of forward and recomputation that look at nothing but the operators in KEPT."""
     kept: deque[Any] = deque()
-    return _Keep(kept), _Reuse(kept)
+    return _SaveOutputs(kept), _ReplayOutputs(kept)
 
 
-class _Keep(TorchDispatchMode):
+class _SaveOutputs(TorchDispatchMode):
     def __init__(self, kept: deque[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.kept = kept
@@ -78,6 +78,6 @@ class _Keep(TorchDispatchMode):
         return result
 
 
-class _Reuse(_Keep):  # type: ignore[no-untyped-call]
+class _ReplayOutputs(_SaveOutputs):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.kept.popleft() if func in KEPT else func(*args, **(kwargs or {}))

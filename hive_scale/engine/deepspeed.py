@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
-from hive_scale.engine import Layout, StepOutput
-from hive_scale.engine.accumulation import accumulate, conclude, held_out
+from hive_scale.engine import StateSharding, StepOutput
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
-from hive_scale.engine.optimizer import MOMENTS, adamw, set_learning_rate, sitting_out, zero_state
+from hive_scale.engine.optimizer import MOMENTS, adamw, set_learning_rate, skip_update, zero_state
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
 
 
-class Owned(NamedTuple):
+class MasterRange(NamedTuple):
     """The range of one parameter that this rank owns: ``flat[start : start + length]``, from `offset` on."""
 
     shape: tuple[int, ...]  # of the parameter
@@ -37,7 +37,7 @@ class Owned(NamedTuple):
     length: int
 
 
-class ZeroEngine:
+class DeepSpeedEngine:
     """Parameters are in `config.precision`; masters, moments, gradient sums and reductions in float32."""
 
     def __init__(
@@ -62,7 +62,7 @@ class ZeroEngine:
         compute = DTYPES[config.precision]
         self.divides = zero_stage > 1 or compute == torch.float32  # its bf16 optimizer of ZeRO-1 heeds no loss scale
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
-        self.layout = Layout(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
+        self.layout = StateSharding(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
         if config.compile:
@@ -72,7 +72,7 @@ class ZeroEngine:
         self.engine, *_ = load_deepspeed().initialize(
             model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
         )
-        weakref.finalize(self, _let_go, self.engine, self.optimizer).atexit = False
+        weakref.finalize(self, _free_engine, self.engine, self.optimizer).atexit = False
         if compute != torch.float32:
             self._restore_masters(weights)
         if (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
@@ -111,11 +111,11 @@ class ZeroEngine:
         if not self.divides:
             share /= max(1.0, *self.world.sum(sum(batch.num_tokens for batch in micro_batches)))
         total = accumulate(self.world, micro_batches, partial(self._run, share))
-        mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
+        mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
         if self.divides:
             self.engine.optimizer.loss_scale = divisor  # by which it divides gradients, though no loss was multiplied
-        with nullcontext() if is_fit else sitting_out(self.optimizer):
+        with nullcontext() if is_fit else skip_update(self.optimizer):
             self.engine.step()  # which tidies up after backward, too
         self.engine.optimizer.loss_scale = 1.0
         norm = self._grad_norm()
@@ -134,7 +134,7 @@ class ZeroEngine:
         return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        return held_out(self.world, self.engine, micro_batches, self._loss)
+        return evaluate_batches(self.world, self.engine, micro_batches, self._loss)
 
     def _loss(self, batch: Batch) -> Tensor:
         loss: Tensor = self.engine(**batch.to(self.world.device).inputs())
@@ -148,9 +148,9 @@ class ZeroEngine:
                 yield Fragment(name, kind, owned.shape, owned.offset, tensor.narrow(0, owned.start, owned.length))
 
     @torch.no_grad()
-    def refresh(self, num_steps: int) -> None:
+    def after_load(self, num_steps: int) -> None:
         self._create_moments()
-        for flat, steps_behind in zip(self._masters(), self._steps_behind(), strict=True):
+        for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
             self.engine.optimizer.state[flat]["step"].fill_(steps_behind + num_steps)
         if not self.partitions_parameters:
             self.engine.optimizer.update_lp_params()
@@ -160,28 +160,32 @@ class ZeroEngine:
             parameter.ds_tensor[: owned.length].copy_(owned.flat[owned.start : owned.start + owned.length])
         self.engine.optimizer.checkpoint_event_epilogue()  # and gathers it again
 
-    def _owned(self) -> Iterator[tuple[str, Any, Owned]]:
+    def _owned(self) -> Iterator[tuple[str, Any, MasterRange]]:
         """Every trained parameter of which this rank owns something, and what that is."""
         of = self._owned_under_3 if self.partitions_parameters else self._owned_under_1_and_2
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and (owned := of(parameter)):
                 yield name, parameter, owned
 
-    def _owned_under_1_and_2(self, parameter: Any) -> Owned | None:
+    def _owned_under_1_and_2(self, parameter: Any) -> MasterRange | None:
         cut = parameter._hp_mapping  # where its low-precision copy lies in a master: None for nothing
         if cut is None:
             return None
         flat = self._masters()[cut.param_group_index]
         held, here = cut.lp_fragment_address, cut.hp_fragment_address
-        return Owned(tuple(parameter.shape), held.start, flat, here.start, here.numel)
+        return MasterRange(tuple(parameter.shape), held.start, flat, here.start, here.numel)
 
-    def _owned_under_3(self, parameter: Any) -> Owned | None:
+    def _owned_under_3(self, parameter: Any) -> MasterRange | None:
         """Rank r holds numbers [r n, (r + 1) n) of a parameter padded to a multiple of n."""
         optimizer = self.engine.optimizer
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         offset = size * self.world.rank
         length = min(size, parameter.ds_numel - offset)
-        return Owned(tuple(parameter.ds_shape), offset, self._masters()[group], start, length) if length > 0 else None
+        return (
+            MasterRange(tuple(parameter.ds_shape), offset, self._masters()[group], start, length)
+            if length > 0
+            else None
+        )
 
     def _masters(self) -> Sequence[Tensor]:
         """The flat fp32 tensors that AdamW steps."""
@@ -190,7 +194,7 @@ class ZeroEngine:
             return optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
         return [group["params"][0] for group in optimizer.param_groups]
 
-    def _steps_behind(self) -> Sequence[int]:
+    def _prior_steps(self) -> Sequence[int]:
         """Of each of `_masters`: steps of earlier stages that its moments hold."""
         optimizer, groups = self.engine.optimizer, self.optimizer.param_groups
         if self.partitions_parameters:  # which cuts large groups into several
@@ -200,12 +204,12 @@ class ZeroEngine:
 
     def _create_moments(self) -> None:
         """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
-        for flat, steps_behind in zip(self._masters(), self._steps_behind(), strict=True):
+        for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
             if not self.engine.optimizer.state[flat]:
                 self.engine.optimizer.state[flat] = zero_state(flat, steps_behind)
 
 
-def _let_go(engine: Any, adamw: Any) -> None:
+def _free_engine(engine: Any, adamw: Any) -> None:
     """Free what a past engine held. DeepSpeed never would: its hooks and tables keep engine and model for good."""
     engine.destroy()
     parameters = list(engine.module.parameters())

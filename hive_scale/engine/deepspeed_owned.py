@@ -37,7 +37,7 @@ OPTIONAL = (
 
 
 @dataclass(frozen=True)
-class Owned:
+class OwnedKey:
     """A key of the JSON that Config decides."""
 
     value: Any
@@ -45,31 +45,31 @@ class Owned:
     also: tuple[Any, ...] = ()  # other spellings of the same
 
 
-def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, Owned]:
+def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, OwnedKey]:
     accumulation = stage.accumulation(world_size)
     micro_batch = stage.global_batch // world_size // accumulation
     precision = f"engine.precision={config.precision}"
     return {
-        "train_batch_size": Owned(stage.global_batch, "the stage's global_batch"),
-        "train_micro_batch_size_per_gpu": Owned(micro_batch, "the stage's micro_batch", (stage.micro_batch,)),
-        "gradient_accumulation_steps": Owned(accumulation, f"global_batch / {world_size} processes / micro_batch"),
-        "gradient_clipping": Owned(stage.max_grad_norm, "the stage's max_grad_norm"),
-        "fp16.enabled": Owned(False, precision),
-        "torch_autocast.enabled": Owned(False, precision),
-        "bf16.enabled": Owned(config.precision == "bf16", precision),
-        "bf16.bf16_master_weights_and_grads": Owned(False, "fp32 masters, always"),
-        "bf16.bf16_optimizer_states": Owned(False, "fp32 moments, always"),
-        "bf16.check_grad_overflow": Owned(True, "every engine: a gradient that is not finite is not stepped"),
-        "data_types.grad_accum_dtype": Owned("fp32", "fp32 gradient accumulation, always"),
-        "communication_data_type": Owned("fp32", "fp32 gradient reduction, always"),
-        "gradient_allreduce_op": Owned("mean", "the loss's scale"),
-        "gradient_predivide_factor": Owned(1.0, "the loss's scale"),
-        "prescale_gradients": Owned(False, "the loss's scale"),
-        "zero_force_ds_cpu_optimizer": Owned(False, "torch's AdamW, which needs no compiled op"),
+        "train_batch_size": OwnedKey(stage.global_batch, "the stage's global_batch"),
+        "train_micro_batch_size_per_gpu": OwnedKey(micro_batch, "the stage's micro_batch", (stage.micro_batch,)),
+        "gradient_accumulation_steps": OwnedKey(accumulation, f"global_batch / {world_size} processes / micro_batch"),
+        "gradient_clipping": OwnedKey(stage.max_grad_norm, "the stage's max_grad_norm"),
+        "fp16.enabled": OwnedKey(False, precision),
+        "torch_autocast.enabled": OwnedKey(False, precision),
+        "bf16.enabled": OwnedKey(config.precision == "bf16", precision),
+        "bf16.bf16_master_weights_and_grads": OwnedKey(False, "fp32 masters, always"),
+        "bf16.bf16_optimizer_states": OwnedKey(False, "fp32 moments, always"),
+        "bf16.check_grad_overflow": OwnedKey(True, "every engine: a gradient that is not finite is not stepped"),
+        "data_types.grad_accum_dtype": OwnedKey("fp32", "fp32 gradient accumulation, always"),
+        "communication_data_type": OwnedKey("fp32", "fp32 gradient reduction, always"),
+        "gradient_allreduce_op": OwnedKey("mean", "the loss's scale"),
+        "gradient_predivide_factor": OwnedKey(1.0, "the loss's scale"),
+        "prescale_gradients": OwnedKey(False, "the loss's scale"),
+        "zero_force_ds_cpu_optimizer": OwnedKey(False, "torch's AdamW, which needs no compiled op"),
     }
 
 
-def filled(owned: Mapping[str, Owned], config: EngineConfig) -> dict[str, Any]:
+def filled(owned: Mapping[str, OwnedKey], config: EngineConfig) -> dict[str, Any]:
     """The owned keys as DeepSpeed is given them."""
     off = "fp16", "torch_autocast", *(["bf16", "data_types"] if config.precision == "fp32" else [])
     result: dict[str, Any] = {}
@@ -104,7 +104,7 @@ class Contradiction(NamedTuple):
 
 
 def contradictions(
-    settings: Mapping[str, Any], owned: Mapping[str, Owned], stage: StageConfig
+    settings: Mapping[str, Any], owned: Mapping[str, OwnedKey], stage: StageConfig
 ) -> Iterator[Contradiction]:
     """All of them. Raises ValueError for an option of the optimizer that there is not."""
     for path, key in owned.items():

@@ -23,8 +23,8 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import pins_memory
 from hive_scale.distributed import Fragment, World
-from hive_scale.engine import Layout, StepOutput
-from hive_scale.engine.accumulation import accumulate, conclude, held_out
+from hive_scale.engine import StateSharding, StepOutput
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.optimizer import MOMENTS, adamw, set_learning_rate, zero_state
 from hive_scale.node import use_cores
@@ -39,7 +39,7 @@ _BUFFERS = next(
 )
 
 
-class NativeEngine:
+class FsdpEngine:
     """Masters and moments are float32 shards; compute is in `config.precision`, gradient reduction in float32."""
 
     def __init__(
@@ -63,7 +63,7 @@ class NativeEngine:
             self._shard(config, shard)
         self._fill(weights, "cpu" if config.offload else world.device)
         if not plain:
-            self._wake_frozen_blocks()
+            self._unshard_frozen_once()
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
@@ -74,7 +74,7 @@ class NativeEngine:
         # gradients that wait for more micro-batches wait uncut, unless each is reduced
         reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
         gradient_ranks = shard if reduces else 1
-        self.layout = Layout(4, shard, 4, gradient_ranks, 8, shard)
+        self.layout = StateSharding(4, shard, 4, gradient_ranks, 8, shard)
         self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
         if config.offload:
             use_cores(world)
@@ -109,7 +109,7 @@ class NativeEngine:
             local, offset = _local_range(parameter)
             local.copy_(weights[name].flatten()[offset : offset + local.numel()])
 
-    def _wake_frozen_blocks(self) -> None:
+    def _unshard_frozen_once(self) -> None:
         """Gather once what no forward may ever gather: FSDP2 takes accumulated gradients of every unit to exist.
 
         (torch 2.14, bf16 compute: ``'FSDPParam' object has no attribute '_unsharded_param'``.)
@@ -129,7 +129,7 @@ class NativeEngine:
     ) -> StepOutput:
         total = accumulate(self.world, micro_batches, self._run)
         norm = self._grad_norm()
-        mean, num_tokens, is_fit, voted, divisor = conclude(self.world, total, micro_batches, max_loss, votes)
+        mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
         norm = norm / divisor
         taken = is_fit and math.isfinite(norm)
         set_learning_rate(self.optimizer, lr_factor)
@@ -148,7 +148,7 @@ class NativeEngine:
         return loss.detach()
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        found = held_out(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
+        found = evaluate_batches(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what stays gathered after a forward waits for a backward
@@ -192,7 +192,7 @@ class NativeEngine:
                 if local.numel():
                     yield Fragment(name, kind, tuple(parameter.shape), offset, local)
 
-    def refresh(self, num_steps: int) -> None:
+    def after_load(self, num_steps: int) -> None:
         # compute copies are gathered from the masters anew in each forward
         self._create_moments()
         for group in self.optimizer.param_groups:

@@ -40,7 +40,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 @contextmanager
-def sitting_out(optimizer: torch.optim.AdamW) -> Iterator[None]:
+def skip_update(optimizer: torch.optim.AdamW) -> Iterator[None]:
     """Steps within change no weight, no moment and no step count, whatever the gradients are."""
     # by the mark that torch's fused kernels know from mixed precision's loss scaling
     mark: Any = optimizer

@@ -16,8 +16,8 @@ from hive_scale.model.hive import Hive
 @torch.no_grad()
 def caption_losses(model: Hive, batch: Batch, shift: int = 0) -> Tensor:
     """Negative log-likelihood (B,), in nats, of each caption given the picture `shift` places further on."""
-    visual = [feature.roll(-shift, 0) for feature in model.see(batch.pixels)]
-    hidden = model.read(visual, batch.tokens)
+    visual = [feature.roll(-shift, 0) for feature in model.encode_images(batch.pixels)]
+    hidden = model.language_forward(visual, batch.tokens)
     losses = model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids)
     samples = torch.div(batch.target_rows, batch.tokens.shape[1], rounding_mode="floor")
     return torch.zeros(len(batch)).index_add_(0, samples.cpu(), losses.cpu())

@@ -31,7 +31,7 @@ from hive_scale.data.index import Index, open_index
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader, all_shards, expand
 from hive_scale.data.transform import decode
-from hive_scale.evaluate.readers import nothing_in, rows
+from hive_scale.evaluate.readers import missing_files_error, rows
 from hive_scale.model.identity import key_of
 from hive_scale.strangers import printable
 from hive_scale.strict_json import LARGEST_LINE, loads
@@ -55,7 +55,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class ClassificationDataset:
     """A set for classification. Without a split to choose settings on, part of `train` must serve."""
 
     name: str
@@ -74,7 +74,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Known:
+class DatasetSpec:
     """How a published set says what it holds."""
 
     num_classes: int = 0  # 0: as many as are found
@@ -96,28 +96,28 @@ def _tv(name: str, key: str = "split", train: Any = "train", test: Any = "test")
 
 
 KNOWN = {
-    "cifar10": Known(10, "img", torchvision=_tv("CIFAR10", "train", True, False), source="uoft-cs/cifar10"),
-    "cifar100": Known(
+    "cifar10": DatasetSpec(10, "img", torchvision=_tv("CIFAR10", "train", True, False), source="uoft-cs/cifar10"),
+    "cifar100": DatasetSpec(
         100, "img", "fine_label", torchvision=_tv("CIFAR100", "train", True, False), source="uoft-cs/cifar100"
     ),
     # the hub's test split has no labels
-    "imagenet": Known(
+    "imagenet": DatasetSpec(
         1000, torchvision=_tv("ImageNet", test="val"), tests=("validation", "val"), source="ILSVRC/imagenet-1k"
     ),
-    "tiny_imagenet": Known(200, source="zh-plus/tiny-imagenet", tests=("valid", "validation", "val")),
-    "food101": Known(101, torchvision=_tv("Food101"), tests=("validation", "test"), source="ethz/food101"),
-    "stanford_cars": Known(196, torchvision=_tv("StanfordCars"), source="tanganke/stanford_cars"),
-    "pets": Known(37, torchvision=_tv("OxfordIIITPet", train="trainval"), source="timm/oxford-iiit-pet"),
-    "caltech256": Known(257, first=1, source="ilee0022/Caltech-256"),
-    "fashion_mnist": Known(
+    "tiny_imagenet": DatasetSpec(200, source="zh-plus/tiny-imagenet", tests=("valid", "validation", "val")),
+    "food101": DatasetSpec(101, torchvision=_tv("Food101"), tests=("validation", "test"), source="ethz/food101"),
+    "stanford_cars": DatasetSpec(196, torchvision=_tv("StanfordCars"), source="tanganke/stanford_cars"),
+    "pets": DatasetSpec(37, torchvision=_tv("OxfordIIITPet", train="trainval"), source="timm/oxford-iiit-pet"),
+    "caltech256": DatasetSpec(257, first=1, source="ilee0022/Caltech-256"),
+    "fashion_mnist": DatasetSpec(
         10, torchvision=_tv("FashionMNIST", "train", True, False), source="launchers/prepare_data.py fashion_mnist"
     ),
-    "emoji": Known(label="category", source="launchers/prepare_data.py emoji --styles all"),
-    "folder": Known(source="a folder per class, under train/ and test/"),
+    "emoji": DatasetSpec(label="category", source="launchers/prepare_data.py emoji --styles all"),
+    "folder": DatasetSpec(source="a folder per class, under train/ and test/"),
 }
 
 
-def open_labelled(name: str, root: Path) -> Labelled:
+def open_dataset(name: str, root: Path) -> ClassificationDataset:
     """The set `name` as it lies in `root`.
 
     Raises ValueError for an unknown name, files that are missing, labels out of range, and a split without pictures.
@@ -127,7 +127,7 @@ def open_labelled(name: str, root: Path) -> Labelled:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KNOWN)}"
         raise ValueError(f"there is no data set '{name}': {hint}")
     known = KNOWN[name]
-    layouts: dict[Callable[[str, Known, Path], Labelled | None], tuple[str, ...]] = {
+    layouts: dict[Callable[[str, DatasetSpec, Path], ClassificationDataset | None], tuple[str, ...]] = {
         _parquet: ("**/*.parquet",),
         # a class without pictures is counted, too
         _folders: tuple(f"{part}/{files}" for part in ("train", *known.tests) for files in ("*", "*/*")),
@@ -138,10 +138,10 @@ def open_labelled(name: str, root: Path) -> Labelled:
         if found := layout(name, known, root):
             _check_size(found, root)
             return replace(found, where=str(root.resolve()), identity=_identity(name, root, files))
-    raise nothing_in(root, "parquet files, class folders, tars or torchvision's files", known.source)
+    raise missing_files_error(root, "parquet files, class folders, tars or torchvision's files", known.source)
 
 
-def _check_size(found: Labelled, root: Path) -> None:
+def _check_size(found: ClassificationDataset, root: Path) -> None:
     """Raises ValueError for a set that nothing can be learned from or tested on: it would have a score all the same."""
     for split in (found.train, found.test, found.validation):
         if split and not split.size:
@@ -157,7 +157,7 @@ def _identity(name: str, root: Path, patterns: Sequence[str]) -> str:
     return key_of(name, sorted(held), {file: [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()})
 
 
-def _parquet(name: str, known: Known, root: Path) -> Labelled | None:
+def _parquet(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset | None:
     def split(part: str) -> Split | None:
         files = sorted(root.rglob(f"{part}-*.parquet"))
         if not files:
@@ -177,7 +177,7 @@ def _parquet(name: str, known: Known, root: Path) -> Labelled | None:
     return _assemble(name, known, split, known.num_classes, notes)
 
 
-def _folders(name: str, known: Known, root: Path) -> Labelled | None:
+def _folders(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset | None:
     if not (root / "train").is_dir():
         return None
     classes = [path.name for path in class_folders(root / "train")]
@@ -204,7 +204,7 @@ def _folders(name: str, known: Known, root: Path) -> Labelled | None:
     return _assemble(name, known, split, len(classes), notes)
 
 
-def _tars(name: str, known: Known, root: Path) -> Labelled | None:
+def _tars(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset | None:
     if not sorted(root.glob("train-*.tar")):
         return None
     cache = ShardCache(round(DataConfig().cache_gb * 1e9))
@@ -238,7 +238,7 @@ def _tars(name: str, known: Known, root: Path) -> Labelled | None:
     train, test = split("train"), split("heldout")
     if train is None or test is None:
         raise ValueError(f"{root} has no heldout-*.tar: prepare the set again")
-    return Labelled(name, len(names), train, test, None, notes=tuple(notes))
+    return ClassificationDataset(name, len(names), train, test, None, notes=tuple(notes))
 
 
 def _member(index: Index, reader: ShardReader, i: int, which: int) -> bytes:
@@ -255,7 +255,7 @@ def _label(record: bytes, name: str) -> str:
     return str(label) if isinstance(label, str | int) else ""
 
 
-def _torchvision(name: str, known: Known, root: Path) -> Labelled | None:
+def _torchvision(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset | None:
     if known.torchvision is None:
         return None
     try:
@@ -273,7 +273,7 @@ def _torchvision(name: str, known: Known, root: Path) -> Labelled | None:
 
         return _split(name, part, len(found), read)
 
-    return Labelled(name, known.num_classes, split("train", train), split("test", test), None)
+    return ClassificationDataset(name, known.num_classes, split("train", train), split("test", test), None)
 
 
 def _split(name: str, part: str, size: int, read: Read) -> Split:
@@ -298,18 +298,20 @@ def _split(name: str, part: str, size: int, read: Read) -> Split:
 
 
 def _assemble(
-    name: str, known: Known, split: Callable[[str], Split | None], num_classes: int, notes: Sequence[str]
-) -> Labelled | None:
+    name: str, known: DatasetSpec, split: Callable[[str], Split | None], num_classes: int, notes: Sequence[str]
+) -> ClassificationDataset | None:
     train = split("train")
     if train is None:
         return None
     found = [one for part in known.tests if (one := split(part))]
     if not found:
         raise ValueError(f"{name}: there is a train split, but none of {', '.join(known.tests)}; see {known.source}")
-    return Labelled(name, num_classes, train, found[0], found[1] if len(found) > 1 else None, notes=tuple(notes))
+    return ClassificationDataset(
+        name, num_classes, train, found[0], found[1] if len(found) > 1 else None, notes=tuple(notes)
+    )
 
 
-def _labels(name: str, part: str, found: Sequence[Any], known: Known) -> list[Any]:
+def _labels(name: str, part: str, found: Sequence[Any], known: DatasetSpec) -> list[Any]:
     """Labels from 0, None where there is none. Raises ValueError for one out of range: it is another set."""
     for place, label in enumerate(found):
         if label is not None and not (isinstance(label, int) and 0 <= label - known.first < known.num_classes):

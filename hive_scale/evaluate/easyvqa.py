@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import plain_normal
-from hive_scale.evaluate.readers import beside, nothing_in, published_at, read_json
+from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json
 from hive_scale.evaluate.vqa_types import Answered, Question, Task
 
 SOURCE = "the PyPI package easy-vqa (launchers/prepare_data.py easy_vqa)"
@@ -17,10 +17,10 @@ def read(folder: Path) -> list[Question]:
     """The package's own layout: test/questions.json, [question, answer, picture number] each, and test/images/."""
     path = folder / "test" / "questions.json"
     if not path.is_file():
-        raise nothing_in(folder, "test/questions.json", SOURCE)
+        raise missing_files_error(folder, "test/questions.json", SOURCE)
     images = path.parent / "images"
     return [
-        Question(str(place), one[0] + SHORT, beside(images / f"{one[2]}.png"), {"answer": one[1]})
+        Question(str(place), one[0] + SHORT, image_file(images / f"{one[2]}.png"), {"answer": one[1]})
         for place, one in enumerate(read_json(path))
     ]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hive_scale.config import ImageMode
-from hive_scale.data.feature_store import FORMAT, open_kept, parts, settle
+from hive_scale.data.feature_store import FORMAT, open_feature_store, parts, settle
 from hive_scale.data.transform import VERSION, augmented, fitted
 from hive_scale.data.workers import worker_options
 from hive_scale.distributed import World
@@ -135,7 +135,7 @@ class Cache:
         self.source, self._told = source, False
         path = folder / f"{split.name}-{key_of(FORMAT, encoder.identity, VERSION, data, split.size)}"
         shape = 1, encoder.num_tokens, encoder.width
-        self.features, missing = open_kept(world, path, numbers, split.size, shape, torch.float16)
+        self.features, missing = open_feature_store(world, path, numbers, split.size, shape, torch.float16)
         groups = parts(missing, AT_ONCE)[world.rank :: world.size]
         settle(world, self.features, self._complete(groups))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import plain_normal
-from hive_scale.evaluate.readers import beside, nothing_in, published_at, read_json, rows
+from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json, rows
 from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/GQA or https://cs.stanford.edu/people/dorarad/gqa"
@@ -26,9 +26,9 @@ def read(folder: Path) -> list[Question]:
     official = folder / "testdev_balanced_questions.json"
     if not official.is_file():
         wanted = "testdev_balanced_instructions/*.parquet or testdev_balanced_questions.json"
-        raise nothing_in(folder, wanted, SOURCE)
+        raise missing_files_error(folder, wanted, SOURCE)
     return [
-        _question(id, item["question"], item["answer"], beside(folder / "images" / f"{item['imageId']}.jpg"))
+        _question(id, item["question"], item["answer"], image_file(folder / "images" / f"{item['imageId']}.jpg"))
         for id, item in read_json(official).items()
     ]
 

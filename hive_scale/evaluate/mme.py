@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import yes_or_no
-from hive_scale.evaluate.readers import beside, nothing_in, pictures_by_stem, published_at, rows
+from hive_scale.evaluate.readers import image_file, missing_files_error, pictures_by_stem, published_at, rows
 from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 from hive_scale.strangers import MB, read_bytes
 
@@ -34,7 +34,7 @@ def read(folder: Path) -> list[Question]:
     for category in (*PERCEPTION, *COGNITION):
         questions += _release(folder / category, category, len(questions))
     if not questions:
-        raise nothing_in(folder, "test-*.parquet or a folder per subtask, such as existence/,", SOURCE)
+        raise missing_files_error(folder, "test-*.parquet or a folder per subtask, such as existence/,", SOURCE)
     return questions
 
 
@@ -48,7 +48,7 @@ def _release(folder: Path, category: str, start: int) -> list[Question]:
         for line in _text(path).splitlines():
             if line.strip():
                 asked, _, answer = line.rpartition("\t")
-                picture = beside(pictures[path.stem])
+                picture = image_file(pictures[path.stem])
                 name = f"{category}/{pictures[path.stem].name}"
                 questions.append(_question(category, name, asked, answer, picture, start + len(questions)))
     return questions

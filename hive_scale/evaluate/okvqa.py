@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import vqa_normal
-from hive_scale.evaluate.readers import beside, nothing_in, published_at, read_json, rows
+from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json, rows
 from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/OK-VQA or https://okvqa.allenai.org"
@@ -24,7 +24,7 @@ def read(folder: Path) -> list[Question]:
         return [_question(row["question_id"], row["question"], row["answers"], row["picture"]) for row in found]
     for name in (ASKED, ANSWERED):
         if not (folder / name).is_file():
-            raise nothing_in(folder, f"val2014-*.parquet or {name}", SOURCE)
+            raise missing_files_error(folder, f"val2014-*.parquet or {name}", SOURCE)
     answers = {
         item["question_id"]: [one["answer"] for one in item["answers"]]
         for item in read_json(folder / ANSWERED)["annotations"]
@@ -34,7 +34,7 @@ def read(folder: Path) -> list[Question]:
         id = item["question_id"]
         if id not in answers:
             raise ValueError(f"{ANSWERED} has no answers to question {id} of {ASKED}: take both from one release")
-        picture = beside(folder / "val2014" / f"COCO_val2014_{item['image_id']:012d}.jpg")
+        picture = image_file(folder / "val2014" / f"COCO_val2014_{item['image_id']:012d}.jpg")
         questions.append(_question(id, item["question"], answers[id], picture))
     return questions
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from hive_scale import strict_json
 from hive_scale.data.feature_store import DiskError
 from hive_scale.distributed import World
-from hive_scale.evaluate.classification_datasets import Labelled, Split
+from hive_scale.evaluate.classification_datasets import ClassificationDataset, Split
 from hive_scale.evaluate.encoder import AT_ONCE, Cache, Encoder, Numbers, Source, cut
-from hive_scale.evaluate.probes import Grid, Kind, Recipe, nearest_neighbours
+from hive_scale.evaluate.probes import Kind, ProbeGrid, Recipe, nearest_neighbours
 from hive_scale.evaluate.readers import write_json
 from hive_scale.model.identity import key_of
 from hive_scale.strict_json import dumps
@@ -30,7 +30,7 @@ HELD_BACK = 0.1  # share of the training pictures on which rates are chosen, whe
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProbeConfig:
     """What is asked of the encoder."""
 
     kinds: tuple[Kind, ...]
@@ -42,10 +42,12 @@ class Plan:
     workers: int = 0
 
 
-class Bench:
+class ProbeRunner:
     """One encoder on one labelled set."""
 
-    def __init__(self, encoder: Encoder, data: Labelled, plan: Plan, world: World, cache: Path) -> None:
+    def __init__(
+        self, encoder: Encoder, data: ClassificationDataset, plan: ProbeConfig, world: World, cache: Path
+    ) -> None:
         self.encoder, self.data, self.plan, self.world = encoder, data, plan, world
         order = np.random.default_rng(0).permutation(data.train.size)  # the same parts for every encoder and seed
         order = order[: plan.limit] if plan.limit else order
@@ -85,10 +87,10 @@ class Bench:
         self._train(grids, self.whole, seed, lambda text: say(f"{text}, at the rates chosen"))
         return {kind: {"accuracy": self._test(one)[0], **best[kind]} for kind, one in zip(kinds, grids, strict=True)}
 
-    def _grid(self, kinds: Sequence[Kind], recipe: Recipe, seed: int) -> Grid:
-        return Grid(kinds, self.encoder.width, self.data.num_classes, recipe, seed, self.world)
+    def _grid(self, kinds: Sequence[Kind], recipe: Recipe, seed: int) -> ProbeGrid:
+        return ProbeGrid(kinds, self.encoder.width, self.data.num_classes, recipe, seed, self.world)
 
-    def _train(self, grids: list[Grid], part: Numbers, seed: int, say: Callable[[str], Any]) -> list[Grid]:
+    def _train(self, grids: list[ProbeGrid], part: Numbers, seed: int, say: Callable[[str], Any]) -> list[ProbeGrid]:
         """`grids`, trained on those of the training pictures."""
         recipe, world = self.plan.recipe, self.world
         batch = min(recipe.batch, len(part))
@@ -123,14 +125,14 @@ class Bench:
                     logger.warning("%s: %s. The encoder sees each picture again each time", self.cache, error)
         return self._sources[split.name]
 
-    def _share_right(self, grid: Grid, split: Split, part: Numbers) -> list[float]:
+    def _share_right(self, grid: ProbeGrid, split: Split, part: Numbers) -> list[float]:
         """Percent of the pictures that each probe of the grid classifies rightly."""
         right = torch.zeros(len(grid.keys), device=self.world.device)
         for features, labels in self._source(split).batches(cut(part[self.world.rank :: self.world.size], AT_ONCE)):
             right += grid.right(features, labels)
         return [100.0 * one / max(1, len(part)) for one in self.world.sum(*right.tolist())]
 
-    def _test(self, grid: Grid) -> list[float]:
+    def _test(self, grid: ProbeGrid) -> list[float]:
         return self._share_right(grid, self.data.test, np.arange(self.data.test.size))
 
     def _vote(self) -> float:
@@ -186,11 +188,11 @@ def summarise(seeds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"mean": statistics.mean(accuracies), "deviation": deviation, "seeds": list(seeds)}
 
 
-def save(path: Path, plan: Plan, encoder: Encoder, data: Labelled, results: dict[str, Any]) -> None:
+def save(path: Path, plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset, results: dict[str, Any]) -> None:
     write_json(path, {**_made_of(plan, encoder, data), "results": results})
 
 
-def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any] | None:
+def read_results(path: Path, plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset) -> dict[str, Any] | None:
     """What `save` wrote, or None: there is nothing, or it is of another plan, set or encoder."""
     try:
         content: dict[str, Any] = strict_json.read(path)
@@ -200,7 +202,7 @@ def read_results(path: Path, plan: Plan, encoder: Encoder, data: Labelled) -> di
     return results if content == _made_of(plan, encoder, data) else None
 
 
-def _made_of(plan: Plan, encoder: Encoder, data: Labelled) -> dict[str, Any]:
+def _made_of(plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset) -> dict[str, Any]:
     """As it comes back from a file."""
     asked = {name: value for name, value in asdict(plan).items() if name != "workers"}
     what = {"set": data.where, "plan": asked, "key": key_of(encoder.identity, data.name, data.identity)}

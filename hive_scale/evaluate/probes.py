@@ -90,7 +90,7 @@ class AttentiveProbe(nn.Module):
 PROBES: dict[Kind, type[LinearProbe] | type[AttentiveProbe]] = {"attentive": AttentiveProbe, "linear": LinearProbe}
 
 
-class Grid:
+class ProbeGrid:
     """One probe for each kind and learning rate, all trained on the same features, each as if it were alone."""
 
     def __init__(

@@ -103,7 +103,7 @@ def _group(path: Path, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).combine_chunks()
 
 
-def beside(path: Path) -> Picture:
+def image_file(path: Path) -> Picture:
     """The picture at `path`. Raises ValueError if there is none, at once."""
     if not path.is_file():
         raise ValueError(f"there is no picture {path}: unpack the task's pictures there")
@@ -128,7 +128,7 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, dumps(value, indent=1) + "\n")
 
 
-def nothing_in(folder: Path, wanted: str, source: str) -> ValueError:
+def missing_files_error(folder: Path, wanted: str, source: str) -> ValueError:
     """The error of a folder that holds none of a task's layouts."""
     held = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
     what = f"it holds {', '.join(held)}" if held else "it is empty" if folder.is_dir() else "there is no such folder"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hive_scale.evaluate.answer_parsing import choice_letter
-from hive_scale.evaluate.readers import beside, nothing_in, published_at, read_json, rows
+from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json, rows
 from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/ScienceQA or https://scienceqa.github.io"
@@ -27,11 +27,11 @@ def read(folder: Path) -> list[Question]:
         ]
     for name in ("problems.json", "pid_splits.json"):
         if not (folder / name).is_file():
-            raise nothing_in(folder, f"ScienceQA-FULL/test-*.parquet or {name}", SOURCE)
+            raise missing_files_error(folder, f"ScienceQA-FULL/test-*.parquet or {name}", SOURCE)
     problems, questions = read_json(folder / "problems.json"), []
     for id in read_json(folder / "pid_splits.json")["test"]:
         item = problems[id]
-        picture = beside(folder / "images" / "test" / id / item["image"]) if item["image"] else None
+        picture = image_file(folder / "images" / "test" / id / item["image"]) if item["image"] else None
         questions.append(_question(id, item["question"], item["choices"], item["answer"], item["hint"], picture))
     return questions
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hive_scale import checksums, strict_json
 from hive_scale.checkpoint.io import published
 from hive_scale.checkpoint.run_reader import Run
-from hive_scale.checkpoint.stage_files import Source
+from hive_scale.checkpoint.stage_files import LazyTensor
 from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
 from hive_scale.config import Config, ModelConfig, PartConfig
 from hive_scale.data.tokenizer import open_tokenizer
@@ -47,7 +47,7 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
 
 def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """A whole HIVE, with tokenizer and image processor, for `from_pretrained`; one tensor at a time is held."""
-    model = build.spelled_out(config.model)
+    model = build.with_full_configs(config.model)
     content = {"model_type": "hive", "code": code_version(), "model": asdict(model)}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(dumps(content, indent=2))
@@ -68,14 +68,14 @@ def from_pretrained(path: Path) -> Hive:
         model = ModelConfig(**(fields | parts))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
-    return build.materialise(model, read_weights(path, sealed=checksums.is_listed(path)))
+    return build.load_model(model, read_weights(path, checksummed=checksums.is_listed(path)))
 
 
-def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, Source]:
+def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, LazyTensor]:
     def read(name: str) -> Tensor:
         return weights[name].to(dtype)
 
-    return {name: Source(dtype, weights.shape(name), partial(read, name)) for name in weights}
+    return {name: LazyTensor(dtype, weights.shape(name), partial(read, name)) for name in weights}
 
 
 def _tokenizer(config: Config) -> Any:

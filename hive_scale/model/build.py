@@ -43,7 +43,7 @@ T = TypeVar("T")
 NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
-def skeleton(config: ModelConfig) -> Hive:
+def meta_model(config: ModelConfig) -> Hive:
     """The model with parameters on the meta device and real buffers: names, shapes and counts for free."""
     vision, language = vision_config(config.vision), language_config(config.language)
     model = on_meta(lambda: Hive(_vision_from(vision), _language_from(language), config))
@@ -57,7 +57,7 @@ def on_meta(make: Callable[[], T]) -> T:
         return make()
 
 
-def assemble(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Tensor]] = NOTHING) -> Hive:
+def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Tensor]] = NOTHING) -> Hive:
     """The model a first stage starts from, float32 on the CPU: pretrained parts, the rest drawn from `seed`.
 
     `given` holds tensors by name of "vision", "language" or "connector" where their path is no Hugging Face
@@ -69,25 +69,27 @@ def assemble(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Te
             _check_function(made, part, role, offline=False)  # the weights are about to be fetched, too
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = pretrained.part(_vision_class(vision), config.vision.path, vision, given.get("vision"))
-        llm = pretrained.part(_language_class(language), config.language.path, language, given.get("language"))
+        tower = pretrained.load_pretrained(_vision_class(vision), config.vision.path, vision, given.get("vision"))
+        llm = pretrained.load_pretrained(
+            _language_class(language), config.language.path, language, given.get("language")
+        )
         model = Hive(tower or _vision_from(vision), llm or _language_from(language), config)
     if "connector" in given:
-        pretrained.connect(model, given["connector"], config.connector)
+        pretrained.load_connector(model, given["connector"], config.connector)
     return model
 
 
-def materialise(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
+def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
     """The whole model on the CPU, for use without an engine, filled from `weights` by name."""
-    model = skeleton(config).eval()
+    model = meta_model(config).eval()
     model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, strict=False, assign=True)
     model.language.tie_weights()
     return model
 
 
-def eyes(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Hive:
+def encoder_only(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Hive:
     """The model with its encoder alone filled, from `weights` by name, ready to `encode` on `device`."""
-    model = skeleton(config).eval()
+    model = meta_model(config).eval()
     names = [name for name, _ in model.vision.named_parameters()]
     model.vision.load_state_dict({name: weights[f"vision.{name}"] for name in names}, strict=False, assign=True)
     model.vision.to(device, dtype).requires_grad_(False)
@@ -95,7 +97,7 @@ def eyes(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.devic
     return model
 
 
-def spelled_out(config: ModelConfig) -> ModelConfig:
+def with_full_configs(config: ModelConfig) -> ModelConfig:
     """The same model with its parts' configs in full: it needs no directory of theirs any more."""
     vision = PartConfig(config=_fields(vision_config(config.vision)))
     return replace(config, vision=vision, language=PartConfig(config=_fields(language_config(config.language))))
@@ -107,7 +109,7 @@ def open_encoder(path: Path) -> nn.Module:
     Raises ValueError for another architecture, and for weights that do not fill it or are not finite.
     """
     vision = vision_config(PartConfig(path=str(path)))
-    tower = pretrained.part(_vision_class(vision), str(path), vision, None)
+    tower = pretrained.load_pretrained(_vision_class(vision), str(path), vision, None)
     assert tower is not None
     pretrained.check_finite(tower, path)
     return tower.eval()

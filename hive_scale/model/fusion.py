@@ -51,28 +51,28 @@ class Fusion(nn.Module):
         self.depths = tuple(depths)
         self.layers = nn.ModuleList()
 
-    def enter(
+    def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
     ) -> tuple[Tensor, Context]:
         """The hidden states (B, N, D) that the first layer sees, and the context of all layers."""
         positions = torch.arange(text_BTD.shape[1], device=text_BTD.device)[None]
         return text_BTD, Context(visual, has_image, positions, slots)
 
-    def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+    def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         """Hidden states for host layer `depth`, and the keyword arguments of its attention (`attention.attend`)."""
         return hidden_BND, {"attention_mask": context.mask}
 
-    def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
+    def finish(self, hidden_BND: Tensor, context: Context) -> Tensor:
         """Of the last hidden states those that predict the text's next tokens, (B, T, D)."""
         return hidden_BND
 
-    def weights(
+    def attention_weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """(B, heads, T, V): what the attention of each row in layer `depth` gives to each patch."""
         raise NotImplementedError
 
-    def remember(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+    def visual_kv(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         """Keys and values of each fused layer for texts about images `picture_of`: all that later tokens need."""
         return []
 
@@ -80,7 +80,7 @@ class Fusion(nn.Module):
         """How many visual keys the attention of host layer `depth` has before those of the stream."""
         return 0
 
-    def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         """The context of one more token a text, at its text's `position`, which attends where `seen` is True.
 
         `seen` is over the text's keys, those so far and, False, those to come; `context` is what `enter` gave for
@@ -109,7 +109,7 @@ class CrossAttentionLayer(nn.Module):
         self.k_norm = _head_norm(attention, "k_norm", qk_norm)
         self.gate = nn.Parameter(torch.zeros(1, device=attention.o_proj.weight.device))
 
-    def remember(self, visual_BVD: Tensor) -> KeyValue:
+    def visual_kv(self, visual_BVD: Tensor) -> KeyValue:
         normed = self.norm(visual_BVD)
         key = self.k_norm(_heads(self.k_proj(normed), self.head_dim))
         return key, _heads(self.v_proj(normed), self.head_dim)
@@ -121,7 +121,7 @@ class CrossAttentionLayer(nn.Module):
         has_image: Tensor | None = None,
         memory: KeyValue | None = None,
     ) -> Tensor:
-        key, value = memory or self.remember(visual_BVD)
+        key, value = memory or self.visual_kv(visual_BVD)
         query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         mixed = scaled_dot_product(query, key, value)
         update = torch.tanh(self.gate) * self.o_proj(mixed.transpose(1, 2).flatten(2))
@@ -130,7 +130,7 @@ class CrossAttentionLayer(nn.Module):
         fused: Tensor = hidden_BTD + update
         return fused
 
-    def weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
+    def attention_weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
         query = self.q_norm(_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
         return softmax_scores(query, key, None)
@@ -141,19 +141,19 @@ class CrossAttention(Fusion):
         super().__init__(depths)
         self.layers.extend(CrossAttentionLayer(hosts[depth], config.qk_norm) for depth in depths)
 
-    def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+    def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth in self.depths:
             index = self.depths.index(depth)
             memory = context.memory[index] if context.memory else None
             hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image, memory)
         return hidden_BND, {"attention_mask": context.mask}
 
-    def remember(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+    def visual_kv(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         layers: Any = self.layers
-        made = (layer.remember(one) for layer, one in zip(layers, visual, strict=True))
+        made = (layer.visual_kv(one) for layer, one in zip(layers, visual, strict=True))
         return [(key[picture_of_B], value[picture_of_B]) for key, value in made]
 
-    def weights(
+    def attention_weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         index = self.depths.index(depth)
@@ -211,7 +211,7 @@ class JointAttention(Fusion):
         self.grid = config.positions == "grid"
         self.layers.extend(VisualKeyValue(hosts[depth], rotary, config) for depth in depths)
 
-    def enter(
+    def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
     ) -> tuple[Tensor, Context]:
         num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
@@ -227,14 +227,14 @@ class JointAttention(Fusion):
         positions = _text_positions(length, extent, has_image, slots, device)
         return text_BTD, Context(visual, has_image, positions, slots, mask)
 
-    def fuse(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+    def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth not in self.depths:
             return hidden_BND, {"attention_mask": context.text_mask}
         index = self.depths.index(depth)
         memory = context.memory[index] if context.memory else self.layers[index](context.visual[index], context.slots)
         return hidden_BND, {"attention_mask": context.mask, "visual": memory}
 
-    def remember(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+    def visual_kv(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         layers: Any = self.layers
         made = ((layer, *layer(one)) for layer, one in zip(layers, visual, strict=True))
         return [(layer.move(key[picture_of_B], slots), value[picture_of_B]) for layer, key, value in made]
@@ -242,7 +242,7 @@ class JointAttention(Fusion):
     def num_beside(self, depth: int, context: Context) -> int:
         return context.visual[0].shape[1] if depth in self.depths else 0
 
-    def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         num_visual = context.visual[0].shape[1]
         extent = _side(num_visual) if self.grid else num_visual
         pictured = _pictured(context, seen_BN)
@@ -254,10 +254,10 @@ class JointAttention(Fusion):
             text_mask=seen_BN[:, None, None],
         )
 
-    def weights(
+    def attention_weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        weights = _host_weights(host, rotary, *self.fuse(depth, hidden_BND, context))
+        weights = _host_weights(host, rotary, *self.before_layer(depth, hidden_BND, context))
         return weights[..., : context.visual[0].shape[1]]
 
 
@@ -267,7 +267,7 @@ class Concat(Fusion):
     def __init__(self) -> None:
         super().__init__(())
 
-    def enter(
+    def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
     ) -> tuple[Tensor, Context]:
         num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
@@ -282,20 +282,20 @@ class Concat(Fusion):
         mask = causal(hidden.shape[1], device) & _seen(torch.ones_like(text, dtype=torch.bool), context)[:, None]
         return hidden, replace(context, mask=mask[:, None])
 
-    def leave(self, hidden_BND: Tensor, context: Context) -> Tensor:
+    def finish(self, hidden_BND: Tensor, context: Context) -> Tensor:
         if context.has_image is None and context.slots is None:
             return hidden_BND[:, context.visual[0].shape[1] :]  # the start token's row is the last visual token's
         return hidden_BND.take_along_dim(self._rows(hidden_BND, context)[:, :, None], dim=1)
 
-    def weights(
+    def attention_weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        seen = _host_weights(host, rotary, *self.fuse(depth, hidden_BND, context))
+        seen = _host_weights(host, rotary, *self.before_layer(depth, hidden_BND, context))
         seen = seen.take_along_dim(self._rows(hidden_BND, context)[:, None, :, None], dim=2)
         places = _column(context.slots, seen.device) + torch.arange(context.visual[0].shape[1], device=seen.device)
         return seen.take_along_dim(places[:, None, None], dim=3)
 
-    def follow(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `enter` was given
         mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
         shift = context.visual[0].shape[1] * _pictured(context, seen_BN)

@@ -35,13 +35,13 @@ class Decoder:
         ``slots[b]`` tokens come before it; None: one.
         """
         self.model, self.slots = model, slots_B
-        seen = model.see(pixels_PCHW)
-        self.memory = model.fusion.remember(seen, picture_of_B, slots_B)
+        seen = model.encode_images(pixels_PCHW)
+        self.memory = model.fusion.visual_kv(seen, picture_of_B, slots_B)
         # what has become keys and values is not read any more, but for its shape
         self.visual = [one[picture_of_B] if not self.memory else one[:1] for one in seen]
         self.has_image = None if bool(has_image_B.all()) else has_image_B
 
-    def begin(self, tokens_BT: Tensor, lengths_B: Tensor, room: int) -> Tensor:
+    def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, room: int) -> Tensor:
         """Run the texts, of which the first ``lengths[b]`` tokens count: by causality the others change nothing.
 
         `room` is for the tokens to come, of which there may be fewer: keys and values have one place in memory from
@@ -49,19 +49,19 @@ class Decoder:
         """
         self.lengths, self.width, self.room, self.made = lengths_B, tokens_BT.shape[1], room, 0
         text = self.model.language.model.embed_tokens(tokens_BT)
-        hidden, context = self.model.fusion.enter(text, self.visual, self.has_image, self.slots)
+        hidden, context = self.model.fusion.prepare(text, self.visual, self.has_image, self.slots)
         self.context = replace(context, memory=self.memory or None)
         self.cache = self._cache(hidden.shape[1])
-        texts = self.model.fusion.leave(self._run(hidden, self.context), self.context)
+        texts = self.model.fusion.finish(self._run(hidden, self.context), self.context)
         return self.model.logits(texts[torch.arange(len(texts), device=texts.device), lengths_B - 1])
 
-    def go_on(self, tokens_B: Tensor) -> Tensor:
+    def decode_step(self, tokens_B: Tensor) -> Tensor:
         """Run one more token of each text. Raises ValueError if there is no more room."""
         if self.made == self.room:
             raise ValueError(f"the decoder has room for {self.room} tokens: begin it with more")
         place = torch.arange(self.width + self.room, device=tokens_B.device)
         seen = (place < self.lengths[:, None]) | ((place >= self.width) & (place <= self.width + self.made))
-        context = self.model.fusion.follow(self.context, (self.lengths + self.made)[:, None], seen)
+        context = self.model.fusion.decode_context(self.context, (self.lengths + self.made)[:, None], seen)
         self.made += 1
         hidden = self.model.language.model.embed_tokens(tokens_B[:, None])
         return self.model.logits(self._run(hidden, context)[:, 0])
@@ -76,7 +76,7 @@ class Decoder:
         is_first = not self.made
         rotary = self.model.language.model.rotary_emb(hidden, context.positions)
         for depth, layer in enumerate(self.model.language.model.layers):
-            hidden, attention = self.model.fusion.fuse(depth, hidden, context)
+            hidden, attention = self.model.fusion.before_layer(depth, hidden, context)
             if not is_first:
                 attention.pop("visual", None)  # the cache has them, before the text's
             given = {"text_cache": self.cache, "is_first": is_first, **attention}
@@ -113,10 +113,10 @@ def generate(
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     slot = None if slots is None else torch.tensor(slots, device=device)
     decoder = Decoder(model, pixels_PCHW, picture, has_image, slot)
-    following = decoder.begin(tokens.to(device), lengths, room=max_tokens - 1).argmax(-1)
+    following = decoder.prefill(tokens.to(device), lengths, room=max_tokens - 1).argmax(-1)
     written, ended = [following], torch.isin(following, end)
     while len(written) < max_tokens and not (len(written) % LOOK == 0 and ended.all()):
-        following = decoder.go_on(following).argmax(-1)
+        following = decoder.decode_step(following).argmax(-1)
         written.append(following)
         ended |= torch.isin(following, end)
     rows = torch.stack(written, dim=1).tolist()

@@ -74,15 +74,15 @@ class Hive(nn.Module):
     ) -> Tensor:
         """Sum of the token losses (paper eq. 1), a float32 scalar, in nats.
 
-        Args: `pixels` as `see` takes them; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
+        Args: `pixels` as `encode_images` takes them; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
         that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has a picture; `image_slots` int
         (B,), the number of text tokens before each image, None when that is 1 everywhere.
         """
-        visual = self.see(pixels)
-        hidden = self.read(visual, tokens, has_image, image_slots)
+        visual = self.encode_images(pixels)
+        hidden = self.language_forward(visual, tokens, has_image, image_slots)
         return self.token_loss(hidden.flatten(0, 1)[target_rows], target_ids).sum()
 
-    def see(self, pixels: Tensor) -> list[Tensor]:
+    def encode_images(self, pixels: Tensor) -> list[Tensor]:
         """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2).
 
         `pixels` are uint8 (B, 3, H, W), or the features that were kept of them, (B, S, V, C) of S selected depths.
@@ -106,7 +106,7 @@ class Hive(nn.Module):
     def _project(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [project(feature) for project, feature in zip(self.projector, features, strict=True)]
 
-    def read(
+    def language_forward(
         self,
         visual: Sequence[Tensor],
         tokens_BT: Tensor,
@@ -115,33 +115,33 @@ class Hive(nn.Module):
     ) -> Tensor:
         """Last hidden states (B, T, D), before the final norm: row i predicts the text's token i + 1."""
         text = self.language.model.embed_tokens(tokens_BT)
-        hidden, context = self.fusion.enter(text, visual, has_image, image_slots)
+        hidden, context = self.fusion.prepare(text, visual, has_image, image_slots)
         rotary = self.language.model.rotary_emb(hidden, context.positions)
         for depth, layer in enumerate(self.language.model.layers):
-            hidden, given = self.fusion.fuse(depth, hidden, context)
+            hidden, given = self.fusion.before_layer(depth, hidden, context)
             hidden = layer(hidden, position_embeddings=rotary, **given)
-        return self.fusion.leave(hidden, context)
+        return self.fusion.finish(hidden, context)
 
     def attention(
         self, visual: Sequence[Tensor], tokens_BT: Tensor, depths: Sequence[int], has_image: Tensor | None = None
     ) -> dict[int, Tensor]:
         """Weights (B, heads, T, V) that each text token gives to each patch, in those LLM layers.
 
-        What `read` computes, by the same fused kernels, which return no weights; those asked for are computed
-        beside it. In `cross_attention` a row sums to 1; elsewhere the text takes its part of the softmax.
+        `language_forward` uses fused kernels, which return no weights; those asked for are computed beside the same
+        forward. In `cross_attention` a row sums to 1; elsewhere the text takes its part of the softmax.
         """
         text = self.language.model.embed_tokens(tokens_BT)
-        hidden, context = self.fusion.enter(text, visual, has_image)
+        hidden, context = self.fusion.prepare(text, visual, has_image)
         rotary = self.language.model.rotary_emb(hidden, context.positions)
         weights = {}
         for depth, layer in enumerate(self.language.model.layers):
             if depth in depths:
-                weights[depth] = self.fusion.weights(depth, hidden, context, layer, rotary)
-            hidden, given = self.fusion.fuse(depth, hidden, context)
+                weights[depth] = self.fusion.attention_weights(depth, hidden, context, layer, rotary)
+            hidden, given = self.fusion.before_layer(depth, hidden, context)
             hidden = layer(hidden, position_embeddings=rotary, **given)
         return weights
 
-    def looking_layers(self) -> tuple[int, ...]:
+    def visual_layers(self) -> tuple[int, ...]:
         """The LLM layers in which text attends to patches."""
         return self.fusion.depths or tuple(range(len(self.language.model.layers)))
 
@@ -165,7 +165,7 @@ class Hive(nn.Module):
         """(S, V, C) of one picture's features: depths, visual tokens, the encoder's width."""
         return len(self.encoder_depths), self.num_patches, self.vision.config.hidden_size
 
-    def dormant(self) -> set[str]:
+    def unused_parameters(self) -> set[str]:
         """Names of parameters that the forward never reads: encoder blocks above the deepest depth, its head."""
         names = (name for name, _ in self.vision.named_parameters())
         return {f"vision.{name}" for name in names if not reached(name, self.encoder_depths)}

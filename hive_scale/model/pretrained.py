@@ -24,11 +24,13 @@ def quiet() -> None:
     set_verbosity_error()  # type: ignore[no-untyped-call]  # its table of differences: ours is a line
 
 
-def part(kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Tensor] | None) -> nn.Module | None:
+def load_pretrained(
+    kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Tensor] | None
+) -> nn.Module | None:
     """A model of class `kind` with the weights of a Hugging Face `path`, or with those `given`; None without a path.
 
-    Raises ValueError that names what is missing or of another shape, and Damaged for a directory of ours whose files
-    are not what was written.
+    Raises ValueError that names what is missing or of another shape, and CorruptFile for a directory of ours whose
+    files are not what was written.
     """
     if not path:
         return None
@@ -58,7 +60,7 @@ def check_finite(model: nn.Module, path: str | Path) -> None:
         raise ValueError(f"the weights of {path} are not finite: {_some(spoiled)}: give sound ones")
 
 
-def connect(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
+def load_connector(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
     """Fill projectors and fusion layers. Raises ValueError that names what is missing or of another shape."""
     wanted = {name: p for name, p in model.named_parameters() if name.startswith(("projector.", "fusion."))}
     both = wanted.keys() & given.keys()

@@ -31,11 +31,11 @@ class Goodput:
             self._before["down"] += max(0.0, time.time() - timer.age - lines[-1].get("time", time.time()))
         self._forget(lines, done_steps)
 
-    def go_back(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
+    def rollback(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
         """What `lines` tell of the steps after `step` was in vain."""
         self._forget(lines, step)
 
-    def leave_out(self, seconds: float) -> None:
+    def skip_batch(self, seconds: float) -> None:
         """So many seconds went into a step that was not taken."""
         self._move(seconds, "lost")
         self.lost_steps += 1
@@ -105,7 +105,7 @@ ENOUGH = 20  # steps before anything is said: the first ones wait for workers to
 TOO_MUCH = 0.2  # of the time
 
 
-class Starvation:
+class DataStall:
     """Ranks keep step, so whoever waits longest holds up all."""
 
     def __init__(self, workers: int) -> None:

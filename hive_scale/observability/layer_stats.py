@@ -14,7 +14,7 @@ from hive_scale.distributed import Fragment, World
 GATE = ".gate"
 
 
-def gauge(
+def layer_grad_rms(
     model: nn.Module,
     fragments: Iterable[Fragment],
     step: int,

@@ -24,7 +24,7 @@ RECORD = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?:WARNING|ERROR|CRITICAL) (.*)")
 
 
 @contextmanager
-def hushed(
+def capture_library_logs(
     folder: Path,
     world: World,
     level: str = "warning",

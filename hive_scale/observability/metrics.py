@@ -145,7 +145,7 @@ def rewrite(path: Path, lines: Iterable[Line]) -> None:
     write_text(path, "".join(dumps(line) + "\n" for line in lines))
 
 
-class Follower:
+class MetricsTail:
     """New lines of a metrics file that another process writes, or replaces by one that ends sooner."""
 
     def __init__(self, path: Path) -> None:

@@ -11,7 +11,7 @@ from hive_scale.device import peaks
 from hive_scale.distributed import World
 
 
-def tell(world: World, waited: float) -> list[float]:
+def rank_report(world: World, waited: float) -> list[float]:
     """A row for every rank, one after the other; only this rank's is not zero. `waited` is in seconds."""
     own = [waited, *peaks(world.device).values()]
     rows = [[0.0] * len(own) for _ in range(world.size)]
@@ -19,7 +19,7 @@ def tell(world: World, waited: float) -> list[float]:
     return [value for row in rows for value in row]
 
 
-def hear(told: Sequence[float], world: World) -> tuple[list[float], dict[str, float]]:
+def read_reports(told: Sequence[float], world: World) -> tuple[list[float], dict[str, float]]:
     """From the sum of what all have told: waits by rank, in seconds, and for metrics the fullest ranks' memory."""
     names = ["waited", *peaks(world.device)]
     columns = {name: list(told[place :: len(names)]) for place, name in enumerate(names)}

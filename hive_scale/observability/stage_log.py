@@ -17,7 +17,7 @@ from hive_scale.distributed import World
 from hive_scale.observability.console import StageView, console
 from hive_scale.observability.logging_setup import tell_others
 from hive_scale.observability.metrics import SCHEMA, numbers, read_metrics, rewrite
-from hive_scale.observability.trackers import open_mirrors
+from hive_scale.observability.trackers import open_trackers
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class StageLog(AbstractContextManager["StageLog"]):
         self._restarts = before[-1].get("restarts", 0) + 1 if before else 0
         self._samples = int(kept[-1].get("samples", 0)) if kept else 0
         self._view = StageView(stage_dir.name, num_steps, done_steps)
-        self._mirrors = open_mirrors(config, stage_dir.parent, stage_dir.name, done_steps)
+        self._mirrors = open_trackers(config, stage_dir.parent, stage_dir.name, done_steps)
         self._file = self._path.open("ab", buffering=0)
         self._is_cut = False  # whether the last line may have been written in part
         self._now = time.perf_counter()
@@ -63,7 +63,7 @@ class StageLog(AbstractContextManager["StageLog"]):
             self._warn([mirror.close() for mirror in self._mirrors])
             tell_others()
 
-    def say(self, text: str, keep: str = "") -> None:
+    def print(self, text: str, keep: str = "") -> None:
         """Print `text`; and keep it beside the metrics in a file called `keep`."""
         if self.active and text:
             console.print(text, soft_wrap=True)

@@ -19,7 +19,7 @@ from typing import IO, Any, Protocol, cast
 from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.config import LogConfig
-from hive_scale.observability.metrics import Follower, Line, flat, read_metrics
+from hive_scale.observability.metrics import Line, MetricsTail, flat, read_metrics
 
 PROJECT = "hive_scale"
 INTERVAL = 0.5  # seconds between looks at the file
@@ -111,7 +111,7 @@ def replay(run_dir: Path, mode: str) -> list[str]:
 
 def follow(sink: Sink, path: Path) -> None:
     """Draw what `path` has and gets, until standard input ends."""
-    follower, ended = Follower(path), False
+    follower, ended = MetricsTail(path), False
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], INTERVAL)[0])
         for line in follower.lines():
@@ -136,7 +136,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 20.0  # seconds that the end of a stage waits for the last lines to be drawn
 
 
-class Mirror:
+class TrackerProcess:
     """The process that draws one stage with `kind`: tensorboard, or wandb's mode. It ends when it is closed."""
 
     def __init__(self, kind: str, run_dir: Path, stage: str, done_steps: int) -> None:
@@ -172,8 +172,8 @@ class Mirror:
         return "" if told else f"{self._kind} {what} (see {self._report}); training goes on, metrics.jsonl has it all"
 
 
-def open_mirrors(config: LogConfig, run_dir: Path, stage: str, done_steps: int) -> list[Mirror]:
-    return [Mirror(kind, run_dir, stage, done_steps) for kind in _kinds(config)]
+def open_trackers(config: LogConfig, run_dir: Path, stage: str, done_steps: int) -> list[TrackerProcess]:
+    return [TrackerProcess(kind, run_dir, stage, done_steps) for kind in _kinds(config)]
 
 
 def _kinds(config: LogConfig) -> Sequence[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hive_scale.config import CheckpointingConfig, Config, StageConfig
-from hive_scale.plan.memory import Facts, examine
+from hive_scale.plan.memory import StageProfile, examine
 from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
 
 # From nothing recomputed to everything; a setting of its own per component where that pays.
@@ -52,7 +52,7 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
     least: StagePlan | None = None
     floor = 0.0
     for checkpointing in RECOMPUTED:
-        traced: dict[tuple[str, bool], Facts] = {}
+        traced: dict[tuple[str, bool], StageProfile] = {}
         for candidate in _engines(replace(config, engine=replace(config.engine, checkpointing=checkpointing)), machine):
             plans = []
             for name, stage in config.stages.items():
@@ -91,8 +91,8 @@ def _engines(config: Config, machine: Machine) -> Iterator[Config]:
 
 
 def _facts(
-    config: Config, name: str, stage: StageConfig, machine: Machine, traced: dict[tuple[str, bool], Facts]
-) -> Facts:
+    config: Config, name: str, stage: StageConfig, machine: Machine, traced: dict[tuple[str, bool], StageProfile]
+) -> StageProfile:
     zero = zero_of(config, stage, machine.world)
     check_engine(config.engine, zero, machine)
     key = name, zero.get("stage") == 3
@@ -101,7 +101,9 @@ def _facts(
     return traced[key]
 
 
-def _largest(config: Config, name: str, facts: Facts, machine: Machine, num_samples: int, spare: float) -> StagePlan:
+def _largest(
+    config: Config, name: str, facts: StageProfile, machine: Machine, num_samples: int, spare: float
+) -> StagePlan:
     """The plan of the largest micro-batch that fits, which is the fastest; if none does, of a single sample."""
     stage = config.stages[name]
     zero = zero_of(config, stage, machine.world)
@@ -119,7 +121,7 @@ def _fits(plan: StagePlan, machine: Machine, spare: float) -> bool:
     return plan.spare >= spare and plan.memory.on_host <= machine.host_memory
 
 
-def _at_once(config: Config, name: str, facts: Facts, machine: Machine, num_samples: int) -> float:
+def _at_once(config: Config, name: str, facts: StageProfile, machine: Machine, num_samples: int) -> float:
     """Hours of a stage that recomputes nothing and takes its whole batch at once, whatever memory that needs."""
     at_once = _with_batch(config, name, max(1, config.stages[name].global_batch // machine.world))
     zero = zero_of(config, config.stages[name], machine.world)

@@ -178,7 +178,7 @@ class Fsdp:
             self.line.hold(at, "gradients", self.reducing / self.shard)
 
 
-class Plain:
+class Unsharded:
     """One micro-batch of a whole copy in float32, which is gathered from nowhere.
 
     Gradients come one by one and stay; DDP's lie in buckets that are there from the start, as are those that wait.

@@ -13,10 +13,10 @@ import torch
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
 from hive_scale.model import build
-from hive_scale.param_groups import freeze
+from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan.flops import count
-from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Plain, Units
-from hive_scale.plan.timeline import Moment
+from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
+from hive_scale.plan.timeline import MemoryPeak
 from hive_scale.plan.trace import Trace, trace
 from hive_scale.plan.zero_memory import Zero3, Zero12
 from hive_scale.precision import DTYPES
@@ -25,7 +25,7 @@ MOMENTS = 2 * MASTER
 
 
 @dataclass(frozen=True)
-class Facts:
+class StageProfile:
     """What a stage of a model is, whatever engine runs it."""
 
     params: list[Param]
@@ -57,7 +57,7 @@ class Memory:
     masters: float
     moments: float
     batch: float
-    moment: Moment
+    moment: MemoryPeak
     host: float  # states
     staging: float = 0.0
 
@@ -70,13 +70,13 @@ class Memory:
         return self.parameters + self.masters + self.moments + self.batch + self.moment.total
 
 
-def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False) -> Facts:
+def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False) -> StageProfile:
     """Build the stage's model on the meta device and trace it; `saves_inputs` as ZeRO-3's linear layers do.
 
     Raises ValueError as training would.
     """
-    model = build.skeleton(config.model)
-    freeze(model, stage, model.dormant())
+    model = build.meta_model(config.model)
+    apply_trainable_groups(model, stage, model.unused_parameters())
     params = [Param(name, tuple(one.shape), one.requires_grad) for name, one in model.named_parameters()]
     names = {one: name for name, one in model.named_parameters()}
     modules = {
@@ -92,7 +92,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     size = build.image_size(config.model)
     picture = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, picture, config.engine.checkpointing, saves_inputs)
-    return Facts(params, units, modules, traced, frozen * prod(model.features_shape), seeing)
+    return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), seeing)
 
 
 def _units(model: Any, params: list[Param]) -> Units:
@@ -107,7 +107,7 @@ def _units(model: Any, params: list[Param]) -> Units:
 
 
 def measure(
-    facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: int, micro_batch: int, accumulation: int
+    facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], world: int, micro_batch: int, accumulation: int
 ) -> Memory:
     """What one of `world` processes needs; `zero` is the resolved ``zero_optimization``, empty for FSDP2."""
     itemsize = DTYPES[engine.precision].itemsize
@@ -119,12 +119,14 @@ def measure(
     return replace(memory, staging=float(pinned_bytes(saved)))
 
 
-def _native(facts: Facts, engine: EngineConfig, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:
+def _native(
+    facts: StageProfile, engine: EngineConfig, world: int, itemsize: int, micro_batch: int, waiting: bool
+) -> Memory:
     shard = engine.shard or world
     masters = float(MASTER * sum(param.padded(shard) for param in facts.params) / shard)
     moments = float(MOMENTS * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
     if shard == 1 and itemsize == MASTER and not engine.offload:
-        lines = [Plain(facts.trace, facts.units, world, waiting).line]
+        lines = [Unsharded(facts.trace, facts.units, world, waiting).line]
     else:
         keeps = waiting and not engine.reshard_after_backward
         waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
@@ -141,7 +143,7 @@ def _native(facts: Facts, engine: EngineConfig, world: int, itemsize: int, micro
 
 
 def _deepspeed(
-    facts: Facts, zero: Mapping[str, Any], world: int, itemsize: int, micro_batch: int, waiting: bool
+    facts: StageProfile, zero: Mapping[str, Any], world: int, itemsize: int, micro_batch: int, waiting: bool
 ) -> Memory:
     trained, every = facts.numel(True), facts.numel()
     masters, moments = float(MASTER * trained / world), float(MOMENTS * trained / world)
@@ -156,7 +158,7 @@ def _deepspeed(
         fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and gradients as cut
     moment = line.worst(micro_batch)
     held = {**moment.held, "gradients": moment.held.get("gradients", 0.0) + fixed}
-    moment, batch = Moment(moment.where, moment.activations, held), facts.trace.input_bytes * micro_batch
+    moment, batch = MemoryPeak(moment.where, moment.activations, held), facts.trace.input_bytes * micro_batch
     host = 0.0
     if offloaded(zero, "offload_optimizer"):
         host, masters, moments = masters + moments + masters, 0.0, 0.0  # and gradients

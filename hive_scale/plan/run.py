@@ -9,7 +9,7 @@ from typing import Any
 
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.plan.devices import Gpu
-from hive_scale.plan.memory import Facts, Memory, examine, measure
+from hive_scale.plan.memory import Memory, StageProfile, examine, measure
 from hive_scale.plan.time import DISK, PRODUCTS, StepTime, checkpoint_bytes, offloads, step_time
 from hive_scale.precision import DTYPES
 
@@ -100,7 +100,7 @@ def check_engine(engine: EngineConfig, zero: Mapping[str, Any], machine: Machine
 
 
 def plan_stage(
-    config: Config, name: str, facts: Facts, zero: Mapping[str, Any], machine: Machine, num_samples: int
+    config: Config, name: str, facts: StageProfile, zero: Mapping[str, Any], machine: Machine, num_samples: int
 ) -> StagePlan:
     """Raises ValueError where training would: a batch that does not divide, a set smaller than a batch."""
     stage, engine = config.stages[name], config.engine
@@ -128,7 +128,7 @@ def plan_stage(
     )
 
 
-def _seeing(facts: Facts, engine: EngineConfig, machine: Machine, num_samples: int, kept: float) -> float:
+def _seeing(facts: StageProfile, engine: EngineConfig, machine: Machine, num_samples: int, kept: float) -> float:
     """Seconds of the encoder's pass over the pictures, or of writing what it makes if that takes longer."""
     computing = num_samples * facts.seeing / (machine.world * machine.gpu.peak(engine.precision) * PRODUCTS)
     return max(computing, kept / machine.nodes / DISK)

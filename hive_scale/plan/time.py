@@ -15,7 +15,7 @@ from typing import Any
 
 from hive_scale.config import EngineConfig
 from hive_scale.plan.devices import Gpu
-from hive_scale.plan.memory import Facts, offloaded
+from hive_scale.plan.memory import StageProfile, offloaded
 from hive_scale.precision import DTYPES
 
 PRODUCTS, MEMORY, LAUNCH, LATENCY = 0.6, 0.8, 5e-5, 2e-5
@@ -48,7 +48,7 @@ class StepTime:
 
 
 def step_time(
-    facts: Facts,
+    facts: StageProfile,
     engine: EngineConfig,
     zero: Mapping[str, Any],
     gpu: Gpu,
@@ -77,7 +77,7 @@ def offloads(engine: EngineConfig, zero: Mapping[str, Any]) -> bool:
     return engine.offload or offloaded(zero, "offload_optimizer") or offloaded(zero, "offload_param")
 
 
-def volume(facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: int, accumulation: int) -> Volume:
+def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], world: int, accumulation: int) -> Volume:
     """Rings: a gather or a scatter of n bytes over r ranks sends n (r - 1) / r, an all-reduce twice that."""
     if world == 1:
         return Volume(0.0, 0)
@@ -103,5 +103,5 @@ def volume(facts: Facts, engine: EngineConfig, zero: Mapping[str, Any], world: i
     return Volume(share * (reductions * 2 * 4 * trained + itemsize * trained), reductions * buckets + 1)
 
 
-def checkpoint_bytes(facts: Facts) -> float:
+def checkpoint_bytes(facts: StageProfile) -> float:
     return float(STEP_FILE * facts.numel(True))

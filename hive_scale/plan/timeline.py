@@ -13,7 +13,7 @@ from hive_scale.plan.trace import Trace
 
 
 @dataclass(frozen=True)
-class Moment:
+class MemoryPeak:
     """The worst moment of one micro-batch: where, and what is alive then, in bytes."""
 
     where: str
@@ -43,7 +43,7 @@ class Timeline:
         """Between operators, just before `at`, `size` bytes more than is held, for a moment."""
         self._spikes.append((at, {**self.now, what: self.now[what] + size}))
 
-    def worst(self, micro_batch: int) -> Moment:
+    def worst(self, micro_batch: int) -> MemoryPeak:
         """The worst moment with a micro-batch of this size."""
         alive = self._activations(micro_batch)
         deltas = torch.zeros(len(alive) + 1, dtype=torch.float64)
@@ -56,7 +56,7 @@ class Timeline:
             before = max(0, at - 1)
             if (spike := float(alive[before]) + sum(passing.values())) > total:
                 total, where, state = spike, before, passing
-        return Moment(self._place(where), float(alive[where]), state)
+        return MemoryPeak(self._place(where), float(alive[where]), state)
 
     def _activations(self, micro_batch: int) -> Tensor:
         fixed = torch.tensor(self.trace.fixed, dtype=torch.float64)

@@ -98,9 +98,9 @@ def _convert(arguments: argparse.Namespace, source: Source) -> None:
     """Write `source` as tars under a progress bar, and say what came out and what was left out."""
     from rich.progress import Progress
 
-    from hive_scale.prepare.writer import JOURNAL, Layout, convert
+    from hive_scale.prepare.writer import JOURNAL, ShardLayout, convert
 
-    start, layout = time.monotonic(), Layout(arguments.shard_size, arguments.heldout)
+    start, layout = time.monotonic(), ShardLayout(arguments.shard_size, arguments.heldout)
     with Progress() as progress:
         task = progress.add_task("converting", total=source.length)
 

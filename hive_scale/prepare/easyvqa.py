@@ -9,7 +9,7 @@ from hive_scale.chat_template import IMAGE
 from hive_scale.data.conversation import SHORT
 from hive_scale.prepare.packages import Package, fetch, members
 from hive_scale.prepare.readers import table
-from hive_scale.prepare.writer import Layout, convert
+from hive_scale.prepare.writer import ShardLayout, convert
 
 WHEEL = Package("pypi", "easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f")
 _ROOT = "easy_vqa/data/"
@@ -48,6 +48,6 @@ def conversations(folder: Path, overwrite: bool = False) -> dict[str, int]:
     told.write_text(json.dumps(records, allow_nan=False))
     source = table(told, folder / "train" / "images")
     samples = dict.fromkeys(("train", "heldout"), 0)
-    for shard in convert(source, folder, Layout(heldout=0.01), 1, overwrite):
+    for shard in convert(source, folder, ShardLayout(heldout=0.01), 1, overwrite):
         samples[shard.name.split("-")[0]] += shard.samples
     return samples

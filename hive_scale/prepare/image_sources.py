@@ -100,7 +100,7 @@ def _column(file: Path, column: str, group: int) -> Any:
     return opened.read_row_group(group, [column]).column(0)
 
 
-class Pictures:
+class ImageSource:
     """The pictures of a folder or a zip by the names that records give them.
 
     Raises ValueError for what is neither, and for a name that points out of it: no set that means well has one.

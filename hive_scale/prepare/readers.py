@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
-from hive_scale.data.conversation import is_text, turns_of
+from hive_scale.data.conversation import is_text, parse_messages
 from hive_scale.data.parquet import check_row_group, parquet_error
-from hive_scale.prepare.image_sources import InFile, InParquet, Pictures, Place
+from hive_scale.prepare.image_sources import ImageSource, InFile, InParquet, Place
 from hive_scale.strict_json import check_depth
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def table(path: Path, images: Path, image: str = "image", caption: str = "") -> 
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there: give the JSON, JSONL, CSV or TSV file that names the pictures")
-    pictures = Pictures(images)
+    pictures = ImageSource(images)
 
     def items() -> Iterator[Item]:
         with path.open("rb") as file:
@@ -359,7 +359,7 @@ def _caption(record: Mapping[str, Any], column: str) -> str:
             raise ValueError(f"no column '{column}'")
         text = record[column]
     elif record.get("conversations") or record.get("messages"):
-        text = next(turn["content"] for turn in turns_of(record) if turn["role"] == "assistant")
+        text = next(turn["content"] for turn in parse_messages(record) if turn["role"] == "assistant")
     else:
         names = (*CAPTIONS, "class")
         text = next((record[name] for name in names if isinstance(record.get(name), str)), "")

@@ -45,7 +45,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """How a set is cut: about `heldout` of the groups (see `Item.group`) go to a split of their own."""
 
     shard_size: int = 1000
@@ -61,7 +61,7 @@ class Layout:
 def convert(
     source: Source,
     output: Path,
-    layout: Layout,
+    layout: ShardLayout,
     workers: int,
     overwrite: bool = False,
     advance: Callable[[int, int], object] = lambda done, samples: None,
@@ -110,7 +110,7 @@ def _finish(waiting: deque[tuple[int, Future[Shard]]], journal: _Journal) -> int
     return done
 
 
-def _cut(items: Iterable[Item], layout: Layout) -> Iterator[tuple[str, list[Numbered]]]:
+def _cut(items: Iterable[Item], layout: ShardLayout) -> Iterator[tuple[str, list[Numbered]]]:
     """(name of a shard, its items) in the order in which they fill up."""
     full, open_ = Counter[str](), dict[str, list[Numbered]]({split: [] for split in SPLITS})
     for number, item in enumerate(items):

@@ -72,14 +72,14 @@ def attention_maps(
     Args: `pixels` uint8 (3, H, W); `layers` of the LLM, counted from 1. Raises ValueError for a layer that does not
     look at the picture, or no such head.
     """
-    there = [layer + 1 for layer in model.looking_layers()]
+    there = [layer + 1 for layer in model.visual_layers()]
     if missing := set(layers) - set(there):
         raise ValueError(
             f"--layers: {min(missing)} does not attend to patches; those that do: {', '.join(map(str, there))}"
         )
     tokens = torch.tensor([ids], device=model.pixel_mean.device)
     depths = [layer - 1 for layer in layers or there]
-    weights = model.attention(model.see(pixels[None].to(tokens.device)), tokens, depths)
+    weights = model.attention(model.encode_images(pixels[None].to(tokens.device)), tokens, depths)
     heads = next(iter(weights.values())).shape[1]
     if head is not None and not 0 <= head < heads:
         raise ValueError(f"--head: {head} is none of 0 to {heads - 1}")

@@ -39,7 +39,7 @@ def gradient_maps(name: str, model: Hive, batch: Batch) -> GradientMaps:
     """
     model.requires_grad_(True)  # else there may be no graph to walk
     states = model.encode(batch.pixels)
-    hidden = model.read(model.project(states), batch.tokens, None if batch.all_images else batch.has_image)
+    hidden = model.language_forward(model.project(states), batch.tokens, None if batch.all_images else batch.has_image)
     loss = model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids).sum()
     gradients = torch.autograd.grad(loss, states[1:])
     norms = torch.stack([patches(model.vision, gradient).norm(dim=-1) for gradient in gradients], dim=1)

@@ -21,12 +21,12 @@ from hive_scale.report.attention_maps import AttentionMaps, attention_figure, at
 from hive_scale.report.curves import History, curves, layer_norms
 from hive_scale.report.gradient_maps import GradientMaps, concentration, gradient_figure, gradient_maps
 from hive_scale.report.html import Report, page
-from hive_scale.report.run_view import Pair, Run
+from hive_scale.report.run_view import Pair, RunView
 from hive_scale.report.svg import save
 from hive_scale.strict_json import dumps, read_lines
 
 
-def gradients(run: Run, pairs: Sequence[Pair], stage: str = "") -> GradientMaps:
+def gradients(run: RunView, pairs: Sequence[Pair], stage: str = "") -> GradientMaps:
     tokenizer, model = run.tokenizer(), run.model(stage)
     limit, size = run.config.data.max_tokens, build.image_size(run.config.model)
     samples = [caption_sample("", pixels, text, tokenizer, limit) for pixels, text in pairs]
@@ -35,7 +35,7 @@ def gradients(run: Run, pairs: Sequence[Pair], stage: str = "") -> GradientMaps:
 
 
 def attention(
-    run: Run,
+    run: RunView,
     pixels: Tensor,
     caption: str = "",
     words: Sequence[str] = (),
@@ -68,7 +68,7 @@ def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], p
 Captioned = tuple[Tensor, Mapping[str, str]]  # a picture, and texts by whose they are
 
 
-def report(runs: Sequence[Run], look: bool = True, pictures: int = 4) -> Report:
+def report(runs: Sequence[RunView], look: bool = True, pictures: int = 4) -> Report:
     """What there is to say of `runs`. Without `look` no model is loaded: no captions, no maps."""
     histories = [run.history() for run in runs]
     notes = _holes(runs) + _other_recipes(runs)
@@ -100,7 +100,7 @@ def save_report(found: Report, path: Path, plots: Path | None = None) -> None:
         save(svg, plots / f"{title.lower().replace(' ', '_').replace(':', '')}.svg")
 
 
-def _looks(runs: Sequence[Run], pictures: int) -> tuple[list[Captioned], dict[str, str]]:
+def _looks(runs: Sequence[RunView], pictures: int) -> tuple[list[Captioned], dict[str, str]]:
     pairs = {run.name: run.heldout(pictures) for run in runs}
     first = pairs[runs[0].name]
     written: dict[str, list[str]] = {}
@@ -120,7 +120,7 @@ def _looks(runs: Sequence[Run], pictures: int) -> tuple[list[Captioned], dict[st
     return captions, maps
 
 
-def _summary(run: Run, history: History) -> dict[str, str]:
+def _summary(run: RunView, history: History) -> dict[str, str]:
     lines = [line for stage in history.stages.values() for line in stage]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     return {
@@ -137,7 +137,7 @@ def _summary(run: Run, history: History) -> dict[str, str]:
     }
 
 
-def _recipe(run: Run, several: bool) -> list[dict[str, str]]:
+def _recipe(run: RunView, several: bool) -> list[dict[str, str]]:
     rows = []
     for name, stage in run.config.stages.items():
         groups = (
@@ -157,7 +157,7 @@ def _recipe(run: Run, several: bool) -> list[dict[str, str]]:
     return rows
 
 
-def _memory(run: Run, several: bool) -> dict[str, str]:
+def _memory(run: RunView, several: bool) -> dict[str, str]:
     files = {stage: run.dir / stage / "memory.txt" for stage in run.config.stages}
     return {
         f"{run.name}: {stage}" if several else stage: path.read_text(errors="replace")
@@ -166,7 +166,7 @@ def _memory(run: Run, several: bool) -> dict[str, str]:
     }
 
 
-def _faults(run: Run) -> list[dict[str, str]]:
+def _faults(run: RunView) -> list[dict[str, str]]:
     faults = read_faults(run.dir / "bad_samples.jsonl")
     # a run of an earlier version noted its shards as they were given
     first = {fault.reason: f"{public(fault.shard)}: {fault.key}" for fault in reversed(faults)}
@@ -177,12 +177,12 @@ def _faults(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def _holes(runs: Sequence[Run]) -> list[str]:
+def _holes(runs: Sequence[RunView]) -> list[str]:
     paths = [run.dir / stage / "metrics.jsonl" for run in runs for stage in run.config.stages]
     return [f"{path}: {text}" for path in paths for text in damage(path)]
 
 
-def _other_recipes(runs: Sequence[Run]) -> list[str]:
+def _other_recipes(runs: Sequence[RunView]) -> list[str]:
     notes = []
     for run in runs[1:]:
         if changed := configs.differences(runs[0].config, run.config):

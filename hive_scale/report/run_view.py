@@ -22,7 +22,7 @@ from hive_scale.run import read_model
 Pair = tuple[Tensor, str]  # a picture, uint8 (3, H, W), and its caption
 
 
-class Run(run_reader.Run):
+class RunView(run_reader.Run):
     """A run that is looked at where it lies now, and may be unfinished."""
 
     def __init__(self, directory: Path) -> None:
@@ -61,7 +61,7 @@ class Run(run_reader.Run):
         return pairs
 
 
-def pairs_of(run: Run, images: Sequence[Path], captions: Sequence[str], count: int) -> list[Pair]:
+def pairs_of(run: RunView, images: Sequence[Path], captions: Sequence[str], count: int) -> list[Pair]:
     """Pictures with their captions: those given, or some held-out ones.
 
     A caption that is not given is the picture's .txt. Raises ValueError if there is none.

@@ -31,7 +31,7 @@ PAIRS = 512  # held-out pairs that are looked at, at most
 BATCH = 32
 
 
-def blank_twin(config: Config) -> Config:
+def blank_image_control(config: Config) -> Config:
     """The same run on blank pictures: what can be learned of the captions without seeing."""
     data, log = replace(config.data, blank=True), replace(config.log, wandb="off", tensorboard=False)
     # only its last loss is asked for
@@ -82,7 +82,7 @@ def _looks(config: Config, device: torch.device) -> None:
     """Does the model use the picture? Its captions beside the true ones."""
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
-    model = build.materialise(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
+    model = build.load_model(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
     if config.evidence:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
         share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
@@ -139,7 +139,7 @@ def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:
 
 
 def _gain(config: Config, losses: dict[str, list[float]]) -> str:
-    blank = heldout_losses(blank_twin(config))
+    blank = heldout_losses(blank_image_control(config))
     last = list(config.stages)[-1]
     seen, unseen = losses[last][-1], blank[last][-1]
     less = 1 - seen / unseen

@@ -34,7 +34,7 @@ def seconds_left(environment: Mapping[str, str]) -> float:
     return left if left > 0 else inf
 
 
-class Cadence:
+class CheckpointInterval:
     """One rank's clock decides for all. It starts when the stage is resumed, and heeds no change of the wall's."""
 
     def __init__(

@@ -17,7 +17,7 @@ LEAST = 16  # losses before any can be called unusual
 NARROW = 1e-3  # of the median: what the deviation is taken to be at least
 
 
-class Guard:
+class LossGuard:
     """Knows only what all ranks know, so that all come to the same decision without asking each other."""
 
     def __init__(self, config: GuardConfig) -> None:
@@ -44,7 +44,7 @@ class Guard:
         self._losses.append(loss)
         self._refused = 0
 
-    def refuse(self) -> bool:
+    def reject(self) -> bool:
         """Count a step left out; True when the weights, not the batches, must be what is bad."""
         self._refused += 1
         return self._refused >= self.config.patience
@@ -58,12 +58,12 @@ class Guard:
             f"gradient {grad_norm:.3g}; its samples are in {path}"
         )
 
-    def go_on(self, losses: Iterable[float]) -> None:
+    def restore(self, losses: Iterable[float]) -> None:
         """From weights whose last losses were these."""
         self._losses = deque(losses, maxlen=self.config.window)
         self._refused = 0
 
-    def go_back(self) -> None:
+    def rollback(self) -> None:
         """Count a return to an earlier checkpoint. Raises ValueError if there have been too many."""
         self._rollbacks += 1
         if self._rollbacks > self.config.rollbacks:

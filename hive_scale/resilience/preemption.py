@@ -23,7 +23,7 @@ ECHO = 3.0  # seconds in which a signal is the first one again: launchers pass o
 LOOK = 1.0  # seconds between looks for the file
 
 
-class Interrupt:
+class Preemption:
     """Whether this process has been asked to stop. `stop_file` is None on all ranks but one."""
 
     def __init__(self, stop_file: Path | None) -> None:
@@ -51,9 +51,9 @@ class Interrupt:
 
 
 @contextmanager
-def listening(run_dir: Path, world: World) -> Iterator[Interrupt]:
+def listening(run_dir: Path, world: World) -> Iterator[Preemption]:
     """Turn signals, and a file STOP in `run_dir`, into a flag while the context lasts."""
-    interrupt = Interrupt(run_dir / STOP if world.is_main else None)
+    interrupt = Preemption(run_dir / STOP if world.is_main else None)
     before = {number: signal.signal(number, interrupt.note) for number in SIGNALS}
     try:
         yield interrupt

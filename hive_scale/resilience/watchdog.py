@@ -32,7 +32,7 @@ PROGRESS = "hive_scale/progress"  # a count that grows while any rank gets on
 SILENCE = 60.0  # seconds, at least, that a phase outside steps may last: loading libraries and weights is silent
 
 
-class HangWatch(AbstractContextManager["HangWatch"]):
+class Watchdog(AbstractContextManager["Watchdog"]):
     """Watches this process while the context lasts. A deadline of 0 watches nothing.
 
     Time in which the process itself was stopped (by Slurm's suspend, or SIGSTOP) is nobody's fault.
@@ -44,7 +44,7 @@ class HangWatch(AbstractContextManager["HangWatch"]):
         self._stopped = threading.Event()
         self._calling = threading.Lock()
 
-    def __enter__(self) -> HangWatch:
+    def __enter__(self) -> Watchdog:
         if self.world.store is not None:
             self._store = self.world.store.clone()  # a connection of its own: a wait in another's would block it
         if self.deadline:
@@ -141,9 +141,9 @@ class HangWatch(AbstractContextManager["HangWatch"]):
             return True
 
 
-def watching(world: World) -> HangWatch:
+def watching(world: World) -> Watchdog:
     """For commands that have no config: as long as a run's own. One process alone waits for nobody."""
-    return HangWatch(world, Config().hang_seconds if world.size > 1 else 0.0)
+    return Watchdog(world, Config().hang_seconds if world.size > 1 else 0.0)
 
 
 def stacks() -> str:

@@ -16,7 +16,7 @@ from hive_scale.atomic import write_text
 from hive_scale.config import Config
 from hive_scale.shared_files import locked
 from hive_scale.slurm import slurm_cli
-from hive_scale.slurm.downstream import LAUNCHERS, Follower, Followers
+from hive_scale.slurm.downstream import LAUNCHERS, DownstreamJob, Followers
 from hive_scale.slurm.resources import Resources
 from hive_scale.slurm.slurm_cli import Job
 from hive_scale.strict_json import dumps
@@ -71,10 +71,10 @@ class Record:
     resources: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage
     then: dict[str, dict[str, Any]] = field(default_factory=dict)  # what follows the last stage
 
-    def followers(self) -> dict[str, Follower]:
+    def followers(self) -> dict[str, DownstreamJob]:
         for name, fields in self.then.items():
             configs.refuse_references(fields.get("words"), Path(f"then.{name}"))  # which a job would resolve
-        return {name: Follower(**fields) for name, fields in self.then.items()}
+        return {name: DownstreamJob(**fields) for name, fields in self.then.items()}
 
     @staticmethod
     def path(run_dir: Path) -> Path:

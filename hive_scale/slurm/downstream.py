@@ -21,7 +21,7 @@ TASKS = "mme,gqa,okvqa,scienceqa"  # paper, Table 2
 
 
 @dataclass(frozen=True)
-class Follower:
+class DownstreamJob:
     """A launcher that is run, on all processes of its job, once `after` has succeeded."""
 
     launcher: str  # of launchers/
@@ -60,7 +60,7 @@ class Follower:
         write_text(file, dumps(asdict(self)))
 
 
-Followers = Mapping[str, Follower]  # by name, in the order in which they could run
+Followers = Mapping[str, DownstreamJob]  # by name, in the order in which they could run
 
 
 def _marker(run_dir: Path, name: str) -> Path:
@@ -72,7 +72,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [w for w in words if not w.startswith(PREFIX)], [w for w in words if w.startswith(PREFIX)]
 
 
-def read(names: str, words: Sequence[str], config: Config) -> dict[str, Follower]:
+def read(names: str, words: Sequence[str], config: Config) -> dict[str, DownstreamJob]:
     """The followers of `config`'s run that `names` ("probe,vlm,evaluate" or a part of it) asks for.
 
     ``then.NAME=WORDS`` adds to the launcher's command line. What is evaluated is the fine-tuned model if there is to
@@ -98,7 +98,7 @@ def read(names: str, words: Sequence[str], config: Config) -> dict[str, Follower
         "evaluate": (before, [asked, "--tasks", TASKS], ["--output", f"{run}/evaluation"]),
     }
     return {
-        name: Follower(LAUNCHERS[name], after, [*first, *map(without_credentials, more.get(name, [])), *fixed])
+        name: DownstreamJob(LAUNCHERS[name], after, [*first, *map(without_credentials, more.get(name, [])), *fixed])
         for name, (after, first, fixed) in made.items()
         if name in wanted
     }

@@ -20,11 +20,11 @@ from submitit.helpers import DelayedSubmission
 
 from hive_scale import config as configs
 from hive_scale import credentials, heartbeat
-from hive_scale.checkpoint.stage_files import is_done
+from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import Config
 from hive_scale.exit_codes import HALTED, TRY_AGAIN, Stopped, ended
 from hive_scale.resilience.preemption import STOP
-from hive_scale.slurm.downstream import Follower, Followers
+from hive_scale.slurm.downstream import DownstreamJob, Followers
 from hive_scale.strict_json import append_line, read_lines
 
 logger = logging.getLogger(__name__)
@@ -125,17 +125,17 @@ class StageJob(ChainJob):
     def is_done(self) -> bool:
         """Whether this stage and all before it are, so that not even the lock is needed."""
         names = list(self.config.stages)
-        return all(is_done(self.config.run_dir / name) for name in names[: names.index(self.stage) + 1])
+        return all(is_stage_done(self.config.run_dir / name) for name in names[: names.index(self.stage) + 1])
 
     def position(self) -> str:
         return position(self.config)
 
 
 @dataclass(frozen=True)
-class FollowerJob(ChainJob):
+class DownstreamChainJob(ChainJob):
     """Runs a launcher on the trained run."""
 
-    follower: Follower
+    follower: DownstreamJob
 
     def _run(self) -> int:
         from hive_scale.distributed import rank
@@ -173,7 +173,7 @@ class FollowerJob(ChainJob):
 
 def job_of(config: Config, name: str, then: Followers, attempts: int) -> ChainJob:
     """The job of a stage, or of one of `then`."""
-    return FollowerJob(config, name, attempts, then[name]) if name in then else StageJob(config, name, attempts)
+    return DownstreamChainJob(config, name, attempts, then[name]) if name in then else StageJob(config, name, attempts)
 
 
 def leave(code: int) -> int:
@@ -207,7 +207,7 @@ def position(config: Config) -> str:
     from hive_scale.checkpoint.format import step_of, steps_in
 
     for name in config.stages:
-        if not is_done(config.run_dir / name):
+        if not is_stage_done(config.run_dir / name):
             saved = steps_in(config.run_dir / name)
             return f"{name}:{step_of(saved[-1]) if saved else 0}"
     return "end"

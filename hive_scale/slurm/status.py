@@ -13,7 +13,7 @@ from typing import Any
 from rich.live import Live
 from rich.table import Table
 
-from hive_scale.checkpoint.stage_files import is_done
+from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import Config
 from hive_scale.observability import goodput
 from hive_scale.observability.console import console
@@ -80,7 +80,7 @@ def follow(config: Config, until: Callable[[], bool]) -> None:
 
 def done_stages(config: Config, then: Followers) -> list[str]:
     """Of stages and followers."""
-    trained = [stage for stage in config.stages if is_done(config.run_dir / stage)]
+    trained = [stage for stage in config.stages if is_stage_done(config.run_dir / stage)]
     return trained + [name for name, follower in then.items() if follower.is_done(config.run_dir, name)]
 
 

@@ -97,7 +97,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 figures |= {what: figures[what][1:] for what in ("blocked", "durable", "load")}
                 figures["bytes"] = sum(path.stat().st_size for path in files(savers[name].path))
         if world.is_main:
-            dormant = task.model.dormant()
+            dormant = task.model.unused_parameters()
             numbers = sum(p.numel() for name, p in task.model.named_parameters() if name not in dormant)
             result = {"found": found, "numbers": numbers, "machine": describe_machine()}
             arguments.worker.write_text(dumps(result))
@@ -166,10 +166,10 @@ def sync(path: Path) -> None:
 def larger(task: Task, quick: bool) -> Task:
     """The same task with about 100 M parameters, all trained, bf16 compute over fp32 masters."""
     from hive_scale.config import PartConfig
-    from hive_scale.model.build import assemble
+    from hive_scale.model.build import init_model
 
     sizes = {"hidden_size": 64, "intermediate_size": 192} if quick else {"hidden_size": 640, "intermediate_size": 2560}
     layers = {} if quick else {"num_hidden_layers": 8}
     parts = (PartConfig(config=part.config | sizes | layers) for part in (task.config.vision, task.config.language))
     config = replace(task.config, **dict(zip(("vision", "language"), parts, strict=True)))
-    return replace(task, config=config, model=assemble(config, 0), engine=replace(task.engine, precision="bf16"))
+    return replace(task, config=config, model=init_model(config, 0), engine=replace(task.engine, precision="bf16"))

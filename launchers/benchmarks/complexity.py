@@ -18,7 +18,7 @@ def counted(preset: str, fusion: str, side: int, num_text: int) -> float:
 
     model: ModelConfig = presets.load(preset, None, [f"fusion={fusion}"]).model
     vision = replace(model.vision, config={**model.vision.config, "image_size": side})
-    parts = count(build.skeleton(replace(model, vision=vision))).components(1, num_text, num_text - 1)
+    parts = count(build.meta_model(replace(model, vision=vision))).components(1, num_text, num_text - 1)
     return sum(part.forward for name, part in parts.items() if name != "vision") / 1e9
 
 

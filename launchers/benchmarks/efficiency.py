@@ -79,7 +79,7 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
     from hive_scale.model import build
 
     config = from_scratch(preset, [f"fusion={fusion}"])
-    model = build.assemble(config.model, seed=0)
+    model = build.init_model(config.model, seed=0)
     with torch.no_grad():
         for layer in model.fusion.layers:
             if hasattr(layer, "gate"):
@@ -91,7 +91,7 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
 
 
 def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: argparse.Namespace) -> list[list[str]]:
-    from hive_scale.param_groups import freeze
+    from hive_scale.param_groups import apply_trainable_groups
     from hive_scale.plan.flops import count
 
     if arguments.compile:
@@ -102,7 +102,7 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
     work: dict[str, dict[str, Flops]] = {}
     runs, peaks = {}, {}
     for fusion, (model, stages, side) in contenders.items():
-        freeze(model, stages[stage], model.dormant())
+        apply_trainable_groups(model, stages[stage], model.unused_parameters())
         counter = count(model).without("vision") if arguments.features else count(model)
         work[fusion] = counter.components(1, tokens, tokens - 1)
         runs[fusion] = _step(model, _batch(batch, tokens, side, model, arguments.features))

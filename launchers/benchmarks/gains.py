@@ -105,14 +105,16 @@ class Size:
     def model(self, stage: str) -> Any:
         """A model on the device, frozen as `stage` says."""
         from hive_scale.config import StageConfig
-        from hive_scale.model.build import assemble
-        from hive_scale.param_groups import freeze
+        from hive_scale.model.build import init_model
+        from hive_scale.param_groups import apply_trainable_groups
         from hive_scale.precision import DTYPES
         from hive_scale.presets import three_stages
 
         dtype = DTYPES[self.precision]
-        model = assemble(self.config(), seed=0).to(this_device(), dtype)
-        freeze(model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.dormant())
+        model = init_model(self.config(), seed=0).to(this_device(), dtype)
+        apply_trainable_groups(
+            model, StageConfig(three_stages("cross_attention", (1e-3,) * 3)[stage]), model.unused_parameters()
+        )
         return model
 
     def batch(self, lengths: list[int] | None = None) -> Batch:
@@ -149,7 +151,7 @@ def frozen_parts(size: Size) -> Iterator[Gain]:
     """Both sides train the connector alone; on the left, gradients of what is frozen are made and thrown away."""
     graph = size.model("projector")
     for name, parameter in graph.vision.named_parameters():
-        parameter.requires_grad_(f"vision.{name}" not in graph.dormant())
+        parameter.requires_grad_(f"vision.{name}" not in graph.unused_parameters())
     yield Gain("no graph through the frozen encoder", size.step(graph), size.step(size.model("projector")))
     stored = size.model("projector")
     stored.language.requires_grad_(True)
@@ -201,7 +203,7 @@ def decoding(size: Size) -> Iterator[Gain]:
     def again() -> None:
         tokens = torch.ones(size.micro_batch, 1, dtype=torch.long, device=pixels.device)
         for _ in range(SHORT):
-            hidden = model.read(model.see(pixels), tokens)
+            hidden = model.language_forward(model.encode_images(pixels), tokens)
             tokens = torch.cat([tokens, model.logits(hidden[:, -1:]).argmax(-1)], dim=1)
 
     title = f"{SHORT} tokens written with keys and values of picture and text kept"

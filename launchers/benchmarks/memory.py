@@ -30,7 +30,7 @@ from hive_scale.strict_json import dumps
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.distributed import World
-    from hive_scale.plan.memory import Facts
+    from hive_scale.plan.memory import StageProfile
 
 HELP = "the planner's peak beside the real one"
 SOURCE = Path(__file__).with_name("allocations.c")
@@ -232,13 +232,13 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
     from hive_scale.engine import open_engine
     from hive_scale.engine.memory import release
     from hive_scale.model import build
-    from hive_scale.param_groups import freeze
+    from hive_scale.param_groups import apply_trainable_groups
     from hive_scale.precision import DTYPES
 
     (stage,) = config.stages.values()
     vocabulary, num_tokens = config.model.language.config["vocab_size"], config.data.max_tokens
     random = torch.Generator().manual_seed(world.rank)
-    size, seen = build.image_size(config.model), build.skeleton(config.model).features_shape
+    size, seen = build.image_size(config.model), build.meta_model(config.model).features_shape
     dtype = DTYPES[config.engine.precision]
 
     def sample() -> Sample:
@@ -251,18 +251,18 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
     samples = [[sample() for _ in range(stage.micro_batch)] for _ in range(stage.accumulation(world.size))]
     room = torch.empty(stage.micro_batch, *seen, dtype=dtype) if config.feature_cache else None
     batches = [collate(part, 0, size, room) for part in samples]
-    first = build.assemble(config.model, seed=0)
+    first = build.init_model(config.model, seed=0)
     weights = dict(first.named_parameters())
     # what kernels keep for themselves from their first call on (oneDNN 20 MB, in bf16) is not the model's
     plain = deepcopy(first)
-    freeze(plain, stage, plain.dormant())
+    apply_trainable_groups(plain, stage, plain.unused_parameters())
     plain.to(world.device, dtype)
     torch.autograd.backward(plain(**batches[0].to(world.device).inputs()))
     del plain
     meter = _Meter(world.device)
     before = meter.alive()
-    model = build.skeleton(config.model)
-    groups = freeze(model, stage, model.dormant())
+    model = build.meta_model(config.model)
+    groups = apply_trainable_groups(model, stage, model.unused_parameters())
     engine = open_engine(model, groups, stage, config.engine, world, weights)
     for _ in range(2):
         engine.step(batches, 1.0)
@@ -307,7 +307,7 @@ def _planned(config: Config, world: World) -> dict[str, Any]:
     }
 
 
-def _deepspeed(facts: Facts, zero: dict[str, Any], ranks: int) -> float | None:
+def _deepspeed(facts: StageProfile, zero: dict[str, Any], ranks: int) -> float | None:
     """DeepSpeed's own estimator, which is told numbers of parameters and no more."""
     if not zero:
         return None
@@ -327,6 +327,6 @@ def _accelerate(config: Config) -> float:
 
     from hive_scale.model import build
 
-    total, _ = calculate_maximum_sizes(build.skeleton(config.model))
+    total, _ = calculate_maximum_sizes(build.meta_model(config.model))
     mixed = "bfloat16" if config.engine.precision == "bf16" else "float32"
     return float(max(estimate_training_usage(total, mixed).values()))

@@ -70,13 +70,13 @@ def make_batches(number: int, global_batch: int, micro_batch: int, way: str) -> 
     import torch
 
     from hive_scale.batch import Sample, collate
-    from hive_scale.data.sampler import deal
+    from hive_scale.data.sampler import split_by_length
 
     rng = np.random.default_rng(number)
     words = np.clip(rng.lognormal(np.log(9.3), 0.45, global_batch), 4, 60)
     lengths = np.clip(words * 1.28 + 2, 5, 77).astype(int)
     count = global_batch // micro_batch
-    dealt = deal(lengths, 1, count)[0] if way == "by length" else np.arange(global_batch).reshape(count, -1)
+    dealt = split_by_length(lengths, 1, count)[0] if way == "by length" else np.arange(global_batch).reshape(count, -1)
     picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
 
     def sample(length: int) -> Sample:
@@ -88,8 +88,8 @@ def make_batches(number: int, global_batch: int, micro_batch: int, way: str) -> 
 def make_engine(global_batch: int, micro_batch: int, width: int, world: World) -> Engine:
     from hive_scale.config import EngineConfig, ModelConfig, PartConfig, StageConfig
     from hive_scale.engine import open_engine
-    from hive_scale.model.build import assemble, skeleton
-    from hive_scale.param_groups import freeze
+    from hive_scale.model.build import init_model, meta_model
+    from hive_scale.param_groups import apply_trainable_groups
     from hive_scale.presets import three_stages
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
@@ -101,7 +101,7 @@ def make_engine(global_batch: int, micro_batch: int, width: int, world: World) -
         PartConfig(config={"model_type": "llama", **language}),
     )
     stage = StageConfig(three_stages("cross_attention", (1e-3, 1e-3, 1e-3))["language"], global_batch, micro_batch)
-    shell = skeleton(model)
-    groups = freeze(shell, stage, shell.dormant())
-    weights = dict(assemble(model, seed=0).named_parameters())
+    shell = meta_model(model)
+    groups = apply_trainable_groups(shell, stage, shell.unused_parameters())
+    weights = dict(init_model(model, seed=0).named_parameters())
     return open_engine(shell, groups, stage, EngineConfig(), world, weights)

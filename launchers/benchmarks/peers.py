@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 def ours(task: Task) -> Step:
     from hive_scale.engine import open_engine
-    from hive_scale.model.build import skeleton
-    from hive_scale.param_groups import freeze
+    from hive_scale.model.build import meta_model
+    from hive_scale.param_groups import apply_trainable_groups
 
     weights = dict(task.build()[0].named_parameters())
-    model = skeleton(task.config)
-    groups = freeze(model, task.stage, model.dormant())
+    model = meta_model(task.config)
+    groups = apply_trainable_groups(model, task.stage, model.unused_parameters())
     engine = open_engine(model, groups, task.stage, task.engine, task.world, weights)
 
     def step(batches: Sequence[Batch]) -> float:

@@ -31,17 +31,17 @@ def compete(task: Task, folder: Path) -> dict[str, Saver]:
     import torch
 
     from hive_scale.engine import open_engine
-    from hive_scale.model.build import skeleton
-    from hive_scale.param_groups import freeze
+    from hive_scale.model.build import meta_model
+    from hive_scale.param_groups import apply_trainable_groups
 
-    model = skeleton(task.config)
-    groups = freeze(model, task.stage, model.dormant())
+    model = meta_model(task.config)
+    groups = apply_trainable_groups(model, task.stage, model.unused_parameters())
     weights = dict(task.model.named_parameters())
     engine: Any = open_engine(model, groups, task.stage, task.engine, task.world, weights)
     torch.manual_seed(task.world.rank)
     for fragment in engine.fragments():
         fragment.data.normal_()
-    engine.refresh(1)
+    engine.after_load(1)
     savers = {"ours": ours(task, engine, folder / "ours")}
     if task.engine.ds_config:
         return savers | {"DeepSpeed save_checkpoint": deepspeed(engine, folder / "deepspeed")}
@@ -57,16 +57,16 @@ def state_of(engine: Any) -> Iterator[Tensor]:
 
 
 def ours(task: Task, engine: Any, path: Path) -> Saver:
-    from hive_scale.checkpoint.checkpointer import Store
+    from hive_scale.checkpoint.checkpointer import Checkpointer
     from hive_scale.config import KeepConfig
 
-    store, steps = Store(path, task.world, KeepConfig(1)), count(1)
+    store, steps = Checkpointer(path, task.world, KeepConfig(1)), count(1)
 
     def load() -> None:
-        fresh = Store(path, task.world)  # which trusts nothing
+        fresh = Checkpointer(path, task.world)  # which trusts nothing
         newest = fresh.latest()
         assert newest is not None
-        engine.refresh(fresh.load(newest, engine.fragments())["step"])
+        engine.after_load(fresh.load(newest, engine.fragments())["step"])
 
     def save() -> None:
         step = next(steps)

@@ -40,10 +40,10 @@ class Task:
 
     def build(self) -> tuple[Any, list[ParamGroup]]:
         """A copy of the model, frozen and grouped as the stage says."""
-        from hive_scale.param_groups import freeze
+        from hive_scale.param_groups import apply_trainable_groups
 
         model = deepcopy(self.model)  # not made anew: Transformers would cut it up once it has heard of ZeRO-3
-        return model, freeze(model, self.stage, model.dormant())
+        return model, apply_trainable_groups(model, self.stage, model.unused_parameters())
 
 
 def from_scratch(preset: str, words: Sequence[str]) -> Config:
@@ -64,7 +64,7 @@ def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
     import torch
 
     from hive_scale.config import EngineConfig, ModelConfig, PartConfig, StageConfig
-    from hive_scale.model.build import assemble
+    from hive_scale.model.build import init_model
     from hive_scale.presets import three_stages
 
     width, layers, micro_batch = (32, 2, 2) if quick else (192, 4, 8)
@@ -80,7 +80,7 @@ def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
     global_batch = ACCUMULATION * micro_batch * world.size
     # with so large an eps a gradient of another size or clipped otherwise shows in the next loss
     stage = StageConfig(groups, global_batch, micro_batch, max_grad_norm=CLIP, eps=1e-4)
-    first = assemble(model, seed=0).to(world.device)
+    first = init_model(model, seed=0).to(world.device)
     with torch.no_grad():
         for fusion in cast(Any, first.fusion.layers):
             fusion.gate.fill_(0.5)  # so that pictures count from the first step

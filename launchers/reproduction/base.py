@@ -36,7 +36,7 @@ BATCH, PEAK = 64, 1e-3
 def train(encoder: Path, shards: list[str], steps: int, seed: int, output: Path) -> None:
     """Train the encoder that the JSON file `encoder` describes, and write it to `output` as a stock directory."""
     config = replace(presets.debug().model, vision=PartConfig(config=json.loads(encoder.read_text())))
-    model = build.assemble(config, seed)
+    model = build.init_model(config, seed)
     layers, patch = model.vision.config.num_hidden_layers, model.vision.config.patch_size
     data = replace(presets.debug().data, train=shards)
     loader = Loader(data, shards, open_tokenizer(TokenizerConfig()), image_size=build.image_size(config))

@@ -27,7 +27,7 @@ from hive_scale.checkpoint.format import steps_in
 from hive_scale.config import Config
 from hive_scale.plan.devices import find
 from hive_scale.plan.run import Machine, StagePlan, checkpoint_seconds, plan_run
-from hive_scale.resilience.checkpoint_interval import DAY, Cadence
+from hive_scale.resilience.checkpoint_interval import DAY, CheckpointInterval
 
 START = 60.0  # seconds from a job's start to its first step
 HOST_COPY = 5e9  # bytes/s per process, of a checkpoint into host memory: what training waits for
@@ -80,7 +80,7 @@ class Night:
         durable = 0  # the step that the next attempt begins at
         while self.now < end:
             retention = Retention(directory, self.config.keep)
-            cadence = Cadence(
+            cadence = CheckpointInterval(
                 self.config.save_interval,
                 self.config.failures_per_day,
                 self.config.grace_seconds,

@@ -41,7 +41,7 @@ import ranks  # noqa: E402
 from server import WRONGS, Server, serve  # noqa: E402
 
 from hive_scale import presets  # noqa: E402
-from hive_scale.checkpoint.stage_files import WEIGHTS, is_done  # noqa: E402
+from hive_scale.checkpoint.stage_files import WEIGHTS, is_stage_done  # noqa: E402
 from hive_scale.checkpoint.weights import read_weights  # noqa: E402
 from hive_scale.data.shards import SAMPLE_DIR  # noqa: E402
 from hive_scale.distributed import session  # noqa: E402
@@ -292,7 +292,7 @@ def lose_shard(run: Attempt, draw: random.Random) -> None:
     """End all, once the run has begun; the next attempt finds a shard missing, the one after finds it again."""
     signal_all(signal.SIGKILL)(run, draw)
     run.end()
-    if is_done(run.folder / "run" / STAGES[-1]):
+    if is_stage_done(run.folder / "run" / STAGES[-1]):
         return  # a run that has ended misses nothing
     shard = next(run.folder.parent.glob("broken-*.tar"))
     away = shard.rename(shard.with_suffix(".away"))
