@@ -23,10 +23,8 @@ from hive_scale.config import (
     PartConfig,
     StageConfig,
     TokenizerConfig,
-    read_yaml,
-    refuse_references,
-    resolve,
 )
+from hive_scale.config_merge import read_yaml, refuse_references, resolve
 
 # What the fusion adds to the pretrained parts, and what stage one therefore trains.
 NEW: dict[str, tuple[str, ...]] = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hive_scale import config as configs
+from hive_scale import config_merge
 from hive_scale.config import Config
 
 State = Literal["free", "ours", "foreign"]
@@ -82,7 +83,7 @@ def read_marker(directory: Path) -> dict[str, Any]:
 def _is_older_run(directory: Path, names: set[str]) -> bool:
     """A saved config has every key of its time; beside a recipe there are no files of a run."""
     try:
-        keys = set(configs.read_yaml(directory / CONFIG))
+        keys = set(config_merge.read_yaml(directory / CONFIG))
         configs.load(directory / CONFIG)
     except (ValueError, TypeError, OSError):
         return False

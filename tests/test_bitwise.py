@@ -50,15 +50,15 @@ def small(output: Path, engine: EngineConfig) -> Config:
 def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[str, list[Any]]:
     """Of each engine: what is left of the run in one part, and in two."""
     seen: list[Any] = []
-    votes, half = StageRun._votes, False
+    votes, half = StageRun._flags, False
 
     def watch_and_stop(self: StageRun) -> tuple[float, ...]:
         seen.append((self.at.step, world.timer.keys, torch.get_rng_state().numpy().tobytes()))
         stop, *others = votes(self)
         return stop or (half and self.at.step == STEPS // 2 - 1), *others
 
-    StageRun._votes = watch_and_stop  # type: ignore[method-assign]
-    StageRun._look = lambda self: {}  # type: ignore[method-assign]
+    StageRun._flags = watch_and_stop  # type: ignore[method-assign]
+    StageRun._evaluate_if_due = lambda self: {}  # type: ignore[method-assign]
     found: dict[str, list[Any]] = {}
     for name, engine in engines.items():
         for parts in (1, 2):
@@ -90,7 +90,7 @@ def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str
     """Of each engine: bytes of tensors alive when each of three stages opens its own."""
     held: dict[str, list[int]] = {}
     opening = train.open_engine
-    StageRun._look = lambda self: {}  # type: ignore[method-assign]
+    StageRun._evaluate_if_due = lambda self: {}  # type: ignore[method-assign]
     found: list[int] = []
 
     def watched(*arguments: Any) -> Any:

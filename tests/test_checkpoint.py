@@ -38,7 +38,8 @@ import hive_scale.checkpoint.checkpointer as staging_module
 from hive_scale.checkpoint.checkpointer import Checkpointer, WriteError
 from hive_scale.checkpoint.format import OwnedRange, Range, difference, divide, write_manifest
 from hive_scale.checkpoint.io import CorruptFile
-from hive_scale.checkpoint.weights import Source, fill, find_weights, merge_trained_weights, read_weights, write_weights
+from hive_scale.checkpoint.stage_files import LazyTensor, find_weights
+from hive_scale.checkpoint.weights import fill, merge_trained_weights, read_weights, write_weights
 from hive_scale.config import KeepConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.resilience.run_lock import locked
@@ -487,7 +488,7 @@ def test_weights_are_written_one_tensor_at_a_time(tmp_path: Path) -> None:
         alive.add(tensor)
         return tensor
 
-    source = Source(torch.float32, (1000,), read)
+    source = LazyTensor(torch.float32, (1000,), read)
     write_weights(tmp_path / "w.safetensors", {f"t{i}": source for i in range(5)})
     assert len(read_weights(tmp_path / "w.safetensors")) == 5
 
@@ -545,7 +546,7 @@ def test_a_failed_handoff_leaves_nothing_that_looks_done(tmp_path: Path) -> None
         raise OSError("disk gone")
 
     path = tmp_path / "weights.safetensors"
-    sources = {"a": torch.ones(200), "b": Source(torch.float32, (200,), read)}
+    sources = {"a": torch.ones(200), "b": LazyTensor(torch.float32, (200,), read)}
     for limit in (5_000_000_000, 800):
         with pytest.raises(OSError, match="disk gone"):
             write_weights(path, sources, max_shard_bytes=limit)

@@ -34,7 +34,7 @@ from safetensors.torch import save
 from tars import pair, picture_bytes, write_tar
 
 from hive_scale import config as configs
-from hive_scale import presets
+from hive_scale import config_merge, presets
 from hive_scale.checkpoint.format import Range, StepCheckpoint, audit, tensor_name, write_manifest
 from hive_scale.checkpoint.io import file_hash
 from hive_scale.checkpoint.weights import read_weights, write_weights
@@ -404,7 +404,7 @@ def test_words_of_a_config(tmp_path: Path) -> None:
     ]
 
     def check(_: Path, content: bytes) -> None:
-        configs.resolve(Config(), [content.decode(errors="replace")])
+        config_merge.resolve(Config(), [content.decode(errors="replace")])
 
     fuzz(tmp_path, raw(words), check)
 

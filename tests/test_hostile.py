@@ -26,7 +26,7 @@ from rich.table import Table
 from tars import pair, picture_bytes, write_tar
 
 from hive_scale import config as configs
-from hive_scale import presets
+from hive_scale import config_merge, presets
 from hive_scale.checkpoint.format import audit, write_manifest
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, EngineConfig
@@ -207,7 +207,7 @@ def test_what_is_no_file_or_has_no_end_is_refused_at_once(tmp_path: Path, kind: 
         with pytest.raises(ValueError, match=r"is no file|MB that are read"):
             read_json(path)
         with pytest.raises(ValueError, match=r"is no file|MB that are read"):
-            configs.read_yaml(path)
+            config_merge.read_yaml(path)
 
     assert most_memory(refused) < 10**7
 
@@ -250,7 +250,9 @@ def test_aliases_that_mean_well_are_read(tmp_path: Path) -> None:
     file.write_text("x: &a {lr: 1, parameters: ['*']}\ny: [*a, *a]\nz: {<<: *a}\n")
     assert presets.read_file(file)["z"] == {"lr": 1, "parameters": ["*"]}
     with pytest.raises(ValueError, match="aliases written out"):
-        configs.resolve(Config(), [f"model.vision.config.x=[&a [{', '.join('x' * 9)}], {', '.join(['*a'] * 20_000)}]"])
+        config_merge.resolve(
+            Config(), [f"model.vision.config.x=[&a [{', '.join('x' * 9)}], {', '.join(['*a'] * 20_000)}]"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -271,7 +273,7 @@ def test_values_of_another_kind_in_a_config_are_refused(tmp_path: Path, text: st
 @pytest.mark.parametrize("word", ["data.train[0]=x", "[=1", "a=" + "[" * 5000, "stages." + "x." * 3000 + "y=1", "=="])
 def test_words_of_another_kind_are_refused(word: str) -> None:
     with pytest.raises(ValueError, match="config: "):
-        configs.resolve(Config(), [word])
+        config_merge.resolve(Config(), [word])
 
 
 @pytest.mark.parametrize(
@@ -418,11 +420,11 @@ def test_a_parquet_that_says_it_unpacks_to_much_is_refused(tmp_path: Path, monke
     import pyarrow
     from pyarrow import parquet
 
-    from hive_scale.prepare import image_sources
+    from hive_scale.data import parquet as ours
 
     table = pyarrow.table({"image": [{"bytes": bytes(10**6), "path": "a"}] * 3, "question": ["q"] * 3})
     parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False, compression="zstd")
-    monkeypatch.setattr(image_sources, "LARGEST_GROUP", 2 * 10**6)  # of gigabytes in truth
+    monkeypatch.setattr(ours, "LARGEST_GROUP", 2 * 10**6)  # of gigabytes in truth
     [row, *_] = parquet_rows([tmp_path / "a.parquet"], "image", ["question"])
     with pytest.raises(ValueError, match=r"bytes in a row group, more than 2,000,000"):
         row["picture"].read()

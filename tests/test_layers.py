@@ -19,7 +19,18 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
 LEAVES = {
-    *("config", "credentials", "rundir", "version", "exit_codes", "strangers", "strict_json", "atomic", "checksums"),
+    *(
+        "config",
+        "config_merge",
+        "credentials",
+        "rundir",
+        "version",
+        "exit_codes",
+        "strangers",
+        "strict_json",
+        "atomic",
+        "checksums",
+    ),
     *("batch", "schedule", "seeding", "precision", "param_groups", "phase_timer", "chat_template", "shared_files"),
     *("distributed", "device", "placement", "node", "heartbeat"),
 }
@@ -51,7 +62,7 @@ DOORS: dict[str, set[str]] = {
     "deepspeed": {"hive_scale/engine/deepspeed.py", "hive_scale/engine/deepspeed_config.py", "launchers/benchmarks/"},
     "webdataset": {"hive_scale/data/", "hive_scale/prepare/", "launchers/benchmarks/"},
     "wandb": {"hive_scale/observability/trackers.py"},
-    "omegaconf": {"hive_scale/config.py", "hive_scale/presets.py"},
+    "omegaconf": {"hive_scale/config.py", "hive_scale/config_merge.py", "hive_scale/presets.py"},
     "matplotlib": {"hive_scale/report/", "hive_scale/plan/sweep.py", "launchers/benchmarks/"},
     "submitit": {"hive_scale/slurm/"},
     "transformers": {

@@ -407,18 +407,18 @@ ORPHANED = """
 import multiprocessing, os, sys, time
 import torch
 from hive_scale.config import DataConfig, TokenizerConfig
-from hive_scale.data import samples
+from hive_scale.data import dataset
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import World
 
 multiprocessing.set_start_method(sys.argv[1])
-read, main = samples.Samples.read, os.getpid()
+read, main = dataset.SampleReader.read, os.getpid()
 def stuck(self, i):
     if i == 9:
         time.sleep(600)
     return read(self, i)
-samples.Samples.read = stuck
+dataset.SampleReader.read = stuck
 config = DataConfig(workers=2)
 loader = Loader(config, sys.argv[2:], open_tokenizer(TokenizerConfig()), image_size=24)
 steps = loader.steps(global_batch=1, accumulation=1, seed=0, start=0, world=World(0, 1, torch.device("cpu")))

@@ -337,9 +337,9 @@ import logging, sys, warnings
 from pathlib import Path
 import torch
 from hive_scale.distributed import World
-from hive_scale.observability.logging_setup import hushed
+from hive_scale.observability.logging_setup import capture_library_logs
 for rank in (1, 2):
-    with hushed(Path(sys.argv[1]), World(rank, 3, torch.device("cpu"))):
+    with capture_library_logs(Path(sys.argv[1]), World(rank, 3, torch.device("cpu"))):
         late = logging.getLogger("DeepSpeed")
         late.propagate = False
         late.addHandler(logging.StreamHandler(sys.stdout))  # as the library does on import

@@ -87,7 +87,7 @@ def test_a_spike_is_told_from_noise() -> None:
     guard.accept(2.0)  # one good step, and patience begins anew
     assert [guard.reject() for _ in range(3)] == [False, False, True]
     resumed = LossGuard(GuardConfig(spike=20, window=32))
-    resumed.go_on(json.loads(json.dumps(guard.losses)))
+    resumed.restore(json.loads(json.dumps(guard.losses)))
     assert resumed.max_loss == guard.max_loss
 
 
@@ -156,14 +156,14 @@ def run(output: Path, *words: str) -> Config:
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[StageRun], object]) -> None:
-    votes = StageRun._votes
+    votes = StageRun._flags
 
     def harmed(self: StageRun) -> tuple[float, ...]:
         harm(self)
         return votes(self)
 
-    monkeypatch.setattr(StageRun, "_votes", harmed)
-    monkeypatch.setattr(StageRun, "_look", lambda self: {})  # it takes longer than all else here
+    monkeypatch.setattr(StageRun, "_flags", harmed)
+    monkeypatch.setattr(StageRun, "_evaluate_if_due", lambda self: {})  # it takes longer than all else here
 
 
 def test_a_run_with_a_bad_batch_is_the_run_without_it(
@@ -248,7 +248,7 @@ def test_a_stage_that_ends_in_what_is_no_number_is_not_done(
 ) -> None:
     """The step before the last leaves it behind, the last is one too many for the guard to see."""
     sabotage(monkeypatch, spoil(value, kind, at=22))
-    monkeypatch.setattr(StageRun, "_leave_out", lambda *_: None)
+    monkeypatch.setattr(StageRun, "_skip_batch", lambda *_: None)
     with pytest.raises(ValueError, match=r"after going back 1 times the loss or the weights are again not finite"):
         run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")
     assert not (tmp_path / "run" / "projector" / WEIGHTS).exists()
@@ -265,7 +265,7 @@ def test_a_held_out_loss_that_is_no_number_is_not_published_and_no_json(
         return {"eval_loss": stage.at.eval_loss, "gates": {"0": math.inf, "1": 0.5}} if stage.at.step == 24 else {}
 
     sabotage(monkeypatch, lambda stage: None)
-    monkeypatch.setattr(StageRun, "_look", look)
+    monkeypatch.setattr(StageRun, "_evaluate_if_due", look)
     with pytest.raises(ValueError, match="no checkpoint is there to go back to: lower the learning rates"):
         run_pipeline(run(tmp_path / "run", "save_interval=100"), world, until="projector")
     stage_dir = tmp_path / "run" / "projector"

@@ -76,7 +76,7 @@ USES = {
     "_profiler": Use("torch", TORCH, "observability/profiler.py", "kinds of events in a trace"),
     "_EventType": Use("torch", TORCH, "observability/profiler.py", "kinds of events in a trace"),
     "experimental_event_tree": Use("torch", TORCH, "observability/profiler.py", "allocations of a host as a tree"),
-    "_get_node": Use("omegaconf", "2.4.0", "config.py", "a child of a config, unresolved"),
+    "_get_node": Use("omegaconf", "2.4.0", "config_merge.py", "a child of a config, unresolved"),
     "_make_submission_file_text": Use("submitit", "1.5.4", "slurm/submission.py", "a script without submitting it"),
     "_submitit_command_str": Use("submitit", "1.5.4", "slurm/submission.py", "what such a script runs"),
 }

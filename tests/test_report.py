@@ -214,7 +214,7 @@ def test_a_profiled_step_leaves_trace_and_snapshot_per_rank_and_shows_ten_operat
 
 
 def test_two_runs_beside_each_other(runs: list[RunView], tmp_path: Path) -> None:
-    maps = [report.gradients(run, run.heldout(2)) for run in runs]
+    maps = [reports.gradients(run, run.heldout(2)) for run in runs]
     written = reports.save_gradients(maps, [run.history() for run in runs], tmp_path / "gradients.svg")
     text = written[0].read_text()
     assert text.count("<image") == sum(2 * 2 * (1 + 2 * run.norms.shape[1]) // 2 for run in maps)

@@ -241,7 +241,7 @@ def check_more(cell: Cell, world: World, folder: Path, first: Path) -> None:
     expected = train(engine, world, [1])
     again, _ = next_stage(cell, world, folder, first, stage)
     store.load(store.directory / "step_00000001", again.fragments())
-    again.refresh(1)
+    again.after_load(1)
     assert train(again, world, [1]) == expected
     steps = OptimizerTransfer(store.directory).steps
     assert steps["projector.0.up.weight"] == steps["language.model.layers.1.mlp.up_proj.weight"] == SAVED + 1

@@ -51,7 +51,7 @@ def write_checksummed(path: Path, sources: Mapping[str, LazyTensor], metadata: M
 def verify_checksum(path: Path, expected: str | None, required: bool = False) -> str:
     """The checksum that the file bears, or if it bears none, its hash.
 
-    Raises CorruptFile if the file does not match its own checksum, has another than `expected`, or lacks one where one is
+    Raises CorruptFile if the file does not match its own checksum, has another than `expected`, or lacks one that is
     `required`: the name of the checksum may be what was damaged.
     """
     try:

@@ -158,7 +158,7 @@ class CrossAttention(Fusion):
     ) -> Tensor:
         index = self.depths.index(depth)
         layer: Any = self.layers[index]
-        given: Tensor = layer.weights(hidden_BND, context.visual[index])
+        given: Tensor = layer.attention_weights(hidden_BND, context.visual[index])
         return given
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from hive_scale import config as configs
-from hive_scale import credentials, strict_json
+from hive_scale import config_merge, credentials, strict_json
 from hive_scale.atomic import write_text
 from hive_scale.config import Config
 from hive_scale.shared_files import locked
@@ -73,7 +73,7 @@ class Record:
 
     def followers(self) -> dict[str, DownstreamJob]:
         for name, fields in self.then.items():
-            configs.refuse_references(fields.get("words"), Path(f"then.{name}"))  # which a job would resolve
+            config_merge.refuse_references(fields.get("words"), Path(f"then.{name}"))  # which a job would resolve
         return {name: DownstreamJob(**fields) for name, fields in self.then.items()}
 
     @staticmethod

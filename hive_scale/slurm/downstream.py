@@ -11,7 +11,8 @@ from pathlib import Path
 
 from hive_scale import strict_json
 from hive_scale.atomic import write_text
-from hive_scale.config import Config, without_credentials
+from hive_scale.config import Config
+from hive_scale.config_merge import without_credentials
 from hive_scale.strict_json import dumps
 
 PREFIX = "then."
@@ -98,7 +99,11 @@ def read(names: str, words: Sequence[str], config: Config) -> dict[str, Downstre
         "evaluate": (before, [asked, "--tasks", TASKS], ["--output", f"{run}/evaluation"]),
     }
     return {
-        name: DownstreamJob(LAUNCHERS[name], after, [*first, *map(without_credentials, more.get(name, [])), *fixed])
+        name: DownstreamJob(
+            LAUNCHERS[name],
+            after,
+            [*first, *(without_credentials(word, Config) for word in more.get(name, [])), *fixed],
+        )
         for name, (after, first, fixed) in made.items()
         if name in wanted
     }

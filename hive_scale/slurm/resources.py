@@ -11,7 +11,8 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
-from hive_scale.config import DataConfig, resolve
+from hive_scale.config import DataConfig
+from hive_scale.config_merge import resolve
 from hive_scale.exit_codes import TRY_AGAIN
 from hive_scale.presets import read_file
 

@@ -1,0 +1,312 @@
+"""Layers of a config merged over each other: files, words and mappings, with typos answered by the nearest key.
+
+This module imports no torch, and knows no key of ours but those of shards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from difflib import get_close_matches
+from io import StringIO
+from math import isnan
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hive_scale import credentials
+from hive_scale.strangers import check_yaml, read_yaml_text
+from hive_scale.strict_json import dumps
+
+T = TypeVar("T")  # Config, or another dataclass of settings
+# YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
+LITERAL = re.compile(r"\d+:\d+|on|off|")
+RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # of shards, or a variable; to YAML a brace begins a mapping
+IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
+QUOTED = re.compile(IN_QUOTES)
+ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # of a list
+RESOLVER = re.compile(r"\$\{[^}]*:")  # reads the environment or runs code; ${another.key} does not
+SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
+SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
+TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|AKIA[A-Z0-9]{16})\b")  # Hugging Face, GitHub, AWS
+
+
+def resolve(base: T, *layers: Any) -> T:
+    """`base` overridden by each layer in turn: a mapping, the path of a saved YAML, or a list of ``key=value`` words.
+
+    Mappings and words are the user's own: ``${another.key}`` is filled in, and patterns of shards may name variables.
+    A saved config refers to nothing. Raises ValueError that names the nearest key for a typo, and the remedy for a bad
+    value.
+    """
+    try:
+        node = cast(DictConfig, OmegaConf.structured(base))
+        _own(OmegaConf.to_container(node))  # a preset's arguments are words, too
+        for layer in layers:
+            _unlock(node)  # frozen dataclasses make read-only nodes
+            if not isinstance(layer, Path | Mapping):
+                _check_stages(node, layer)
+            read = _read(layer, type(base))
+            _check_text(type(base), OmegaConf.to_container(read, resolve=False))
+            if isinstance(layer, Path):
+                refuse_references(OmegaConf.to_container(read), layer)
+            else:
+                read = OmegaConf.create(_own(OmegaConf.to_container(read)))
+            _check_kinds(OmegaConf.to_container(node), OmegaConf.to_container(read))
+            _make_way(node, read)
+            node = cast(DictConfig, OmegaConf.merge(node, read))
+        found = cast(T, OmegaConf.to_object(node))
+        plain = asdict(cast(Any, found))
+        refuse_references(plain, None)
+    except TypeError:
+        raise ValueError("config: a list stands where keys are wanted, or keys where a list is") from None
+    except OmegaConfBaseException as error:
+        # the first line is the message; the rest is omegaconf's own bookkeeping
+        message = next(iter(str(error).splitlines()), type(error).__name__)
+        if "is not a ListConfig" in message:
+            message = "a list is wanted here: [a, b]"
+        raise ValueError(f"config: {error.full_key or ''}: {credentials.hide(message)}") from None
+    except (AttributeError, LookupError, RecursionError) as error:  # omegaconf's, of a value of another kind
+        raise ValueError(
+            f"config: a value is of another kind than its key takes, or nested too deeply: {error}"
+        ) from None
+    for key, value in flatten(plain).items():
+        if isinstance(value, float) and isnan(value):
+            raise ValueError(f"config: {key}=nan is no number: set one")
+    return found
+
+
+def refuse_references(content: Any, file: Path | None) -> None:
+    """Raises ValueError if a value of `content`, which a run or a stranger wrote into `file`, refers to anything.
+
+    A reference may read any variable of whoever opens the file, and what it stands for would be written on.
+    """
+    for key, text in _strings(content):
+        if "${" in text:
+            raise ValueError(
+                f"{file or 'config'}: {key}: {text}: what a run wrote, or is to write, refers to no variable, file or "
+                "code: put the value itself there, or give it in your own command"
+            )
+
+
+def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a config as plain data."""
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping | list | tuple):
+        for name, child in node.items() if isinstance(node, Mapping) else enumerate(node):
+            yield from _strings(child, f"{key}.{name}" if key else str(name))
+
+
+def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> Any:
+    """A config of the user's own as plain data, each variable that a pattern of shards names being but its name.
+
+    Raises ValueError for other references to the environment, files or code, and for a secret.
+    """
+    secrets = credentials.secret_variables() if secrets is None else secrets
+    if isinstance(node, Mapping):
+        return {name: _own(child, f"{key}.{name}" if key else str(name), secrets) for name, child in node.items()}
+    if isinstance(node, list | tuple):
+        return [_own(child, f"{key}.{place}", secrets) for place, child in enumerate(node)]
+    if not isinstance(node, str):
+        return node
+    if SHARDS_KEY.fullmatch(key):
+        if credentials.VARIABLE.search(node):
+            return credentials.take(node, own=True)
+    elif "://" in node and credentials.public(node) != node:
+        raise ValueError(f"config: {key}: a URL with credentials would be written into the run: only shards have such")
+    if RESOLVER.search(node):
+        raise ValueError(
+            f"config: {key}: {node} would be written into the run: only data.train and data.heldout may name a "
+            "variable, as ${oc.env:NAME}; elsewhere give the value itself, as the shell does for $NAME"
+        )
+    shown = credentials.public(node)
+    told = next((name for name, value in secrets.items() if value in shown), "")
+    if told or TOKEN.search(shown) or SECRET_KEY.fullmatch(key):
+        what = f"holds the value of the variable {told}" if told else "holds what looks like a secret"
+        raise ValueError(
+            f"config: {key} {what}, and a config is written down: leave it to the environment, or in data.train and "
+            f"data.heldout write ${{oc.env:{told or 'NAME'}}}"
+        )
+    return node
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: list(node) if isinstance(node, tuple) else node}
+    dotted = prefix and prefix + "."
+    return {key: value for name, child in node.items() for key, value in flatten(child, f"{dotted}{name}").items()}
+
+
+def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
+    """Empty the config of a model's part in `node` where `layer` brings one of another family, or an empty one.
+
+    Key by key, the one family's sizes would be taken for the other's.
+    """
+    for role in ("vision", "language"):
+        place = f"model.{role}.config"
+        old = OmegaConf.select(node, place)
+        new = OmegaConf.select(layer, place, default=old)
+        if new is old:
+            continue
+        family = new.get("model_type") if isinstance(new, DictConfig) else None
+        if not new or family not in (None, old.get("model_type")):
+            OmegaConf.update(node, place, {}, merge=False)
+        if new is None:
+            OmegaConf.update(layer, place, {}, merge=False)
+            continue
+        for name in new:  # how positions are scaled: the one type's numbers are not the other's
+            parts = [OmegaConf.select(one, f"{place}.{name}") for one in (node, layer)]
+            types = [part.get("rope_type") for part in parts if isinstance(part, DictConfig)]
+            if len(types) == 2 and None not in types and types[0] != types[1]:
+                theta = OmegaConf.select(node, f"{place}.{name}.rope_theta")
+                OmegaConf.update(node, f"{place}.{name}", {"rope_theta": theta} if theta else {}, merge=False)
+
+
+def _check_kinds(old: Any, new: Any, key: str = "") -> None:
+    """Raises ValueError where `new`, plain data, has something else than a list, or than keys, that `old` has."""
+    if isinstance(new, str) and new.startswith("${"):
+        return  # what it stands for is known later
+    if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
+        some = f", such as {key}.{next(iter(old))}=..." if old and key else ""
+        raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
+    if isinstance(old, list | tuple) and not isinstance(new, list | tuple | None):
+        raise ValueError(f"config: {key}: a list is wanted here: [a, b]")
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for name in old.keys() & new.keys():
+            _check_kinds(old[name], new[name], f"{key}.{name}" if key else str(name))
+
+
+def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
+    """A word changes stages that exist; only a file adds new ones."""
+    for word in words:
+        parts = word.split("=")[0].split(".")
+        if parts[0] == "stages" and len(parts) > 1 and parts[1] not in node.stages:
+            near = get_close_matches(parts[1], list(node.stages), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(node.stages)}"
+            raise ValueError(f"config: {'.'.join(parts)}: there is no stage '{parts[1]}': {hint}")
+
+
+def _read(layer: Any, kind: type) -> DictConfig | ListConfig:
+    if isinstance(layer, Path):
+        return read_yaml(layer)
+    if isinstance(layer, Sequence):
+        words = [_read_word(word, kind) for word in layer]
+        return cast(DictConfig, OmegaConf.merge(*words) if words else OmegaConf.create())
+    return cast(DictConfig, OmegaConf.create(layer))
+
+
+def read_yaml(file: Path) -> DictConfig | ListConfig:
+    """Raises ValueError that names file and line if it is no YAML.
+
+    What a run saved before a key existed keeps that key's old meaning.
+    """
+    text = read_yaml_text(file)
+    try:
+        read = OmegaConf.load(StringIO(text))
+    except Exception as error:  # PyYAML raises what it likes on tags that do not fit their values
+        raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
+    try:
+        if isinstance(read, DictConfig):
+            _with_old_defaults(read)
+    except OmegaConfBaseException as error:  # of an interpolation
+        raise ValueError(f"{file}: {_in_a_line(error)}") from None
+    return read
+
+
+def _with_old_defaults(read: DictConfig) -> None:
+    stages = OmegaConf.select(read, "stages")
+    of_stages = stages.values() if isinstance(stages, DictConfig) else ()
+    for part in (read, *of_stages):
+        data = OmegaConf.select(part, "data") if isinstance(part, DictConfig) else None
+        # a saved config has every key of its time
+        if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
+            data.setdefault("image_position", "start")
+
+
+def _read_word(word: str, kind: type) -> DictConfig:
+    """`word` as a layer over a config of type `kind`."""
+    key, is_one, value = word.partition("=")
+    if not is_one:
+        raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
+    try:
+        quoted = _quoted(value, _type_of(kind, key.split(".")))
+        check_yaml(quoted)
+        return OmegaConf.from_dotlist([f"{key}={quoted}"])
+    except Exception as error:  # as in a file
+        told = credentials.hide(f"{key}={value}: not YAML: {_in_a_line(error)}")
+        raise ValueError(f"config: {told}: put it in quotation marks") from None
+
+
+def _type_of(kind: Any, keys: Sequence[str]) -> Any:
+    """The declared type of what `keys` lead to from dataclass `kind`; Any where none is declared."""
+    for key in keys:
+        if is_dataclass(kind):
+            overrides = {one.name: one.metadata.get("overrides") for one in fields(kind)}
+            kind = overrides.get(key) or get_type_hints(kind).get(key, Any)
+        else:
+            kind = get_args(kind)[1] if get_origin(kind) is dict else Any
+    return kind
+
+
+def _check_text(kind: Any, value: Any, key: str = "") -> None:
+    """Raises ValueError where a file has yes, or 1.10, in the place of text: nobody meant True, or 1.1."""
+    if isinstance(value, dict):
+        for name, child in value.items():
+            _check_text(_type_of(kind, [str(name)]), child, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list) and kind == list[str]:
+        for child in value:
+            _check_text(str, child, key)
+    elif kind is str and isinstance(value, bool | float):
+        raise ValueError(f"config: {key}: {value} is no text to YAML: put what was meant in quotation marks")
+
+
+def _quoted(value: str, kind: Any) -> str:
+    """`value` such that YAML takes it for what it says.
+
+    What is text by its type stays as it was typed: YAML would make 20240501 of 2024_05_01, true of yes, and cut
+    "a #1" short. Elsewhere the items of a list that hold braces are quoted, as shards' names do.
+    """
+    if value == "null":
+        return value
+    if kind is str:
+        return _as_text(value)
+    if value.startswith("[") and value.endswith("]") and (kind == list[str] or RANGE.search(value)):
+        items = filter(None, (match[1] for match in ITEM.finditer(value[1:-1])))
+        return f"[{', '.join(_as_text(item) if kind == list[str] or RANGE.search(item) else item for item in items)}]"
+    return f"'{value}'" if LITERAL.fullmatch(value) else value
+
+
+def _as_text(value: str) -> str:
+    return value if QUOTED.fullmatch(value) else dumps(value)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _unlock(node: DictConfig | ListConfig) -> None:
+    OmegaConf.set_readonly(node, False)
+    keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for key in keys:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig | ListConfig):
+            _unlock(child)
+
+
+def without_credentials(word: str, kind: type) -> str:
+    """A word for another command of the user's, over a config of type `kind`, as it may be written down.
+
+    Raises ValueError for a secret.
+    """
+    key, _, value = word.partition("=")
+    if not re.fullmatch(r"[\w.]+", key) or ("://" not in value and "${" not in value):
+        return str(_own(word, "then"))
+    read = OmegaConf.create(_own(OmegaConf.to_container(_read_word(word, kind))))
+    found = OmegaConf.select(read, key)
+    plain = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found
+    if SHARDS_KEY.fullmatch(key) and isinstance(plain, list):
+        plain = [credentials.take(one) if isinstance(one, str) else one for one in plain]
+    return f"{key}={dumps(plain)}"
