@@ -127,7 +127,9 @@ def test_dollars_in_captions_are_no_mathematics_and_odd_characters_no_broken_fil
 
 
 def test_a_legend_names_every_curve_whatever_it_is_called() -> None:
-    lines = [{"step": i, "samples": i, "loss": 1.0, "lr": {"_mine": 1e-3, "$b$": 1e-3}} for i in range(1, 4)]
+    lines = [
+        {"step": i, "samples": i, "loss": 1.0, "seconds": 0.1, "lr": {"_mine": 1e-3, "$b$": 1e-3}} for i in range(1, 4)
+    ]
     two = curves([History(name, {"stage": lines}) for name in ("_run", "run $1$")])
     assert "_run" in two["Training loss"]
     assert "run $1$: _mine" in two["Learning rates"]
