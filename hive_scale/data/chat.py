@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hive_scale.batch import Sample
-from hive_scale.chat_template import IMAGE, Turns
+from hive_scale.chat_template import IMAGE, Turns, without_image
 from hive_scale.config import ImagePosition
 from hive_scale.data.tokenizer import Tokenizer
 
@@ -44,7 +44,7 @@ def prompt_with_slot(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | 
 def _parts(turns: Turns, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
     """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
     template = tokenizer.template
-    turns = [{**turn, "content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    turns = [{**turn, "content": without_image(turn["content"]).strip()} for turn in turns]
     for turn in turns:
         if special := template.special_in(turn["content"]):
             raise ValueError(f"a turn of the conversation holds the tokenizer's special token {special}")

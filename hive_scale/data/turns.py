@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from itertools import cycle, takewhile
 from typing import Any
 
-from hive_scale.chat_template import IMAGE
+from hive_scale.chat_template import IMAGE, without_image
 
 SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA adds to questions with short answers
 Turns = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
@@ -31,7 +31,7 @@ def turns_of(record: Mapping[str, Any]) -> Turns:
     count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(pictures) if isinstance(pictures, list) else 1)
     if count > 1:
         raise ValueError(f"the conversation is about {count} pictures: only one is supported")
-    turns = [turn | {"content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    turns = [turn | {"content": without_image(turn["content"]).strip()} for turn in turns]
     system = list(takewhile(lambda turn: turn["role"] == "system", turns))
     rest = turns[len(system) :]
     rest = rest[: len(rest) // 2 * 2]  # a last question without an answer teaches nothing
