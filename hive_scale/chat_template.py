@@ -80,6 +80,13 @@ AT_START_END = """\
 {{- ns.start + "<image>" * ns.images + rendered[ns.start | length:] -}}"""
 
 
+def without_image(text: str, token: str = IMAGE) -> str:
+    """`text` without `token`, which would be an image of its own; also where leaving one out spells another."""
+    while token in text:
+        text = text.replace(token, "")
+    return text
+
+
 def with_image_token(tokenizer: Any) -> Any:
     """A copy of a Hugging Face tokenizer that has IMAGE as a special token."""
     tokenizer = copy.deepcopy(tokenizer)
@@ -96,15 +103,22 @@ class ChatTemplate:
         if isinstance(own, dict):  # several by name
             own = own.get("default")
         self.source: str = _without_today(own or CHAT_TEMPLATE)
-        added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-        special = sorted({*tokenizer.all_special_tokens, *added} - {IMAGE}, key=len, reverse=True)
-        self.specials = special  # longest first
-        self.special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        names = {*tokenizer.all_special_tokens, *(token.content for token in added)} - {IMAGE}
+        self.specials = sorted(names, key=len, reverse=True)  # longest first
+        self.special = _any_of(self.specials)
+        self._normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+        # some are sought in the text's normal form, in a normal form of their own
+        normal = {self._normal(token.content) for token in added if token.normalized}
+        self._normal_special = _any_of([*self.specials, *(normal - {""})])
 
     def special_in(self, text: str) -> str:
-        """The first special token that `text` spells, or nothing."""
-        found = self.special.search(text)
+        """The first special token that `text` spells, or that the tokenizer's normal form of it does, or nothing."""
+        found = self.special.search(text) or self._normal_special.search(self._normal(text))
         return found[0] if found else ""
+
+    def _normal(self, text: str) -> str:
+        return self._normalizer.normalize_str(text) if self._normalizer else text
 
     def render(self, turns: Messages) -> str:
         """The text of a conversation; a template that knows no system role gets its text before the first question.
@@ -192,6 +206,10 @@ class ChatTemplate:
         except TemplateError:
             return None
         return text
+
+
+def _any_of(words: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, words)) or r"(?!)")
 
 
 def _without_today(source: str) -> str:

@@ -227,7 +227,8 @@ def rewrite(path: Path) -> None:
 
 
 def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> None:
-    for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg", "notes/of-mine.txt"):
+    deep = "train/dog/at/any/depth.jpg"
+    for path in ("train/cat/1.jpg", "train/dog/2.png", deep, "val/dog/3.jpg", "notes/of-mine.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(tars.picture_bytes())
     seen = [open_dataset("folder", tmp_path).identity]
@@ -241,6 +242,7 @@ def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> No
         lambda: os.utime(moved / "val" / "dog" / "3.jpg", ns=(1, 1)),
         lambda: (moved / "val" / "dog" / "3.jpg").write_bytes(tars.picture_bytes(seed=1)),
         lambda: rewrite(moved / "val" / "dog" / "3.jpg"),
+        lambda: rewrite(moved / deep),
         lambda: (moved / "train" / "dog" / "4.jpg").write_bytes(tars.picture_bytes()),
     ]
     for change in changes:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -168,6 +168,55 @@ def test_special_tokens_that_a_caption_spells_are_text(tokenizer: Tokenizer, par
 def test_a_special_token_that_is_also_a_word_is_cut_in_two() -> None:
     tokenizer = words_alone("</s>")
     assert tokenizer.encode("horse </s> horse", 77) == [1, 2, 3, 4, 2, 1]
+
+
+def in_normal_form(kind: str, normalized: bool = False) -> Tokenizer:
+    """A tokenizer that reads text in its normal form, in which full-width letters and capitals are plain ones."""
+    words = ["<unk>", "</s>", "<bos>", *"</s>▁horse", "▁horse"]
+    if kind == "unigram":
+        raw = RawTokenizer(models.Unigram([(word, -1.0) for word in dict.fromkeys(words)], 0))
+        raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    else:
+        raw = RawTokenizer(models.BPE(byte_fallback=False))
+        raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        raw.train_from_iterator([], trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    raw.add_special_tokens([AddedToken(word, special=True, normalized=normalized) for word in words[:3]])
+    named = {"bos_token": "<bos>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, **named))
+
+
+@pytest.mark.parametrize("tokenizer", [in_normal_form("unigram"), in_normal_form("bpe", normalized=True)])
+@pytest.mark.parametrize("spelt", ["\uff1c/s\uff1e", "</S>", "</s></S>", "\uff1c/\uff33>"])
+def test_a_special_token_that_only_the_normal_form_of_a_text_spells_is_no_end(tokenizer: Tokenizer, spelt: str) -> None:
+    tokens = tokenizer.encode(f"horse {spelt} horse", 99)
+    assert [tokens.count(tokenizer.start_id), tokens.index(tokenizer.eos_id)] == [1, len(tokens) - 1]
+    for said in ((spelt, "A"), ("Q", f"horse {spelt}")):
+        with pytest.raises(ValueError, match="holds the tokenizer's special token </s>"):
+            tokenize_conversation("k", None, parse_messages(record(*said)), tokenizer, 999)
+    assert tokenize_conversation("k", None, parse_messages(record("Q", "Horse \uff1c")), tokenizer, 999)
+
+
+def test_an_unknown_character_is_no_end_where_the_vocabulary_has_one_token_for_both() -> None:
+    raw = RawTokenizer(models.WordLevel({"</s>": 0, "horse": 1}, unk_token="</s>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    named = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "</s>")
+    assert Tokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, **named)).encode("horse é horse", 9) == [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("image", ["user", "start", None])
+def test_the_images_token_in_pieces_is_not_put_together(image: Any) -> None:
+    tokenizer = TOKENIZERS["bytes"]
+    for question, answer in (("Q {}?", "A"), ("Q?", "A {} b")):
+        made = []
+        for spelt in ("", "<ima<image>ge>", "<i<ima<image>ge>mage>"):
+            turns = [
+                {"role": "user", "content": question.format(spelt)},
+                {"role": "assistant", "content": answer.format(spelt)},
+            ]
+            made.append(tokenize_conversation("k", None, turns, tokenizer, 999, image))
+        assert made[1:] == made[:1] * 2
+    assert parse_messages(record("<ima<image>ge> Q", "A"))[0]["content"] == "Q"
 
 
 @pytest.mark.parametrize("name", ["bytes", "sentencepiece", "no system role"])

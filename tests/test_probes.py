@@ -290,6 +290,27 @@ def test_an_encoder_that_is_not_finite_gets_no_score(encoder: Path, tmp_path: Pa
         Encoder(tmp_path / "spoiled", torch.device("cpu"))
 
 
+def test_features_that_are_not_finite_get_no_score(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+    """Weights that are finite can make them; every picture would be told to be of the first class."""
+    shutil.copytree(encoder, tmp_path / "huge")
+    tensors = load_file(tmp_path / "huge" / "model.safetensors")
+    huge = {name: tensor * (1e25 if "layers.1.mlp" in name else 1) for name, tensor in tensors.items()}
+    save_file(huge, tmp_path / "huge" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="huge makes features of some pictures that are not finite: give sound"):
+        run(ALONE, tmp_path / "huge", pictures, tmp_path / "out", False)
+
+
+def test_a_probe_that_has_diverged_is_right_nowhere() -> None:
+    torch.manual_seed(0)
+    recipe = replace(RECIPE, rates=(1e-2, 1e38), max_grad_norm=1e30)
+    grid = ProbeGrid(["attentive", "linear"], 8, 2, recipe, 0, ALONE)
+    features, labels = torch.randn(6, 3, 8), torch.zeros(6, dtype=torch.long)
+    for step in range(40):
+        grid.step(features, labels, 6, step, 40)
+    right = dict(zip(grid.keys, grid.right(features, labels).tolist(), strict=True))
+    assert right == {(kind, rate): 6 if rate < 1 else 0 for kind, rate in grid.keys}
+
+
 def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:
     """Weights as .bin, the same config, the same folder: found by what was loaded alone."""
     zeros = tmp_path / "zeros"

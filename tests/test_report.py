@@ -39,7 +39,7 @@ from hive_scale.pipeline import run_pipeline
 from hive_scale.preflight import open_data
 from hive_scale.report import report as reports
 from hive_scale.report.attention_maps import attention_maps, choose, words_at
-from hive_scale.report.curves import History, by_component, thin
+from hive_scale.report.curves import History, by_component, curves, thin
 from hive_scale.report.gradient_maps import concentration, gradient_maps
 from hive_scale.report.run_view import RunView, pairs_of
 from hive_scale.report.svg import bare, draw
@@ -123,6 +123,18 @@ def test_dollars_in_captions_are_no_mathematics_and_odd_characters_no_broken_fil
     written = ["".join(one.itertext()).strip() for one in svg.iter("{http://www.w3.org/2000/svg}text")]
     assert {text + " \ufffd\ufffd", text, f"run {text}"} <= {*written}
     assert not [one for one in written if "mathdefault" in one], "the ticks of the axis are set as powers"
+
+
+def test_a_legend_names_every_curve_whatever_it_is_called() -> None:
+    lines = [
+        {"step": i, "samples": i, "loss": 1.0, "seconds": 0.1, "lr": {"_mine": 1e-3, "$b$": 1e-3}} for i in range(1, 4)
+    ]
+    two = curves([History(name, {"stage": lines}) for name in ("_run", "run $1$")])
+    assert "_run" in two["Training loss"]
+    assert "run $1$: _mine" in two["Learning rates"]
+    one = curves([History("_run", {"stage": lines})])["Learning rates"]
+    assert "_mine" in one
+    assert "$b$" in one
 
 
 @pytest.mark.parametrize("side", [32, 37])

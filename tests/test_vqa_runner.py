@@ -38,6 +38,7 @@ from hive_scale.export.huggingface import export_llava
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.model.llava import StockLlava
+from hive_scale.resilience.run_lock import locked
 
 ROOT = Path(__file__).parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -109,6 +110,25 @@ def test_any_batch_any_process_and_a_stop_between_give_the_same_answers(tmp_path
     assert list(answers(tmp_path / "out")) == [q.id for q in questions]
     assert run(ALONE, tmp_path, tmp_path / "out") == []
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+
+
+def test_lines_that_a_kill_or_a_hand_has_spoiled_are_asked_again(tmp_path: Path) -> None:
+    questions, out = ask(tmp_path, count=4), tmp_path / "out"
+    answer_all(questions, Counting(), LIMIT, out, ALONE, batch_size=4)
+    expected, path = answers(out), out / "predictions.jsonl"
+    first, second, *rest = path.read_text().splitlines(keepends=True)
+    spoiled = [
+        json.dumps(json.loads(second) | {"answer": None}),
+        '{"id": [1], "prompt": {}, "answer": []}',
+        "[1]",
+        "\0" * 99,
+    ]
+    path.write_text("\n".join([first, *spoiled, *rest]))
+    (out / "predictions.3.part").write_bytes('{"id": "9", "answer": "é'.encode()[:-1])  # cut in a letter
+    counting = Counting()
+    answer_all(questions, counting, LIMIT, out, ALONE, batch_size=4)
+    assert counting.asked == ["1"]
+    assert answers(out) == expected
 
 
 def test_questions_about_one_picture_go_together(tmp_path: Path) -> None:
@@ -279,6 +299,42 @@ def test_a_task_that_has_ended_has_its_scores_whatever_becomes_of_the_next(
     assert scores(output)["easyvqa"] == first["easyvqa"]
     assert scores(output)["mme"]["questions"] == 4
     assert not list(output.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("held", ["[]", "null", "3", '"x"', ""])
+def test_results_that_a_hand_has_spoiled_are_written_anew(llava: Path, tmp_path: Path, held: str) -> None:
+    ask(tmp_path / "easyvqa", count=1)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(held)
+    words = ["--tasks", "easyvqa", "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--max_tokens", "1"]
+    assert command.main([str(llava), *words]) == 0
+    assert list(scores(tmp_path / "out")) == ["easyvqa"]
+
+
+def test_two_at_once_take_no_answers_from_each_other(
+    llava: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second start would join the first one's answers, and remove the file that it still writes to."""
+    ask(tmp_path / "easyvqa", count=1)
+    words = ["--tasks", "easyvqa", "--data", str(tmp_path), "--max_tokens", "1", "--output", str(tmp_path / "out")]
+    with locked(tmp_path / "out", ALONE):
+        assert command.main([str(llava), *words]) == 75
+        assert f"{tmp_path}/out is in use by" in capsys.readouterr().err
+        assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert command.main([str(llava), *words]) == 0
+
+
+def test_a_question_that_spells_the_images_token_is_asked_of_anyones_llava(llava: Path, tmp_path: Path) -> None:
+    """Whose template, unlike ours, does not leave it out: it would be a second image, and end the evaluation."""
+    shutil.copytree(llava, tmp_path / "llava")
+    template = (
+        "{{ eos_token }}{% for m in messages %}{% for part in m.content %}{{ part.text or '<image>' }}{% endfor %}"
+    )
+    (tmp_path / "llava" / "chat_template.jinja").write_text(template + "{{ eos_token }}{% endfor %}")
+    answerer = LlavaAnswerer(StockLlava(tmp_path / "llava", ALONE.device))
+    plain = replace(ask(tmp_path, count=1)[0], prompt="what does mean?")
+    spelt = [replace(plain, prompt=f"what does {one}mean?") for one in ("<image>", "<ima<image>ge>")]
+    assert answerer.answer([plain, *spelt], LIMIT) == answerer.answer([plain], LIMIT) * 3
 
 
 def other_template(folder: Path) -> None:

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale import strict_json
 from hive_scale.exit_codes import ended
 from hive_scale.strangers import printable
 
@@ -69,15 +70,19 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.vqa_runner import answer_all, read_predictions, result
+    from hive_scale.resilience.run_lock import locked
     from hive_scale.resilience.watchdog import watching
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
     asked, results = _questions(arguments), {}
     with session() as world, watching(world):
-        output, answerer = _open(arguments, world)
+        output, answerer, identity = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, disable=not world.is_main) as bar:
+        # of two at once, each would take the other's answers away half written
+        with locked(output, world) as lock, Progress(*columns, disable=not world.is_main) as bar:
+            _claim(output / "model.json", identity, world)
+            lock.stay()
             for task, questions in asked:
                 folder = output / task.name
                 shown = bar.add_task(task.name, total=len(questions))
@@ -101,8 +106,8 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]
     return [(task, questions if limit is None else task.first(questions, limit)) for task, questions in asked]
 
 
-def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
-    """Where answers go, and who gives them."""
+def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer, dict[str, str]]:
+    """Where answers go, who gives them, and what they depend on besides the questions."""
     from hive_scale.device import choose_precision
     from hive_scale.evaluate.vqa_runner import HiveAnswerer, LlavaAnswerer
     from hive_scale.model.identity import key_of
@@ -125,32 +130,36 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer]:
         built = {name: value for name, value in asdict(config.model).items() if name not in PARTS}
         path = path / stage if (path / "config.yaml").is_file() else path
     output = arguments.output or path / "evaluation"
-    _claim(output / "model.json", answerer.identity | {"fusion": key_of(built)}, world)
-    return output, answerer
+    return output, answerer, answerer.identity | {"fusion": key_of(built)}
 
 
 def _claim(path: Path, identity: dict[str, str], world: World) -> None:
     """Answers of another model, or of the same in other circumstances, must not pass for this one's."""
-    from hive_scale.evaluate.readers import read_json, write_json
+    from hive_scale.evaluate.readers import write_json
 
     if world.is_main and not path.exists():
         write_json(path, identity)
     world.barrier()
-    before = read_json(path)
-    others = [what for what in identity if not isinstance(before, dict) or before.get(what) != identity[what]]
+    before = _object_in(path)
+    others = [what for what in identity if before.get(what) != identity[what]]
     if others:
         raise ValueError(f"{path.parent} holds answers of other {', '.join(others)}: give --output DIR, or delete it")
 
 
 def _save(path: Path, results: dict[str, Any]) -> None:
     """Put `results` beside those of other tasks."""
-    from hive_scale.evaluate.readers import read_json, write_json
+    from hive_scale.evaluate.readers import write_json
 
-    before: dict[str, Any] = {}
-    if path.exists():
-        with suppress(ValueError):  # damaged: the answers that it was made of are there
-            before = read_json(path)
-    write_json(path, before | results)
+    # of one that is damaged the answers that it was made of are there
+    write_json(path, _object_in(path) | results)
+
+
+def _object_in(path: Path) -> dict[str, Any]:
+    """What the JSON file `path` says; nothing if it is not there, damaged, or no object."""
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = strict_json.read(path)
+    return found if isinstance(found, dict) else {}
 
 
 def _show(results: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hive_scale.batch import Sample
-from hive_scale.chat_template import IMAGE
+from hive_scale.chat_template import IMAGE, without_image
 from hive_scale.config import ImagePosition
 from hive_scale.data.tokenizer import Tokenizer
 
@@ -36,7 +36,7 @@ def parse_messages(record: Mapping[str, Any]) -> Messages:
     count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(pictures) if isinstance(pictures, list) else 1)
     if count > 1:
         raise ValueError(f"the conversation is about {count} pictures: only one is supported")
-    turns = [turn | {"content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    turns = [turn | {"content": without_image(turn["content"]).strip()} for turn in turns]
     system = list(takewhile(lambda turn: turn["role"] == "system", turns))
     rest = turns[len(system) :]
     rest = rest[: len(rest) // 2 * 2]  # a last question without an answer teaches nothing
@@ -100,7 +100,7 @@ def prompt_with_slot(turns: Messages, tokenizer: Tokenizer, image: ImagePosition
 def _parts(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
     """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
     template = tokenizer.template
-    turns = [{**turn, "content": turn["content"].replace(IMAGE, "").strip()} for turn in turns]
+    turns = [{**turn, "content": without_image(turn["content"]).strip()} for turn in turns]
     for turn in turns:
         if special := template.special_in(turn["content"]):
             raise ValueError(f"a turn of the conversation holds the tokenizer's special token {special}")

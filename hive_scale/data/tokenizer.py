@@ -37,7 +37,8 @@ class Tokenizer:
         self.start_id: int = self.eos_id if bos_id is None else bos_id
         self.vocab_size: int = len(tokenizer)
         self.template = ChatTemplate(tokenizer)
-        self._special_ids = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+        # an unknown word is no end; where the vocabulary has one token for both it is left out
+        self._special_ids = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {self.eos_id, self.start_id})
 
     @property
     def stock(self) -> Any:
@@ -72,10 +73,18 @@ class Tokenizer:
         return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _cut(self, text: str) -> list[int]:
-        """For vocabularies in which a special token is also a word: each that `text` spells is cut in two."""
-        cuts = [match.start() + 1 for match in self.template.special.finditer(text)]
+        """For vocabularies in which a special token is also a word: what `text` spells it by is cut in two.
+
+        What is one all the same, such as an unknown character in a vocabulary that has the end for it, is left out.
+        """
+        if self._tokenizer.is_fast:  # which also finds what only the text's normal form spells
+            found = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            placed = zip(found.ids, found.offsets, strict=True)
+            cuts = [start + 1 for id, (start, _) in placed if id in self._special_ids]
+        else:
+            cuts = [match.start() + 1 for match in self.template.special.finditer(text)]
         parts = [text[start:end] for start, end in zip([0, *cuts], [*cuts, None], strict=True)]
-        return [id for ids in self._plain(parts) for id in ids]
+        return [id for ids in self._plain(parts) for id in ids if id not in self._special_ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""

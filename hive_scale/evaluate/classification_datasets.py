@@ -130,7 +130,7 @@ def open_dataset(name: str, root: Path) -> ClassificationDataset:
     layouts: dict[Callable[[str, DatasetSpec, Path], ClassificationDataset | None], tuple[str, ...]] = {
         _parquet: ("**/*.parquet",),
         # a class without pictures is counted, too
-        _folders: tuple(f"{part}/{files}" for part in ("train", *known.tests) for files in ("*", "*/*")),
+        _folders: tuple(f"{part}/{files}" for part in ("train", *known.tests) for files in ("*", "*/**/*")),
         _tars: ("*.tar",),
         _torchvision: ("*", "*/*", "*/*/*", "*/*/*/*"),
     }

@@ -45,6 +45,7 @@ class Encoder:
 
         Raises ValueError if there is no such depth.
         """
+        self.path = path
         self.tower = build.open_encoder(path).to(device).requires_grad_(False)
         config: Any = self.tower.config
         layers: int = config.num_hidden_layers
@@ -63,13 +64,17 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
-        """uint8 pictures to features (B, V, C)."""
+        """uint8 pictures to features (B, V, C). Raises ValueError if these are not finite: they would have a score."""
         seen = []
         for pixels in torch.split(pixels_BCHW, AT_ONCE):
             normal = (pixels.to(self.device).float() - self.mean) / self.std
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 seen.append(patches(self.tower, hidden_states(self.tower, normal, self.depth)[-1]))
-        return torch.cat(seen)
+        features = torch.cat(seen)
+        if not bool(features.isfinite().all()):
+            remedy = "give sound weights, another --depth, or --precision fp32"
+            raise ValueError(f"{self.path} makes features of some pictures that are not finite: {remedy}")
+        return features
 
 
 @dataclass(frozen=True)

@@ -122,9 +122,13 @@ class ProbeGrid:
 
     @torch.no_grad()
     def right(self, features_BVC: Tensor, labels_B: Tensor) -> Tensor:
-        """How many of the pictures each probe classifies rightly, int64 (number of probes,)."""
+        """How many of the pictures each probe classifies rightly, int64 (number of probes,).
+
+        Scores that are not finite, of a probe that has diverged, choose no class: `argmax` would take the first.
+        """
         normal = normalised(features_BVC)
-        return torch.stack([(probe(normal).argmax(-1) == labels_B).sum() for probe in self.probes])
+        scores = torch.stack([probe(normal) for probe in self.probes])
+        return ((scores.argmax(-1) == labels_B) & scores.isfinite().all(-1)).sum(-1)
 
 
 def nearest_neighbours(

@@ -24,7 +24,7 @@ from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 from hive_scale.phase_timer import tick
-from hive_scale.strict_json import dumps, parse_line
+from hive_scale.strict_json import dumps, read_lines
 
 PREDICTIONS = "predictions.jsonl"
 # of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
@@ -243,7 +243,5 @@ def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
 
 def _lines(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
     for path in paths:
-        for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-            line = parse_line(text)  # None: the last line of a process that was killed
-            if line is not None and {"id", "prompt", "answer"} <= line.keys():
-                yield line
+        lines, _ = read_lines(path)  # and those that a killed process has cut, in the middle of a letter perhaps
+        yield from (line for line in lines if all(isinstance(line.get(key), str) for key in ("id", "prompt", "answer")))

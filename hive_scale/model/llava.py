@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hive_scale import checksums
+from hive_scale.chat_template import without_image
 from hive_scale.model.pretrained import check_finite
 
 
@@ -63,6 +64,7 @@ class StockLlava:
         return [(word.strip(), not self.end_ids & set(row)) for word, row in zip(words, rows, strict=True)]
 
     def _prompt(self, question: str, has_picture: bool) -> str:
+        question = without_image(question, self.processor.image_token)
         if self.places_pictures:
             picture = [{"type": "image"}] if has_picture else []
             return self._render([*picture, {"type": "text", "text": question}])

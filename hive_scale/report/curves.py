@@ -182,15 +182,17 @@ def _plot(found: Sequence[Curve], unit: str, logarithmic: bool, borders: Sequenc
         axes: Axes = figure.subplots()
         for border in borders:
             axes.axvline(border, color=FAINT, linewidth=0.8)
-        for curve in found:
+        for number, curve in enumerate(found):
             marker = "o" if len(curve.xs) == 1 else None
-            axes.plot(curve.xs, curve.ys, curve.dash, color=curve.colour, label=curve.label, marker=marker)
+            axes.plot(curve.xs, curve.ys, curve.dash, color=curve.colour, label=str(number), marker=marker)
         axes.set_xlabel("samples")
         axes.set_ylabel(unit)
         if logarithmic and any(y > 0 for curve in found for y in curve.ys):
             axes.set_yscale("log", nonpositive="mask")
         if len(found) > 1:
-            figure.legend(loc="outside lower center", ncols=min(3, len(found)))
+            legend = figure.legend(loc="outside lower center", ncols=min(3, len(found)))
+            for text, curve in zip(legend.get_texts(), found, strict=True):
+                text.set_text(curve.label)  # not before: labels that begin with "_" have no place in a legend
 
     rows = math.ceil(len(found) / 3) if len(found) > 1 else 0
     return draw(SIZE[0], SIZE[1] + 0.16 * rows, paint)

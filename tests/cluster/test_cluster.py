@@ -77,7 +77,7 @@ def test_a_lost_task_or_device_costs_an_attempt_and_not_the_chain(slurm: Path, t
     """Of two tasks on a node one is killed, one aborts, one loses its device: each time there is a try elsewhere."""
     chain = Chain(tmp_path, pairs)
     chain.hold("projector", 3)
-    chain.submit("slurm.nodes=1", "slurm.tasks_per_node=2", "slurm.exclude_failed=true")
+    chain.submit("slurm.nodes=1", "slurm.tasks_per_node=2", "slurm.gpus_per_node=0", "slurm.exclude_failed=true")
     for attempt, (rank, number) in enumerate(((1, signal.SIGKILL), (0, signal.SIGABRT), (0, None)), 1):
         chain.until(lambda: len(chain.attempts("projector", "begin")) == attempt, f"attempt {attempt}")  # noqa: B023
         if number is None:
