@@ -50,6 +50,7 @@ $(UV):
 # three stages on the shipped pictures, on CPU or one GPU
 debug: install
 	$(RUN) launchers/pretrain.py --preset debug
+	@echo "for the other commands: source $(VENV)/bin/activate"
 
 # the same with a real pretrained LLM: half an hour
 demo: install data/smollm2 data/emoji

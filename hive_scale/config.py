@@ -413,7 +413,7 @@ PLACES = ("data.train", "data.heldout")
 
 
 def differences(one: Config, other: Config, moved: bool = False) -> list[str]:
-    """Keys whose change makes it another run, at most three. `moved`: the folders of its shards may be others."""
+    """Keys whose change makes it another run. `moved`: the folders of its shards may be others."""
     special = {name for run in (one, other) for name, stage in run.stages.items() if stage.data}
     flat, wanted = (flatten(_with_data(run, special)) for run in (one, other))
     keys = [key for key in sorted(flat.keys() | wanted.keys()) if flat.get(key) != wanted.get(key)]
@@ -423,7 +423,7 @@ def differences(one: Config, other: Config, moved: bool = False) -> list[str]:
             for key in keys
             if not key.endswith(PLACES) or without_folders(flat.get(key)) != without_folders(wanted.get(key))
         ]
-    return [key for key in keys if not any(fnmatchcase(key, free) for free in FREE)][:3]
+    return [key for key in keys if not any(fnmatchcase(key, free) for free in FREE)]
 
 
 def without_folders(patterns: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.run_claims import is_begun
 from hive_scale.checkpoint.stage_files import is_stage_done
-from hive_scale.config import Config
+from hive_scale.config import Config, DataConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.device import kind
@@ -22,6 +24,8 @@ from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
 from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.strict_json import dumps
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,21 @@ def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
     tokenizer = open_tokenizer(data.tokenizer)
     bad = config.run_dir / "bad_samples.jsonl" if noted else None
 
-    def loader(shards: list[str]) -> Loader:
+    def loader(shards: list[str], key: str) -> Loader:
         size, colour = build.image_size(config.model), build.pad_colour(config.model)
-        return Loader(data, shards, tokenizer, image_size=size, pad_colour=colour, bad_samples=bad)
+        try:
+            return Loader(data, shards, tokenizer, image_size=size, pad_colour=colour, bad_samples=bad)
+        except ValueError as error:
+            raise ValueError(f"data.{key}: {error}{_heldout_beside(data) if key == 'heldout' else ''}") from None
 
-    return Data(tokenizer, loader(data.train), loader(data.heldout))
+    return Data(tokenizer, loader(data.train, "train"), loader(data.heldout, "heldout"))
+
+
+def _heldout_beside(data: DataConfig) -> str:
+    """The remedy, where `prepare_data.py` has set samples of the training set aside that the config does not name."""
+    beside = [pattern.replace("train-", "heldout-") for pattern in data.train if "train-" in pattern]
+    there = [pattern for pattern in beside if any(glob(pattern))]
+    return f"; there is data.heldout='[{','.join(there)}]'" if there and there != data.heldout else ""
 
 
 def open_all(config: Config, noted: bool = True) -> dict[str, Data]:
@@ -67,6 +81,7 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
         check_compiler(config.engine)
         check_device(config.engine, kind())
     model = build.meta_model(config.model)
+    _warn_of_shipped_heldout(config.data)
     for name, stage in config.stages.items():
         try:
             apply_trainable_groups(model, stage, model.unused_parameters())
@@ -99,6 +114,14 @@ def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> Non
             raise ValueError(
                 f"stages.{name}: engine.shard={engine.shard} does not divide the {size} processes: use a divisor of it"
             )
+
+
+def _warn_of_shipped_heldout(data: DataConfig) -> None:
+    if data.heldout == ["sample:heldout"] and data.train != ["sample:train"]:
+        logger.warning(
+            "held-out losses are of the shipped emoji, not of data like data.train: set data.heldout%s",
+            _heldout_beside(data),
+        )
 
 
 def _try_some(loader: Loader, count: int = 4) -> None:

@@ -407,7 +407,8 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
 def read_file(file: Path) -> dict[str, Any]:
     """A YAML file's keys and values. Raises ValueError if it is none."""
     if not file.is_file():
-        raise ValueError(f"{file}: no such file")
+        hint = f"it is a folder: give {file / 'config.yaml'}" if file.is_dir() else "give the YAML file of a run"
+        raise ValueError(f"--config {file}: no such file: {hint}")
     content = OmegaConf.to_container(read_yaml(file))
     if not isinstance(content, dict):
         raise ValueError(f"{file}: not a mapping of keys to values")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -35,6 +36,11 @@ def printable(text: object, lines: bool = False) -> str:
     if lines:
         return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -94,4 +94,4 @@ def test_a_grace_period_that_is_too_short_is_told_once() -> None:
         cadence.stepped(15.0)
         said.append(cadence.warning())
     (told,) = filter(None, said)
-    assert "a step 8.0, a save 15.0), more than grace_seconds=30" in told
+    assert "evaluation included, 8.0, a save 15.0), more than grace_seconds=30" in told

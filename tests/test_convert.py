@@ -337,7 +337,7 @@ def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -
     table = pa.table({"image": cells, "label": pa.array([1, -1, 7, 0])})
     hub = {"huggingface": json.dumps({"info": {"features": feature}})}
     pq.write_table(table.replace_schema_metadata(hub), tmp_path / "a.parquet")
-    reason = "neither a conversation nor a caption"
+    reason = "neither a conversation nor a caption in label, class (--caption COLUMN)"
     assert captions(list(readers.parquet([tmp_path / "a.parquet"]).items())) == ["dog", reason, reason, "cat"]
     pq.write_table(table.replace_schema_metadata({"huggingface": "[3]"}), tmp_path / "a.parquet")
     assert captions(list(readers.parquet([tmp_path / "a.parquet"]).items())) == [reason] * 4

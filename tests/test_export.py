@@ -27,7 +27,7 @@ from hive_scale.commands.export import main
 from hive_scale.config import Config, ModelConfig, PartConfig, TokenizerConfig
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.distributed import session
-from hive_scale.export import from_pretrained, huggingface, save_pretrained
+from hive_scale.export import export_run, from_pretrained, huggingface, save_pretrained
 from hive_scale.model.build import init_model, load_model
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import run_pipeline
@@ -177,6 +177,14 @@ def test_a_run_gives_its_parts_away_with_a_card(
         assert error.startswith("error: ")
         assert part in error
     assert not (tmp_path / "llava").exists()
+
+
+def test_an_encoder_that_is_still_to_be_trained_is_given_away_on_request_alone(run: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(run, half, ignore=shutil.ignore_patterns("joint"))
+    with pytest.raises(ValueError, match=r"not finished: joint still to be trained, .* --stage NAME"):
+        export_run("encoder", half, tmp_path / "encoder")
+    assert export_run("encoder", half, tmp_path / "encoder", "language") == "language"
 
 
 def test_verify_tells_every_damage(

@@ -325,7 +325,7 @@ def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: Wo
         show(config, world.device)
     text = shown.get()
     assert (config.run_dir / "outcome.txt").read_text() == text
-    for word in (*config.stages, "truth:", "model:", "own picture", "blank pictures", "encoder", "next"):
+    for word in (*config.stages, "truth:", "model:", "own picture", "blank images", "encoder", "next"):
         assert word in text, word
 
 
@@ -360,7 +360,9 @@ def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
     [
         (lambda c: _stage(c, global_batch=6), r"stages.projector: micro_batch=4 does not divide .* use micro_batch=3"),
         (lambda c: _stage(c, groups={"x": GroupConfig(["projektor.*"], 1e-3)}), "'projektor.*' matches no parameter"),
-        (lambda c: replace(c, data=replace(c.data, train=["nowhere/*.tar"])), "nowhere"),
+        (lambda c: replace(c, data=replace(c.data, train=["nowhere/*.tar"])), "data.train: no shard .*nowhere"),
+        (lambda c: replace(c, data=replace(c.data, heldout=["nowhere/*.tar"])), "data.heldout: no shard .*nowhere"),
+        (lambda c: replace(c, data=replace(c.data, train=[str(ROOT)])), "is a folder, and shards are tars"),
         (lambda c: _llm(c, vocab_size=100), "259 tokens, the LLM 100"),
     ],
 )
@@ -371,6 +373,15 @@ def test_bad_input_is_refused_before_training(
     with pytest.raises(ValueError, match=message):
         run_pipeline(config, world)
     assert not (tmp_path / "run" / "initial").exists()
+
+
+def test_samples_that_were_set_aside_are_offered_where_none_are_named(tmp_path: Path, world: World) -> None:
+    for name in ("train", "heldout"):
+        tars.write_tar(tmp_path / f"{name}-00000.tar", [("a", tars.pair(0)), ("b", tars.pair(1))])
+    config = small(tmp_path / "run")
+    mine = replace(config.data, train=[f"{tmp_path}/train-*.tar"], heldout=["nowhere/*.tar"])
+    with pytest.raises(ValueError, match=r"there is data.heldout='\[.*/heldout-\*\.tar\]'"):
+        run_pipeline(replace(config, data=mine), world)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch import Tensor
 from hive_scale import strict_json
 from hive_scale.checkpoint.io import CorruptFile, file_hash, write_json
 from hive_scale.distributed import Fragment
+from hive_scale.strangers import some
 
 Shape = tuple[int, ...]
 
@@ -113,7 +114,7 @@ def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
         "unexpected": stored.keys() - wanted.keys(),
         "of another shape": {f"{k} {stored[k]} instead of {wanted[k]}" for k in both if stored[k] != wanted[k]},
     }
-    return "; ".join(f"{what}: {_some(sorted(names))}" for what, names in findings.items() if names)
+    return "; ".join(f"{what}: {some(sorted(names))}" for what, names in findings.items() if names)
 
 
 def by_parameter(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -131,11 +132,6 @@ def _share(ranges: Sequence[Range], index: int, num: int) -> Iterable[tuple[Rang
         if begin < end:
             yield held, Range(held.key, held.offset + begin, end - begin)
         at += held.length
-
-
-def _some(names: Sequence[str], limit: int = 10) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 FORMAT = 1

@@ -23,6 +23,7 @@ from hive_scale.config import TAKEN, Config
 from hive_scale.distributed import World
 from hive_scale.resilience.run_lock import Lock
 from hive_scale.rundir import BEGAN, CONFIG, EARLY, MARKER, fits, look, read_marker
+from hive_scale.strangers import some
 from hive_scale.strict_json import dumps
 
 Overwrite = bool | Literal["delete"]  # True: what is there is moved aside
@@ -103,7 +104,7 @@ def _check_plan(config: Config, follows: bool) -> None:
     goes_on = not all(is_stage_done(config.run_dir / name) for name in config.stages)
     if not follows and (changed := configs.differences(config, _load(saved), goes_on)):
         raise ValueError(
-            f"{config.run_dir} holds another run (other {', '.join(changed)}): give output=DIR, or --overwrite; to "
+            f"{config.run_dir} holds another run (other {some(changed)}): give output=DIR, or --overwrite; to "
             f"change a stage that has not begun, edit {saved} and go on with --config {saved}"
         )
     _check_begun(config)
@@ -122,7 +123,7 @@ def _check_begun(config: Config) -> None:
             changed = configs.differences(_until(config, folder.name), began, moved=True)
         if changed:
             raise ValueError(
-                f"stage {folder.name} has begun with other {', '.join(changed)} than the config has now; what has "
+                f"stage {folder.name} has begun with other {some(changed)} than the config has now; what has "
                 f"begun stays as it is: undo that change, or move {folder} and the folders of later stages away to "
                 "train them again, or use --overwrite"
             )

@@ -36,7 +36,7 @@ def main() -> int:
         subparser = subparsers.add_parser(kind, help=text)
         subparser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
         subparser.add_argument("--output", type=Path, metavar="DIR", help="to make (default RUN/export/WHAT)")
-        subparser.add_argument("--stage", default="", help="whose weights (default: the last that is done)")
+        subparser.add_argument("--stage", default="", help="whose weights (default: the last, of a finished run)")
         subparser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     subparsers.add_parser("verify", help="read all of a run, or of an export, against its checksums").add_argument(
         "run", type=Path, metavar="RUN", help="the run's directory, or one that was exported"

@@ -88,7 +88,10 @@ def _report(plans: list[StagePlan], machine: Machine, arguments: argparse.Namesp
     ]
     hours = sum(plan.hours for plan in plans) + max(plan.seeing for plan in plans) / 3600
     gpu = f"{machine.world} x {machine.gpu.title}"
-    lines.append(f"\n{gpu}: {hours:.1f} hours in all. Memory is planned; time is an estimate (see plan/time.py).")
+    lines.append(
+        f"\n{gpu}, {arguments.samples:,} pairs (--samples): {hours:.1f} hours in all. Memory is planned; time is an "
+        "estimate (see plan/time.py)."
+    )
     return "\n".join(lines)
 
 

@@ -43,13 +43,21 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import by_main, launch
+    from hive_scale.observability.console import console
     from hive_scale.pipeline import run_pipeline
     from hive_scale.report.summary import blank_image_control, show
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)
         if config.evidence:
-            run_pipeline(blank_image_control(config), world, follows=True)
+            control = blank_image_control(config)
+            if world.is_main and not (control.run_dir / "data.json").exists():
+                console.print(
+                    f"{config.run_dir} is trained. Now its control: the same stages on blank images, in "
+                    f"{control.run_dir} (evidence=false leaves it out)",
+                    soft_wrap=True,
+                )
+            run_pipeline(control, world, follows=True)
         by_main(config, world, lambda: show(config, world.device))
 
     return launch(config, arguments, work)

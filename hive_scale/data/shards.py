@@ -80,6 +80,11 @@ def _find(pattern: str, shown: str) -> list[str]:
     for path in braceexpand(pattern):
         found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
         if missing := [one for one in found if not os.path.isfile(one)]:
+            if os.path.isdir(missing[0]):
+                raise ValueError(
+                    f"'{shown}' is a folder, and shards are tars: name them, such as '{shown}/train-*.tar'; images and "
+                    "captions become tars by prepare_data.py"
+                )
             what = missing[0] if shown == pattern else "a shard"
             asked = " (is $NAME for a variable of the command that began the run? Give that command)" * ("$" in pattern)
             raise ValueError(

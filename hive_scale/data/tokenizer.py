@@ -142,7 +142,10 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"data.tokenizer.path={config.path} cannot be loaded: {reason}") from None
+        raise ValueError(
+            f"data.tokenizer.path={config.path} cannot be loaded: {reason}: give a directory, or a name on the hub, "
+            "which needs a network, and for some models a login (hf auth login)"
+        ) from None
     if config.pad_token:
         if config.pad_token not in tokenizer.get_vocab():
             raise ValueError(

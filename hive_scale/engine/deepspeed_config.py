@@ -163,8 +163,8 @@ def _read(path: Path) -> str:
         is_text = not isinstance(error, UnicodeDecodeError)
         reason = (getattr(error, "strerror", None) or str(error)) if is_text else "it is not text"
         raise ValueError(
-            f"engine.ds_config={path} is no file that can be read ({reason}): give a DeepSpeed JSON, such as "
-            "ds_configs/zero2.json"
+            f"engine.ds_config={path} is no file that can be read ({reason}): give a DeepSpeed JSON, or the name of "
+            "one in ds_configs, such as zero2"
         ) from None
 
 

@@ -30,12 +30,18 @@ from hive_scale.version import code_version
 def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
     """Write `kind` (of `KINDS`) of the run in `directory` to the new directory `out`; the stage it was taken from.
 
-    Complete or absent. Raises ValueError if the stage is not done, the weights are damaged, `out` exists, or the
-    model is none of that kind.
+    Complete or absent. Raises ValueError if no `stage` is named and the run is not finished, the stage is not done, the
+    weights are damaged, `out` exists, or the model is none of that kind.
     """
     if out.exists():
         raise ValueError(f"{out} exists: give another --output, or remove it")
     run = Run(directory)
+    if not stage and (left := [name for name in run.config.stages if name not in run.finished()]):
+        done = ", ".join(run.finished()) or "none"
+        raise ValueError(
+            f"{directory} is not finished: {', '.join(left)} still to be trained, finished: {done}. Go on with "
+            "the run, or name the stage whose weights you want: --stage NAME"
+        )
     stage = run.stage(stage)
     weights = read_weights(run.weights(stage))
     with published(out) as folder:

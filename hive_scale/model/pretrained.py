@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from hive_scale import checksums
+from hive_scale.strangers import some
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def load_pretrained(
 def check_finite(model: nn.Module, path: str | Path) -> None:
     """Raises ValueError for weights with which whatever is seen or said comes to nothing, a score included."""
     if spoiled := [name for name, one in model.named_parameters() if not one.isfinite().all()]:
-        raise ValueError(f"the weights of {path} are not finite: {_some(spoiled)}: give sound ones")
+        raise ValueError(f"the weights of {path} are not finite: {some(spoiled)}: give sound ones")
 
 
 def load_connector(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
@@ -76,12 +77,8 @@ def load_connector(model: nn.Module, given: Mapping[str, Tensor], path: str) -> 
 def _tell_differences(path: str, missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> None:
     """Raises ValueError for weights that do not fill a part; what it has no place for is left out, and said."""
     kinds = {"missing": sorted(missing), "of another shape": sorted(shapes), "unexpected": sorted(unexpected)}
-    found = "; ".join(f"{kind}: {_some(names)}" for kind, names in kinds.items() if names)
+    found = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
     if kinds["missing"] or kinds["of another shape"]:
         raise ValueError(f"{path} does not fit this model: {found}: give the weights that belong to this config")
     if found:
         log.warning("%s holds more than this model has a place for, which is left out: %s", path, found)
-
-
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -364,7 +364,9 @@ def _caption(record: Mapping[str, Any], column: str) -> str:
         names = (*CAPTIONS, "class")
         text = next((record[name] for name in names if isinstance(record.get(name), str)), "")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("neither a conversation nor a caption")
+        raise ValueError(
+            f"neither a conversation nor a caption in {', '.join(list(record)[:6]) or 'no columns'} (--caption COLUMN)"
+        )
     if not is_text(text):
         raise ValueError("the caption is no UTF-8")
     return text.strip()

@@ -23,6 +23,7 @@ from hive_scale.report.gradient_maps import GradientMaps, concentration, gradien
 from hive_scale.report.html import Report, page
 from hive_scale.report.run_view import Pair, RunView
 from hive_scale.report.svg import save
+from hive_scale.strangers import some
 from hive_scale.strict_json import dumps, read_lines
 
 
@@ -187,7 +188,7 @@ def _other_recipes(runs: Sequence[RunView]) -> list[str]:
     for run in runs[1:]:
         if changed := configs.differences(runs[0].config, run.config):
             notes.append(
-                f"{run.name} is of another recipe than {runs[0].name} (other {', '.join(changed)}): curves are "
+                f"{run.name} is of another recipe than {runs[0].name} (other {some(changed)}): curves are "
                 "aligned by the samples seen"
             )
     return notes

@@ -132,7 +132,7 @@ def _time(config: Config) -> str:
 
 
 def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:
-    table = Table("stage", "held-out loss", "at its end", title=Text(f"{config.name} (nats per token)"))
+    table = Table("stage", "held-out loss, first", "last", title=Text(f"{config.name} (nats per token)"))
     for name, values in losses.items():
         table.add_row(name, f"{values[0]:.4f}" if len(values) > 1 else "", f"{values[-1]:.4f}")
     return table
@@ -143,4 +143,4 @@ def _gain(config: Config, losses: dict[str, list[float]]) -> str:
     last = list(config.stages)[-1]
     seen, unseen = losses[last][-1], blank[last][-1]
     less = 1 - seen / unseen
-    return f"held-out loss {seen:.4f}, {less:.1%} lower than its twin's, trained on blank pictures: {unseen:.4f}"
+    return f"held-out loss {seen:.4f}, {less:.1%} lower than with blank images: the control ends at {unseen:.4f}"

@@ -90,7 +90,8 @@ class CheckpointInterval:
             return ""
         self._warned = self.stopping_seconds
         return (
-            f"a stop would take {self.stopping_seconds:.0f} s (a step {self.step_seconds:.1f}, a save "
-            f"{self.durable:.1f}), more than grace_seconds={self.grace:g}: what is killed sooner repeats the steps "
-            "since the last save; lower global_batch, or ask the scheduler to signal earlier"
+            f"a stop would take {self.stopping_seconds:.0f} s (a step, evaluation included, {self.step_seconds:.1f}, "
+            f"a save {self.durable:.1f}), more than grace_seconds={self.grace:g}: what is killed sooner repeats the "
+            "steps since the last save; ask the scheduler to signal earlier, lower global_batch, or hold out fewer "
+            "samples"
         )
