@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil, floor, isfinite
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from omegaconf import OmegaConf
 
@@ -58,18 +58,26 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "connector": "connector_weights",
+        "depths": "encoder_layers",
+        "density": "encoder_layer_ratio",
+    }
+
     vision: PartConfig = field(default_factory=PartConfig)
     language: PartConfig = field(default_factory=PartConfig)
-    connector: str = ""  # projectors and fusion layers from this run, stage or safetensors; else drawn anew
+    connector_weights: str = ""  # projectors and fusion layers from this run, stage or safetensors; else drawn anew
     fusion: Fusion = "cross_attention"
-    depths: Depths = "uniform"  # which encoder depths feed the LLM
-    density: float = 0.25  # share of the encoder's depths that do (paper 3.2); 1: all below the last block
+    encoder_layers: Depths = "uniform"  # which encoder depths feed the LLM
+    encoder_layer_ratio: float = 0.25  # share of the encoder's depths that do (paper 3.2); 1: all below the last block
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
     positions: Positions = "grid"  # rotary positions of visual keys in joint_attention
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"model.density={self.density} is a share: set it above 0 and at most 1")
+        if not 0 < self.encoder_layer_ratio <= 1:
+            raise ValueError(
+                f"model.encoder_layer_ratio={self.encoder_layer_ratio} is a share: set it above 0 and at most 1"
+            )
 
 
 SHARDS = ("train", "heldout")  # keys of the patterns of shards
@@ -83,18 +91,26 @@ class DataConfig:
     secret of a URL is taken out of it and kept apart: see `credentials`.
     """
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "text": "format",
+        "image": "image_transform",
+        "blank": "blank_images",
+        "window": "shuffle_window",
+        "threads": "decode_threads",
+    }
+
     train: list[str] = field(default_factory=lambda: ["sample:train"])
     heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    text: TextMode = "caption"  # or the record's conversation in the LLM's chat template, its answers as targets
+    format: TextMode = "caption"  # or the record's conversation in the LLM's chat template, its answers as targets
     # of a conversation: at the head of the first question, as LLaVA and its users ask, or behind the start token
     image_position: ImagePosition = "user"
     max_tokens: int = 77  # texts are cut here, start and end included (paper, appendix 7)
-    image: ImageMode = "resize"
-    blank: bool = False  # feed blank pictures: the control that shows what the pictures add
-    window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
+    image_transform: ImageMode = "resize"
+    blank_images: bool = False  # feed blank images: the control that shows what the images add
+    shuffle_window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
     workers: int = 0  # processes that load data; 0: the training process does
-    threads: int = 1  # that decode, in each of them
+    decode_threads: int = 1  # that decode, in each of them
     cache_gb: float = 100.0  # disk for shards fetched from URLs, under $XDG_CACHE_HOME or ~/.cache
     retry_seconds: float = 300.0  # in which nothing of such a shard has come: then the run ends, to be tried again
     max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
@@ -105,10 +121,12 @@ class DataConfig:
             raise ValueError(f"data.max_tokens={self.max_tokens} leaves no room for a caption: use 3 or more")
         if self.retry_seconds < 0:
             raise ValueError(f"data.retry_seconds={self.retry_seconds:g} must be at least 0; 0 asks once")
-        if self.threads < 1:
-            raise ValueError(f"data.threads={self.threads} must be at least 1")
-        if self.window < 1:
-            raise ValueError(f"data.window={self.window} must be at least 1; 1 keeps the order inside shards")
+        if self.decode_threads < 1:
+            raise ValueError(f"data.decode_threads={self.decode_threads} must be at least 1")
+        if self.shuffle_window < 1:
+            raise ValueError(
+                f"data.shuffle_window={self.shuffle_window} must be at least 1; 1 keeps the order inside shards"
+            )
         for name in SHARDS:  # however a config is made, no credential is in it
             object.__setattr__(self, name, [credentials.take(pattern) for pattern in getattr(self, name)])
 
@@ -135,19 +153,28 @@ class StageConfig:
     `global_batch` is science and `micro_batch` is hardware: accumulation is arithmetic.
     """
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "steps": "max_steps",
+        "warmup": "warmup_ratio",
+        "keep_moments": "carry_optimizer_state",
+        "decoupled_decay": "decoupled_weight_decay",
+    }
+
     groups: dict[str, GroupConfig]
     global_batch: int = 256
     micro_batch: int = 32  # per process, at most
     epochs: float = 1.0
-    steps: int = 0  # overrides epochs when positive
+    max_steps: int = 0  # overrides epochs when positive
     drop_last: bool = False  # a fraction of a batch at the very end: leave out, or fill from the next epoch
     max_grad_norm: float = 1.0
-    warmup: float = 0.03  # share of the steps
+    warmup_ratio: float = 0.03  # share of the steps
     min_lr: float = 0.1  # where the cosine ends, as a share of the peak
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    keep_moments: bool = False  # of AdamW, for parameters that the stage before trained too; else all start fresh
-    decoupled_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
+    carry_optimizer_state: bool = (
+        False  # of AdamW, for parameters that the stage before trained too; else all start fresh
+    )
+    decoupled_weight_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
     seed: int = 0
     # keys of `DataConfig` in which the stage differs from the run's `data`
     data: dict[str, Any] | None = field(default=None, metadata={"overrides": DataConfig})
@@ -162,20 +189,22 @@ class StageConfig:
         for name in ("global_batch", "micro_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.steps < 0 or not (isfinite(self.epochs) and (self.epochs > 0 or self.steps)):
-            raise ValueError(f"epochs={self.epochs:g}, steps={self.steps}: set epochs above 0, or steps to 1 or more")
+        if self.max_steps < 0 or not (isfinite(self.epochs) and (self.epochs > 0 or self.max_steps)):
+            raise ValueError(
+                f"epochs={self.epochs:g}, max_steps={self.max_steps}: set epochs above 0, or max_steps to 1 or more"
+            )
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm={self.max_grad_norm:g} must be above 0: .inf clips nothing")
         if not (self.eps > 0 and isfinite(self.eps) and all(0 <= beta < 1 for beta in self.betas)):
             raise ValueError(f"betas={list(self.betas)}, eps={self.eps:g}: betas are from 0 to below 1, eps above 0")
-        for name in ("warmup", "min_lr"):
+        for name in ("warmup_ratio", "min_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is a share: set it from 0 to 1")
 
     def num_steps(self, num_samples: int) -> int:
         """Optimizer steps of this stage on a set of `num_samples`; the data stream runs on over epochs."""
-        if self.steps > 0:
-            return self.steps
+        if self.max_steps > 0:
+            return self.max_steps
         exact = self.epochs * num_samples / self.global_batch
         steps = floor(exact) if self.drop_last else ceil(exact)
         if steps == 0:
@@ -222,12 +251,14 @@ class EngineConfig:
     still reduced over once a step.
     """
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"shard": "shard_size", "offload": "cpu_offload"}
+
     precision: Precision = "fp32"  # of compute; master weights and moments are fp32 always
-    shard: int = 0  # ranks that share one copy: 0 all (FSDP), 1 none (DDP), between: HSDP
+    shard_size: int = 0  # ranks that share one copy: 0 all (FSDP), 1 none (DDP), between: HSDP
     reshard_after_forward: bool = True
     reshard_after_backward: bool = True
     sync_each_micro_batch: bool = False
-    offload: bool = False  # masters and moments in host memory
+    cpu_offload: bool = False  # masters and moments in host memory
     compile: bool = False
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     ds_config: str = ""  # a DeepSpeed JSON: ZeRO instead of FSDP2
@@ -292,6 +323,12 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Config:
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "hang_seconds": "watchdog_seconds",
+        "failures_per_day": "expected_failures_per_day",
+        "evidence": "blank_image_control",
+    }
+
     name: str = "run"
     output: str = "runs/{name}"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -305,11 +342,12 @@ class Config:
     save_interval: int = 0  # steps between checkpoints; 0: by the measured cost of a save and the next line
     keep: KeepConfig = field(default_factory=KeepConfig)
     max_failed_saves: int = 3  # that many checkpoints in a row that cannot be written stop the run
-    failures_per_day: float = 2.0  # that the whole run is taken to meet
+    # of the whole job (86400 / mean seconds between failures): sets the interval between checkpoints (Daly 2006)
+    expected_failures_per_day: float = 2.0
     grace_seconds: float = 30.0  # between a request to stop and the kill: many launchers' and Slurm's KillWait
-    hang_seconds: float = 480.0  # without progress, in a step or (at least 60) outside: try the job again; 0: never
+    watchdog_seconds: float = 480.0  # without progress, in a step or (at least 60) outside: try the job again; 0: never
     guard: GuardConfig = field(default_factory=GuardConfig)
-    evidence: bool = False  # afterwards train a twin on blank pictures, to show what the pictures add
+    blank_image_control: bool = False  # afterwards train the same stages on blank images, to show what the images add
 
     def __post_init__(self) -> None:
         if (
@@ -404,9 +442,18 @@ def holds_weights_alone(path: str) -> bool:
 EDITED = "restore it; or, if you changed it yourself, go on with the run by --config, which takes the change up"
 # What may change between two parts of one run: the hardware's side, and how often one looks.
 FREE = (
-    *("output", "engine.*", "log.*", "profile.*", "eval_interval", "save_interval", "evidence", "*.micro_batch"),
-    *("failures_per_day", "grace_seconds", "hang_seconds", "guard.*", "keep.*", "max_failed_saves"),
-    *("*data.workers", "*data.threads", "*data.cache_gb", "*data.retry_seconds", "*data.max_bad_samples"),
+    *(
+        "output",
+        "engine.*",
+        "log.*",
+        "profile.*",
+        "eval_interval",
+        "save_interval",
+        "blank_image_control",
+        "*.micro_batch",
+    ),
+    *("expected_failures_per_day", "grace_seconds", "watchdog_seconds", "guard.*", "keep.*", "max_failed_saves"),
+    *("*data.workers", "*data.decode_threads", "*data.cache_gb", "*data.retry_seconds", "*data.max_bad_samples"),
     "feature_cache",
 )
 PLACES = ("data.train", "data.heldout")

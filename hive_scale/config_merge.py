@@ -5,6 +5,7 @@ This module imports no torch, and knows no key of ours but those of shards.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -21,6 +22,7 @@ from hive_scale import credentials
 from hive_scale.strangers import check_yaml, read_yaml_text
 from hive_scale.strict_json import dumps
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")  # Config, or another dataclass of settings
 # YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
 LITERAL = re.compile(r"\d+:\d+|on|off|")
@@ -48,7 +50,7 @@ def resolve(base: T, *layers: Any) -> T:
             _unlock(node)  # frozen dataclasses make read-only nodes
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
-            read = _read(layer, type(base))
+            read = _with_new_names(_read(layer, type(base)), type(base), is_users=not isinstance(layer, Path))
             _check_text(type(base), OmegaConf.to_container(read, resolve=False))
             if isinstance(layer, Path):
                 refuse_references(OmegaConf.to_container(read), layer)
@@ -226,13 +228,41 @@ def _with_old_defaults(read: DictConfig) -> None:
             data.setdefault("image_position", "start")
 
 
+def with_new_names(kind: Any, node: Any, is_users: bool = False, key: str = "") -> Any:
+    """A config as plain data, of type `kind`, with the names that older versions gave to its keys made today's.
+
+    An old name in what is the user's own is answered with the new one. Raises ValueError where both are given.
+    """
+    if not isinstance(node, Mapping):
+        return node
+    old_names = getattr(kind, "OLD_NAMES", {})
+    made: dict[Any, Any] = {}
+    for name, child in node.items():
+        new = old_names.get(name, name)
+        old_key, new_key = (f"{key}.{one}" if key else str(one) for one in (name, new))
+        if new != name and new in node:
+            raise ValueError(f"config: {old_key} is the old name of {new_key}: give one of them")
+        if new != name and is_users:
+            logger.warning("config: %s is called %s now; the old name is read in this release", old_key, new_key)
+        made[new] = with_new_names(_type_of(kind, [str(new)]), child, is_users, new_key)
+    return made
+
+
+def _with_new_names(layer: DictConfig | ListConfig, kind: type, is_users: bool) -> DictConfig | ListConfig:
+    if isinstance(layer, ListConfig):
+        return layer
+    return cast(
+        DictConfig, OmegaConf.create(with_new_names(kind, OmegaConf.to_container(layer, resolve=False), is_users))
+    )
+
+
 def _read_word(word: str, kind: type) -> DictConfig:
     """`word` as a layer over a config of type `kind`."""
     key, is_one, value = word.partition("=")
     if not is_one:
         raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
     try:
-        quoted = _quoted(value, _type_of(kind, key.split(".")))
+        quoted = _quoted(value, _type_of(kind, key.split("."), old=True))
         check_yaml(quoted)
         return OmegaConf.from_dotlist([f"{key}={quoted}"])
     except Exception as error:  # as in a file
@@ -240,9 +270,10 @@ def _read_word(word: str, kind: type) -> DictConfig:
         raise ValueError(f"config: {told}: put it in quotation marks") from None
 
 
-def _type_of(kind: Any, keys: Sequence[str]) -> Any:
-    """The declared type of what `keys` lead to from dataclass `kind`; Any where none is declared."""
+def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
+    """The declared type of what `keys` lead to from dataclass `kind`, by `old` names, too, else Any."""
     for key in keys:
+        key = getattr(kind, "OLD_NAMES", {}).get(key, key) if old else key
         if is_dataclass(kind):
             overrides = {one.name: one.metadata.get("overrides") for one in fields(kind)}
             kind = overrides.get(key) or get_type_hints(kind).get(key, Any)

@@ -154,7 +154,7 @@ def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
 
 def _are_kept(config: Config, stage: Hive, loader: Loader) -> bool:
     trains = any(parameter.requires_grad for parameter in stage.vision.parameters())
-    return bool(config.feature_cache) and not trains and not loader.config.blank
+    return bool(config.feature_cache) and not trains and not loader.config.blank_images
 
 
 def _digest(model: Hive) -> str:
@@ -170,7 +170,7 @@ def _digest(model: Hive) -> str:
 def _digest_of_set(loader: Loader) -> tuple[object, ...]:
     """Of what they depend on in the data, whose fingerprint knows every byte."""
     data = loader.config  # too large a picture counts as broken, and that is kept, too
-    return loader.fingerprint, loader.image_size, data.image, data.max_pixels
+    return loader.fingerprint, loader.image_size, data.image_transform, data.max_pixels
 
 
 class _Pictures(Dataset[Seen]):

@@ -37,7 +37,7 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
 
 def by_main(config: Config, world: World, what: Callable[[], None]) -> None:
     """Do `what` on rank 0, for which the others wait as long as it gets on. A collective."""
-    with Watchdog(world, config.hang_seconds):
+    with Watchdog(world, config.watchdog_seconds):
         world.timer.enter("handoff")
         if world.is_main:
             what()

@@ -69,6 +69,6 @@ def _matches(group_name: str, group: GroupConfig, names: Iterable[str]) -> list[
 
 def _decay(stage: StageConfig, group: GroupConfig) -> float:
     """Fully decoupled decay takes (lr_t / lr_max) lambda w off a weight w: torch's lr_t (lambda / lr_max) w."""
-    if stage.decoupled_decay and group.lr > 0:
+    if stage.decoupled_weight_decay and group.lr > 0:
         return group.weight_decay / group.lr
     return group.weight_decay

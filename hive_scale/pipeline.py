@@ -43,7 +43,7 @@ PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("p
 
 def initial_model(config: ModelConfig, seed: int) -> Hive:
     """float32 on the CPU. Raises ValueError that names what is missing, of another shape or not finite in a part."""
-    paths = {"vision": config.vision.path, "language": config.language.path, "connector": config.connector}
+    paths = {"vision": config.vision.path, "language": config.language.path, "connector": config.connector_weights}
     ours = {part: path for part, path in paths.items() if path and (part == "connector" or _is_ours(path))}
     model = build.init_model(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
     if spoiled := [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]:
@@ -56,7 +56,7 @@ def check_paths(config: ModelConfig) -> None:
     """Raises ValueError for a local path of a part that is not there; of a name on the hub nothing is known offline."""
     for part, path in (("vision", config.vision.path), ("language", config.language.path)):
         _check_there(f"model.{part}.path", path)
-    _check_there("model.connector", config.connector)
+    _check_there("model.connector_weights", config.connector_weights)
 
 
 def _check_there(key: str, path: str) -> None:
@@ -108,7 +108,7 @@ def run_pipeline(
     world.timer.enter("start")
     on_main(world, lambda: check_place(config))
     with (
-        Watchdog(world, config.hang_seconds),
+        Watchdog(world, config.watchdog_seconds),
         locked(config.run_dir, world, patience) as lock,
         listening(config.run_dir, world) as preemption,
     ):
@@ -171,7 +171,7 @@ def _run_stages(
 def _give_encoder(config: Config, name: str) -> None:
     stage_dir = config.run_dir / name
     with published(stage_dir / ENCODER) as folder:
-        export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data_of(name).image)
+        export_encoder(config.model, read_weights(stage_dir / WEIGHTS), folder, config.data_of(name).image_transform)
 
 
 def _mend_encoder(config: Config, name: str) -> None:

@@ -101,8 +101,8 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
 
 def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> None:
     first, engine = next(iter(config.stages), ""), config.engine
-    if first and config.stages[first].keep_moments:
-        raise ValueError(f"stages.{first}.keep_moments: no stage comes before this one: set it to false")
+    if first and config.stages[first].carry_optimizer_state:
+        raise ValueError(f"stages.{first}.carry_optimizer_state: no stage comes before this one: set it to false")
     if engine.ds_config:
         from hive_scale.engine import deepspeed_config  # which takes seconds to import DeepSpeed
 
@@ -110,9 +110,10 @@ def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> Non
         deepspeed_config.check(Path(engine.ds_config), stages, engine, here)
         return
     for name, size in worlds.items():
-        if engine.shard and size % engine.shard:
+        if engine.shard_size and size % engine.shard_size:
             raise ValueError(
-                f"stages.{name}: engine.shard={engine.shard} does not divide the {size} processes: use a divisor of it"
+                f"stages.{name}: engine.shard_size={engine.shard_size} does not divide the {size} processes: use a "
+                "divisor of it"
             )
 
 

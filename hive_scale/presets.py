@@ -109,16 +109,19 @@ def debug(fusion: Fusion = "cross_attention") -> Config:
     return Config(
         name=_name("debug", fusion),
         model=ModelConfig(
-            vision=PartConfig(config=vision), language=PartConfig(config=language), fusion=fusion, density=0.5
+            vision=PartConfig(config=vision),
+            language=PartConfig(config=language),
+            fusion=fusion,
+            encoder_layer_ratio=0.5,
         ),
         stages={
-            "projector": StageConfig(groups["projector"], steps=30, seed=40, **common),
-            "language": StageConfig(groups["language"], steps=60, seed=41, **common),
-            "joint": StageConfig(groups["joint"], steps=120, seed=42, min_lr=0.0, **common),
+            "projector": StageConfig(groups["projector"], max_steps=30, seed=40, **common),
+            "language": StageConfig(groups["language"], max_steps=60, seed=41, **common),
+            "joint": StageConfig(groups["joint"], max_steps=120, seed=42, min_lr=0.0, **common),
         },
         eval_interval=10,
         save_interval=100,
-        evidence=True,
+        blank_image_control=True,
     )
 
 
@@ -139,7 +142,10 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
         base,
         name=_name("demo", fusion),
         model=replace(
-            base.model, vision=PartConfig(config=vision), language=PartConfig(path="./data/smollm2"), density=0.5
+            base.model,
+            vision=PartConfig(config=vision),
+            language=PartConfig(path="./data/smollm2"),
+            encoder_layer_ratio=0.5,
         ),
         data=DataConfig(
             train=["data/emoji/train-*.tar"],
@@ -149,9 +155,9 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
         ),
         eval_interval=20,
         stages={
-            "projector": StageConfig(groups["projector"], steps=30, seed=40, **common),
-            "language": StageConfig(groups["language"], steps=30, seed=41, max_grad_norm=10.0, **common),
-            "joint": StageConfig(groups["joint"], steps=80, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
+            "projector": StageConfig(groups["projector"], max_steps=30, seed=40, **common),
+            "language": StageConfig(groups["language"], max_steps=30, seed=41, max_grad_norm=10.0, **common),
+            "joint": StageConfig(groups["joint"], max_steps=80, seed=42, max_grad_norm=10.0, min_lr=0.0, **common),
         },
     )
 
@@ -185,7 +191,7 @@ def paper_clip(fusion: Fusion = "cross_attention") -> Config:
         "projection_dim": 768,
     }
     base = _paper("paper_clip", fusion, "openai/clip-vit-large-patch14-336", vision, later=False)
-    return replace(base, data=replace(base.data, image="crop"))
+    return replace(base, data=replace(base.data, image_transform="crop"))
 
 
 # Samples at once on a 24 GB card, by stage, 1.5 GB to spare: found by `plan.py --fit`, which says what they cost.
@@ -232,7 +238,7 @@ def _paper(name: str, fusion: Fusion, hub: str, vision: dict[str, Any], later: b
             vision=PartConfig(path=hub, config=vision),
             language=PartConfig(path="facebook/MobileLLM-350M", config=MOBILELLM_350M),
             fusion=fusion,
-            depths="later" if later else "uniform",
+            encoder_layers="later" if later else "uniform",
         ),
         data=DataConfig(
             train=["data/cc3m_595k/train-*.tar"],
@@ -297,16 +303,16 @@ def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -
         train=["data/llava_next/train-*.tar"],
         heldout=["data/llava_next/heldout-*.tar"],
         tokenizer=tokenizer,
-        text="conversation",
+        format="conversation",
         max_tokens=2048,
-        image="pad",
+        image_transform="pad",
         workers=4,
     )
     captions = {
         "train": ["data/lcs_558k/train-*.tar"],
         "heldout": ["data/lcs_558k/heldout-*.tar"],
-        "text": "caption",
-        "image": "resize",
+        "format": "caption",
+        "image_transform": "resize",
     }
     connector, language = _vlm_groups(fusion, (1e-3, 2e-5), str(llm_only).lower() == "true")
     common: dict[str, Any] = {"drop_last": True, "min_lr": 0.0, "betas": (0.9, 0.999)}
@@ -338,12 +344,12 @@ def vlm_small(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "fal
             train=["data/easyvqa/train-*.tar"],
             heldout=["data/easyvqa/heldout-*.tar"],
             tokenizer=TokenizerConfig(path="./data/smollm2"),
-            text="conversation",
+            format="conversation",
             max_tokens=128,
         ),
         stages={
-            "connector": StageConfig(connector, steps=50, **common),
-            "language": StageConfig(language, steps=150, seed=1, **common),
+            "connector": StageConfig(connector, max_steps=50, **common),
+            "language": StageConfig(language, max_steps=150, seed=1, **common),
         },
         save_interval=50,
     )
@@ -376,7 +382,7 @@ PRESETS: dict[str, Callable[..., Config]] = {
 }
 
 
-SAVED = {"name", "output", "model", "data", "stages", "engine", "log", "profile", "eval_interval", "evidence"}
+SAVED = {"name", "output", "model", "data", "stages", "engine", "log", "profile", "eval_interval"}
 
 
 def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:

@@ -141,7 +141,7 @@ class StageRun:
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
         self.model = model = build.meta_model(config.model)
-        self.moments = OptimizerTransfer(_stage_before(config, name) if self.stage.keep_moments else None)
+        self.moments = OptimizerTransfer(_stage_before(config, name) if self.stage.carry_optimizer_state else None)
         groups = self.moments.divide(apply_trainable_groups(model, self.stage, model.unused_parameters()))
         self.work = count(model, config.engine.checkpointing)
         weights = read_weights(parent, world)
@@ -157,7 +157,7 @@ class StageRun:
         self.at = TrainState(self.checkpoints, self.engine, self.guard, origin, known)
         self.heldout = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
-        self.interval = CheckpointInterval(config.save_interval, config.failures_per_day, config.grace_seconds)
+        self.interval = CheckpointInterval(config.save_interval, config.expected_failures_per_day, config.grace_seconds)
         self.data_stall, self.waited = DataStall(data.train.config.workers), 0.0
 
     def run(self) -> Path:
@@ -206,7 +206,7 @@ class StageRun:
                 self.waited = perf_counter() - began
                 timer.keys = tuple(key for batch in micro_batches for key in batch.keys)
                 seed_step(stage.seed, at.step, self.world.rank)
-                factor = lr_factor(at.step, self.num_steps, stage.warmup, stage.min_lr)
+                factor = lr_factor(at.step, self.num_steps, stage.warmup_ratio, stage.min_lr)
                 output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._flags)
                 stop, save, *told = output.votes  # any rank's request stops them all, at the same step
                 waits, held = read_reports(told, self.world)

@@ -122,11 +122,13 @@ def asked(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     family, position = request.param
     tokenizer, folder = FAMILIES[family], tmp_path_factory.mktemp("llava")
     language = tiny.language("llama", vocab_size=330, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)
-    config = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", density=0.5)
+    config = ModelConfig(
+        PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5
+    )
     model = tiny.sighted(init_model(config, 2).eval(), 3)
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     export_llava(config, weights, folder, tokenizer, "resize", position=position)
-    asker = HiveAnswerer(model, DataConfig(image="resize", image_position=position), torch.device("cpu"))
+    asker = HiveAnswerer(model, DataConfig(image_transform="resize", image_position=position), torch.device("cpu"))
     asker.tokenizer = Tokenizer(tokenizer)
     return folder, asker, position
 

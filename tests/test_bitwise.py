@@ -27,9 +27,9 @@ from hive_scale.train import StageRun
 
 JSONS = Path(__file__).resolve().parents[1] / "ds_configs"
 ENGINES = {
-    "ddp": EngineConfig(shard=1),
+    "ddp": EngineConfig(shard_size=1),
     "fsdp": EngineConfig(),
-    "fsdp, offload": EngineConfig(offload=True),
+    "fsdp, offload": EngineConfig(cpu_offload=True),
     "fsdp, bf16": EngineConfig("bf16"),
     **{name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero1", "zero2", "zero2_offload")},
     "zero2, bf16": EngineConfig("bf16", ds_config=str(JSONS / "zero2.json")),
@@ -43,7 +43,7 @@ def small(output: Path, engine: EngineConfig) -> Config:
     run = presets.load("debug", None, [f"output={output}", "data.heldout=[sample:heldout]"])
     language = PartConfig(config=tiny.language(vocab_size=259, attention_dropout=0.3))
     model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=language)
-    joint = replace(run.stages["joint"], steps=STEPS, global_batch=8, micro_batch=2)
+    joint = replace(run.stages["joint"], max_steps=STEPS, global_batch=8, micro_batch=2)
     return replace(run, model=model, stages={"joint": joint}, engine=engine, save_interval=100)
 
 
@@ -103,7 +103,7 @@ def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str
         held[name] = found = []
         run = small(Path(folder, name), engine)
         stages = presets.load("debug", None, []).stages
-        stages = {stage: replace(one, steps=2, global_batch=8, micro_batch=2) for stage, one in stages.items()}
+        stages = {stage: replace(one, max_steps=2, global_batch=8, micro_batch=2) for stage, one in stages.items()}
         run_pipeline(replace(run, stages=stages), world)
     return held
 

@@ -21,12 +21,12 @@ class Clock:
         return self.now
 
 
-def lost_share(interval: float, save: float, failures_per_day: float) -> float:
+def lost_share(interval: float, save: float, expected_failures_per_day: float) -> float:
     """Share of a year that is not spent on work that counts, by simulation: saves, and work since the last of them."""
     draw, length, useful = random.Random(1), 300 * DAY, 0.0
     at = 0.0
     while at < length:
-        until = draw.expovariate(failures_per_day / DAY)
+        until = draw.expovariate(expected_failures_per_day / DAY)
         useful += until // (interval + save) * interval
         at += until
     return 1 - useful / at
@@ -45,7 +45,7 @@ def test_no_failures_need_no_saves() -> None:
 
 def test_saves_come_by_what_the_first_one_cost() -> None:
     clock = Clock()
-    cadence = CheckpointInterval(0, failures_per_day=24, grace=30, left=inf, clock=clock)
+    cadence = CheckpointInterval(0, expected_failures_per_day=24, grace=30, left=inf, clock=clock)
     due = []
     for step in range(1, 2000):
         clock.now += 1
@@ -59,13 +59,13 @@ def test_saves_come_by_what_the_first_one_cost() -> None:
 
 
 def test_a_set_interval_is_kept() -> None:
-    cadence = CheckpointInterval(7, failures_per_day=24, grace=30, left=inf)
+    cadence = CheckpointInterval(7, expected_failures_per_day=24, grace=30, left=inf)
     assert [step for step in range(1, 22) if cadence.due(step)] == [7, 14, 21]
 
 
 def test_the_last_save_is_done_before_the_allocation_ends() -> None:
     clock = Clock()
-    cadence = CheckpointInterval(0, failures_per_day=2, grace=30, left=600.0, clock=clock)
+    cadence = CheckpointInterval(0, expected_failures_per_day=2, grace=30, left=600.0, clock=clock)
     steps = 0
     while not cadence.time_is_up():
         clock.now += 12
@@ -81,13 +81,13 @@ def test_slurms_end_is_read_and_a_clock_that_jumps_is_not(monkeypatch: pytest.Mo
     assert seconds_left({"SLURM_JOB_END_TIME": str(int(now) - 5)}) == inf
     assert seconds_left({}) == inf
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + 3600))
-    cadence = CheckpointInterval(0, failures_per_day=2, grace=30)
+    cadence = CheckpointInterval(0, expected_failures_per_day=2, grace=30)
     monkeypatch.setattr(time, "time", lambda: now + DAY)
     assert not cadence.time_is_up()
 
 
 def test_a_grace_period_that_is_too_short_is_told_once() -> None:
-    cadence = CheckpointInterval(10, failures_per_day=2, grace=30, left=inf, clock=(clock := Clock()))
+    cadence = CheckpointInterval(10, expected_failures_per_day=2, grace=30, left=inf, clock=(clock := Clock()))
     said = []
     for _ in range(20):
         clock.now += 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -39,12 +40,12 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
     file = tmp_path / "mine.yaml"
     file.write_text(
         "preset: debug\nfusion: concat\nsave_interval: 7\neval_interval: 7\n"
-        "stages: {extra: {steps: 5, groups: {llm: {parameters: ['language.*'], lr: 1e-4}}}}\n"
+        "stages: {extra: {max_steps: 5, groups: {llm: {parameters: ['language.*'], lr: 1e-4}}}}\n"
     )
-    run = presets.load(None, file, ["eval_interval=9", "stages.extra.steps=6"])
+    run = presets.load(None, file, ["eval_interval=9", "stages.extra.max_steps=6"])
     assert (run.name, run.model.fusion, run.save_interval, run.eval_interval) == ("debug_concat", "concat", 7, 9)
     assert list(run.stages) == ["projector", "language", "joint", "extra"]
-    assert run.stages["extra"].steps == 6
+    assert run.stages["extra"].max_steps == 6
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["stages.joint.groups.vision.lr=fast"], "could not be converted"),
         (["output"], "not key=value"),
         (["data.max_tokens=1"], "leaves no room"),
-        (["model.density=0"], "above 0"),
+        (["model.encoder_layer_ratio=0"], "above 0"),
         (["stages.joint.global_batch=0"], "at least 1"),
         (["stages.joint.data.trian=[a.tar]"], "stages.joint.data: trian: .* Did you mean: 'train'"),
         (["stages.joint.data.max_tokens=1"], "stages.joint.data: .* leaves no room"),
@@ -75,15 +76,59 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["stages.joint.groups.vision.lr=.nan"], "lr=nan"),
         (["stages.joint.groups.vision.weight_decay=-1"], "weight_decay=-1"),
         (["stages.joint.max_grad_norm=0"], "max_grad_norm=0 .*inf clips nothing"),
-        (["stages.joint.steps=-1"], "steps=-1"),
-        (["stages.joint.steps=0", "stages.joint.epochs=.inf"], "epochs=inf"),
-        (["stages.joint.warmup=3"], "warmup=3 is a share"),
+        (["stages.joint.max_steps=-1"], "steps=-1"),
+        (["stages.joint.max_steps=0", "stages.joint.epochs=.inf"], "epochs=inf"),
+        (["stages.joint.warmup_ratio=3"], "warmup_ratio=3 is a share"),
         (["guard.spike=.nan"], "guard.spike=nan"),
     ],
 )
 def test_bad_words_are_answered_with_a_remedy(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         presets.load("debug", None, words)
+
+
+def test_old_names_of_keys_are_read_and_answered_with_the_new_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = [
+        "stages.joint.steps=7",
+        "stages.joint.data.window=9",
+        "engine.shard=1",
+        "model.density=0.5",
+        "evidence=false",
+    ]
+    run = presets.load("debug", None, words)
+    assert (run.stages["joint"].max_steps, run.data_of("joint").shuffle_window, run.engine.shard_size) == (7, 9, 1)
+    assert (run.model.encoder_layer_ratio, run.blank_image_control) == (0.5, False)
+    told = [record.getMessage() for record in caplog.records]
+    assert (
+        "config: stages.joint.steps is called stages.joint.max_steps now; the old name is read in this release" in told
+    )
+    assert len(told) == len(words)
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: debug\nhang_seconds: 7\nstages: {joint: {warmup: 0.5, data: {text: conversation}}}\n")
+    run = presets.load(None, file, [])
+    assert (run.watchdog_seconds, run.stages["joint"].warmup_ratio, run.data_of("joint").format) == (
+        7,
+        0.5,
+        "conversation",
+    )
+    with pytest.raises(ValueError, match=r"stages\.joint\.steps is the old name of stages\.joint\.max_steps: give one"):
+        presets.load(None, file, ["stages.joint={steps: 1, max_steps: 2}"])
+
+
+def test_a_run_that_an_older_version_saved_opens_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = presets.load("debug", None, ["engine.shard_size=1"])
+    text = config.to_yaml(run)
+    for kind in (config.Config, config.ModelConfig, config.DataConfig, config.StageConfig, config.EngineConfig):
+        for old, new in kind.OLD_NAMES.items():
+            assert re.search(rf"^ *{new}: ", text, re.MULTILINE), new
+            text = re.sub(rf"^( *){new}: ", rf"\1{old}: ", text, flags=re.MULTILINE)
+    (tmp_path / "config.yaml").write_text(text)
+    assert config.load(tmp_path / "config.yaml") == run
+    assert not caplog.records
 
 
 def test_a_stage_s_data_is_what_it_changes_of_the_run_s(tmp_path: Path) -> None:
@@ -196,7 +241,9 @@ def test_an_unknown_preset_is_answered_with_the_nearest() -> None:
 
 def test_another_run_is_told_from_the_same_run_on_other_hardware() -> None:
     run = presets.load("debug", None, [])
-    same = presets.load("debug", None, ["output=x", "engine.shard=1", "stages.joint.micro_batch=8", "data.workers=2"])
+    same = presets.load(
+        "debug", None, ["output=x", "engine.shard_size=1", "stages.joint.micro_batch=8", "data.workers=2"]
+    )
     other = presets.load("debug", None, ["stages.joint.global_batch=32"])
     assert config.differences(run, same) == []
     assert config.differences(run, other) == ["stages.joint.global_batch"]
@@ -208,7 +255,7 @@ def test_another_run_is_told_from_the_same_run_on_other_hardware() -> None:
 def test_the_papers_iterations_and_warmups(name: str, steps: int, warm: int) -> None:
     paper = presets.load("paper_siglip", None, []).stages[name]
     assert paper.num_steps(PAIRS) == steps
-    assert warmup_steps(steps, paper.warmup) == warm
+    assert warmup_steps(steps, paper.warmup_ratio) == warm
 
 
 @pytest.mark.parametrize(("samples", "batch", "steps", "warm"), [(558_128, 256, 2180, 66), (738_601, 64, 11540, 347)])
@@ -239,8 +286,10 @@ def test_the_schedule_warms_up_to_the_peak_and_ends_at_its_minimum() -> None:
 
 
 def test_words_say_what_they_say() -> None:
-    run = presets.load("debug", None, ["log.wandb=off", "engine.offload=on", "engine.compile=off", "profile.steps=3:4"])
-    assert (run.log.wandb, run.engine.offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
+    run = presets.load(
+        "debug", None, ["log.wandb=off", "engine.cpu_offload=on", "engine.compile=off", "profile.steps=3:4"]
+    )
+    assert (run.log.wandb, run.engine.cpu_offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
     assert presets.load("paper_siglip", None, ["model.vision.path="]).model.vision.path == ""
     for name in ("007", "1e3", "yes", "'2'"):
         assert presets.load("debug", None, [f"name={name}"]).name == name.strip("'")
@@ -280,13 +329,13 @@ def test_another_type_of_rotary_scaling_takes_the_place_of_the_preset_s() -> Non
 def test_a_run_saved_before_images_had_a_position_goes_on_as_it_began(tmp_path: Path) -> None:
     """Its conversations had their image behind the start token; a file of a few changes means today's default."""
     saved = tmp_path / "config.yaml"
-    run = presets.load("debug", None, ["data.text=conversation"])
-    lines = config.to_yaml(run).splitlines()
+    run = presets.load("debug", None, ["data.format=conversation"])
+    lines = config.to_yaml(run).replace("  format:", "  text:").replace("  shuffle_window:", "  window:").splitlines()
     saved.write_text("\n".join(line for line in lines if "image_position" not in line))
     assert config.load(saved).data.image_position == "start"
     assert presets.load(None, saved, []).data.image_position == "start"
     assert presets.load(None, saved, ["data.image_position=user"]).data.image_position == "user"
     saved.write_text(config.to_yaml(run))
     assert config.load(saved).data.image_position == "user"
-    saved.write_text("preset: debug\ndata: {text: conversation}\n")
+    saved.write_text("preset: debug\ndata: {format: conversation}\n")
     assert presets.load(None, saved, []).data.image_position == "user"

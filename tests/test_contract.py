@@ -81,7 +81,7 @@ def test_a_step_is_the_same_under_every_engine() -> None:
     zero2 = str(DS_CONFIGS / "zero2.json")
     engines = {
         "fsdp": EngineConfig(),
-        "ddp": EngineConfig(shard=1),
+        "ddp": EngineConfig(shard_size=1),
         "fsdp, recomputed": EngineConfig(checkpointing=recomputed),
         "zero2": EngineConfig(ds_config=zero2),
         "zero3": EngineConfig(ds_config=str(DS_CONFIGS / "zero3.json"), checkpointing=recomputed),

@@ -59,13 +59,15 @@ def slow_on_rank_1(world: World, output: Path) -> str:
 def small(output: Path) -> Config:
     words = [
         f"output={output}",
-        "evidence=false",
-        f"stages.projector.steps={ENOUGH + 2}",
+        "blank_image_control=false",
+        f"stages.projector.max_steps={ENOUGH + 2}",
         "data.heldout=[sample:heldout]",
     ]
     run = presets.load("debug", None, [*words, "stages.projector.global_batch=4", "stages.projector.micro_batch=2"])
     language = tiny.language(vocab_size=259, hidden_size=32)
-    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=language), density=0.5)
+    model = replace(
+        run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=language), encoder_layer_ratio=0.5
+    )
     stage = replace(run.stages["projector"], data=run.data)  # whose workers count, not the run's
     return replace(run, model=model, stages={"projector": stage}, data=replace(run.data, workers=2))
 

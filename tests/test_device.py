@@ -78,7 +78,7 @@ def test_what_was_never_tried_is_refused_in_a_line(there: Any, of: str) -> None:
     with pytest.raises(ValueError, match=rf"^2 processes on devices of type {of} were never tried: start one"):
         this_device(0, processes=2)
     check_device(EngineConfig(), of)
-    for config in (EngineConfig("bf16"), EngineConfig(offload=True), EngineConfig(ds_config="zero2.json")):
+    for config in (EngineConfig("bf16"), EngineConfig(cpu_offload=True), EngineConfig(ds_config="zero2.json")):
         check_device(config, "cuda")
         check_device(config, "cpu")
         with pytest.raises(ValueError, match=rf"^engine\.\S+ was never tried on a device of type {of}: set .*$"):

@@ -17,7 +17,7 @@ from hive_scale.observability.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 60
-WORDS = ["save_interval=5", "evidence=false", "data.heldout=[sample:heldout]"]
+WORDS = ["save_interval=5", "blank_image_control=false", "data.heldout=[sample:heldout]"]
 
 
 @pytest.fixture
@@ -25,8 +25,8 @@ def launch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     processes = []
 
     def start(output: Path, *options: str) -> subprocess.Popen[str]:
-        stages = [f"stages.{stage}.steps=2" for stage in ("language", "joint")]
-        words = [*WORDS, *stages, f"stages.projector.steps={STEPS}", "stages.projector.global_batch=16"]
+        stages = [f"stages.{stage}.max_steps=2" for stage in ("language", "joint")]
+        words = [*WORDS, *stages, f"stages.projector.max_steps={STEPS}", "stages.projector.global_batch=16"]
         process = subprocess.Popen(
             ["torchrun", *options, "launchers/pretrain.py", *words, f"output={output}"],
             cwd=ROOT,

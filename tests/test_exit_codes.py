@@ -60,8 +60,8 @@ LOST_DEVICES = (
 
 def small(output: Path, *words: str) -> Config:
     """One stage of one step of a tiny model."""
-    brief = ["evidence=false", "eval_interval=0", "log.wandb=off", "stages.projector.global_batch=4", *words]
-    run = presets.load("debug", None, [f"output={output}", "stages.projector.steps=1", *brief])
+    brief = ["blank_image_control=false", "eval_interval=0", "log.wandb=off", "stages.projector.global_batch=4", *words]
+    run = presets.load("debug", None, [f"output={output}", "stages.projector.max_steps=1", *brief])
     llm = tiny.language(vocab_size=259, hidden_size=32)
     model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=llm))
     return replace(run, model=model, stages={"projector": run.stages["projector"]})
@@ -119,7 +119,7 @@ def saves_on_a_slow_disk(config: Config, world: World) -> None:
 
     os.fsync = slow
     mine = torch.ones(2_000_000 if world.is_main else 0)
-    with Watchdog(world, config.hang_seconds):
+    with Watchdog(world, config.watchdog_seconds):
         world.timer.enter("save")
         store = Checkpointer(config.run_dir / "projector", world)
         store.save(1, [Fragment("w", "master", (2_000_000,), 0, mine)] if world.is_main else [], {}, wait=True)
@@ -140,7 +140,7 @@ def member(rank: int, port: int, folder: Path, victim: int, place: str, act: Any
     torch.set_num_threads(1)
     watchdog.SILENCE = 60.0 if work is trains else 3.0
     distributed.JOINING = timedelta(seconds=5) if act is die else timedelta(seconds=60)
-    config = small(folder / "run", f"hang_seconds={watchdog.SILENCE}")
+    config = small(folder / "run", f"watchdog_seconds={watchdog.SILENCE}")
 
     def command() -> int:
         if rank == victim:

@@ -55,7 +55,7 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 
 def model_config(fusion: Any, tower: dict[str, Any], llm: str, **changes: Any) -> ModelConfig:
     language = tiny.language(llm, **{"vocab_size": 259, **changes})
-    return ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion=fusion, density=0.5)
+    return ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion=fusion, encoder_layer_ratio=0.5)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_hive_comes_back_without_the_directories_it_was_made_from(tmp_path: Pa
     huggingface.export_encoder(config, weights, tmp_path / "encoder", "crop")
     huggingface.export_llm(config, weights, tmp_path / "llm", BYTES)
     parts = PartConfig(str(tmp_path / "encoder")), PartConfig(str(tmp_path / "llm"))
-    config = ModelConfig(*parts, fusion=fusion, density=0.5)  # type: ignore[arg-type]
+    config = ModelConfig(*parts, fusion=fusion, encoder_layer_ratio=0.5)  # type: ignore[arg-type]
     ours = init_model(config, seed=6)
     open_gates(ours)
     write_weights(tmp_path / "w.safetensors", dict(ours.named_parameters()))

@@ -65,12 +65,12 @@ def recipe(output: Path, shard: str, **changes: Any) -> Config:
     run = presets.load("debug", None, [f"output={output}"])
     vision, language = PartConfig(config=tiny.SIGLIP), PartConfig(config=tiny.language(vocab_size=259))
     stages = {
-        name: replace(stage, steps=4, global_batch=8, micro_batch=2, seed=seed)
+        name: replace(stage, max_steps=4, global_batch=8, micro_batch=2, seed=seed)
         for seed, (name, stage) in enumerate(run.stages.items())
     }
     data = replace(run.data, train=[shard], heldout=[shard])
-    model = replace(run.model, vision=vision, language=language, density=0.5)
-    return replace(run, model=model, stages=stages, data=data, evidence=False, **changes)
+    model = replace(run.model, vision=vision, language=language, encoder_layer_ratio=0.5)
+    return replace(run, model=model, stages=stages, data=data, blank_image_control=False, **changes)
 
 
 def losses(config: Config) -> list[float]:
@@ -147,7 +147,7 @@ def heads(config: Config) -> Config:
 
 
 def depths(config: Config) -> Config:
-    return replace(config, model=replace(config.model, depths="later"))
+    return replace(config, model=replace(config.model, encoder_layers="later"))
 
 
 def precision(config: Config) -> Config:
@@ -155,7 +155,7 @@ def precision(config: Config) -> Config:
 
 
 def transform(config: Config) -> Config:
-    return replace(config, data=replace(config.data, image="pad"))
+    return replace(config, data=replace(config.data, image_transform="pad"))
 
 
 def limit(config: Config) -> Config:

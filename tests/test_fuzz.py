@@ -382,7 +382,7 @@ def test_a_config(tmp_path: Path) -> None:
     saved = configs.to_yaml(presets.load("debug", None, []))
     settings = {"preset": "debug", "model": {"fusion": "concat"}, "data": {"train": ["a.tar"], "tokenizer": {}}}
     settings |= {"stages": {"joint": {"steps": 3, "betas": [0.9, 0.95], "data": {"text": "caption"}, "groups": {}}}}
-    brief = "preset: debug\nmodel:\n  fusion: concat\nstages: &a\n  joint: {steps: 3, data: {text: caption}}\n"
+    brief = "preset: debug\nmodel:\n  fusion: concat\nstages: &a\n  joint: {max_steps: 3, data: {format: caption}}\n"
 
     def check(folder: Path, content: bytes) -> None:
         file = folder / "config.yaml"
@@ -397,7 +397,7 @@ def test_a_config(tmp_path: Path) -> None:
 
 def test_words_of_a_config(tmp_path: Path) -> None:
     words = [
-        b"stages.joint.steps=3",
+        b"stages.joint.max_steps=3",
         b"data.train=[a/{0..9}.tar, '2 x b.tar']",
         b"model.vision.config={a: 1}",
         b"name=x",

@@ -207,7 +207,7 @@ def test_training_sees_what_the_exported_processor_makes(tower: dict[str, Any], 
 
 
 def test_a_run_on_clip_pads_with_clip_s_colour(tmp_path: Path) -> None:
-    base = load("debug", None, [f"output={tmp_path}/run", "data.image=pad"])
+    base = load("debug", None, [f"output={tmp_path}/run", "data.image_transform=pad"])
     for tower, colour in ((tiny.SIGLIP, (127, 127, 127)), (tiny.CLIP, (122, 116, 104))):
         run = replace(base, model=replace(base.model, vision=PartConfig(config=tower)))
         assert open_data(run).train.pad_colour == open_data(run).heldout.pad_colour == colour

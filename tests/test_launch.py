@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BRIEF = ["evidence=false", *(f"stages.{stage}.steps=2" for stage in ("projector", "language", "joint"))]
+BRIEF = ["blank_image_control=false", *(f"stages.{stage}.max_steps=2" for stage in ("projector", "language", "joint"))]
 COMMANDS = {
     "python": "python launchers/pretrain.py",
     "deepspeed": "deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json",

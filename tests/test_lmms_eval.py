@@ -80,11 +80,13 @@ def evaluate(python: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_a_real_task_end_to_end(python: Path, family: str, tmp_path: Path) -> None:
     tokenizer = FAMILIES[family]
     language = tiny.language("llama", vocab_size=330, max_position_embeddings=512, eos_token_id=tokenizer.eos_token_id)
-    config = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", density=0.5)
+    config = ModelConfig(
+        PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5
+    )
     questions = [Question(str(i), text, Picture(str(i), lambda i=i: png(i)), {}) for i, text in enumerate(QUESTIONS)]
     for seed in range(20):  # some of these small models say the same to everything
         model = tiny.sighted(init_model(config, seed).eval(), 3)
-        asker = HiveAnswerer(model, DataConfig(image="resize"), torch.device("cpu"))
+        asker = HiveAnswerer(model, DataConfig(image_transform="resize"), torch.device("cpu"))
         asker.tokenizer = Tokenizer(tokenizer)
         expected = [answer.text for answer in asker.answer(questions, 6)]
         if len(set(expected)) > 1:

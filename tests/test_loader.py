@@ -62,7 +62,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _loader(shards: list[str], tokenizer: Tokenizer, bad: Path | None = None, **config: object) -> Loader:
-    return Loader(DataConfig(**{"window": 9} | config), shards, tokenizer, image_size=16, bad_samples=bad)
+    return Loader(DataConfig(**{"shuffle_window": 9} | config), shards, tokenizer, image_size=16, bad_samples=bad)
 
 
 def _steps(loader: Loader, world_size: int, accumulation: int, start: int, count: int) -> list[list[Batch]]:
@@ -98,10 +98,10 @@ def test_any_worlds_workers_and_stops_see_the_uninterrupted_stream(
     tokenizer: Tokenizer,
 ) -> None:
     shards = [request.getfixturevalue(which)[i] for i in some]
-    whole = _steps(_loader(shards, tokenizer, window=window), 1, 1, 0, sum(count for _, count in parts))
+    whole = _steps(_loader(shards, tokenizer, shuffle_window=window), 1, 1, 0, sum(count for _, count in parts))
     start, seen = 0, []
     for (world_size, accumulation, workers), count in parts:  # each a fresh start, as after an interruption
-        loader = _loader(shards, tokenizer, window=window, workers=workers)
+        loader = _loader(shards, tokenizer, shuffle_window=window, workers=workers)
         part = _steps(loader, world_size, accumulation, start * 12, count)
         assert {len(batch) for step in part for batch in step} == {12 // world_size // accumulation}
         start, seen = start + count, seen + part
@@ -113,7 +113,7 @@ def test_workers_and_threads_bring_the_same_batches_in_the_same_order(
     broken: list[str], tokenizer: Tokenizer, workers: int, threads: int
 ) -> None:
     alone = _steps(_loader(broken, tokenizer), 1, 3, 12, 4)
-    loader = _loader(broken, tokenizer, workers=workers, threads=threads)
+    loader = _loader(broken, tokenizer, workers=workers, decode_threads=threads)
     for one, other in zip(alone, _steps(loader, 1, 3, 12, 4), strict=True):
         for a, b in zip(one, other, strict=True):
             assert a.keys == b.keys
@@ -339,7 +339,7 @@ def test_a_dead_worker_names_the_sample(
 
     monkeypatch.setattr(Loader, "decoded", die)
     with pytest.raises(TryAgain, match=r"while reading .*1-4"):
-        _steps(_loader(shards, tokenizer, workers=2, threads=threads), 1, 1, 0, 2)
+        _steps(_loader(shards, tokenizer, workers=2, decode_threads=threads), 1, 1, 0, 2)
 
 
 def test_a_missing_shard_is_one_line(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -151,7 +151,7 @@ def world() -> Iterator[World]:
 
 
 def run(output: Path, *words: str) -> Config:
-    stage = ["stages.projector.steps=24", "stages.projector.global_batch=4", "save_interval=6"]
+    stage = ["stages.projector.max_steps=24", "stages.projector.global_batch=4", "save_interval=6"]
     return presets.load("debug", None, [*stage, "data.heldout=[sample:heldout]", f"output={output}", *words])
 
 

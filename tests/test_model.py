@@ -78,7 +78,7 @@ def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches(
 
 def test_as_many_depths_as_llm_layers_pair_one_to_one() -> None:
     shallow = PartConfig(config=tiny.language(num_hidden_layers=3))
-    model = meta_model(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, density=1.0))
+    model = meta_model(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, encoder_layer_ratio=1.0))
     assert model.encoder_depths == (1, 2, 3)
     assert model.fusion.depths == (0, 1, 2)
     assert model.features_shape == (3, 16, 32)  # 32 pixels in patches of 8
@@ -262,7 +262,9 @@ def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[s
     tower.save_pretrained(tmp_path / "vision")
     llama.half().save_pretrained(tmp_path / "language", max_shard_size="50kB")  # several files, as big checkpoints are
     assert len(list((tmp_path / "language").glob("*.safetensors"))) > 1
-    config = ModelConfig(PartConfig(str(tmp_path / "vision")), PartConfig(str(tmp_path / "language")), density=0.5)
+    config = ModelConfig(
+        PartConfig(str(tmp_path / "vision")), PartConfig(str(tmp_path / "language")), encoder_layer_ratio=0.5
+    )
     built = init_model(config, seed=0)
     assert {p.dtype for model in (built, meta_model(config)) for p in model.parameters()} == {torch.float32}
     for ours, theirs in ((built.vision, tower), (built.language, llama)):
@@ -320,7 +322,10 @@ def test_materialise_gives_the_assembled_model_back() -> None:
         ),
         ({"language": PartConfig(path="./nowhere")}, "no config.json"),
         ({"language": PartConfig()}, "neither path nor config"),
-        ({"density": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))}, "lower model.density"),
+        (
+            {"density": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))},
+            "lower model.encoder_layer_ratio",
+        ),
     ],
 )
 def test_a_bad_model_config_says_what_to_change(change: dict[str, Any], message: str) -> None:
@@ -344,7 +349,7 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path)
     deeper = PartConfig(str(tmp_path), tiny.language(num_hidden_layers=6))
     with pytest.raises(ValueError, match="does not fit this model: missing: "):
-        init_model(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, density=0.5), seed=0)
+        init_model(ModelConfig(PartConfig(config=tiny.SIGLIP), deeper, encoder_layer_ratio=0.5), seed=0)
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])

@@ -18,8 +18,8 @@ import pytest
 from hive_scale.commands import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
-BRIEF = ["--preset", "debug", "evidence=false", "log.wandb=off"]
-BRIEF += [f"stages.{stage}.steps=2" for stage in ("projector", "language", "joint")]
+BRIEF = ["--preset", "debug", "blank_image_control=false", "log.wandb=off"]
+BRIEF += [f"stages.{stage}.max_steps=2" for stage in ("projector", "language", "joint")]
 
 
 @pytest.fixture(scope="module")

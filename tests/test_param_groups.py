@@ -57,7 +57,7 @@ def test_decay_is_independent_of_the_peak_learning_rate(decoupled: bool, kept: f
     """With no gradient a step at the peak takes lambda off (paper, Table 3), or lr * lambda as torch does."""
     layer = torch.nn.Linear(3, 2, bias=False)
     before = layer.weight.detach().clone()
-    stage = StageConfig({"all": GroupConfig(["*"], lr=2e-3, weight_decay=0.01)}, decoupled_decay=decoupled)
+    stage = StageConfig({"all": GroupConfig(["*"], lr=2e-3, weight_decay=0.01)}, decoupled_weight_decay=decoupled)
     (group,) = apply_trainable_groups(layer, stage)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=group.lr, weight_decay=group.weight_decay)
     layer.weight.grad = torch.zeros_like(layer.weight)
@@ -66,7 +66,7 @@ def test_decay_is_independent_of_the_peak_learning_rate(decoupled: bool, kept: f
 
 
 def test_a_group_that_stands_still_keeps_its_decay() -> None:
-    stage = StageConfig({"all": GroupConfig(["*"], lr=0.0, weight_decay=0.01)}, decoupled_decay=True)
+    stage = StageConfig({"all": GroupConfig(["*"], lr=0.0, weight_decay=0.01)}, decoupled_weight_decay=True)
     (group,) = apply_trainable_groups(torch.nn.Linear(3, 2, bias=False), stage)
     assert (group.lr, group.weight_decay) == (0.0, 0.01)
 

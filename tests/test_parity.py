@@ -80,14 +80,14 @@ def stage_of(number: int, fusion: str, size: int) -> StageConfig:
         groups["embeddings"] = GroupConfig(["language.model.embed_tokens.*"], 2e-3)
     micro_batch = max(1, GLOBAL_BATCH // size // 2)
     # Some true gradients are zero (a bias of keys): with a small eps Adam makes steps of their rounding noise
-    return StageConfig(groups, GLOBAL_BATCH, micro_batch, steps=STEPS, max_grad_norm=CLIP, eps=1e-4)
+    return StageConfig(groups, GLOBAL_BATCH, micro_batch, max_steps=STEPS, max_grad_norm=CLIP, eps=1e-4)
 
 
 @cache
 def model_of(fusion: Any) -> ModelConfig:
     vision = PartConfig(config=SIGLIP | {"num_hidden_layers": 3})
     llm = PartConfig(config=language(num_hidden_layers=3))
-    return ModelConfig(vision=vision, language=llm, fusion=fusion, density=0.67)
+    return ModelConfig(vision=vision, language=llm, fusion=fusion, encoder_layer_ratio=0.67)
 
 
 @cache
@@ -152,7 +152,7 @@ def engine_config(cell: Cell, folder: str) -> EngineConfig:
         "synced": {"sync_each_micro_batch": True},
         "offload": {"offload": True},
     }
-    return replace(config, shard={"ddp": 1, "hsdp": 2}.get(name, 0), **changes.get(how, {}))
+    return replace(config, shard_size={"ddp": 1, "hsdp": 2}.get(name, 0), **changes.get(how, {}))
 
 
 def small_jsons(folder: Path) -> None:

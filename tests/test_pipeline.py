@@ -50,7 +50,7 @@ def begun(path: Path, **changes: Any) -> ModelConfig:
     """Every part from `path`, the shapes spelled out."""
     base = tiny.model_config(**changes)
     vision, language = (replace(part, path=str(path)) for part in (base.vision, base.language))
-    return replace(base, vision=vision, language=language, connector=str(path))
+    return replace(base, vision=vision, language=language, connector_weights=str(path))
 
 
 def test_every_part_from_a_run_its_stage_and_safetensors(donor: tuple[Path, Hive]) -> None:
@@ -107,7 +107,7 @@ def test_what_does_not_fit_is_named(donor: tuple[Path, Hive], change: dict[str, 
 def test_what_has_no_place_is_left_out_and_said(donor: tuple[Path, Hive], caplog: pytest.LogCaptureFixture) -> None:
     shallower = PartConfig(str(donor[0]), tiny.SIGLIP | {"num_hidden_layers": 3})
     with caplog.at_level(logging.WARNING):
-        initial_model(replace(tiny.model_config(), vision=shallower, density=0.67), seed=0)
+        initial_model(replace(tiny.model_config(), vision=shallower, encoder_layer_ratio=0.67), seed=0)
     assert "left out: unexpected: encoder.layers.3." in caplog.text
 
 

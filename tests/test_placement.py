@@ -350,7 +350,7 @@ def test_machines_whose_own_name_is_a_loopback_address_reach_each_other(net: Net
 def shard_groups(world: World) -> list[int]:
     model, stage = meta_model(model_of("cross_attention")), stage_of(3, "cross_attention", world.size)
     groups, weights = apply_trainable_groups(model, stage, model.unused_parameters()), weights_of("cross_attention")
-    engine: Any = open_engine(model, groups, stage, EngineConfig("bf16", shard=2), world, weights)
+    engine: Any = open_engine(model, groups, stage, EngineConfig("bf16", shard_size=2), world, weights)
     parameter = next(one for one in engine.model.parameters() if isinstance(one, DTensor))
     return dist.get_process_group_ranks(parameter.device_mesh["shard"].get_group())
 

@@ -92,7 +92,7 @@ def test_the_papers_formulas_are_the_counted_flops() -> None:
     def counted(fusion: Any, num_text: int, side: int, component: str) -> float:
         vision = tiny.SIGLIP | {"image_size": side}
         base = tiny.model_config(fusion)
-        model = ModelConfig(replace(base.vision, config=vision), base.language, fusion=fusion, density=0.5)
+        model = ModelConfig(replace(base.vision, config=vision), base.language, fusion=fusion, encoder_layer_ratio=0.5)
         parts = count(meta_model(model)).components(1, num_text, 0)
         return parts[component].forward
 

@@ -76,7 +76,7 @@ def stopped_by_one_rank(world: World, output: str, ask: str) -> str:
 
     StageLog.step = step_and_ask  # type: ignore[method-assign]
     interrupts.LOOK = 0.0
-    words = [f"output={output}", "stages.projector.steps=5", "stages.projector.global_batch=8"]
+    words = [f"output={output}", "stages.projector.max_steps=5", "stages.projector.global_batch=8"]
     try:
         run_pipeline(presets.load("debug", None, words), world)
     except Stopped as stopped:
@@ -115,7 +115,7 @@ def started() -> Iterator[list[subprocess.Popen[str]]]:
 def test_sigterm_to_the_launcher_loses_no_step(
     tmp_path: Path, launcher: str, started: list[subprocess.Popen[str]]
 ) -> None:
-    words = [f"output={tmp_path / 'run'}", "stages.projector.steps=4000", "stages.projector.global_batch=8"]
+    words = [f"output={tmp_path / 'run'}", "stages.projector.max_steps=4000", "stages.projector.global_batch=8"]
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         [*LAUNCHERS[launcher].split(), *words],

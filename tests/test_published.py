@@ -188,13 +188,13 @@ def test_what_an_older_version_left_is_read_and_told_apart(
 
 def test_a_run_whose_own_files_are_damaged_is_refused_by_name(run: Path, world: World) -> None:
     whole = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(whole.replace("density: 0.5", "density: 0.9"))
+    (run / "config.yaml").write_text(whole.replace("encoder_layer_ratio: 0.5", "encoder_layer_ratio: 0.9"))
     for read in (Run, find_encoder, open_hive):
         with pytest.raises(
             CorruptFile, match=r"config.yaml does not match its checksum: .* if you changed it yourself"
         ):
             read(run)
-    with pytest.raises(ValueError, match=r"holds another run \(other model.density\)"):
+    with pytest.raises(ValueError, match=r"holds another run \(other model.encoder_layer_ratio\)"):
         run_pipeline(recipe(run), world)
     (run / "config.yaml").write_text(whole)
     shutil.rmtree(run / "language")

@@ -191,7 +191,7 @@ def some_samples(slots: Sequence[int] = (1,), text_only: int = 1) -> list[Sample
 @pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])
 def test_hive_is_the_paper_written_plainly(fusion: Any, tower: dict[str, Any], llm: str, slots: Any) -> None:
     language = tiny.language(llm, num_hidden_layers=5, tie_word_embeddings=llm == "llama")
-    config = ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion=fusion, density=0.5)
+    config = ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion=fusion, encoder_layer_ratio=0.5)
     model, random = init_model(config, 0), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -235,7 +235,9 @@ def with_images(tokens: Sequence[int], slot: int, image: int, count: int) -> lis
 def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: Any, llm: str, slots: Any) -> None:
     """Loss, all gradients and what is written; ragged, and the first sample has no picture."""
     language = tiny.language(llm, vocab_size=300, num_hidden_layers=3, bos_token_id=1, eos_token_id=1)
-    config = ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion="concat", density=0.5)
+    config = ModelConfig(
+        PartConfig(config=tower), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5
+    )
     model = tiny.sighted(init_model(config, 0), 2.0)
     export_llava(config, {name: p.detach() for name, p in model.named_parameters()}, tmp_path, BYTES, mode)
     llava = AutoModelForImageTextToText.from_pretrained(tmp_path).train()
@@ -297,7 +299,7 @@ def test_visual_keys_turn_as_the_llms_own_rotary_tables_do() -> None:
     """On a line, which is how text stands; yarn also scales what it turns."""
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
     parts = PartConfig(config=tiny.SIGLIP), PartConfig(config=tiny.language(rope_parameters=yarn))
-    model = init_model(ModelConfig(*parts, fusion="joint_attention", density=0.5, positions="line"), 0)
+    model = init_model(ModelConfig(*parts, fusion="joint_attention", encoder_layer_ratio=0.5, positions="line"), 0)
     rotary, layer = model.language.model.rotary_emb, model.fusion.layers[0]
     assert rotary.attention_scaling > 1.05
     visual = torch.randn(1, 16, 48)

@@ -51,10 +51,12 @@ LLM = tiny.language(vocab_size=259, hidden_size=32)
 def small(output: Path, fusion: str, *names: str, **changes: Any) -> Config:
     """The debug preset's stages of those `names`, two steps each."""
     run = presets.load("debug", None, [f"fusion={fusion}", f"output={output}"])
-    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), density=0.5)
-    stages = {name: replace(stage, steps=2, global_batch=8, micro_batch=4) for name, stage in run.stages.items()}
+    model = replace(
+        run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), encoder_layer_ratio=0.5
+    )
+    stages = {name: replace(stage, max_steps=2, global_batch=8, micro_batch=4) for name, stage in run.stages.items()}
     stages = {name: stages[name] for name in names}
-    return replace(run, model=model, stages=stages, evidence=False, eval_interval=1, **changes)
+    return replace(run, model=model, stages=stages, blank_image_control=False, eval_interval=1, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ FEW = [(2, ("fsdp", "zero2")), (3, ("zero2_offload",)), (1, ("zero3",))]
 MODEL = ModelConfig(
     PartConfig(config=SIGLIP | {"num_hidden_layers": 3, "vision_use_head": False}),
     PartConfig(config=language(num_hidden_layers=2)),
-    density=0.34,
+    encoder_layer_ratio=0.34,
 )
 
 

@@ -68,9 +68,9 @@ def base(shards: list[str]) -> Config:
     run = presets.debug()
     language = tiny.language(vocab_size=259, hidden_size=32)
     model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=language))
-    stages = {name: replace(stage, steps=1, global_batch=4, micro_batch=4) for name, stage in run.stages.items()}
+    stages = {name: replace(stage, max_steps=1, global_batch=4, micro_batch=4) for name, stage in run.stages.items()}
     data = replace(run.data, train=shards, heldout=shards)
-    return replace(run, model=model, stages=stages, data=data, evidence=False, eval_interval=0)
+    return replace(run, model=model, stages=stages, data=data, blank_image_control=False, eval_interval=0)
 
 
 @pytest.fixture(scope="module")
@@ -430,8 +430,8 @@ def test_overwrite_validates_first(base: Config, world: World, run: Path, tmp_pa
 
 
 def test_overwrite_keeps_what_the_new_run_needs(base: Config, world: World, run: Path) -> None:
-    needy = replace(base, model=replace(base.model, connector=str(run / "joint")))
-    with pytest.raises(ValueError, match=r"model.connector=.* lies in .*, which --overwrite would move away"):
+    needy = replace(base, model=replace(base.model, connector_weights=str(run / "joint")))
+    with pytest.raises(ValueError, match=r"model.connector_weights=.* lies in .*, which --overwrite would move away"):
         run_pipeline(at(needy, run), world, overwrite=True)
     shards = replace(base, data=replace(base.data, heldout=[f"3 x {run}/*.tar"]))
     with pytest.raises(ValueError, match=r"data.heldout=.* lies in"):
@@ -637,7 +637,7 @@ def test_the_blank_twin_follows_its_run(base: Config, world: World, run: Path) -
             lambda c: replace(c, stages={"first": c.stages["projector"], **only(c, "language", "joint").stages}),
             "other stages.projector ",
         ),
-        (lambda c: replace(c, model=replace(c.model, density=0.25)), "other model.density"),
+        (lambda c: replace(c, model=replace(c.model, encoder_layer_ratio=0.25)), "other model.encoder_layer_ratio"),
         (lambda c: replace(c, data=replace(c.data, max_tokens=20)), "other data.max_tokens"),
     ],
     ids=["rate", "seed", "removed", "order", "before", "renamed", "model", "data"],

@@ -65,8 +65,10 @@ def world() -> Iterator[World]:
 def small(output: Path) -> Config:
     run = presets.load("debug", None, [f"output={output}", "eval_interval=0"])
     vision, language = PartConfig(config=tiny.SIGLIP), PartConfig(config=tiny.language(vocab_size=259))
-    stages = {name: replace(stage, steps=2, global_batch=4) for name, stage in run.stages.items()}
-    return replace(run, model=replace(run.model, vision=vision, language=language), stages=stages, evidence=False)
+    stages = {name: replace(stage, max_steps=2, global_batch=4) for name, stage in run.stages.items()}
+    return replace(
+        run, model=replace(run.model, vision=vision, language=language), stages=stages, blank_image_control=False
+    )
 
 
 def test_a_run_writes_down_no_secret(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +179,7 @@ data:
   train: ['{typed}/train.tar?sig={sig}&se=2030-01-01', '{referred}/more.tar']
   heldout: ['{referred}/heldout.tar']
   max_bad_samples: 9
-stages: {{only: {{steps: 2, global_batch: 4, groups: {{all: {{parameters: ['*'], lr: 1e-3}}}}}}}}
+stages: {{only: {{max_steps: 2, global_batch: 4, groups: {{all: {{parameters: ['*'], lr: 1e-3}}}}}}}}
 engine: {{precision: fp32}}
 log: {{wandb: offline, tensorboard: true}}
 """

@@ -210,7 +210,7 @@ def test_in_a_worker_it_is_no_bad_sample_but_the_end(remote: Remote, tmp_path: P
     remote.files = {Path(shard).name: Path(shard).read_bytes() for shard in local}
     urls = [f"{remote.address}/{Path(shard).name}" for shard in local]
     for workers in (0, 1):
-        config = DataConfig(cache_gb=1e-9, retry_seconds=0.2, workers=workers, window=1)
+        config = DataConfig(cache_gb=1e-9, retry_seconds=0.2, workers=workers, shuffle_window=1)
         loader = Loader(config, urls, open_tokenizer(config.tokenizer), image_size=8)
         remote.fail_first = 10**6
         with pytest.raises(TryAgain, match=r"cannot be fetched \(.*503") as ended:

@@ -30,7 +30,7 @@ from hive_scale.slurm.slurm_cli import NEVER, Job
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["projector", "language", "joint"]
 ORDER = order(STAGES, {})
-BRIEF = ["evidence=false", "eval_interval=0", *(f"stages.{stage}.steps=2" for stage in STAGES)]
+BRIEF = ["blank_image_control=false", "eval_interval=0", *(f"stages.{stage}.max_steps=2" for stage in STAGES)]
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
@@ -331,7 +331,7 @@ def test_what_follows_is_written_as_jobs_behind_the_last_stage(
     [
         (["probe"], "--then probe: data/cifar10: "),
         (["probe", "then.probe=--set emogi"], "--then probe: there is no data set 'emogi': did you mean emoji"),
-        (["vlm", "then.vlm=stages.langage.steps=2"], "--then vlm: .* did you mean language"),
+        (["vlm", "then.vlm=stages.langage.max_steps=2"], "--then vlm: .* did you mean language"),
         (["evaluate", "then.evaluate=--tasks gqua"], "--then evaluate: there is no task 'gqua': did you mean gqa"),
     ],
 )

@@ -54,9 +54,15 @@ def world() -> Iterator[World]:
 def small(output: Path, fusion: str = "cross_attention", steps: int = 4, **changes: Any) -> Config:
     """The debug preset with a tiny model and `steps` steps a stage, on the shipped pictures."""
     run = presets.load("debug", None, [f"fusion={fusion}", f"output={output}"])
-    model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), density=0.5)
-    stages = {name: replace(stage, steps=steps, global_batch=8, micro_batch=4) for name, stage in run.stages.items()}
-    return replace(run, model=model, stages=stages, evidence=False, data=replace(run.data, heldout=[SOME]), **changes)
+    model = replace(
+        run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), encoder_layer_ratio=0.5
+    )
+    stages = {
+        name: replace(stage, max_steps=steps, global_batch=8, micro_batch=4) for name, stage in run.stages.items()
+    }
+    return replace(
+        run, model=model, stages=stages, blank_image_control=False, data=replace(run.data, heldout=[SOME]), **changes
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,7 +122,7 @@ def test_a_run_leaves_what_it_promises(tmp_path: Path, world: World) -> None:
 
 def test_a_stage_may_read_data_of_its_own(tmp_path: Path, world: World) -> None:
     config = small(tmp_path / "run", steps=2)
-    stages = config.stages | {"language": replace(config.stages["language"], steps=0, data={"train": [SOME]})}
+    stages = config.stages | {"language": replace(config.stages["language"], max_steps=0, data={"train": [SOME]})}
     config = replace(config, stages=stages)
     data = open_all(config)
     assert data["projector"] is data["joint"]
@@ -215,7 +221,7 @@ def test_a_run_that_an_older_version_began_goes_on_by_what_that_noted(
 
 def test_another_run_in_the_same_directory_is_refused(tmp_path: Path, world: World) -> None:
     run_pipeline(small(tmp_path / "run", steps=1), world)
-    with pytest.raises(ValueError, match=r"another run \(other stages.joint.steps.*--overwrite"):
+    with pytest.raises(ValueError, match=r"another run \(other stages.joint.max_steps.*--overwrite"):
         run_pipeline(small(tmp_path / "run", steps=2), world)
 
 
@@ -260,7 +266,7 @@ def test_a_stage_may_keep_the_moments_of_the_one_before(tmp_path: Path, world: W
     name, moments = "projector.0.up.weight", []
     for keep in (False, True):
         config = small(tmp_path / str(keep), steps=2, save_interval=1)
-        language = replace(config.stages["language"], keep_moments=keep)
+        language = replace(config.stages["language"], carry_optimizer_state=keep)
         config = replace(config, stages=config.stages | {"language": language})
         run_pipeline(config, world, until="language")
         moments.append(checkpointed(config, "language", 1, name))
@@ -273,8 +279,8 @@ def test_a_stage_may_keep_the_moments_of_the_one_before(tmp_path: Path, world: W
     names = [name for name, _ in build.meta_model(config.model).named_parameters() if name.startswith("projector.0.")]
     squares = sum(float(checkpointed(config, "language", 2, name, "exp_avg_sq").sum()) for name in names)
     assert told == pytest.approx((squares / (1 - language.betas[1] ** 4)) ** 0.5, rel=1e-4)
-    with pytest.raises(ValueError, match=r"stages.projector.keep_moments: no stage comes before"):
-        run_pipeline(_stage(small(tmp_path / "first"), keep_moments=True), world)
+    with pytest.raises(ValueError, match=r"stages.projector.carry_optimizer_state: no stage comes before"):
+        run_pipeline(_stage(small(tmp_path / "first"), carry_optimizer_state=True), world)
 
 
 def checkpointed(config: Config, stage: str, step: int, name: str, kind: str = "exp_avg") -> torch.Tensor:
@@ -300,8 +306,8 @@ def test_checkpoints_stay_as_the_config_says(tmp_path: Path, world: World) -> No
 
 
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
-    words = ["data.heldout=[" + SOME + "]", f"output={tmp_path / 'run'}", "evidence=false"]
-    words += [f"stages.{name}.steps=400" for name in ("projector", "language", "joint")]
+    words = ["data.heldout=[" + SOME + "]", f"output={tmp_path / 'run'}", "blank_image_control=false"]
+    words += [f"stages.{name}.max_steps=400" for name in ("projector", "language", "joint")]
     command = [sys.executable, "launchers/pretrain.py", "--preset", "debug", *words]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "run" / "projector" / "metrics.jsonl"
@@ -318,7 +324,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
 
 def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: World) -> None:
     config = small(tmp_path / "run", steps=2)
-    config = replace(config, evidence=True)
+    config = replace(config, blank_image_control=True)
     run_pipeline(config, world)
     run_pipeline(blank_image_control(config), world)
     with console.capture() as shown:
@@ -388,7 +394,7 @@ def test_samples_that_were_set_aside_are_offered_where_none_are_named(tmp_path: 
     ("change", "message"),
     [
         (lambda c, folder: _ds(c, folder, {"gradient_clipping": 7.0}), "gradient_clipping=7.0 contradicts 1.0 of proj"),
-        (lambda c, folder: replace(c, engine=replace(c.engine, shard=2)), "engine.shard=2 does not divide"),
+        (lambda c, folder: replace(c, engine=replace(c.engine, shard=2)), "engine.shard_size=2 does not divide"),
         (lambda c, folder: _weights_at(c, folder / "nowhere"), "nowhere"),
         (lambda c, folder: _stage(c, data={"train": [str(folder / "*.tar")]}), "[*].tar"),
     ],

@@ -108,7 +108,7 @@ def model_config(tower: Any, llm: str, **changes: Any) -> ModelConfig:
     language = tiny.language(
         llm, **{"vocab_size": TOKENIZER.vocab_size, "bos_token_id": 1, "eos_token_id": 2, **changes}
     )
-    return ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion="concat", density=0.5)
+    return ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5)
 
 
 TOWERS: dict[str, tuple[dict[str, Any], Any]] = {"siglip": (tiny.SIGLIP, "resize"), "clip": (tiny.CLIP, "crop")}
@@ -131,7 +131,9 @@ def of_llava(tower: str) -> Hive:
 
 
 def answer(model: Hive, tower: str, position: Any) -> str:
-    asker = HiveAnswerer(model, DataConfig(image=TOWERS[tower][1], image_position=position), torch.device("cpu"))
+    asker = HiveAnswerer(
+        model, DataConfig(image_transform=TOWERS[tower][1], image_position=position), torch.device("cpu")
+    )
     asker.tokenizer = TOKENIZER
     return asker.answer([Question("q", TEXT, Picture("p", png), {})], 6)[0].text
 

@@ -135,7 +135,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     elif what == "a shape":
         words.append(f"model.vision.config={json.dumps(tiny.SIGLIP | {'image_size': 48})}")
     else:
-        words.append("stages.langage.steps=1")
+        words.append("stages.langage.max_steps=1")
     assert finetune_vlm.main([str(path), "--config", str(recipe(tmp_path, shards)), *words]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ")

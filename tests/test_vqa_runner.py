@@ -222,7 +222,7 @@ def exported(folder: Path) -> HiveAnswerer:
     language = tiny.language(vocab_size=259, bos_token_id=1, eos_token_id=1)
     config = replace(tiny.model_config("concat"), language=PartConfig(config=language))
     made = tiny.sighted(build.init_model(config, seed=4).eval(), 4)
-    answerer = HiveAnswerer(made, DataConfig(image="pad"), ALONE.device)
+    answerer = HiveAnswerer(made, DataConfig(image_transform="pad"), ALONE.device)
     stock = answerer.tokenizer.stock
     stock.chat_template = CHAT
     answerer.tokenizer = Tokenizer(stock)
@@ -402,7 +402,7 @@ def test_a_model_of_ours_is_known_by_how_it_reads_pictures_and_by_its_weights() 
     assert HiveAnswerer(model(), DataConfig(workers=3), ALONE.device).identity == plain.identity
     others = [
         HiveAnswerer(tiny.sighted(model(), 2), DataConfig(), ALONE.device),
-        HiveAnswerer(model(), DataConfig(image="pad"), ALONE.device),
+        HiveAnswerer(model(), DataConfig(image_transform="pad"), ALONE.device),
         HiveAnswerer(model(), DataConfig(), ALONE.device, torch.bfloat16),
     ]
     changed = [{what for what in plain.identity if one.identity[what] != plain.identity[what]} for one in others]

@@ -32,7 +32,7 @@ def unlucky(rank: int, port: int, folder: Path, fault: str) -> None:
     os.environ["MASTER_PORT"] = str(port)
     if rank == (0 if "rank 0" in fault else 1):
         bring_about(fault)
-    words = [f"output={folder / 'run'}", "hang_seconds=10", "stages.projector.global_batch=8", "data.workers=0"]
+    words = [f"output={folder / 'run'}", "watchdog_seconds=10", "stages.projector.global_batch=8", "data.workers=0"]
     with session() as world:
         run_pipeline(presets.load("debug", None, words), world)
 

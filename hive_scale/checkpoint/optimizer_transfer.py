@@ -51,4 +51,4 @@ def _newest(stage_dir: Path) -> Path:
     for path in reversed(steps_in(stage_dir)):
         if not audit(path):
             return path
-    raise CorruptFile(f"{stage_dir} has no sound checkpoint to take moments from: set keep_moments=false")
+    raise CorruptFile(f"{stage_dir} has no sound checkpoint to take moments from: set carry_optimizer_state=false")

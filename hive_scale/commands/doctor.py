@@ -136,7 +136,7 @@ def _order(world: World) -> list[Line]:
     nodes = len(set(machines))
     told = f"{world.size} rank{'s' * (world.size > 1)} on {nodes} machine{'s' * (nodes > 1)}"
     if changes >= nodes:
-        remedy = "start ranks node by node (srun --distribution=block), else engine.shard cuts over several nodes"
+        remedy = "start ranks node by node (srun --distribution=block), else engine.shard_size cuts over several nodes"
         return [Line("ranks", "WARN", f"{told}, in turn", remedy)]
     return [Line("ranks", "ok", told)]
 

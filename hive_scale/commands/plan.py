@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   python launchers/plan.py --preset paper_siglip --world 8 --gpu a100-80
-  python launchers/plan.py --preset paper_siglip --stage joint --world 2 engine.shard=1 fusion=concat
+  python launchers/plan.py --preset paper_siglip --stage joint --world 2 engine.shard_size=1 fusion=concat
   python launchers/plan.py --preset rtx3090 --ds_config ds_configs/rtx3090.json
   python launchers/plan.py --preset paper_siglip --gpu rtx3090 --fit            the fastest settings that fit
   python launchers/plan.py --preset paper_siglip --gpu h100 --sweep 1,8,64,512  scaling, as a table and sweep.png

@@ -49,12 +49,12 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)
-        if config.evidence:
+        if config.blank_image_control:
             control = blank_image_control(config)
             if world.is_main and not (control.run_dir / "data.json").exists():
                 console.print(
                     f"{config.run_dir} is trained. Now its control: the same stages on blank images, in "
-                    f"{control.run_dir} (evidence=false leaves it out)",
+                    f"{control.run_dir} (blank_image_control=false leaves it out)",
                     soft_wrap=True,
                 )
             run_pipeline(control, world, follows=True)

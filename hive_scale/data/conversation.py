@@ -30,7 +30,7 @@ def parse_messages(record: Mapping[str, Any]) -> Messages:
     """
     said = record.get("conversations") or record.get("messages")
     if not isinstance(said, list):
-        raise ValueError("no conversation in its .json: data.text=conversation needs 'conversations' or 'messages'")
+        raise ValueError("no conversation in its .json: data.format=conversation needs 'conversations' or 'messages'")
     turns = [_turn(one) for one in said]
     pictures = record.get("image", record.get("images"))
     count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(pictures) if isinstance(pictures, list) else 1)

@@ -50,7 +50,7 @@ class Decoded:
 class SampleReader:
     """Random access to the samples of `index`; numbers below len(index).
 
-    `pad_colour` is what ``data.image=pad`` adds beside a picture (see `build.pad_colour`).
+    `pad_colour` is what ``data.image_transform=pad`` adds beside a picture (see `build.pad_colour`).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SampleReader:
         """Sample number i, its picture not yet decoded. Raises ValueError if it is broken."""
         size = self._size(i)
         key = self.index.key(i)
-        text: Text = self._conversation(key, i) if self.config.text == "conversation" else self.caption(i)
+        text: Text = self._conversation(key, i) if self.config.format == "conversation" else self.caption(i)
         kept = self.features.get(i) if self.features else None  # else a picture, which is broken or not kept soundly
         return Read(key, text, self._lying(i) if kept is None else kept, size)
 
@@ -117,7 +117,7 @@ class SampleReader:
         return width, height
 
     def _lying(self, i: int) -> bytes | None:
-        return None if self.config.blank else self.encoded(i)
+        return None if self.config.blank_images else self.encoded(i)
 
     def _pixels(self, lying: bytes | Tensor | None, size: tuple[int, int], out: Tensor | None = None) -> Tensor:
         if isinstance(lying, Tensor):
@@ -126,12 +126,14 @@ class SampleReader:
             out = blank(self.image_size)
         if lying is None:
             return out.fill_(BLANK)
-        return fit_into(out, decode_indexed(lying, size, self.config.max_pixels), self.config.image, self.pad_colour)
+        return fit_into(
+            out, decode_indexed(lying, size, self.config.max_pixels), self.config.image_transform, self.pad_colour
+        )
 
     @property
     def text_bytes(self) -> NDArray[np.integer]:
         """Length of what each sample trains on, (N,): of its caption, or of the record with its conversation."""
-        if self.config.text == "conversation":
+        if self.config.format == "conversation":
             return self.index.members[:, 2, 1]
         return self.index.caption_bytes
 

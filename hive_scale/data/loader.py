@@ -109,8 +109,8 @@ class Loader(SampleReader):
                 raise ValueError(f"no usable sample in '{one.pattern}': leave it out, or repair it")
         repeats = [one.repeats for one in self.sets]
         if all(repeat == 1 for repeat in repeats):
-            return ShuffledSampler(self.index.shard_sizes, seed, self.config.window)
-        return MixtureSampler(sizes, repeats, seed, self.config.window)
+            return ShuffledSampler(self.index.shard_sizes, seed, self.config.shuffle_window)
+        return MixtureSampler(sizes, repeats, seed, self.config.shuffle_window)
 
     def _dealt(
         self, order: SampleStream, global_batch: int, accumulation: int, start: int, world: World

@@ -155,7 +155,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
         config = samples.config
         number = held + 1 + 2 * config.workers  # torch asks each worker for two ahead
         self.pool = BufferPool(_layout(samples), max(1, size), number)
-        self.threads, self._thread = config.threads, local()
+        self.threads, self._thread = config.decode_threads, local()
         # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
         rows = max(1, config.workers) * self.threads
         self.reading = np.frombuffer(mmap(-1, rows * 16), np.int64).reshape(rows, 2)

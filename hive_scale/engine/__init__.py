@@ -95,13 +95,13 @@ def check_device(config: EngineConfig, of: str) -> None:
     """Raises ValueError for what no device of type `of` (`device.kind`) can do in the one process that it is given."""
     refused = {
         "engine.precision=bf16": config.precision != "fp32",  # FSDP2, as what follows, needs collectives of the device
-        "engine.offload=true": config.offload,
+        "engine.cpu_offload=true": config.cpu_offload,
         "engine.ds_config": bool(config.ds_config),
     }
     for what in (what for what, asked in refused.items() if asked and of in SINGLE):
         raise ValueError(
-            f"{what} was never tried on a device of type {of}: set engine.precision=fp32 engine.offload=false, leave "
-            "--ds_config out, and see docs/devices.md"
+            f"{what} was never tried on a device of type {of}: set engine.precision=fp32 engine.cpu_offload=false, "
+            "leave --ds_config out, and see docs/devices.md"
         )
 
 

@@ -207,8 +207,8 @@ def _is_on(section: Any) -> bool:
 def _check_engine(config: EngineConfig) -> None:
     """With a JSON, sharding and offload are its own."""
     for name, plain, instead in (
-        ("shard", 0, "zero_optimization.stage"),
-        ("offload", False, "zero_optimization.offload_optimizer"),
+        ("shard_size", 0, "zero_optimization.stage"),
+        ("cpu_offload", False, "zero_optimization.offload_optimizer"),
     ):
         if (value := getattr(config, name)) != plain:
             raise ValueError(

@@ -55,13 +55,15 @@ class FsdpEngine:
         self.model, self.world, self.config = model, world, config
         self.max_grad_norm = stage.max_grad_norm
         checkpoint_blocks(model.blocks(), config.checkpointing)
-        shard = config.shard or world.size
+        shard = config.shard_size or world.size
         if world.size % shard:
-            raise ValueError(f"engine.shard={shard} does not divide the {world.size} processes: use a divisor of it")
-        plain = shard == 1 and config.precision == "fp32" and not config.offload
+            raise ValueError(
+                f"engine.shard_size={shard} does not divide the {world.size} processes: use a divisor of it"
+            )
+        plain = shard == 1 and config.precision == "fp32" and not config.cpu_offload
         if not plain:
             self._shard(config, shard)
-        self._fill(weights, "cpu" if config.offload else world.device)
+        self._fill(weights, "cpu" if config.cpu_offload else world.device)
         if not plain:
             self._unshard_frozen_once()
         if config.compile:
@@ -76,7 +78,7 @@ class FsdpEngine:
         gradient_ranks = shard if reduces else 1
         self.layout = StateSharding(4, shard, 4, gradient_ranks, 8, shard)
         self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
-        if config.offload:
+        if config.cpu_offload:
             use_cores(world)
 
     def _shard(self, config: EngineConfig, shard: int) -> None:
@@ -87,7 +89,9 @@ class FsdpEngine:
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
-            "offload_policy": CPUOffloadPolicy(pins_memory(self.world.device)) if config.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy(pins_memory(self.world.device))
+            if config.cpu_offload
+            else OffloadPolicy(),
             "reshard_after_forward": config.reshard_after_forward,
         }
         for block in blocks_of(self.model):

@@ -29,7 +29,17 @@ from hive_scale.strict_json import dumps, read_lines
 PREDICTIONS = "predictions.jsonl"
 # of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
 LOADING = {
-    *("train", "heldout", "tokenizer", "blank", "window", "workers", "threads", "cache_gb", "retry_seconds"),
+    *(
+        "train",
+        "heldout",
+        "tokenizer",
+        "blank_images",
+        "shuffle_window",
+        "workers",
+        "decode_threads",
+        "cache_gb",
+        "retry_seconds",
+    ),
     "max_bad_samples",
 }
 
@@ -93,7 +103,7 @@ class HiveAnswerer:
 
     def _pixels(self, data: bytes) -> Tensor:
         colour = mean_colour(self.model.vision.config.model_type)
-        return picture(data, self.image_size, self.data.image, self.data.max_pixels, colour)
+        return picture(data, self.image_size, self.data.image_transform, self.data.max_pixels, colour)
 
 
 class LlavaAnswerer:

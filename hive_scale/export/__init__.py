@@ -17,6 +17,7 @@ from hive_scale.checkpoint.run_reader import Run
 from hive_scale.checkpoint.stage_files import LazyTensor
 from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
 from hive_scale.config import Config, ModelConfig, PartConfig
+from hive_scale.config_merge import with_new_names
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.export import huggingface, portable
 from hive_scale.export.model_card import card
@@ -59,7 +60,9 @@ def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.d
     (path / "config.json").write_text(dumps(content, indent=2))
     write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
     portable.save_tokenizer(_tokenizer(config), path)
-    huggingface.image_processor(build.vision_config(config.model.vision), config.data.image).save_pretrained(path)
+    huggingface.image_processor(build.vision_config(config.model.vision), config.data.image_transform).save_pretrained(
+        path
+    )
 
 
 def from_pretrained(path: Path) -> Hive:
@@ -69,7 +72,7 @@ def from_pretrained(path: Path) -> Hive:
     """
     checksums.check(path, weights=False)  # which bear checksums of their own
     try:
-        fields = strict_json.read(path / "config.json")["model"]
+        fields = with_new_names(ModelConfig, strict_json.read(path / "config.json")["model"])
         parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
         model = ModelConfig(**(fields | parts))
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -89,7 +92,7 @@ def _tokenizer(config: Config) -> Any:
 
 
 def _encoder(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    huggingface.export_encoder(config.model, weights, path, config.data.image, dtype)
+    huggingface.export_encoder(config.model, weights, path, config.data.image_transform, dtype)
 
 
 def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
@@ -98,7 +101,9 @@ def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch
 
 def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
     data = config.data
-    huggingface.export_llava(config.model, weights, path, _tokenizer(config), data.image, dtype, data.image_position)
+    huggingface.export_llava(
+        config.model, weights, path, _tokenizer(config), data.image_transform, dtype, data.image_position
+    )
 
 
 KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {

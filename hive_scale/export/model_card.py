@@ -126,4 +126,4 @@ def _fusion(config: Config) -> str:
     model = config.model
     if model.fusion == "concat":
         return "concat: one MLP after the penultimate encoder layer, visual tokens after the start token"
-    return f"{model.fusion}, {model.density:.0%} of the encoder's depths, {model.depths}"
+    return f"{model.fusion}, {model.encoder_layer_ratio:.0%} of the encoder's depths, {model.encoder_layers}"

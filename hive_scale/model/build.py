@@ -75,7 +75,7 @@ def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, 
         )
         model = Hive(tower or _vision_from(vision), llm or _language_from(language), config)
     if "connector" in given:
-        pretrained.load_connector(model, given["connector"], config.connector)
+        pretrained.load_connector(model, given["connector"], config.connector_weights)
     return model
 
 
@@ -122,7 +122,7 @@ def image_size(config: ModelConfig) -> int:
 
 
 def pad_colour(config: ModelConfig) -> tuple[int, int, int]:
-    """What ``data.image=pad`` adds beside a picture: the encoder's mean colour, as the exported processor does."""
+    """What ``data.image_transform=pad`` adds beside an image: the encoder's mean colour, as when exported."""
     return mean_colour(vision_config(config.vision).model_type)
 
 

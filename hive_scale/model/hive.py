@@ -40,7 +40,7 @@ class Hive(nn.Module):
         self.language.set_attn_implementation(attention.NAME)  # which also takes what a fusion hands to it
         num_layers, hosts = len(self.vision.encoder.layers), self.language.model.layers
         connector: type[nn.Module] = Projector
-        self.encoder_depths = encoder_depths(num_layers, config.density, config.depths)
+        self.encoder_depths = encoder_depths(num_layers, config.encoder_layer_ratio, config.encoder_layers)
         if config.fusion == "concat":  # the baseline is LLaVA: the penultimate depth, and its connector
             connector, self.encoder_depths = MLP, (num_layers - 1,)
         widths = self.vision.config.hidden_size, self.language.config.hidden_size
@@ -56,7 +56,7 @@ class Hive(nn.Module):
         if len(self.encoder_depths) > len(hosts):
             raise ValueError(
                 f"{len(self.encoder_depths)} encoder depths cannot pair with {len(hosts)} LLM layers: "
-                f"lower model.density to at most {len(hosts) / len(self.vision.encoder.layers):.2g}"
+                f"lower model.encoder_layer_ratio to at most {len(hosts) / len(self.vision.encoder.layers):.2g}"
             )
         depths = group_ends(len(hosts), len(self.encoder_depths))  # shallow to shallow, deep to deep
         if config.fusion == "cross_attention":

@@ -19,7 +19,7 @@ RECOMPUTED = (
 )
 
 
-NATIVE = ("shard", "reshard_after_forward", "offload")
+NATIVE = ("shard_size", "reshard_after_forward", "cpu_offload")
 NEAR = 1.02  # settings this near to the least time that could be are not improved further
 
 
@@ -86,7 +86,7 @@ def _engines(config: Config, machine: Machine) -> Iterator[Config]:
     for shard in sorted({1, node, machine.world}):
         for reshard in (False, True) if shard > 1 else (True,):
             for offload in (False, True) if machine.host_memory is not None else (False,):
-                engine = replace(config.engine, shard=shard, reshard_after_forward=reshard, offload=offload)
+                engine = replace(config.engine, shard_size=shard, reshard_after_forward=reshard, cpu_offload=offload)
                 yield replace(config, engine=engine)
 
 

@@ -87,7 +87,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     units = _units(model, params)
     dtype = DTYPES[config.engine.precision]
     frozen = not any(param.trained for param in params if param.name.startswith("vision."))
-    cached = frozen and config.feature_cache and not config.data.blank
+    cached = frozen and config.feature_cache and not config.data.blank_images
     seeing = count(model).components(1, num_tokens, 0)["vision"].forward if cached else 0.0
     size = build.image_size(config.model)
     picture = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
@@ -122,10 +122,10 @@ def measure(
 def _native(
     facts: StageProfile, engine: EngineConfig, world: int, itemsize: int, micro_batch: int, waiting: bool
 ) -> Memory:
-    shard = engine.shard or world
+    shard = engine.shard_size or world
     masters = float(MASTER * sum(param.padded(shard) for param in facts.params) / shard)
     moments = float(MOMENTS * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
-    if shard == 1 and itemsize == MASTER and not engine.offload:
+    if shard == 1 and itemsize == MASTER and not engine.cpu_offload:
         lines = [Unsharded(facts.trace, facts.units, world, waiting).line]
     else:
         keeps = waiting and not engine.reshard_after_backward
@@ -137,7 +137,7 @@ def _native(
         lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, one).line for one in passes]
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
     batch = facts.trace.input_bytes * micro_batch
-    if engine.offload:
+    if engine.cpu_offload:
         return Memory(0.0, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # and reduced gradients
     return Memory(masters, 0.0, moments, batch, moment, 0.0)
 

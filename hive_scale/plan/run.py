@@ -91,8 +91,10 @@ def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
 
 
 def check_engine(engine: EngineConfig, zero: Mapping[str, Any], machine: Machine) -> None:
-    if engine.shard and machine.world % engine.shard:
-        raise ValueError(f"engine.shard={engine.shard} does not divide --world {machine.world}: use a divisor of it")
+    if engine.shard_size and machine.world % engine.shard_size:
+        raise ValueError(
+            f"engine.shard_size={engine.shard_size} does not divide --world {machine.world}: use a divisor of it"
+        )
     if offloads(engine, zero) and machine.host_memory is None:
         raise ValueError(
             "the engine offloads to host memory, of which nothing is known: give --host_gb, per GPU, or no offload"

@@ -38,7 +38,7 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
     if stage_name not in config.stages:
         raise ValueError(f"--stage {stage_name}: there is no such stage: there are {', '.join(config.stages)}")
     stage = config.stages[stage_name]
-    plain = replace(config, engine=replace(config.engine, ds_config="", shard=0))
+    plain = replace(config, engine=replace(config.engine, ds_config="", shard_size=0))
     num_tokens = config.data_of(stage_name).max_tokens
     facts = {False: examine(plain, stage, num_tokens)}
     facts[True] = examine(plain, stage, num_tokens, saves_inputs=True)
@@ -74,7 +74,7 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
 
 
 def _engine(engine: EngineConfig, title: str) -> EngineConfig:
-    return replace(engine, shard=1 if title == "DDP" else 0)
+    return replace(engine, shard_size=1 if title == "DDP" else 0)
 
 
 def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:

@@ -64,7 +64,7 @@ def step_time(
     sent = volume(facts, engine, zero, world, accumulation)
     rate = gpu.link if world <= gpu.per_node else gpu.network
     communicating = sent.sent / rate + sent.collectives * LATENCY * log2(max(2, world)) * (world > 1)
-    trained = facts.numel(True) / (world if zero else engine.shard or world)
+    trained = facts.numel(True) / (world if zero else engine.shard_size or world)
     updating = trained * ADAMW / (gpu.bandwidth * MEMORY)
     if offloads(engine, zero):
         updating = trained * (8 / gpu.host + ADAMW / 50e9)  # gradients out, parameters in; host memory at 50 GB/s
@@ -74,7 +74,7 @@ def step_time(
 
 
 def offloads(engine: EngineConfig, zero: Mapping[str, Any]) -> bool:
-    return engine.offload or offloaded(zero, "offload_optimizer") or offloaded(zero, "offload_param")
+    return engine.cpu_offload or offloaded(zero, "offload_optimizer") or offloaded(zero, "offload_param")
 
 
 def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], world: int, accumulation: int) -> Volume:
@@ -85,7 +85,7 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
     every, trained = facts.numel(), facts.numel(True)
     share = (world - 1) / world
     if not zero:
-        shard = engine.shard or world
+        shard = engine.shard_size or world
         units = len(facts.units.members)
         cut, copies = (shard - 1) / shard, world // shard
         gathers = accumulation * (2 if engine.reshard_after_forward else 1)

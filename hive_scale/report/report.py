@@ -149,10 +149,10 @@ def _recipe(run: RunView, several: bool) -> list[dict[str, str]]:
             | {
                 "stage": name,
                 "trains": "; ".join(groups),
-                "length": f"{stage.steps} steps" if stage.steps else f"{stage.epochs:g} epochs",
+                "length": f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs",
                 "global batch": str(stage.global_batch),
                 "clipping": f"{stage.max_grad_norm:g}",
-                "warm-up": f"{stage.warmup:.0%}",
+                "warm-up": f"{stage.warmup_ratio:.0%}",
             }
         )
     return rows

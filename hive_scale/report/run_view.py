@@ -49,7 +49,7 @@ class RunView(run_reader.Run):
         data, model = self.config.data, self.config.model
         size, colour = build.image_size(model), build.pad_colour(model)
         try:
-            return picture(path.read_bytes(), size, data.image, data.max_pixels, colour)
+            return picture(path.read_bytes(), size, data.image_transform, data.max_pixels, colour)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
 

@@ -33,9 +33,11 @@ BATCH = 32
 
 def blank_image_control(config: Config) -> Config:
     """The same run on blank pictures: what can be learned of the captions without seeing."""
-    data, log = replace(config.data, blank=True), replace(config.log, wandb="off", tensorboard=False)
+    data, log = replace(config.data, blank_images=True), replace(config.log, wandb="off", tensorboard=False)
     # only its last loss is asked for
-    return replace(config, output=str(config.run_dir / "blank"), data=data, log=log, evidence=False, eval_interval=0)
+    return replace(
+        config, output=str(config.run_dir / "blank"), data=data, log=log, blank_image_control=False, eval_interval=0
+    )
 
 
 def show(config: Config, device: torch.device) -> None:
@@ -83,7 +85,7 @@ def _looks(config: Config, device: torch.device) -> None:
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
     model = build.load_model(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
-    if config.evidence:
+    if config.blank_image_control:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
         share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
         console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")

@@ -13,14 +13,14 @@ SPARSE = 10  # times as long as a write is the least interval, which leaves the 
 MARGIN = 10.0  # seconds kept free before the allocation ends
 
 
-def best_interval(save_seconds: float, failures_per_day: float) -> float:
+def best_interval(save_seconds: float, expected_failures_per_day: float) -> float:
     """Seconds between saves that lose the least time to saving and to repeating lost work.
 
     Daly, A higher order estimate of the optimum checkpoint interval (2006), eq. 37; its first term is Young's (1974).
     """
-    if failures_per_day <= 0:
+    if expected_failures_per_day <= 0:
         return inf
-    between = DAY / failures_per_day
+    between = DAY / expected_failures_per_day
     if save_seconds >= 2 * between:
         return between
     part = save_seconds / (2 * between)
@@ -40,7 +40,7 @@ class CheckpointInterval:
     def __init__(
         self,
         interval: int,
-        failures_per_day: float,
+        expected_failures_per_day: float,
         grace: float,
         left: float | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -49,7 +49,12 @@ class CheckpointInterval:
 
         `grace` is how many seconds a stop may take; `left` how many the allocation lasts (None: ask Slurm's word).
         """
-        self.interval, self.failures_per_day, self.grace, self.clock = interval, failures_per_day, grace, clock
+        self.interval, self.expected_failures_per_day, self.grace, self.clock = (
+            interval,
+            expected_failures_per_day,
+            grace,
+            clock,
+        )
         self.end = clock() + (seconds_left(os.environ) if left is None else left)
         self.step_seconds = 0.0  # the longest of late
         self.blocked = self.durable = 0.0  # seconds of a save: that training waits, and until all is on disk
@@ -72,7 +77,7 @@ class CheckpointInterval:
         """Whether to save after `step` (1-based)."""
         if self.interval:
             return step % self.interval == 0
-        wanted = best_interval(self.blocked, self.failures_per_day) if self.durable else FIRST
+        wanted = best_interval(self.blocked, self.expected_failures_per_day) if self.durable else FIRST
         return self.clock() - self._saved >= max(wanted, SPARSE * self.durable)
 
     def time_is_up(self) -> bool:

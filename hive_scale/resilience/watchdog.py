@@ -143,7 +143,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
 def watching(world: World) -> Watchdog:
     """For commands that have no config: as long as a run's own. One process alone waits for nobody."""
-    return Watchdog(world, Config().hang_seconds if world.size > 1 else 0.0)
+    return Watchdog(world, Config().watchdog_seconds if world.size > 1 else 0.0)
 
 
 def stacks() -> str:

@@ -91,7 +91,7 @@ def cost(config: Config, name: str, resources: Resources, steps: int) -> str:
 
     gpu = replace(find(resources.gpu), per_node=resources.tasks)
     machine = Machine(gpu, resources.world_size, host_memory=float("inf"))
-    stage = replace(config.stages[name], steps=steps)
+    stage = replace(config.stages[name], max_steps=steps)
     [plan] = plan_run(replace(config, stages={name: stage}), machine, steps * stage.global_batch)
     text = f"{plan.memory.peak / 1e9:.1f} of {plan.capacity / 1e9:.1f} GB, {plan.hours:.1f} h"
     return text if plan.fits else f"{text}: does not fit"

@@ -69,8 +69,8 @@ def empty_chain(nodes: int) -> list[str]:
 
 def stages(output: Path, nodes: int) -> dict[str, str]:
     """The debug preset's three stages, a few steps each; their jobs."""
-    words = ["--preset", "debug", f"output={output}", "evidence=false", "eval_interval=0"]
-    words += [f"stages.{stage}.steps={STEPS}" for stage in ("projector", "language", "joint")]
+    words = ["--preset", "debug", f"output={output}", "blank_image_control=false", "eval_interval=0"]
+    words += [f"stages.{stage}.max_steps={STEPS}" for stage in ("projector", "language", "joint")]
     words += [f"slurm.nodes={nodes}", "slurm.cpus_per_task=1", "slurm.mem=2G"]
     done = subprocess.run([sys.executable, str(SUBMIT), *words], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -100,7 +100,7 @@ class Size:
         vision = {"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": 8, "vision_use_head": False}
         language = {"model_type": "llama", "vocab_size": 8192, "tie_word_embeddings": True}
         parts = PartConfig(config={**vision, **sizes}), PartConfig(config={**language, **sizes})
-        return ModelConfig(*parts, density=0.5 if self.layers < 4 else 0.25)
+        return ModelConfig(*parts, encoder_layer_ratio=0.5 if self.layers < 4 else 0.25)
 
     def model(self, stage: str) -> Any:
         """A model on the device, frozen as `stage` says."""

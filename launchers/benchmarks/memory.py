@@ -219,7 +219,7 @@ def _small(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
                 stage = StageConfig(three_stages(fusion, (1e-3,) * 3)[name], batch, MICRO_BATCH)
                 engine = EngineConfig(arguments.precision, shard, ds_config=json_file)
                 engine = EngineConfig(**vars(engine) | {"checkpointing": CheckpointingConfig(mode, mode, mode)})
-                model = ModelConfig(*parts, fusion=fusion, density=0.34)
+                model = ModelConfig(*parts, fusion=fusion, encoder_layer_ratio=0.34)
                 data = DataConfig(max_tokens=TOKENS)
                 yield Config(title, model=model, data=data, stages={name: stage}, engine=engine)
 

@@ -96,7 +96,7 @@ def bare_deepspeed(task: Task) -> Step:
 
 
 def is_fsdp(task: Task) -> bool:
-    return task.world.size > 1 and task.engine.shard == 0 and not task.engine.ds_config
+    return task.world.size > 1 and task.engine.shard_size == 0 and not task.engine.ds_config
 
 
 def deepspeed_settings(task: Task) -> dict[str, Any]:

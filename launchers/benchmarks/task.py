@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
     from hive_scale.param_groups import ParamGroup
 
 JSONS = Path(__file__).resolve().parents[2] / "ds_configs"
-# by case: the row's title, engine.shard, the DeepSpeed JSON. ZeRO-3 replaces F.linear for good: each case has
+# by case: the row's title, engine.shard_size, the DeepSpeed JSON. ZeRO-3 replaces F.linear for good: each case has
 # processes of its own
 CASES = {
     "one": ("one process", 0, ""),
@@ -74,7 +74,7 @@ def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
     model = ModelConfig(
         PartConfig(config={"model_type": "siglip_vision_model", **sizes, **vision}),
         PartConfig(config={"model_type": "llama", **sizes, **language}),
-        density=0.5,
+        encoder_layer_ratio=0.5,
     )
     groups = three_stages("cross_attention", (1e-2, 1e-2, 1e-2), llm=["language.*"])["joint"]
     global_batch = ACCUMULATION * micro_batch * world.size

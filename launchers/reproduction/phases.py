@@ -35,7 +35,7 @@ class Phases:
     def _pretraining(self, seed: int) -> Iterator[Step]:
         for key, fusion in FUSIONS.items():
             words = ["--preset", "demo", "--config", str(self.output / "pretrain.json"), f"fusion={fusion}"]
-            words += ["evidence=false", f"model.vision.path={self._encoder('base', seed)}"]
+            words += ["blank_image_control=false", f"model.vision.path={self._encoder('base', seed)}"]
             seeds = [f"stages.{name}.seed={40 + i + 10 * seed}" for i, name in enumerate(self.scale.pretrain["stages"])]
             words += [*seeds, f"output={self._encoder(key, seed)}"]
             yield Step(f"pretrain-{key}-{seed}", ("launchers/pretrain.py", *words))

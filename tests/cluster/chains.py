@@ -55,11 +55,14 @@ json.dumps = held
 def recipe(output: Path, pairs: Path) -> Config:
     """The debug recipe with a tiny model on a few small pairs."""
     train, heldout = (str(pairs / kind / "*.tar") for kind in ("train", "heldout"))
-    run = presets.load("debug", None, [f"output={output}", "name=hive|a b", "evidence=false", "eval_interval=0"])
+    run = presets.load(
+        "debug", None, [f"output={output}", "name=hive|a b", "blank_image_control=false", "eval_interval=0"]
+    )
     llm = tiny.language(vocab_size=259, hidden_size=32)
     model = replace(run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=llm))
     stages = {
-        name: replace(run.stages[name], steps=steps, global_batch=8, micro_batch=4) for name, steps in STAGES.items()
+        name: replace(run.stages[name], max_steps=steps, global_batch=8, micro_batch=4)
+        for name, steps in STAGES.items()
     }
     return replace(
         run, model=model, stages=stages, save_interval=5, data=replace(run.data, train=[train], heldout=[heldout])

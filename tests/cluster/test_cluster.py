@@ -170,7 +170,7 @@ def test_what_follows_is_preempted_and_goes_on(slurm: Path, tmp_path: Path, pair
     write_questions(tmp_path / "easyvqa")
     # a copy, for the jobs' code is a snapshot: to them the shipped set is any other, and gets its index beside it
     emoji = shutil.copytree(ROOT / "hive_scale" / "data" / "sample", tmp_path / "emoji")
-    few = "stages.connector.steps=4 stages.language.steps=4"
+    few = "stages.connector.max_steps=4 stages.language.max_steps=4"
     chain.hold("vlm", 2)
     shown = chain.submit(
         chain.held("vlm"),

@@ -82,7 +82,7 @@ class Night:
             retention = Retention(directory, self.config.keep)
             cadence = CheckpointInterval(
                 self.config.save_interval,
-                self.config.failures_per_day,
+                self.config.expected_failures_per_day,
                 self.config.grace_seconds,
                 self.ends_at - self.now,
                 lambda: self.now,

@@ -76,7 +76,7 @@ SETUPS = {
     "FSDP2": Setup(2),
     "ZeRO-2": Setup(2, ds_config("zero2")),
     "FSDP2, three ranks": Setup(3),
-    "HSDP, four ranks": Setup(4, ("engine.shard=2",)),
+    "HSDP, four ranks": Setup(4, ("engine.shard_size=2",)),
     "ZeRO-3, offload": Setup(2, ds_config("zero3_offload")),
 }
 
@@ -165,8 +165,14 @@ def attempt(
     named = [f"{server.address}/{shard.name}" for shard in shards] if server else [str(shard) for shard in shards]
     size = SETUPS[setup].ranks
     words = [
-        *(f"output={folder / 'run'}", "save_interval=3", "hang_seconds=15", "eval_interval=0", *SETUPS[setup].words),
-        *(f"data.train=[{','.join(named)}]", "log.wandb=off", "evidence=false", *more),
+        *(
+            f"output={folder / 'run'}",
+            "save_interval=3",
+            "watchdog_seconds=15",
+            "eval_interval=0",
+            *SETUPS[setup].words,
+        ),
+        *(f"data.train=[{','.join(named)}]", "log.wandb=off", "blank_image_control=false", *more),
         *(
             f"stages.{stage}.{key}"
             for stage in STAGES
