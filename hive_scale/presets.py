@@ -24,7 +24,7 @@ from hive_scale.config import (
     StageConfig,
     TokenizerConfig,
 )
-from hive_scale.config_merge import read_yaml, refuse_references, resolve
+from hive_scale.config_merge import read_yaml, refuse_references, resolve, with_new_names
 
 # What the fusion adds to the pretrained parts, and what stage one therefore trains.
 NEW: dict[str, tuple[str, ...]] = {
@@ -393,6 +393,7 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     layer: dict[str, Any] = read_file(file) if file else {}
     if file and _is_a_runs(file, layer):
         refuse_references(layer, file)
+        layer = with_new_names(Config, layer)  # without a word: nobody typed them
     named = layer.pop("preset", None)
     if file and not preset and not named:
         base = Config()  # the file says everything, as one saved by a run does
