@@ -386,7 +386,7 @@ def test_words_for_what_follows_are_written_without_credentials(
     monkeypatch.setenv("KEEPER", "resolved")
     run = presets.load("debug", None, [f"output={tmp_path}"])
     words = 'data.train=\'["https://me:planted@host/{0..1}.tar", "${oc.env:KEEPER}/a.tar"]\' --preset vlm_small'
-    then = followers.read("vlm", [f"then.vlm={words}"], run)
+    then = followers.read("vlm", [f"after.vlm={words}"], run)
     assert "planted" not in str(then)
     data = next(word for word in then["vlm"].words if word.startswith("data.train="))
     loaded = presets.load("debug", None, [data]).data.train
@@ -396,7 +396,7 @@ def test_words_for_what_follows_are_written_without_credentials(
     monkeypatch.setenv("HF_TOKEN", "planted-token")
     for word in ("--lmms_args=planted-token", "https://me:planted@host/a.tar", "name=planted-token"):
         with pytest.raises(ValueError, match="written"):
-            followers.read("vlm", [f"then.vlm={word}"], run)
+            followers.read("vlm", [f"after.vlm={word}"], run)
     record = Record(then={"vlm": {"launcher": "finetune_vlm", "after": "joint", "words": ["name=${oc.env:KEEPER}"]}})
     with pytest.raises(ValueError, match="refers to no variable"):
         record.followers()

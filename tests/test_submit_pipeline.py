@@ -19,8 +19,7 @@ from hive_scale import presets
 from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import DataConfig
 from hive_scale.exit_codes import HALTED, REFUSED
-from hive_scale.slurm import downstream as followers
-from hive_scale.slurm import slurm_cli, status, submission
+from hive_scale.slurm import downstream, slurm_cli, status, submission
 from hive_scale.slurm.chain import Link, Record, decide, job_name
 from hive_scale.slurm.downstream import DownstreamJob, order
 from hive_scale.slurm.job import DownstreamChainJob, StageJob, attempts_file, read_attempts
@@ -166,7 +165,7 @@ def test_a_dry_run_prints_the_scripts_without_a_slurm(tmp_path: Path) -> None:
         (["--dry_run", "--profile", "mars"], "one of laptop, one_node, preemptible"),
         ([], "there is no sbatch here"),
         (["--dry_run", "--then", "prob"], "--then: there is no 'prob': did you mean probe?"),
-        (["--dry_run", "then.vlm=llm_only=true"], "then.vlm: --then does not ask for it"),
+        (["--dry_run", "after.vlm=llm_only=true"], "after.vlm: --then does not ask for it"),
         (["status", "/nowhere"], "/nowhere was not submitted from here"),
     ],
 )
@@ -178,6 +177,11 @@ def test_a_user_error_is_one_line_and_exit_code_2(tmp_path: Path, words: list[st
     assert shown.returncode == 2, shown.stdout
     assert shown.stderr.count("\n") == 1, shown.stderr
     assert message in shown.stderr
+
+
+def test_words_for_downstream_jobs_are_read_by_their_old_name(caplog: pytest.LogCaptureFixture) -> None:
+    assert downstream.split(["then.probe=--set pets", "output=x"]) == (["output=x"], ["after.probe=--set pets"])
+    assert "then.probe is called after.probe now" in caplog.text
 
 
 SBATCH = """#!/bin/bash
@@ -298,18 +302,18 @@ def then(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     brief = "--heads linear --augment none --epochs 1 --batch 32 --limit 64 --seeds 1"
     return [
         *("--then", "probe,vlm,evaluate"),
-        f"then.probe=--set emoji --data {ROOT / 'hive_scale/data/sample'} {brief}",
-        f"then.vlm=--config {recipe(folder, shards)}",
-        f"then.evaluate=--tasks easyvqa --data {folder} --max_tokens 2",
+        f"after.probe=--set emoji --data {ROOT / 'hive_scale/data/sample'} {brief}",
+        f"after.vlm=--config {recipe(folder, shards)}",
+        f"after.evaluate=--tasks easyvqa --data {folder} --max_tokens 2",
     ]
 
 
 def submitted(run: Path, *words: str, cluster: str = "slurm") -> int:
     """What the command returns, in this process; on Slurm a dry run. `words` begin with ``--then``."""
     plain, resources = split(words[2:])
-    plain, more = followers.split(plain)
+    plain, more = downstream.split(plain)
     config = presets.load("debug", None, [f"output={run}", *plain])
-    then = followers.read(words[1], more, config)
+    then = downstream.read(words[1], more, config)
     asked = read(None, resources, dict.fromkeys([*STAGES, *then], Resources()))
     return submission.submit(config, asked, cluster, then, dry_run=cluster == "slurm")
 
@@ -330,9 +334,9 @@ def test_what_follows_is_written_as_jobs_behind_the_last_stage(
     ("words", "message"),
     [
         (["probe"], "--then probe: data/cifar10: "),
-        (["probe", "then.probe=--set emogi"], "--then probe: there is no data set 'emogi': did you mean emoji"),
-        (["vlm", "then.vlm=stages.langage.max_steps=2"], "--then vlm: .* did you mean language"),
-        (["evaluate", "then.evaluate=--tasks gqua"], "--then evaluate: there is no task 'gqua': did you mean gqa"),
+        (["probe", "after.probe=--set emogi"], "--then probe: there is no data set 'emogi': did you mean emoji"),
+        (["vlm", "after.vlm=stages.langage.max_steps=2"], "--then vlm: .* did you mean language"),
+        (["evaluate", "after.evaluate=--tasks gqua"], "--then evaluate: there is no task 'gqua': did you mean gqa"),
     ],
 )
 def test_what_would_end_a_later_job_is_met_at_submission(tmp_path: Path, words: list[str], message: str) -> None:

@@ -25,12 +25,12 @@ examples:
       slurm.account=vision slurm.stages.joint.nodes=4 slurm.stages.joint.hours=12
   python slurm/submit_pipeline.py --preset debug --dry_run        the scripts, without a Slurm in reach
   python slurm/submit_pipeline.py --preset debug --cluster local  the same chain as processes of this machine
-  python slurm/submit_pipeline.py --preset paper_siglip --then probe,vlm,evaluate then.probe='--set pets,food101'
+  python slurm/submit_pipeline.py --preset paper_siglip --then probe,vlm,evaluate after.probe='--set pets,food101'
   python slurm/submit_pipeline.py status runs/debug --follow      also: logs, cancel, resume
 
 --then adds jobs that wait for the last stage: launchers/probe.py on its encoder, launchers/finetune_vlm.py, which
 leaves its run in <output>/vlm, and launchers/evaluate.py on that, or without it on the run itself. Options of theirs
-are given as then.NAME='OPTIONS'; else they are the paper's sets, recipe and tasks.
+are given as after.NAME='OPTIONS'; else they are the paper's sets, recipe and tasks.
 
 Exit codes: 0 submitted (or, off Slurm, done), 1 a stage failed, 2 something to change in command, config or data,
 75 try again: stopped by a signal and saved, a process was lost, or Slurm does not answer, 76 stopped by a file STOP.
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_run_arguments(parser, "any key of the config, slurm.KEY, or then.NAME")
+    add_run_arguments(parser, "any key of the config, slurm.KEY, or after.NAME")
     parser.add_argument("--then", default="", metavar="A,B", help="after the last stage: probe, vlm, evaluate")
     parser.add_argument("--profile", help="a site's resources: a name in slurm/profiles, or a YAML file")
     parser.add_argument(

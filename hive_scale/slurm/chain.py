@@ -73,7 +73,7 @@ class Record:
 
     def followers(self) -> dict[str, DownstreamJob]:
         for name, fields in self.then.items():
-            config_merge.refuse_references(fields.get("words"), Path(f"then.{name}"))  # which a job would resolve
+            config_merge.refuse_references(fields.get("words"), Path(f"after.{name}"))  # which a job would resolve
         return {name: DownstreamJob(**fields) for name, fields in self.then.items()}
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,9 @@ from hive_scale.config import Config
 from hive_scale.config_merge import without_credentials
 from hive_scale.strict_json import dumps
 
-PREFIX = "then."
+PREFIX = "after."
+OLD_PREFIX = "then."  # read in this release
+logger = logging.getLogger(__name__)
 LAUNCHERS = {"probe": "probe", "vlm": "finetune_vlm", "evaluate": "evaluate"}
 SETS = "cifar10,cifar100,imagenet,tiny_imagenet,food101,stanford_cars,pets,caltech256"  # paper, Table 1
 TASKS = "mme,gqa,okvqa,scienceqa"  # paper, Table 2
@@ -26,7 +29,7 @@ class DownstreamJob:
     """A launcher that is run, on all processes of its job, once `after` has succeeded."""
 
     launcher: str  # of launchers/
-    after: str  # a stage, or another follower
+    after: str  # a stage, or another downstream job
     words: list[str]  # what one would type after its name, that of its output last
 
     @property
@@ -69,14 +72,24 @@ def _marker(run_dir: Path, name: str) -> Path:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words for the run, and ``then.*`` words."""
-    return [w for w in words if not w.startswith(PREFIX)], [w for w in words if w.startswith(PREFIX)]
+    """Words for the run, and ``after.*`` words."""
+    of_run: list[str] = []
+    of_jobs: list[str] = []
+    for word in words:
+        if word.startswith(OLD_PREFIX):
+            new = PREFIX + word.removeprefix(OLD_PREFIX)
+            logger.warning(
+                "%s is called %s now; the old name is read in this release", *(w.partition("=")[0] for w in (word, new))
+            )
+            word = new
+        (of_jobs if word.startswith(PREFIX) else of_run).append(word)
+    return of_run, of_jobs
 
 
 def read(names: str, words: Sequence[str], config: Config) -> dict[str, DownstreamJob]:
-    """The followers of `config`'s run that `names` ("probe,vlm,evaluate" or a part of it) asks for.
+    """The downstream jobs of `config`'s run that `names` ("probe,vlm,evaluate" or a part of it) asks for.
 
-    ``then.NAME=WORDS`` adds to the launcher's command line. What is evaluated is the fine-tuned model if there is to
+    ``after.NAME=WORDS`` adds to the launcher's command line. What is evaluated is the fine-tuned model if there is to
     be one, else the run itself. Raises ValueError with the remedy for an unknown name.
     """
     wanted = [name for name in names.split(",") if name]

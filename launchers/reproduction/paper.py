@@ -53,15 +53,15 @@ class Row:
 
     def submission(self) -> list[str]:
         """The same as words for submit_pipeline.py; none for an encoder that is only probed."""
-        table_2 = ["then.evaluate=--precision bf16"] if self.vlm else []
+        table_2 = ["after.evaluate=--precision bf16"] if self.vlm else []
         if self.method != "base":
             run = ["--preset", f"paper_{self.family}", f"fusion={FUSIONS[self.method]}", f"output={self.encoder}"]
-            return [*run, "--then", "probe,vlm,evaluate" if self.vlm else "probe", "then.probe=--workers 8", *table_2]
+            return [*run, "--then", "probe,vlm,evaluate" if self.vlm else "probe", "after.probe=--workers 8", *table_2]
         if not self.vlm:
             return []
         # fine-tuning leaves the encoder as it was, so that probing it there is probing the published one
         run = ["--preset", "vlm", f"encoder={self.encoder}", f"output={self.vlm}"]
-        return [*run, "--then", "probe,evaluate", "then.probe=--workers 8", *table_2]
+        return [*run, "--then", "probe,evaluate", "after.probe=--workers 8", *table_2]
 
 
 ROWS = [Row(family, method) for family in FAMILIES for method in ENCODERS]

@@ -175,9 +175,9 @@ def test_what_follows_is_preempted_and_goes_on(slurm: Path, tmp_path: Path, pair
     shown = chain.submit(
         chain.held("vlm"),
         *("--then", "probe,vlm,evaluate"),
-        f"then.probe=--set emoji --data {emoji} --heads linear --augment none --epochs 1",
-        f"then.vlm=--config {vlm_recipe(tmp_path / 'easyvqa', f'{tmp_path}/easyvqa/train-*.tar')} {few}",
-        f"then.evaluate=--tasks easyvqa --data {tmp_path} --max_tokens 2",
+        f"after.probe=--set emoji --data {emoji} --heads linear --augment none --epochs 1",
+        f"after.vlm=--config {vlm_recipe(tmp_path / 'easyvqa', f'{tmp_path}/easyvqa/train-*.tar')} {few}",
+        f"after.evaluate=--tasks easyvqa --data {tmp_path} --max_tokens 2",
     )
     followers = ("probe", "vlm", "evaluate")
     jobs = [chain.job(name) for name in followers]
