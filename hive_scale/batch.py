@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLANK = 127  # the grey of a picture that tells nothing
+BLANK = 127  # the grey of an image that tells nothing
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its text.
+    """One image with its text.
 
-    `pixels` is uint8 (3, H, W), or floating (S, V, C) where a frozen encoder has seen the picture already (S depths, V
+    `pixels` is uint8 (3, H, W), or floating (S, V, C) where a frozen encoder has seen the image already (S depths, V
     visual tokens of width C), or None for text alone. `tokens` begin with the start token; token *i* is a
     target, that is, predicted from those before it, where ``is_target[i]``. The first token never is one.
     """
@@ -27,7 +27,7 @@ class Sample:
     pixels: Tensor | None
     tokens: Sequence[int]
     is_target: Sequence[bool]
-    image_slot: int = 1  # number of tokens before the picture
+    image_slot: int = 1  # number of tokens before the image
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Batch:
     target_rows: Tensor  # int64 (N,)
     target_ids: Tensor  # int64 (N,)
     all_images: bool  # has_image.all(), known without asking the device
-    image_slots: Tensor | None = None  # int64 (B,), number of tokens before each picture; None: 1
+    image_slots: Tensor | None = None  # int64 (B,), number of tokens before each image; None: 1
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +80,7 @@ class Batch:
 def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Tensor | None = None) -> Batch:
     """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant.
 
-    `pixels`, as `Batch` has them, is where their pictures go, or where they lie already.
+    `pixels`, as `Batch` has them, is where their images go, or where they lie already.
     """
     lengths = np.array([len(sample.tokens) for sample in samples])
     is_text = np.arange(lengths.max()) < lengths[:, None]
@@ -90,7 +90,7 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
     targets = np.flatnonzero(is_target)
     if pixels is None:
         shape = len(samples), 3, image_size, image_size
-        # decoded pictures are channels-last: the same layout makes the copy below a plain one
+        # decoded images are channels-last: the same layout makes the copy below a plain one
         pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     for sample, place in zip(samples, pixels, strict=True):
         if sample.pixels is None:

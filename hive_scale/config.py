@@ -114,7 +114,7 @@ class DataConfig:
     cache_gb: float = 100.0  # disk for shards fetched from URLs, under $XDG_CACHE_HOME or ~/.cache
     retry_seconds: float = 300.0  # in which nothing of such a shard has come: then the run ends, to be tried again
     max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
-    max_pixels: int = 50_000_000  # larger pictures are refused before they are decoded
+    max_pixels: int = 50_000_000  # larger images are refused before they are decoded
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
@@ -337,7 +337,7 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    feature_cache: str = ""  # a directory that keeps what a frozen encoder makes of each picture: it is run once only
+    feature_cache: str = ""  # a directory that keeps what a frozen encoder makes of each image: it is run once only
     eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
     save_interval: int = 0  # steps between checkpoints; 0: by the measured cost of a save and the next line
     keep: KeepConfig = field(default_factory=KeepConfig)

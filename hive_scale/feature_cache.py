@@ -1,4 +1,4 @@
-"""A frozen encoder need see each picture only once: the pass that makes its features and keeps them."""
+"""A frozen encoder need see each image only once: the pass that makes its features and keeps them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from hive_scale.model.identity import identity, key_of
 from hive_scale.phase_timer import tick
 from hive_scale.precision import DTYPES
 
-AT_ONCE = 32  # pictures that run through the encoder together
+AT_ONCE = 32  # images that run through the encoder together
 logger = logging.getLogger(__name__)
 Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
 
@@ -48,7 +48,7 @@ def cached_features(
 
     A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
     weights, config, depths, precision, transform and set: other features are never read for these. None, too, if the
-    disk cannot take them: the stage then trains on pictures, which is said.
+    disk cannot take them: the stage then trains on images, which is said.
     """
     if not _are_kept(config, stage, loader):
         return None
@@ -56,7 +56,7 @@ def cached_features(
         return _completed(config, loader, weights, world, stop)
     except DiskError as error:
         logger.warning(
-            "feature_cache=%s: %s. The stage trains on pictures, with the encoder at work", config.feature_cache, error
+            "feature_cache=%s: %s. The stage trains on images, with the encoder at work", config.feature_cache, error
         )
         return None
 
@@ -95,13 +95,13 @@ def _fill(
     mine = [part.tolist() for part in missing[world.rank :: world.size]]
     mine += [[] for _ in range(-(-len(missing) // world.size) - len(mine))]  # as many for each: they meet at every one
     options = worker_options(loader.config.workers)
-    pictures = DataLoader(_Pictures(loader), batch_size=None, sampler=mine, generator=torch.Generator(), **options)
+    images = DataLoader(_Images(loader), batch_size=None, sampler=mine, generator=torch.Generator(), **options)
     world.timer.enter("features")
     count = sum(map(len, missing))
     quiet = not (world.is_main and count)
     failed: OSError | None = None
     for read, broken, pixels, error in track(
-        pictures, f"features of {count} pictures, once", total=len(mine), disable=quiet
+        images, f"features of {count} images, once", total=len(mine), disable=quiet
     ):
         if error is not None:
             raise error
@@ -118,7 +118,7 @@ def _fill(
 
 
 class _Eyes:
-    """The encoder for pictures whose features cannot be read in training: not there before the first of them."""
+    """The encoder for images whose features cannot be read in training: not there before the first of them."""
 
     def __init__(self, make: Callable[[], Hive]) -> None:
         self.model = cache(make)
@@ -129,7 +129,7 @@ class _Eyes:
 
 @torch.no_grad()
 def _features(model: Hive, pixels_BCHW: Tensor) -> Tensor:
-    """(B, S, V, C) of pictures, uint8."""
+    """(B, S, V, C) of images, uint8."""
     states = model.encode(pixels_BCHW.to(model.pixel_mean.device))
     return torch.stack(model.features(states), dim=1)
 
@@ -147,7 +147,7 @@ def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
     needed = size_of(len(loader.index), stage.features_shape, DTYPES[config.engine.precision])
     if needed > (room := free_bytes(Path(config.feature_cache).expanduser())):
         raise ValueError(
-            f"feature_cache={config.feature_cache}: features of {len(loader.index):,} pictures are {needed / 1e9:.1f} "
+            f"feature_cache={config.feature_cache}: features of {len(loader.index):,} images are {needed / 1e9:.1f} "
             f"GB, {room / 1e9:.1f} GB are free or hold features: name another disk, or keep none"
         )
 
@@ -169,12 +169,12 @@ def _digest(model: Hive) -> str:
 
 def _digest_of_set(loader: Loader) -> tuple[object, ...]:
     """Of what they depend on in the data, whose fingerprint knows every byte."""
-    data = loader.config  # too large a picture counts as broken, and that is kept, too
+    data = loader.config  # too large an image counts as broken, and that is kept, too
     return loader.fingerprint, loader.image_size, data.image_transform, data.max_pixels
 
 
-class _Pictures(Dataset[Seen]):
-    """By a list of numbers: those of pictures that can be used, of those that cannot, and the first as (B, 3, H, W).
+class _Images(Dataset[Seen]):
+    """By a list of numbers: those of images that can be used, of those that cannot, and the first as (B, 3, H, W).
 
     And, as in `batches.Loaded`, why there are none.
     """

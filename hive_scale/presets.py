@@ -71,7 +71,7 @@ def open_gates(groups: dict[str, GroupConfig], fusion: Fusion, lr: float = 3e-2)
 
 
 def debug(fusion: Fusion = "cross_attention") -> Config:
-    """Everything small and from scratch, on the shipped pictures: minutes on a laptop, no download."""
+    """Everything small and from scratch, on the shipped images: minutes on a laptop, no download."""
     vision: dict[str, Any] = {
         "model_type": "siglip_vision_model",
         "image_size": 64,

@@ -16,7 +16,7 @@ from hive_scale.model.hive import Hive
 def find_encoder(path: Path) -> Path:
     """The Hugging Face directory of the encoder at `path`: that itself, a stage's, or that of a run's last stage.
 
-    Raises ValueError if there is none, its files are not what was written, or its image processor makes pictures of
+    Raises ValueError if there is none, its files are not what was written, or its image processor makes images of
     another size than it takes.
     """
     if (path / "config.json").is_file() or (checksums.is_listed(path) and not (path / CONFIG).is_file()):
@@ -34,13 +34,13 @@ def find_encoder(path: Path) -> Path:
 
 
 def _check_processor(path: Path) -> None:
-    """A directory whose parts do not belong together would be used on pictures of the wrong size."""
+    """A directory whose parts do not belong together would be used on images of the wrong size."""
     file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
     told = strict_json.read(file) if file.is_file() else {}
     size = (told.get("crop_size") or told.get("size") or {}) if isinstance(told, dict) else {}
     side = size.get("height", size.get("shortest_edge", wanted)) if isinstance(size, dict) else size
     if side != wanted:
-        raise ValueError(f"{path}: its processor makes pictures of {side} pixels, its encoder takes {wanted}")
+        raise ValueError(f"{path}: its processor makes images of {side} pixels, its encoder takes {wanted}")
 
 
 def open_hive(path: Path) -> tuple[Config, str, Hive]:

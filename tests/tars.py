@@ -13,7 +13,7 @@ from PIL import Image
 Members = Mapping[str, bytes]  # extension -> content
 
 
-def picture_bytes(width: int = 24, height: int = 16, seed: int = 0, format: str = "JPEG", mode: str = "RGB") -> bytes:
+def image_bytes(width: int = 24, height: int = 16, seed: int = 0, format: str = "JPEG", mode: str = "RGB") -> bytes:
     rng = random.Random(seed)
     small = Image.frombytes("RGB", (4, 4), rng.randbytes(48))
     buffer = BytesIO()
@@ -22,10 +22,10 @@ def picture_bytes(width: int = 24, height: int = 16, seed: int = 0, format: str 
 
 
 def pair(seed: int, words: int | None = None) -> dict[str, bytes]:
-    """A picture, its caption of 1 to 20 words and its record."""
+    """An image, its caption of 1 to 20 words and its record."""
     count = words or random.Random(seed).randint(1, 20)
     return {
-        "jpg": picture_bytes(seed=seed),
+        "jpg": image_bytes(seed=seed),
         "txt": " ".join(f"w{seed}" for _ in range(count)).encode(),
         "json": b'{"seed": %d}' % seed,
     }

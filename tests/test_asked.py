@@ -22,12 +22,12 @@ from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.data.conversation import prompt_with_slot, tokenize_conversation
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.evaluate.vqa_runner import HiveAnswerer
-from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.evaluate.vqa_types import ImageFile, Question
 from hive_scale.export.huggingface import export_llava
 from hive_scale.model.build import init_model
 
 pytestmark = pytest.mark.contract
-TEXT = "what is in the picture ?"
+TEXT = "what is in the image ?"
 # the templates of four families, as far as they differ
 LLAMA32 = """{{- bos_token }}
 {%- if not date_string is defined %}
@@ -94,7 +94,7 @@ def tokenizer_of(template: str | None, bos: str | None, eos: str, adds_bos: bool
     added: list[str | AddedToken] = [AddedToken(token, special=True, normalized=False) for token in special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=added, initial_alphabet=alphabet, show_progress=False)
-    raw.train_from_iterator(["what is in the picture user assistant system model"] * 9, trainer)
+    raw.train_from_iterator(["what is in the image user assistant system model"] * 9, trainer)
     if adds_bos:
         ids = [(bos, raw.token_to_id(bos))]
         raw.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=ids)
@@ -229,7 +229,7 @@ def test_a_pipeline_answers_as_the_run_does(asked: Any, tmp_path: Path) -> None:
     folder, asker, _ = asked
     path = tmp_path / "image.png"
     image(3).save(path)
-    [expected] = asker.answer([Question("q", TEXT, Picture("p", path.read_bytes), {})], 6)
+    [expected] = asker.answer([Question("q", TEXT, ImageFile("p", path.read_bytes), {})], 6)
     asks = pipeline("image-text-to-text", model=str(folder))
     said = [{"role": "user", "content": [{"type": "image", "image": image(3)}, {"type": "text", "text": TEXT}]}]
     [found] = asks(text=said, max_new_tokens=6, do_sample=False, return_full_text=False)

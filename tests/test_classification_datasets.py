@@ -14,16 +14,16 @@ import pytest
 import tars
 import torch
 from PIL import Image
-from test_tasks import picture, write
+from test_tasks import write
 from torch.utils.data import DataLoader
 
 from hive_scale.evaluate import classification_datasets
 from hive_scale.evaluate.classification_datasets import KNOWN, open_dataset
-from hive_scale.evaluate.encoder import Pictures
+from hive_scale.evaluate.encoder import LabelledImages
 
 
 def rows(count: int, image: str, label: str, first: int = 0) -> list[dict[str, Any]]:
-    return [{image: picture(i), label: first + i} for i in range(count)]
+    return [{image: image(i), label: first + i} for i in range(count)]
 
 
 def save(path: Path, image: str, made: list[dict[str, Any]]) -> None:
@@ -72,7 +72,7 @@ def test_a_label_out_of_range_is_named(tmp_path: Path) -> None:
         open_dataset("pets", tmp_path)
 
 
-def test_a_set_without_test_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_set_without_test_images_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "train-0.parquet", "image", rows(3, "image", "label"))
     with pytest.raises(ValueError, match="none of test, validation, valid, val; see timm/oxford-iiit-pet"):
         open_dataset("pets", tmp_path)
@@ -83,8 +83,8 @@ def test_a_set_without_test_pictures_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["train/a/1.png", "train/b/1.png", "test/a/.hidden"], "test split: there is no labelled picture"),
-        (["train/a/.hidden", "train/b/.hidden", "test/a/1.png"], "train split: there is no labelled picture"),
+        (["train/a/1.png", "train/b/1.png", "test/a/.hidden"], "test split: there is no labelled image"),
+        (["train/a/.hidden", "train/b/.hidden", "test/a/1.png"], "train split: there is no labelled image"),
         (["train/a/1.png", "train/b/1.png", "test/a/1.png", "val/a/.hidden"], "val split: there is no labelled"),
         (["train/a/1.png", "test/a/1.png"], "has 1 class"),
     ],
@@ -92,7 +92,7 @@ def test_a_set_without_test_pictures_is_refused(tmp_path: Path) -> None:
 def test_a_set_of_which_nothing_can_be_told_is_refused(tmp_path: Path, files: list[str], message: str) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(tars.picture_bytes(format="PNG"))
+        (tmp_path / name).write_bytes(tars.image_bytes(format="PNG"))
     with pytest.raises(ValueError, match=message):
         open_dataset("folder", tmp_path)
 
@@ -100,7 +100,7 @@ def test_a_set_of_which_nothing_can_be_told_is_refused(tmp_path: Path, files: li
 def test_class_folders(tmp_path: Path) -> None:
     for path in ("train/cat/1.jpg", "train/dog/2.png", "val/dog/3.jpg"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(tars.picture_bytes())
+        (tmp_path / path).write_bytes(tars.image_bytes())
     data = open_dataset("folder", tmp_path)
     assert data.num_classes == 2
     assert data.test.read(0)[1] == 1
@@ -109,12 +109,12 @@ def test_class_folders(tmp_path: Path) -> None:
         open_dataset("folder", tmp_path)
 
 
-def test_what_desktops_leave_in_class_folders_is_no_picture(tmp_path: Path) -> None:
+def test_what_desktops_leave_in_class_folders_is_no_image(tmp_path: Path) -> None:
     junk = ("train/.DS_Store", "train/.ipynb_checkpoints/1.jpg", "train/cat/.DS_Store", "test/cat/._1.jpg")
     named = ("train/cat/Thumbs.db", "train/dog/notes.txt")
     for path in ("train/cat/1.jpg", "train/dog/deep/2.PNG", "test/cat/1.webp", *junk, *named):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(tars.picture_bytes())
+        (tmp_path / path).write_bytes(tars.image_bytes())
     data = open_dataset("folder", tmp_path)
     assert (data.num_classes, data.train.size, data.test.size) == (2, 2, 1)
     assert [data.train.read(i)[1] for i in range(2)] == [0, 1]
@@ -123,14 +123,14 @@ def test_what_desktops_leave_in_class_folders_is_no_picture(tmp_path: Path) -> N
     assert note.endswith("Thumbs.db'")
 
 
-def test_a_broken_picture_is_named_once_and_the_next_one_stands_in(
+def test_a_broken_image_is_named_once_and_the_next_one_stands_in(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for split in ("train", "test"):
         for i in range(4):
             path = tmp_path / split / "ab"[i % 2] / f"{i}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
-            whole = tars.picture_bytes(seed=i)
+            whole = tars.image_bytes(seed=i)
             path.write_bytes(whole if split == "test" or i != 2 else whole[:-80])  # 2 is the second of class a
     (tmp_path / "test" / "b" / "3.jpg").write_bytes(b"<html>")
     data = open_dataset("folder", tmp_path)
@@ -140,24 +140,24 @@ def test_a_broken_picture_is_named_once_and_the_next_one_stands_in(
     assert data.num_broken == 2
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2
-    assert told[0].startswith("folder, train split: picture 1 is left out (the picture cannot be decoded")
+    assert told[0].startswith("folder, train split: image 1 is left out (the image cannot be decoded")
     asked: list[Any] = [[(0, None), (1, None)], [(2, None), (3, None)]]
-    loader = DataLoader(Pictures(data.train, 8, "resize"), batch_sampler=asked, num_workers=2)
+    loader = DataLoader(LabelledImages(data.train, 8, "resize"), batch_sampler=asked, num_workers=2)
     assert [labels.tolist() for _, labels in loader] == [[0, 1], [1, 1]]
     for path in (tmp_path / "test").rglob("*.jpg"):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="test split: no picture from number 0 on can be decoded"):
+    with pytest.raises(ValueError, match="test split: no image from number 0 on can be decoded"):
         data.test.read(0)
 
 
-def test_rows_and_records_without_picture_or_label_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_rows_and_records_without_image_or_label_are_left_out_and_counted(tmp_path: Path) -> None:
     made = rows(4, "image", "label")
     made[1]["image"], made[2]["label"] = None, None
     for part in ("train", "test"):
         save(tmp_path / "hub" / f"{part}-0.parquet", "image", made)
     data = open_dataset("pets", tmp_path / "hub")
     assert [data.train.read(i)[1] for i in range(data.train.size)] == [0, 3]
-    assert data.notes[0] == "train: 2 rows without a picture or a label are left out"
+    assert data.notes[0] == "train: 2 rows without an image or a label are left out"
     records = [b'{"category": "food"}', b"[]", b"null", b"{", b'{"category": ["x"]}', b"[" * 9999, b'{"category": "a"}']
     pairs = [(str(i), tars.pair(i) | {"json": one}) for i, one in enumerate(records)]
     for part in ("train", "heldout"):
@@ -168,10 +168,10 @@ def test_rows_and_records_without_picture_or_label_are_left_out_and_counted(tmp_
     assert "1 faults in its tars" in data.notes[0]
 
 
-def test_probes_see_pictures_upright_and_in_eight_bits(tmp_path: Path) -> None:
+def test_probes_see_images_upright_and_in_eight_bits(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x112] = 6
-    shown = Image.open(BytesIO(tars.picture_bytes(24, 16)))
+    shown = Image.open(BytesIO(tars.image_bytes(24, 16)))
     buffer = BytesIO()
     shown.save(buffer, "JPEG", exif=exif)
     for split in ("train", "test"):
@@ -220,9 +220,9 @@ def test_tars_of_this_toolkit(tmp_path: Path) -> None:
 
 
 def rewrite(path: Path) -> None:
-    """A picture of another size, at the same instant as far as the file says."""
+    """An image of another size, at the same instant as far as the file says."""
     before = path.stat()
-    path.write_bytes(tars.picture_bytes(48, 48, seed=2))
+    path.write_bytes(tars.image_bytes(48, 48, seed=2))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
@@ -230,20 +230,20 @@ def test_a_set_is_known_by_its_files_names_sizes_and_times(tmp_path: Path) -> No
     deep = "train/dog/at/any/depth.jpg"
     for path in ("train/cat/1.jpg", "train/dog/2.png", deep, "val/dog/3.jpg", "notes/of-mine.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_bytes(tars.picture_bytes())
+        (tmp_path / path).write_bytes(tars.image_bytes())
     seen = [open_dataset("folder", tmp_path).identity]
     moved = tmp_path.with_name(f"{tmp_path.name}-moved")
     tmp_path.rename(moved)
-    (moved / "notes" / "of-mine.txt").write_text("what is beside the pictures does not count")
+    (moved / "notes" / "of-mine.txt").write_text("what is beside the images does not count")
     assert open_dataset("folder", moved).identity == seen[0]
     changes = [
         lambda: (moved / "train" / "ant").mkdir(),  # every label is another now
         lambda: (moved / "train" / "dog" / "2.png").rename(moved / "train" / "cat" / "2.png"),
         lambda: os.utime(moved / "val" / "dog" / "3.jpg", ns=(1, 1)),
-        lambda: (moved / "val" / "dog" / "3.jpg").write_bytes(tars.picture_bytes(seed=1)),
+        lambda: (moved / "val" / "dog" / "3.jpg").write_bytes(tars.image_bytes(seed=1)),
         lambda: rewrite(moved / "val" / "dog" / "3.jpg"),
         lambda: rewrite(moved / deep),
-        lambda: (moved / "train" / "dog" / "4.jpg").write_bytes(tars.picture_bytes()),
+        lambda: (moved / "train" / "dog" / "4.jpg").write_bytes(tars.image_bytes()),
     ]
     for change in changes:
         change()

@@ -46,12 +46,12 @@ def test_forward_backward_and_decoding_with_a_cache(fusion: str, llm: str) -> No
         assert (parameter.grad is not None and bool(parameter.grad.isfinite().all())) or name in unused, name
     model.eval()
     prompts = [[1, 5, 9], [1, 7], [1, 8, 3, 4]]
-    pictures, about = batch.pixels[1:3], [0, None, 1]
-    cached = generate(model, pictures, about, prompts, end_ids=2, max_tokens=6)
-    for prompt, picture, answer in zip(prompts, about, cached, strict=True):
+    images, about = batch.pixels[1:3], [0, None, 1]
+    cached = generate(model, images, about, prompts, end_ids=2, max_tokens=6)
+    for prompt, image, answer in zip(prompts, about, cached, strict=True):
         written = list(prompt)
         for token in answer:
-            written.append(following(model, pictures[picture or 0][None], picture is not None, written))
+            written.append(following(model, images[image or 0][None], image is not None, written))
             assert written[-1] == token
 
 

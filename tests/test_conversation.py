@@ -46,7 +46,7 @@ def fast(template: str | None, metaspace: bool = False) -> Tokenizer:
     added: list[str | AddedToken] = [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
     alphabet = [chr(i) for i in range(32, 127)] + ["\n", "é"] if metaspace else pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=added, initial_alphabet=alphabet, show_progress=False)
-    raw.train_from_iterator(["what is in the picture ? a horse and its rider user assistant model"] * 9, trainer)
+    raw.train_from_iterator(["what is in the image ? a horse and its rider user assistant model"] * 9, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="</s>", pad_token="<unk>", unk_token="<unk>"
     )
@@ -94,7 +94,7 @@ def test_the_targets_are_the_answers_and_the_prompt_is_what_precedes_the_last(
     assert not sample.is_target[0]
 
 
-def test_the_picture_has_no_place_in_the_text_and_odd_layouts_are_read() -> None:
+def test_the_image_has_no_place_in_the_text_and_odd_layouts_are_read() -> None:
     turns = parse_messages(record("<image>\nWhat is it?", "A horse.", "And now?", image="a.jpg"))
     assert turns == [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A horse."}]
     hub = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "images": ["x"]}
@@ -111,8 +111,8 @@ def test_the_picture_has_no_place_in_the_text_and_odd_layouts_are_read() -> None
         ({"conversations": [{"from": "owl", "value": "A"}]}, "is not {from: human or gpt"),
         ({"conversations": [{"from": "human", "value": 3}]}, "is not {from: human or gpt"),
         (record("Q", "  "), "an answer of the conversation is empty"),
-        (record("<image> and <image>?", "A"), "about 2 pictures: only one"),
-        (record("<image>", "A", image=["a.jpg", "b.jpg", "c.jpg"]), "about 3 pictures: only one"),
+        (record("<image> and <image>?", "A"), "about 2 images: only one"),
+        (record("<image>", "A", image=["a.jpg", "b.jpg", "c.jpg"]), "about 3 images: only one"),
         (record("what \ud83d?", "A"), "half a character"),
         ({"conversations": [{"from": ["human"], "value": "Q"}]}, "is not {from: human or gpt"),
     ],

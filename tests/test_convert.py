@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tars import Members, pair, picture_bytes, write_tar
+from tars import Members, image_bytes, pair, write_tar
 
 from hive_scale.commands import prepare_data
 from hive_scale.data.index import open_index
@@ -62,7 +62,7 @@ def llava(tmp_path: Path) -> Path:
     for i, name in enumerate(names):
         path = tmp_path / "images" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture_bytes(seed=i))
+        path.write_bytes(image_bytes(seed=i))
     for zipped, method, top in (("flat", zipfile.ZIP_STORED, ""), ("deep", zipfile.ZIP_DEFLATED, "images/")):
         with zipfile.ZipFile(tmp_path / f"{zipped}.zip", "w", method) as archive:
             for name in names:
@@ -78,7 +78,7 @@ def test_llavas_json_gives_the_same_tars_from_folder_and_zip_and_both_are_indexe
         assert [path.name for path in sorted(out.glob("*.tar"))] == [f"train-0000{i}.tar" for i in range(3)]
         found = read(out)
         assert [found[key]["txt"] for key in sorted(found)] == [f"caption {i}".encode() for i in range(10)]
-        assert all(found[f"{i:09d}"]["jpg"] == picture_bytes(seed=i) for i in range(10))
+        assert all(found[f"{i:09d}"]["jpg"] == image_bytes(seed=i) for i in range(10))
         record = json.loads(found["000000003"]["json"])
         assert record["conversations"][0]["value"] == "<image>\nDescribe."
         assert len(open_index(sorted(map(str, out.glob("*.tar"))), CACHE)) == 10
@@ -87,9 +87,9 @@ def test_llavas_json_gives_the_same_tars_from_folder_and_zip_and_both_are_indexe
 def test_records_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    (images / "a.jpg").write_bytes(picture_bytes())
-    (images / "b.png").write_bytes(picture_bytes(format="WEBP"))  # names lie
-    (images / "c.gif").write_bytes(picture_bytes(format="GIF"))
+    (images / "a.jpg").write_bytes(image_bytes())
+    (images / "b.png").write_bytes(image_bytes(format="WEBP"))  # names lie
+    (images / "c.gif").write_bytes(image_bytes(format="GIF"))
     records = [
         talk("a.jpg", "Q", "yes"),
         talk("b.png", "Q", "web"),
@@ -112,20 +112,20 @@ def test_records_that_cannot_be_used_are_left_out_and_named(tmp_path: Path, caps
         "000000002": "no JPEG, PNG or WebP",
         "000000003": "there is no none.jpg in",
         "000000004": "does not alternate",
-        "000000005": "about 2 pictures: only one",
-        "000000006": "no picture: text alone",
+        "000000005": "about 2 images: only one",
+        "000000006": "no image: text alone",
         "000000007": "neither a conversation nor a caption",
     }
     assert reasons.keys() == expected.keys()
     assert all(expected[number] in reason for number, reason in reasons.items())
-    assert "left out: 1 x no picture: text alone" in capsys.readouterr().out
+    assert "left out: 1 x no image: text alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json"])
 def test_tables_of_captions_of_any_columns(tmp_path: Path, ending: str) -> None:
     names = [f"{i}.jpg" for i in range(5)]
     for i, name in enumerate(names):
-        (tmp_path / name).write_bytes(picture_bytes(seed=i))
+        (tmp_path / name).write_bytes(image_bytes(seed=i))
     rows = [{"file": name, "said": f'a "café", {i}\nmore', "n": str(i)} for i, name in enumerate(names)]
     path = tmp_path / f"captions.{ending}"
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -153,7 +153,7 @@ def captions(items: list[Item]) -> list[str]:
 
 
 def test_an_unquoted_tsv_keeps_its_quotation_marks_and_its_rows(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
     said = ['"Hello', "plain", 'a 5" nail', '"all"', '"begins" and goes on', 'ends"', 'the "last']
     rows = "image\tcaption\n" + "".join(f"a.jpg\t{text}\n" for text in said)
     found = captions(items_of(tmp_path / "t.tsv", tmp_path, rows))
@@ -162,7 +162,7 @@ def test_an_unquoted_tsv_keeps_its_quotation_marks_and_its_rows(tmp_path: Path) 
 
 
 def test_a_quoted_field_of_several_lines_is_one_field(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
     for ending, mark in (("csv", ","), ("tsv", "\t")):
         rows = f'image{mark}caption\na.jpg{mark}"one\n\nand ""two"" , 3"\n\na.jpg{mark}next\n'
         found = captions(items_of(tmp_path / f"t.{ending}", tmp_path, rows))
@@ -171,7 +171,7 @@ def test_a_quoted_field_of_several_lines_is_one_field(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_a_row_that_does_not_add_up_is_named_and_the_next_one_read(tmp_path: Path, ending: str) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
     mark = {"csv": ",", "tsv": "\t"}[ending]
     rows = [
         "image|caption",
@@ -192,7 +192,7 @@ def test_a_row_that_does_not_add_up_is_named_and_the_next_one_read(tmp_path: Pat
 
 
 def test_json_that_ends_early_or_goes_on_is_refused_and_a_bad_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
     good = '{"image": "a.jpg", "caption": "c"}'
     for text, message in (
         (f"[{good}, {good}", "its list does not end: the file was cut short"),
@@ -224,7 +224,7 @@ def test_json_that_ends_early_or_goes_on_is_refused_and_a_bad_line_is_named(tmp_
 
 
 def test_bytes_that_are_no_text_cost_their_record_alone(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
     record = json.dumps({"image": "a.jpg", "caption": "fine", "author": "\ud83d"}).encode()
     lines = record + b"\n" + record.replace(b"fine", b"caf\xe9") + b"\n" + record.replace(b"a.jpg", b"\xe9.jpg")
     (tmp_path / "t.jsonl").write_bytes(lines)
@@ -275,18 +275,18 @@ def test_a_damaged_zip_is_refused_or_its_damaged_members_named(tmp_path: Path, d
     buffer = BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for i in range(3):
-            archive.writestr(f"{i}.jpg", picture_bytes(seed=i))
+            archive.writestr(f"{i}.jpg", image_bytes(seed=i))
     (tmp_path / "a.zip").write_bytes(damaged(data.draw, buffer.getvalue()))
     (tmp_path / "t.jsonl").write_text("".join(f'{{"image": "{i}.jpg", "caption": "c"}}\n' for i in range(3)))
     with suppress(ValueError):
         items = list(readers.table(tmp_path / "t.jsonl", tmp_path / "a.zip").items())
         written = list(_samples(list(enumerate(items)), skips := []))
         assert len(written) + len(skips) == 3
-        assert all(one["jpg"] == picture_bytes(seed=int(str(one["__key__"]))) for one in written)
+        assert all(one["jpg"] == image_bytes(seed=int(str(one["__key__"]))) for one in written)
 
 
 def rows_of_parquet(folder: Path, rows: int = 8) -> Path:
-    cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} for i in range(rows)])
+    cells = pa.array([{"bytes": image_bytes(seed=i), "path": None} for i in range(rows)])
     texts = pa.array([f"caption number {i} " * 9 for i in range(rows)])
     pq.write_table(
         pa.table({"image": cells, "caption": texts}), folder / "a.parquet", row_group_size=2, use_dictionary=False
@@ -317,7 +317,7 @@ def test_times_in_nanoseconds_as_pandas_writes_them_cost_no_row(tmp_path: Path) 
         "took": pa.array([odd], pa.duration("ns")),
         "daily": pa.array([123_456_789], pa.time64("ns")),
     }
-    pq.write_table(pa.table({"image": [picture_bytes()], "caption": ["a caption"], **times}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": [image_bytes()], "caption": ["a caption"], **times}), tmp_path / "a.parquet")
     convert(readers.parquet([tmp_path / "a.parquet"]), tmp_path / "out", PAIRS, workers=1)
     record = json.loads(read(tmp_path / "out")["000000000"]["json"])
     assert record["seen"] == "2023-11-14 22:13:20.123456+00:00"
@@ -325,7 +325,7 @@ def test_times_in_nanoseconds_as_pandas_writes_them_cost_no_row(tmp_path: Path) 
 
 def test_what_macos_adds_to_a_zip_is_no_file_of_it(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "mac.zip", "w") as archive:
-        archive.writestr("train/a.jpg", picture_bytes())
+        archive.writestr("train/a.jpg", image_bytes())
         archive.writestr("__MACOSX/train/._a.jpg", b"Mac OS X")
     (tmp_path / "chat.json").write_text(json.dumps([talk("a.jpg", "Q", "A")]))
     assert captions(list(readers.table(tmp_path / "chat.json", tmp_path / "mac.zip").items())) == ["A"]
@@ -333,7 +333,7 @@ def test_what_macos_adds_to_a_zip_is_no_file_of_it(tmp_path: Path) -> None:
 
 def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -> None:
     feature = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
-    cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} for i in range(4)])
+    cells = pa.array([{"bytes": image_bytes(seed=i), "path": None} for i in range(4)])
     table = pa.table({"image": cells, "label": pa.array([1, -1, 7, 0])})
     hub = {"huggingface": json.dumps({"info": {"features": feature}})}
     pq.write_table(table.replace_schema_metadata(hub), tmp_path / "a.parquet")
@@ -345,7 +345,7 @@ def test_a_class_that_the_hubs_names_do_not_have_is_no_caption(tmp_path: Path) -
 
 def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
     turns = pa.array([talk("", "Q", f"answer {i}", "Q", "B")["conversations"] for i in range(6)])
-    cells = pa.array([{"bytes": picture_bytes(seed=i), "path": None} if i != 2 else None for i in range(6)])
+    cells = pa.array([{"bytes": image_bytes(seed=i), "path": None} if i != 2 else None for i in range(6)])
     ids = pa.array([f"id{i}" for i in range(6)])
     rows = pa.table({"id": ids, "conversations": turns, "data_source": ids, "image": cells})
     pq.write_table(rows, tmp_path / "next-0.parquet", row_group_size=4)
@@ -353,10 +353,10 @@ def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
     convert(readers.parquet([tmp_path / "next-0.parquet"]), tmp_path / "next", layout, workers=2)
     found = read(tmp_path / "next")
     assert [found[key]["txt"] for key in sorted(found)] == [f"answer {i}".encode() for i in (0, 1, 3, 4, 5)]
-    assert found["000000005"]["jpg"] == picture_bytes(seed=5)
+    assert found["000000005"]["jpg"] == image_bytes(seed=5)
     record = json.loads(found["000000004"]["json"])
     assert (record["id"], len(record["conversations"])) == ("id4", 4)
-    assert skipped(tmp_path / "next") == {"000000002": "no picture: text alone"}
+    assert skipped(tmp_path / "next") == {"000000002": "no image: text alone"}
 
     feature = {"label": {"names": ["cat", "tabby dog"], "_type": "ClassLabel"}, "img": {"_type": "Image"}}
     labelled = pa.table({"img": cells.take([0, 1, 3]), "label": pa.array([1, 0, None])})
@@ -369,8 +369,8 @@ def test_parquet_of_conversations_and_of_classes(tmp_path: Path) -> None:
         {"label": 1, "class": "tabby dog"},
         {"label": 0, "class": "cat"},
     ]
-    with pytest.raises(ValueError, match=r"has no column 'picture': name the pictures' with --image \(img, label\)"):
-        readers.parquet([tmp_path / "cifar.parquet"], image="picture")
+    with pytest.raises(ValueError, match=r"has no column 'image': name the images' with --image \(img, label\)"):
+        readers.parquet([tmp_path / "cifar.parquet"], image="image")
 
 
 def test_class_folders_and_an_empty_one_refused(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_class_folders_and_an_empty_one_refused(tmp_path: Path) -> None:
     for name in ("b/x.jpg", "b/deep/y.JPEG", "a_dog/z.png", "a_dog/notes.txt", "b/Thumbs.db", *junk):
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(picture_bytes(format="PNG" if name.endswith("png") else "JPEG"))
+        path.write_bytes(image_bytes(format="PNG" if name.endswith("png") else "JPEG"))
     assert (
         prepare_data.main(["classes", str(tmp_path / "train"), "--output", str(tmp_path / "out"), "--heldout", "0"])
         == 0
@@ -407,15 +407,15 @@ def test_img2datasets_tars_are_read_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg", "..\\secret.jpg"])
 def test_names_that_leave_their_folder_or_zip_are_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / "secret.jpg").write_bytes(picture_bytes())
+    (tmp_path / "secret.jpg").write_bytes(image_bytes())
     images = tmp_path / "images"
     images.mkdir()
     (tmp_path / "chat.json").write_text(json.dumps([talk(name, "Q", "A")]))
     with pytest.raises(ValueError, match="not reading this set"):
         convert(readers.table(tmp_path / "chat.json", images), tmp_path / "out", PAIRS, workers=1)
     with zipfile.ZipFile(tmp_path / "slip.zip", "w") as archive:
-        archive.writestr(name, picture_bytes())
-        archive.writestr("a.jpg", picture_bytes())
+        archive.writestr(name, image_bytes())
+        archive.writestr("a.jpg", image_bytes())
     (tmp_path / "chat.json").write_text(json.dumps([talk("a.jpg", "Q", "A")]))
     with pytest.raises(ValueError, match="not reading this set"):
         convert(readers.table(tmp_path / "chat.json", tmp_path / "slip.zip"), tmp_path / "out2", PAIRS, workers=1)
@@ -424,7 +424,7 @@ def test_names_that_leave_their_folder_or_zip_are_refused(tmp_path: Path, name: 
 
 def test_a_damaged_member_of_a_zip_is_left_out(llava: Path) -> None:
     data = bytearray((llava / "flat.zip").read_bytes())
-    at = data.index(picture_bytes(seed=4)) + 40
+    at = data.index(image_bytes(seed=4)) + 40
     data[at] ^= 255
     (llava / "flat.zip").write_bytes(data)
     shards = convert(readers.table(llava / "chat.json", llava / "flat.zip"), llava / "out", PAIRS, workers=1)
@@ -455,7 +455,7 @@ def test_a_conversion_that_was_stopped_gives_the_same_tars(
     rows = "".join(json.dumps({"image": f"{i}.jpg", "caption": f"c{i}"}) + "\n" for i in range(10))
     (root / "rows.jsonl").write_text(rows)
     for i in range(9):  # the tenth is missing
-        (root / f"{i}.jpg").write_bytes(picture_bytes(seed=i))
+        (root / f"{i}.jpg").write_bytes(image_bytes(seed=i))
     source, layout = readers.table(root / "rows.jsonl", root), ShardLayout(shard_size=3, heldout=0.3)
     whole = convert(source, root / "whole", layout, workers=1)
     for after in stops:
@@ -500,7 +500,7 @@ def test_another_set_in_the_output_is_refused_and_overwrite_replaces_it(llava: P
         convert(source, llava / "out", PAIRS, workers=1)
 
 
-def test_the_split_keeps_records_of_one_picture_together(llava: Path) -> None:
+def test_the_split_keeps_records_of_one_image_together(llava: Path) -> None:
     names = [f"0045{i % 3}/GCC_train_{i:09d}.jpg" for i in range(10)]
     (llava / "two.json").write_text(json.dumps([talk(name, "Q", answer) for answer in "AB" for name in names]))
     convert(readers.table(llava / "two.json", llava / "images"), llava / "out", ShardLayout(4, 0.4), workers=1)

@@ -44,7 +44,7 @@ def open_gates(model: Hive) -> None:
             torch.nn.init.constant_(parameter, 0.5)
 
 
-def picture() -> Image.Image:
+def sample_image() -> Image.Image:
     pixels = numpy.random.default_rng(0).integers(0, 256, (tiny.IMAGE, tiny.IMAGE, 3), dtype=numpy.uint8)
     return Image.fromarray(pixels)
 
@@ -74,7 +74,7 @@ def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str
     llava, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
     processor = AutoProcessor.from_pretrained(tmp_path)
-    image = picture()
+    image = sample_image()
     inputs = processor(images=image, text=f"</s><image>{TEXT}", add_special_tokens=False, return_tensors="pt")
     tokens = torch.tensor([[1, *BYTES.encode(TEXT, add_special_tokens=False)]])
     assert inputs.input_ids.shape[1] == NUM_VISUAL + tokens.shape[1]
@@ -82,7 +82,7 @@ def test_the_baseline_is_a_llava(tmp_path: Path, tower: Any, mode: Any, llm: str
     expected = ours.logits(ours.language_forward(ours.encode_images(pixels_of(image)), tokens))
     found = theirs[:, NUM_VISUAL:, : expected.shape[-1]]  # from the last visual token on, which predicts the first word
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    plain = llava(input_ids=tokens).logits[..., : expected.shape[-1]]  # the picture counts
+    plain = llava(input_ids=tokens).logits[..., : expected.shape[-1]]  # the image counts
     assert (plain - expected).abs().max() > 1e-3
     llava.generation_config.suppress_tokens += [t for t in range(3, 259) if t != 70]
     prompt = {key: value[:, : 1 + NUM_VISUAL] if key != "pixel_values" else value for key, value in inputs.items()}
@@ -100,7 +100,7 @@ def test_other_fusions_are_no_llava(tmp_path: Path) -> None:
 def test_encoder_and_llm_leave_as_stock_directories(tmp_path: Path) -> None:
     config = model_config("cross_attention", tiny.CLIP, "qwen3")
     ours = init_model(config, seed=5).eval()
-    weights, image = dict(ours.named_parameters()), picture()
+    weights, image = dict(ours.named_parameters()), sample_image()
     huggingface.export_encoder(config, weights, tmp_path / "encoder", "crop")
     huggingface.export_llm(config, weights, tmp_path / "llm", BYTES)
     encoder = AutoModel.from_pretrained(tmp_path / "encoder").eval()

@@ -1,4 +1,4 @@
-"""Features that are kept train a stage to the losses of pictures, are made once, and serve their own encoder alone."""
+"""Features that are kept train a stage to the losses of images, are made once, and serve their own encoder alone."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ ENGINES = {
 }
 ZERO_3 = {"zero3": EngineConfig(ds_config=str(JSONS / "zero3.json"))}
 BOUND = {"fp32": 1e-6, "bf16": 1e-3}  # relative: products of other micro-batches round otherwise
-PICTURES = 40
+IMAGES = 40
 
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Pairs, of which one picture is cut short, behind the header that the index has read."""
-    pairs = [(f"{i:03d}", tars.pair(i)) for i in range(PICTURES)]
+    """Pairs, of which one image is cut short, behind the header that the index has read."""
+    pairs = [(f"{i:03d}", tars.pair(i)) for i in range(IMAGES)]
     pairs[7][1]["jpg"] = pairs[7][1]["jpg"][:-20]
     return tars.write_tar(tmp_path_factory.mktemp("pairs") / "pairs.tar", pairs)
 
@@ -78,7 +78,7 @@ def losses(config: Config) -> list[float]:
 
 
 def both(world: World, engines: dict[str, EngineConfig], shard: str, folder: str) -> dict[str, Any]:
-    """Of each engine: the losses of a run on pictures and of one on features."""
+    """Of each engine: the losses of a run on images and of one on features."""
     found: dict[str, Any] = {}
     for name, engine in engines.items():
         plain = recipe(Path(folder, name), shard, engine=engine)
@@ -91,7 +91,7 @@ def both(world: World, engines: dict[str, EngineConfig], shard: str, folder: str
 
 
 @pytest.mark.parametrize("engines", [ENGINES, ZERO_3], ids=["others", "zero3"])
-def test_a_run_on_kept_features_has_the_losses_of_one_on_pictures(
+def test_a_run_on_kept_features_has_the_losses_of_one_on_images(
     engines: dict[str, EngineConfig], shard: str, tmp_path: Path
 ) -> None:
     for name, (precision, plain, kept) in ranks.run(both, 2, engines, shard, str(tmp_path))[0].items():
@@ -118,7 +118,7 @@ def opened(config: Config, world: World, stage: str, weights: Weights, stop: Any
 
 
 def missing_of(kept: Any) -> list[int]:
-    return np.flatnonzero(kept.missing(np.arange(PICTURES))).tolist()
+    return np.flatnonzero(kept.missing(np.arange(IMAGES))).tolist()
 
 
 def test_what_was_made_stays_and_only_for_its_own_encoder(shard: str, tmp_path: Path, world: World) -> None:
@@ -132,10 +132,10 @@ def test_what_was_made_stays_and_only_for_its_own_encoder(shard: str, tmp_path: 
     assert made.get(7) is None
     assert made.get(8).shape == (2, 16, 32)
     stopped = opened(config, world, "language", last, stop=lambda: True)
-    assert len(missing_of(stopped)) == PICTURES, "the joint stage has changed the encoder"
+    assert len(missing_of(stopped)) == IMAGES, "the joint stage has changed the encoder"
     made.put([0], torch.zeros(1, *made.shape))  # as only one who does not make it again would find it
     assert not opened(config, world, "language", first).get(0).any()
-    assert file.stat().st_size <= size_of(PICTURES, made.shape, made.dtype)
+    assert file.stat().st_size <= size_of(IMAGES, made.shape, made.dtype)
     with file.open("r+b") as values:
         values.truncate(1000)
     assert opened(config, world, "language", first).get(0).any(), "a file that was cut is made again"
@@ -159,7 +159,7 @@ def transform(config: Config) -> Config:
 
 
 def limit(config: Config) -> Config:
-    """Above which a picture counts as broken, and stays so where its features are kept."""
+    """Above which an image counts as broken, and stays so where its features are kept."""
     return replace(config, data=replace(config.data, max_pixels=10**6))
 
 
@@ -171,18 +171,18 @@ def test_features_of_the_same_weights_are_made_anew_for_anything_else_that_chang
     weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
     assert len(missing_of(opened(config, world, "language", weights))) == 0
     stopped = opened(change(config), world, "language", weights, stop=lambda: True)
-    assert len(missing_of(stopped)) == PICTURES
+    assert len(missing_of(stopped)) == IMAGES
     assert len(missing_of(opened(config, world, "language", weights, stop=lambda: True))) == 0
 
 
-def test_a_set_of_the_same_sizes_with_other_pictures_is_another(tmp_path: Path, world: World) -> None:
+def test_a_set_of_the_same_sizes_with_other_images_is_another(tmp_path: Path, world: World) -> None:
     """Every member has its place and size, and the index knows by its digest that the shard is another."""
-    lengths = [max(len(tars.picture_bytes(seed=s + i)) for s in (0, 100)) for i in range(8)]
+    lengths = [max(len(tars.image_bytes(seed=s + i)) for s in (0, 100)) for i in range(8)]
     found = []
     for name, seed in (("one", 0), ("other", 100)):
         pairs = [(f"{i:03d}", tars.pair(i)) for i in range(8)]
         for i, (_, members) in enumerate(pairs):
-            members["jpg"] = tars.picture_bytes(seed=seed + i).ljust(lengths[i], b"\0")
+            members["jpg"] = tars.image_bytes(seed=seed + i).ljust(lengths[i], b"\0")
         shard = tars.write_tar(tmp_path / name / "pairs.tar", pairs)
         config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
         weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
@@ -191,12 +191,12 @@ def test_a_set_of_the_same_sizes_with_other_pictures_is_another(tmp_path: Path, 
     assert not torch.equal(found[0][1], found[1][1])
 
 
-def test_a_set_that_differs_in_a_single_picture_is_another(shard: str, tmp_path: Path, world: World) -> None:
+def test_a_set_that_differs_in_a_single_image_is_another(shard: str, tmp_path: Path, world: World) -> None:
     """One that is not among those that are looked at: its size tells it."""
     found = []
     for seed in (1, 77):
-        pairs = [(f"{i:03d}", tars.pair(i)) for i in range(PICTURES)]
-        pairs[1][1]["jpg"] = tars.picture_bytes(seed=seed)
+        pairs = [(f"{i:03d}", tars.pair(i)) for i in range(IMAGES)]
+        pairs[1][1]["jpg"] = tars.image_bytes(seed=seed)
         config = recipe(tmp_path / "run", tars.write_tar(tmp_path / f"{seed}" / "pairs.tar", pairs))
         config = replace(config, feature_cache=str(tmp_path / "cache"))
         weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
@@ -212,7 +212,7 @@ def test_weights_that_no_depth_reads_do_not_count(shard: str, tmp_path: Path, wo
         weights[name] = weights[name] + 1
     assert not len(missing_of(opened(config, world, "language", weights, stop=lambda: True)))
     weights["vision.encoder.layers.2.mlp.fc1.weight"] = weights["vision.encoder.layers.2.mlp.fc1.weight"] + 1
-    assert len(missing_of(opened(config, world, "language", weights, stop=lambda: True))) == PICTURES
+    assert len(missing_of(opened(config, world, "language", weights, stop=lambda: True))) == IMAGES
 
 
 def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Path, world: World) -> None:
@@ -224,7 +224,7 @@ def test_features_whose_file_was_deleted_are_made_again(shard: str, tmp_path: Pa
     assert torch.equal(opened(config, world, "language", weights).get(8), before)
 
 
-def test_a_disk_without_room_is_met_before_the_first_picture(tmp_path: Path, world: World) -> None:
+def test_a_disk_without_room_is_met_before_the_first_image(tmp_path: Path, world: World) -> None:
     some, shape = np.arange(10**6), (6, 576, 1024)
     with pytest.raises(DiskError, match=r" GB of features are still to be made, .* GB are free"):
         open_feature_store(world, tmp_path / "large", some, len(some), shape, torch.bfloat16)
@@ -239,7 +239,7 @@ def test_features_beyond_the_disk_are_refused_before_the_run(shard: str, tmp_pat
     apply_trainable_groups(model, config.stages["projector"])
     check_disk(config, model, loader)
     loader.index = replace(loader.index, arrays={"caption_bytes": np.broadcast_to(np.int8(0), 10**12)})
-    with pytest.raises(ValueError, match=r"1,000,000,000,000 pictures are 4224000.0 GB, .* name another disk"):
+    with pytest.raises(ValueError, match=r"1,000,000,000,000 images are 4224000.0 GB, .* name another disk"):
         check_disk(config, model, loader)
     check_disk(replace(config, feature_cache=""), model, loader)
     apply_trainable_groups(model, config.stages["joint"])
@@ -315,7 +315,7 @@ def zeroed(file: Path) -> None:
     """The features alone, while what is behind them stays: as a disk that lost the one and not the other."""
     data = bytearray(file.read_bytes())
     group = size_of(32, SHAPE, torch.float32)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         place = number // 32 * group + number % 32 * RECORD
         data[place : place + RECORD - 32] = bytes(RECORD - 32)
     file.write_bytes(data)
@@ -325,7 +325,7 @@ def zeroed(file: Path) -> None:
 def test_features_that_are_damaged_are_made_again_while_a_stage_trains(
     shard: str, tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
-    """In the place of each picture; the losses are those of sound ones."""
+    """In the place of each image; the losses are those of sound ones."""
     config = recipe(tmp_path / "run", shard, feature_cache=str(tmp_path / "cache"))
     config = replace(config, data=replace(config.data, workers=workers))
     weights: Any = {name: p.detach() for name, p in build.init_model(config.model, 0).named_parameters()}
@@ -348,7 +348,7 @@ def test_features_that_are_damaged_are_made_again_while_a_stage_trains(
         told = {Path(str(record.args[0])).name for record in caplog.records if record.args}
         assert kept.file.name in told
         caplog.clear()
-        assert all(kept.get(n) is not None for n in range(PICTURES) if n != 7), "and they are kept"
+        assert all(kept.get(n) is not None for n in range(IMAGES) if n != 7), "and they are kept"
 
 
 def full_disk(folder: Path, megabytes: int) -> bool:
@@ -356,7 +356,7 @@ def full_disk(folder: Path, megabytes: int) -> bool:
     return os.system(f"mount -t tmpfs -o size={megabytes}m tmpfs {folder} 2>/dev/null") == 0
 
 
-def test_a_disk_that_fills_up_in_the_pass_leaves_the_stage_its_pictures(
+def test_a_disk_that_fills_up_in_the_pass_leaves_the_stage_its_images(
     shard: str, tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others fill it meanwhile: the room that was there at the beginning is there no more."""
@@ -377,7 +377,7 @@ def test_a_disk_that_fills_up_in_the_pass_leaves_the_stage_its_pictures(
 
         assert opened(config, world, "language", weights, stop=fill) is None
         assert "No space left" in caplog.text
-        assert "trains on pictures" in caplog.text
+        assert "trains on images" in caplog.text
         assert not list((disk / "cache").iterdir()), "what it had made is no use, and checkpoints may need the room"
     finally:
         os.system(f"umount -l {disk}")
@@ -386,7 +386,7 @@ def test_a_disk_that_fills_up_in_the_pass_leaves_the_stage_its_pictures(
 def test_a_disk_that_goes_away_does_not_stop_a_run(
     shard: str, tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And gives the losses of pictures."""
+    """And gives the losses of images."""
     found = []
     for name, cache in (("plain", ""), ("lost", str(tmp_path / "file" / "cache"))):
         (tmp_path / "file").touch()
@@ -394,7 +394,7 @@ def test_a_disk_that_goes_away_does_not_stop_a_run(
         run_pipeline(replace(config, stages={"projector": config.stages["projector"]}), world)
         found.append(losses(replace(config, stages={"projector": config.stages["projector"]})))
     assert found[0] == found[1]
-    assert "trains on pictures" in caplog.text
+    assert "trains on images" in caplog.text
 
 
 def half_full(world: World, folder: str, shard: str) -> tuple[bool, bool]:
@@ -410,7 +410,7 @@ def half_full(world: World, folder: str, shard: str) -> tuple[bool, bool]:
     return first is not None, second is not None and len(missing_of(second)) == 0
 
 
-def test_a_rank_that_cannot_write_takes_the_others_with_it_to_the_pictures(shard: str, tmp_path: Path) -> None:
+def test_a_rank_that_cannot_write_takes_the_others_with_it_to_the_images(shard: str, tmp_path: Path) -> None:
     assert ranks.run(half_full, 2, str(tmp_path), shard) == [(False, True)] * 2
 
 
@@ -475,7 +475,7 @@ class Pages:
 
 
 PAGED = 2, 4, 16  # the shape of small features, several records of which lie on a page
-NODES = 96  # pictures
+NODES = 96  # images
 
 
 def features_of(number: int) -> torch.Tensor:

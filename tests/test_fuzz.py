@@ -31,7 +31,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis import strategies as st
 from hypothesis.errors import FlakyFailure
 from safetensors.torch import save
-from tars import pair, picture_bytes, write_tar
+from tars import image_bytes, pair, write_tar
 
 from hive_scale import config as configs
 from hive_scale import config_merge, presets
@@ -195,7 +195,7 @@ def tars() -> list[bytes]:
     for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         buffer = BytesIO()
         with tarfile.open(fileobj=buffer, mode="w", format=format) as tar:
-            for name, content in (("a.png", picture_bytes(4, 4, format="PNG")), ("a.txt", b"text"), ("../b.txt", b"t")):
+            for name, content in (("a.png", image_bytes(4, 4, format="PNG")), ("a.txt", b"text"), ("../b.txt", b"t")):
                 member = tarfile.TarInfo(name if format == 0 else name.replace("a.", "a" * 120 + "."))
                 member.size = len(content)
                 tar.addfile(member, BytesIO(content))
@@ -296,7 +296,7 @@ def test_a_record_and_its_conversation(tmp_path: Path) -> None:
 
 
 def test_tables_of_records(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(picture_bytes())
+    (tmp_path / "a.jpg").write_bytes(image_bytes())
     rows = [b'image,caption\na.jpg,text\na.jpg,"two\nlines"\n', json.dumps([CONVERSATION] * 2).encode()]
     rows.append(b"\n".join([json.dumps(CONVERSATION).encode()] * 2))
 
@@ -313,7 +313,7 @@ def test_tables_of_records(tmp_path: Path) -> None:
 
 def test_an_image(tmp_path: Path) -> None:
     kinds = [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "P"), ("WEBP", "RGB")]
-    sound = [picture_bytes(9, 7, format=format, mode=mode) for format, mode in kinds]
+    sound = [image_bytes(9, 7, format=format, mode=mode) for format, mode in kinds]
 
     def check(_: Path, content: bytes) -> None:
         assert decode(content, max_pixels=10**6).numel() <= 3 * 10**6

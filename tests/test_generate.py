@@ -1,4 +1,4 @@
-"""Decoding with a cache writes what running every text anew would write, and looks at each picture once."""
+"""Decoding with a cache writes what running every text anew would write, and looks at each image once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hive_scale.model import build
 from hive_scale.model.generate import Decoder, generate
 from hive_scale.model.hive import Hive
 
-PICTURES = torch.randint(0, 256, (2, 3, tiny.IMAGE, tiny.IMAGE), generator=torch.Generator().manual_seed(1)).byte()
+IMAGES = torch.randint(0, 256, (2, 3, tiny.IMAGE, tiny.IMAGE), generator=torch.Generator().manual_seed(1)).byte()
 PROMPTS = [[1, 5, 9, 11, 12, 40], [1, 7], [1, 30, 31, 32], [1]]
-ABOUT: list[int | None] = [1, 0, None, 1]  # two texts share a picture, one has none
+ABOUT: list[int | None] = [1, 0, None, 1]  # two texts share an image, one has none
 MODELS: list[Any] = [
     ("cross_attention", "llama", {}),
     ("cross_attention", "qwen3", {}),
@@ -33,19 +33,19 @@ def model(fusion: str, llm: str = "llama", **changes: Any) -> Hive:
 @torch.no_grad()
 def anew(hive: Hive, text: list[int], about: int | None) -> Tensor:
     """Logits of the token after `text`, by the forward that training uses, on this one text alone."""
-    visual = hive.encode_images(PICTURES[[about or 0]])
+    visual = hive.encode_images(IMAGES[[about or 0]])
     has_image = None if about is not None else torch.tensor([False])
     return hive.logits(hive.language_forward(visual, torch.tensor([text]), has_image)[0, -1])
 
 
 @pytest.mark.parametrize(("fusion", "llm", "changes"), MODELS)
-@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [0, 1, 3]], ids=["some without a picture", "all with pictures"])
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [0, 1, 3]], ids=["some without an image", "all with images"])
 def test_cached_logits_are_those_of_the_whole_text(fusion: str, llm: str, changes: Any, chosen: list[int]) -> None:
     hive = model(fusion, llm, **changes)
     texts, about = [list(PROMPTS[i]) for i in chosen], [ABOUT[i] for i in chosen]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True, padding_value=8)
     has_image = torch.tensor([one is not None for one in about])
-    decoder = Decoder(hive, PICTURES, torch.tensor([one or 0 for one in about]), has_image)
+    decoder = Decoder(hive, IMAGES, torch.tensor([one or 0 for one in about]), has_image)
     with torch.no_grad():
         logits = decoder.prefill(tokens, torch.tensor([len(text) for text in texts]), room=4)
         for step in range(4):
@@ -57,7 +57,7 @@ def test_cached_logits_are_those_of_the_whole_text(fusion: str, llm: str, change
             logits = decoder.decode_step(following)
     blind = torch.stack([anew(hive, text, None) for text in texts])
     seeing = has_image
-    assert (logits - blind)[seeing].abs().max() > 1e-2  # the pictures did matter
+    assert (logits - blind)[seeing].abs().max() > 1e-2  # the images did matter
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
@@ -69,27 +69,27 @@ def test_greedy_text_ends_where_it_should(fusion: str) -> None:
         for _ in range(6):
             text.append(int(anew(hive, text, about).argmax()))
         expected.append(text[len(prompt) :])
-    assert generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=-1, max_tokens=6) == expected
+    assert generate(hive, IMAGES, ABOUT, PROMPTS, end_ids=-1, max_tokens=6) == expected
     eos = expected[0][2]
     cut = [ids[: ids.index(eos)] if eos in ids else ids for ids in expected]
-    assert generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=eos, max_tokens=6) == cut
+    assert generate(hive, IMAGES, ABOUT, PROMPTS, end_ids=eos, max_tokens=6) == cut
 
 
-def test_each_picture_is_seen_and_projected_once() -> None:
+def test_each_image_is_seen_and_projected_once() -> None:
     hive = model("cross_attention")
     rows: list[int] = []
     layer = hive.fusion.layers[0]
     layer.k_proj.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     hive.projector[0].register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
-    generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=-1, max_tokens=5)
-    assert rows == [2, 2]  # two pictures, whatever the number of texts and tokens
+    generate(hive, IMAGES, ABOUT, PROMPTS, end_ids=-1, max_tokens=5)
+    assert rows == [2, 2]  # two images, whatever the number of texts and tokens
 
 
 @pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
 def test_keys_and_values_stay_where_they_are(fusion: str) -> None:
     hive = model(fusion)
     about = torch.tensor([one or 0 for one in ABOUT])
-    decoder = Decoder(hive, PICTURES, about, torch.tensor([one is not None for one in ABOUT]))
+    decoder = Decoder(hive, IMAGES, about, torch.tensor([one is not None for one in ABOUT]))
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in PROMPTS], batch_first=True)
     places = set()
     with torch.inference_mode():
@@ -117,7 +117,7 @@ def test_the_host_waits_for_the_device_every_few_tokens() -> None:
     hive, waited = model("cross_attention"), {}
     for number in (8, 16, 32, 64):
         with Waits() as waits:
-            generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=-1, max_tokens=number)
+            generate(hive, IMAGES, ABOUT, PROMPTS, end_ids=-1, max_tokens=number)
         waited[number] = waits.count
     assert [waited[number] - waited[8] for number in (16, 32, 64)] == [1, 3, 7], "one in eight"
 
@@ -125,10 +125,10 @@ def test_the_host_waits_for_the_device_every_few_tokens() -> None:
 def test_no_text_is_run_far_beyond_its_end() -> None:
     hive, steps = model("cross_attention"), list[int]()
     hive.language.lm_head.register_forward_hook(lambda *_: steps.append(1))
-    first = generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=-1, max_tokens=1)
+    first = generate(hive, IMAGES, ABOUT, PROMPTS, end_ids=-1, max_tokens=1)
     steps.clear()
     ends = {ids[0] for ids in first}
-    assert generate(hive, PICTURES, ABOUT, PROMPTS, end_ids=ends, max_tokens=64) == [[]] * 4
+    assert generate(hive, IMAGES, ABOUT, PROMPTS, end_ids=ends, max_tokens=64) == [[]] * 4
     assert len(steps) == 8
 
 
@@ -136,7 +136,7 @@ def test_no_text_is_run_far_beyond_its_end() -> None:
 def test_under_autocast_too(fusion: str) -> None:
     hive, text = model(fusion), list(PROMPTS[0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        decoder = Decoder(hive, PICTURES, torch.tensor([1]), torch.tensor([True]))
+        decoder = Decoder(hive, IMAGES, torch.tensor([1]), torch.tensor([True]))
         logits = decoder.prefill(torch.tensor([text]), torch.tensor([len(text)]), room=3)
         for token in (20, 21, 22):
             text.append(token)

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import torch
 from rich.table import Table
-from tars import pair, picture_bytes, write_tar
+from tars import image_bytes, pair, write_tar
 
 from hive_scale import config as configs
 from hive_scale import config_merge, presets
@@ -116,7 +116,7 @@ def test_a_message_cannot_look_like_two(tmp_path: Path, capsys: pytest.CaptureFi
 def test_members_and_faults_with_such_names_are_told_in_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as tar:
-        for name, content in ((f"{NAME[:8]}.jpg", picture_bytes()), ("\x1bb.txt", b"alone")):
+        for name, content in ((f"{NAME[:8]}.jpg", image_bytes()), ("\x1bb.txt", b"alone")):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -320,7 +320,7 @@ def test_weights_in_a_format_that_is_not_written_here_are_named(tmp_path: Path) 
 
 def test_a_zip_bomb_costs_its_record_and_no_memory(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "p.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("good.jpg", picture_bytes())
+        archive.writestr("good.jpg", image_bytes())
         with archive.open("bomb.jpg", "w", force_zip64=True) as member:
             for _ in range(300):
                 member.write(bytes(2**20))
@@ -339,7 +339,7 @@ def test_a_zip_bomb_costs_its_record_and_no_memory(tmp_path: Path) -> None:
 def holed_tar(path: Path, name: str, size: int, kind: bytes = tarfile.REGTYPE) -> str:
     """A tar with a sound sample around a member of `size` bytes, none of which is on the disk."""
     with tarfile.open(path, "w") as tar, path.open("r+b") as file:
-        for ending, content in (("jpg", picture_bytes()), ("txt", b"text")):
+        for ending, content in (("jpg", image_bytes()), ("txt", b"text")):
             member = tarfile.TarInfo(f"good.{ending}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -376,7 +376,7 @@ def test_members_and_headers_of_any_size_take_no_memory(
     assert most_memory(lambda: [reader.read(0, *member) for member in found.members[0].tolist()]) < 10**6
 
 
-def test_a_caption_and_a_picture_that_are_too_large_are_faults(tmp_path: Path) -> None:
+def test_a_caption_and_an_image_that_are_too_large_are_faults(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", [("k", pair(1) | {"txt": b"x" * (2**20 + 1)})])
     [fault] = scan_shard(shard, CACHE).faults
     assert "the caption has 1,048,577 bytes" in fault.reason
@@ -397,7 +397,7 @@ def test_images_that_unpack_to_much_are_refused(tmp_path: Path) -> None:
     head = (b"IHDR", bytes([0, 0, 0, 4, 0, 0, 0, 4, 8, 0, 0, 0, 0]))
     packed = zlib.compress(bytes(200 * 2**20))
     pixels = (b"IDAT", zlib.compress(bytes(20)))
-    picture = picture_bytes(8, 8)
+    image = image_bytes(8, 8)
     bombs = {
         "text": png(head, (b"zTXt", b"Comment\0\0" + packed), pixels, (b"IEND", b"")),
         "profile": png(head, (b"iCCP", b"x\0\0" + packed), pixels, (b"IEND", b"")),
@@ -406,7 +406,7 @@ def test_images_that_unpack_to_much_are_refused(tmp_path: Path) -> None:
     for name, content in bombs.items():
         assert most_memory(lambda content=content: decode(content, 10**6)) < 10**8, name
     with pytest.raises(ValueError, match="1,000 scans"):
-        decode(picture[:-2] + 999 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + picture[-2:], 10**6)
+        decode(image[:-2] + 999 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00" + image[-2:], 10**6)
     from PIL import Image
 
     for format in ("GIF", "TIFF", "BMP", "PPM"):
@@ -427,7 +427,7 @@ def test_a_parquet_that_says_it_unpacks_to_much_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(ours, "LARGEST_GROUP", 2 * 10**6)  # of gigabytes in truth
     [row, *_] = parquet_rows([tmp_path / "a.parquet"], "image", ["question"])
     with pytest.raises(ValueError, match=r"bytes in a row group, more than 2,000,000"):
-        row["picture"].read()
+        row["image"].read()
 
 
 # ------------------------------------------------------------------------------ run directories, indexes, weights

@@ -1,4 +1,4 @@
-"""Why: a picture shown white, sideways or on another ground trains beside a caption of what is not to be seen. Held
+"""Why: an image shown white, sideways or on another ground trains beside a caption of what is not to be seen. Held
 against references of their own: formulas of the colour spaces, Pillow's and transformers' own handling."""
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image, ImageOps
-from tars import picture_bytes, write_tar
+from tars import image_bytes, write_tar
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
 from hive_scale.config import ModelConfig, PartConfig
@@ -23,7 +23,7 @@ from hive_scale.data import transform
 from hive_scale.data.images import upright_rgb
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.tar_scan import scan_shard
-from hive_scale.data.transform import GREY, Colour, _jpeg_size, decode, decode_indexed, picture
+from hive_scale.data.transform import GREY, Colour, _jpeg_size, decode, decode_indexed, to_pixels
 from hive_scale.export.huggingface import image_processor
 from hive_scale.model import build
 from hive_scale.preflight import open_data
@@ -114,10 +114,10 @@ def saved(image: Image.Image, format: str, orientation: int = 0, **options: Any)
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_a_turned_picture_is_upright_in_the_index_and_in_pixels(
+def test_a_turned_image_is_upright_in_the_index_and_in_pixels(
     tmp_path: Path, orientation: int, format: str, mode: str
 ) -> None:
-    drawn = Image.open(BytesIO(picture_bytes(24, 16, seed=orientation))).convert(mode)
+    drawn = Image.open(BytesIO(image_bytes(24, 16, seed=orientation))).convert(mode)
     data = saved(drawn, format, orientation)
     with Image.open(BytesIO(data)) as image:
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
@@ -125,14 +125,14 @@ def test_a_turned_picture_is_upright_in_the_index_and_in_pixels(
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
     name = {"JPEG": "jpg"}.get(format, format.lower())
     table = scan_shard(write_tar(tmp_path / "a.tar", [("k", {name: data, "txt": b"t"})]), ShardCache(10**9))
-    width, height = table.picture_sizes[0].tolist()
+    width, height = table.image_sizes[0].tolist()
     assert (width, height) == expected.shape[1::-1]
     assert torch.equal(decode_indexed(data, (width, height), MANY), pixels)
 
 
 def segment(content: bytes) -> bytes:
     """A JPEG of 24 x 16 with an APP1 segment of `content`."""
-    data = picture_bytes(24, 16)
+    data = image_bytes(24, 16)
     return data[:2] + b"\xff\xe1" + (len(content) + 2).to_bytes(2, "big") + content + data[2:]
 
 
@@ -179,7 +179,7 @@ def test_padding_is_llavas_bit_for_bit_in_any_strips(
     width_height: tuple[int, int], strip: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transform, "STRIP", strip)
-    data = picture_bytes(*width_height)
+    data = image_bytes(*width_height)
     for colour in (GREY, (122, 116, 104)):
         stock: Any = LlavaImageProcessor
         processor = stock(
@@ -191,7 +191,7 @@ def test_padding_is_llavas_bit_for_bit_in_any_strips(
             do_normalize=False,
         )
         expected = processor(Image.open(BytesIO(data)), return_tensors="pt").pixel_values[0]
-        assert torch.equal(picture(data, 32, "pad", MANY, colour), expected)
+        assert torch.equal(to_pixels(data, 32, "pad", MANY, colour), expected)
 
 
 @pytest.mark.parametrize("tower", [tiny.SIGLIP, tiny.CLIP])
@@ -199,8 +199,8 @@ def test_padding_is_llavas_bit_for_bit_in_any_strips(
 def test_training_sees_what_the_exported_processor_makes(tower: dict[str, Any], mode: Any) -> None:
     config = ModelConfig(PartConfig(config=tower), PartConfig(config=tiny.language()), fusion="concat")
     model = build.init_model(config, seed=0)
-    data = picture_bytes(50, 33)
-    pixels = picture(data, build.image_size(config), mode, MANY, build.pad_colour(config))
+    data = image_bytes(50, 33)
+    pixels = to_pixels(data, build.image_size(config), mode, MANY, build.pad_colour(config))
     processor = image_processor(build.vision_config(config.vision), mode)
     expected = processor(Image.open(BytesIO(data)), return_tensors="pt").pixel_values
     torch.testing.assert_close((pixels[None] - model.pixel_mean) / model.pixel_std, expected, atol=1e-5, rtol=0)

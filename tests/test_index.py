@@ -15,7 +15,7 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tars import pair, picture_bytes, write_set, write_tar
+from tars import image_bytes, pair, write_set, write_tar
 
 from hive_scale.commands import prepare_data
 from hive_scale.data import index as index_module
@@ -39,7 +39,7 @@ def test_ranges_point_at_the_members_webdataset_sees(tmp_path: Path) -> None:
         for member, extension in enumerate(("jpg", "txt", "json")):
             start, length = index.members[i, member]
             assert content[start : start + length] == sample[extension]
-        assert index.picture_sizes[i].tolist() == [24, 16]
+        assert index.image_sizes[i].tolist() == [24, 16]
         assert index.caption_bytes[i] == len(sample["txt"])
 
 
@@ -99,7 +99,7 @@ def test_other_bytes_of_equal_length_are_another_set_and_a_touched_shard_is_not(
     assert scans == [shards[1]], "the other one is as it was"
     assert [touched.key(i) for i in range(6)] == [first.key(i) for i in range(6)]
     assert (touched.members == first.members).all()
-    for old, new in ((b"w100 ", b"w1OO "), (b"JFIF", b"jfif")):  # a caption, a picture
+    for old, new in ((b"w100 ", b"w1OO "), (b"JFIF", b"jfif")):  # a caption, an image
         assert old in content
         Path(shards[1]).write_bytes(content.replace(old, new, 1))
         changed = open_index(shards, CACHE)
@@ -142,17 +142,17 @@ def test_survives_being_sent_to_another_process(tmp_path: Path) -> None:
 
 def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     good = pair(1)
-    gif = BytesIO(picture_bytes(format="GIF"))
+    gif = BytesIO(image_bytes(format="GIF"))
     shard = write_tar(
         tmp_path / "a.tar",
         [
             ("first", good),
             ("no-caption", {"jpg": good["jpg"], "json": b"{}"}),
-            ("no-picture", {"txt": b"text"}),
+            ("no-image", {"txt": b"text"}),
             ("wrong-extension", {"tiff": good["jpg"], "txt": b"text"}),
             ("empty", {"jpg": good["jpg"], "txt": b" \n"}),
             ("latin", {"jpg": good["jpg"], "txt": "café".encode("latin-1")}),
-            ("not-a-picture", {"jpg": b"<html>", "txt": b"text"}),
+            ("not-a-image", {"jpg": b"<html>", "txt": b"text"}),
             ("exotic", {"jpg": gif.getvalue(), "txt": b"text"}),
             ("first", good),
             ("last", good),
@@ -163,11 +163,11 @@ def test_samples_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     reasons = {fault.key: fault.reason for fault in index.faults}
     expected = {
         "no-caption": "no caption (.txt)",
-        "no-picture": "no picture (.jpg",
+        "no-image": "no image (.jpg",
         "wrong-extension": "only .tiff",
         "empty": "empty",
         "latin": "UTF-8",
-        "not-a-picture": "cannot be opened",
+        "not-a-image": "cannot be opened",
         "exotic": "cannot be opened",
         "first": "duplicate key",
     }
@@ -196,8 +196,8 @@ def scanned(path: Path, content: bytes) -> tuple[list[str], str]:
     table = scan_shard(str(path), CACHE)
     for number in range(len(table)):
         start, length = table.members[number, 0].tolist()
-        with Image.open(BytesIO(content[start : start + length])) as picture:
-            assert picture.size == (24, 16)
+        with Image.open(BytesIO(content[start : start + length])) as image:
+            assert image.size == (24, 16)
     return table.keys, "; ".join(fault.reason for fault in table.faults if not fault.key)
 
 
@@ -219,8 +219,8 @@ def test_damage_in_the_middle_costs_what_it_hits_and_is_told_with_its_bytes(
     flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]  # in the name, so that the checksum is wrong
     keys, told = scanned(tmp_path / "a.tar", flipped)
     assert keys == KEYS[:2] + KEYS[3:]
-    picture = 512 + -(-len(pair(2)["jpg"]) // 512) * 512
-    assert f"{picture:,} bytes that belong to no member, the first at byte {at:,}" in told
+    image = 512 + -(-len(pair(2)["jpg"]) // 512) * 512
+    assert f"{image:,} bytes that belong to no member, the first at byte {at:,}" in told
     assert scanned(tmp_path / "a.tar", without_magic(flipped)) == (keys, told), "as tars before 1988"
     hole = content[:at] + bytes(end - at) + content[end:]
     keys, told = scanned(tmp_path / "b.tar", hole)
@@ -234,7 +234,7 @@ def test_damage_in_the_middle_costs_what_it_hits_and_is_told_with_its_bytes(
 
 def test_a_tar_that_ends_early_says_so_wherever_it_was_cut(tmp_path: Path, six: tuple[bytes, list[int]]) -> None:
     content, starts = six
-    for cut in (starts[2] + 520, starts[2] + 100):  # in a picture, in a header
+    for cut in (starts[2] + 520, starts[2] + 100):  # in an image, in a header
         keys, told = scanned(tmp_path / "a.tar", content[:cut])
         assert keys == KEYS[:2]
         assert f"{cut - starts[2]:,} bytes that belong to no member" in told
@@ -280,7 +280,7 @@ def test_long_names_and_what_is_no_file_are_read_past(tmp_path: Path) -> None:
         path = tmp_path / "a.tar"
         with tarfile.open(path, "w", format=format) as tar:
             for key in ("a" * 150, "b"):
-                for name, content in ((f"{key}.jpg", picture_bytes()), (f"{key}.txt", b"text")):
+                for name, content in ((f"{key}.jpg", image_bytes()), (f"{key}.txt", b"text")):
                     member = tarfile.TarInfo(f"folder.d/{name}")
                     member.size = len(content)
                     tar.addfile(member, BytesIO(content))
@@ -343,7 +343,7 @@ def test_members_may_have_names_of_any_bytes(tmp_path: Path, names: list[bytes],
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=format) as tar:
         for name in ("first", *(name.decode(errors="surrogateescape") for name in names), "last"):
-            for ending, content in (("jpg", picture_bytes()), ("txt", b"text")):
+            for ending, content in (("jpg", image_bytes()), ("txt", b"text")):
                 member = tarfile.TarInfo(f"{name}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, BytesIO(content))
@@ -356,7 +356,7 @@ def test_members_may_have_names_of_any_bytes(tmp_path: Path, names: list[bytes],
 def test_a_name_that_is_no_utf8_is_spelled_out(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as tar:
-        for name, content in (("caf\xe9.jpg", picture_bytes()), ("caf\xe9.txt", b"text")):
+        for name, content in (("caf\xe9.jpg", image_bytes()), ("caf\xe9.txt", b"text")):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, BytesIO(content))
@@ -364,11 +364,11 @@ def test_a_name_that_is_no_utf8_is_spelled_out(tmp_path: Path) -> None:
     assert [index.key(i) for i in range(len(index))] == [r"caf\xe9"]
 
 
-def test_a_long_prefix_before_the_picture_size_is_read(tmp_path: Path) -> None:
+def test_a_long_prefix_before_the_image_size_is_read(tmp_path: Path) -> None:
     buffer = BytesIO()
     Image.new("RGB", (30, 20)).save(buffer, "JPEG", exif=b"Exif\0\0" + b"x" * 60_000)
     table = scan_shard(write_tar(tmp_path / "a.tar", [("k", {"jpg": buffer.getvalue(), "txt": b"t"})]), CACHE)
-    assert table.picture_sizes.tolist() == [[30, 20]]
+    assert table.image_sizes.tolist() == [[30, 20]]
 
 
 def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_nothing_usable_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 def test_the_command_counts_and_lists_the_faults(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = write_set(tmp_path, [3, 4])
-    write_tar(tmp_path / "set-0002.tar", [("mute", {"jpg": picture_bytes()}), ("good", pair(5))])
+    write_tar(tmp_path / "set-0002.tar", [("mute", {"jpg": image_bytes()}), ("good", pair(5))])
     faults = tmp_path / "faults.jsonl"
     assert prepare_data.main(["index", f"{tmp_path}/set-*.tar", "--faults", str(faults)]) == 0
     told = capsys.readouterr().out

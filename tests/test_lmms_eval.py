@@ -23,14 +23,14 @@ from test_asked import FAMILIES, image
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.data.tokenizer import Tokenizer
 from hive_scale.evaluate.vqa_runner import HiveAnswerer
-from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.evaluate.vqa_types import ImageFile, Question
 from hive_scale.export.huggingface import export_llava
 from hive_scale.model.build import init_model
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 LMMS = ("lmms-eval==0.7.3", "decord", "filelock<3.24")  # it reaches into a module that later ones have not
-QUESTIONS = ["what is in the picture ?", "is it red ?", "who is the user ?"]
+QUESTIONS = ["what is in the image ?", "is it red ?", "who is the user ?"]
 TASK = """
 task: local_questions
 dataset_path: json
@@ -83,7 +83,7 @@ def test_a_real_task_end_to_end(python: Path, family: str, tmp_path: Path) -> No
     config = ModelConfig(
         PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5
     )
-    questions = [Question(str(i), text, Picture(str(i), lambda i=i: png(i)), {}) for i, text in enumerate(QUESTIONS)]
+    questions = [Question(str(i), text, ImageFile(str(i), lambda i=i: png(i)), {}) for i, text in enumerate(QUESTIONS)]
     for seed in range(20):  # some of these small models say the same to everything
         model = tiny.sighted(init_model(config, seed).eval(), 3)
         asker = HiveAnswerer(model, DataConfig(image_transform="resize"), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Why: what reaches the model must be the same samples whatever the ranks, workers, stops and broken pictures."""
+"""Why: what reaches the model must be the same samples whatever the ranks, workers, stops and broken images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tars import pair, picture_bytes, write_set, write_tar
+from tars import image_bytes, pair, write_set, write_tar
 
 from hive_scale.batch import Batch
 from hive_scale.config import DataConfig, TokenizerConfig
@@ -122,28 +122,28 @@ def test_workers_and_threads_bring_the_same_batches_in_the_same_order(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_memory_of_pictures_is_used_again_only_when_nobody_holds_it(
+def test_memory_of_images_is_used_again_only_when_nobody_holds_it(
     broken: list[str], tokenizer: Tokenizer, workers: int
 ) -> None:
     loader = _loader(broken, tokenizer, workers=workers)
     [world] = worlds(1)
 
-    def pictures(count: int) -> Iterator[torch.Tensor]:
+    def images(count: int) -> Iterator[torch.Tensor]:
         steps = loader.steps(global_batch=6, accumulation=1, seed=3, start=0, world=world)
         return (batch.pixels for [batch] in islice(steps, count))
 
-    held = list(pictures(24))  # more than there are buffers for
-    own = [pixels.clone() for pixels in pictures(24)]
+    held = list(images(24))  # more than there are buffers for
+    own = [pixels.clone() for pixels in images(24)]
     assert all(torch.equal(one, other) for one, other in zip(held, own, strict=True))
     assert len({pixels.data_ptr() for pixels in held}) == 24
-    assert len({pixels.data_ptr() for pixels in pictures(24)}) <= 2 + 2 * workers
-    last = [pixels[-1:] for pixels in pictures(24)]  # a part of a batch holds it all
+    assert len({pixels.data_ptr() for pixels in images(24)}) <= 2 + 2 * workers
+    last = [pixels[-1:] for pixels in images(24)]  # a part of a batch holds it all
     assert all(torch.equal(one, other[-1:]) for one, other in zip(last, own, strict=True))
     once = {batch.keys: batch.pixels for batch in loader.once(batch_size=4, world=world)}
     for keys, pixels in once.items():  # those behind a broken one have moved up
-        for key, picture in zip(keys, pixels, strict=True):
+        for key, image in zip(keys, pixels, strict=True):
             [i] = [i for i in range(len(loader.index)) if loader.index.key(i) == key]
-            assert torch.equal(picture, loader.pixels(i)), key
+            assert torch.equal(image, loader.pixels(i)), key
 
 
 def nested(depth: int) -> bytes:
@@ -168,9 +168,7 @@ records = st.dictionaries(st.sampled_from(["conversations", "messages", "image"]
     | (values | records).map(lambda value: json.dumps(value).encode())
     | st.sampled_from([b"null", b"[]", b"1" * 5000, nested(900), nested(100_000)])
 )
-def test_any_json_beside_a_picture_is_a_sample_or_a_bad_one(
-    tmp_path: Path, tokenizer: Tokenizer, record: bytes
-) -> None:
+def test_any_json_beside_an_image_is_a_sample_or_a_bad_one(tmp_path: Path, tokenizer: Tokenizer, record: bytes) -> None:
     sound = b'{"conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]}'
     samples = [(str(i), pair(i) | {"json": record if i == 1 else sound}) for i in range(3)]
     (tmp_path / "bad.jsonl").unlink(missing_ok=True)
@@ -227,21 +225,21 @@ def test_broken_samples_are_listed_once_for_all_ranks_and_restarts(
 def test_the_budget_stops_a_run_and_its_continuation(broken: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "bad_samples.jsonl"
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"3 bad samples are more than data\.max_bad_samples=2 \(3 x the picture"):
+        with pytest.raises(ValueError, match=r"3 bad samples are more than data\.max_bad_samples=2 \(3 x the image"):
             _steps(_loader(broken, tokenizer, path, max_bad_samples=2), 1, 1, 0, 4)
     _steps(_loader(broken, tokenizer, path, max_bad_samples=3), 1, 1, 0, 4)
 
 
 def test_faults_of_the_index_are_listed_from_the_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    samples = [("good", pair(1)), ("mute", {"jpg": picture_bytes()}), ("good", pair(2))]
+    samples = [("good", pair(1)), ("mute", {"jpg": image_bytes()}), ("good", pair(2))]
     path = tmp_path / "bad_samples.jsonl"
     loader = _loader([write_tar(tmp_path / "a.tar", samples)], tokenizer, path)
     assert loader.num_samples == 1
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["mute", "good"]
 
 
-def test_an_oversize_picture_is_refused_by_its_header(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    large = {**pair(1), "jpg": picture_bytes(200, 100)}
+def test_an_oversize_image_is_refused_by_its_header(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    large = {**pair(1), "jpg": image_bytes(200, 100)}
     loader = _loader(
         [write_tar(tmp_path / "a.tar", [("large", large), ("small", pair(2))])], tokenizer, max_pixels=10_000
     )
@@ -255,7 +253,7 @@ def test_the_conversation_view_reads_the_records_of_the_same_tars(tmp_path: Path
         turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
         return json.dumps({"image": "a.jpg", "conversations": turns}).encode()
 
-    talks = [talk(f"<image>\nWhat is picture {i}?", "x" * (i + 1), "Sure?", "yes") for i in range(6)]
+    talks = [talk(f"<image>\nWhat is image {i}?", "x" * (i + 1), "Sure?", "yes") for i in range(6)]
     samples = [(str(i), {**pair(i), "json": one}) for i, one in enumerate(talks)]
     samples += [("mute", {k: v for k, v in pair(6).items() if k != "json"}), ("two", {**pair(7), "json": talk("q")})]
     path = tmp_path / "bad_samples.jsonl"
@@ -309,7 +307,7 @@ def test_a_sample_can_be_asked_for_by_number(shards: list[str], tokenizer: Token
     assert loader.caption(7) == tokenizer.decode(sample.tokens)
 
 
-def test_blank_pictures_keep_everything_but_the_picture(shards: list[str], tokenizer: Tokenizer) -> None:
+def test_blank_images_keep_everything_but_the_image(shards: list[str], tokenizer: Tokenizer) -> None:
     seen, blank = (_steps(_loader(shards, tokenizer, blank=flag), 1, 1, 0, 1)[0][0] for flag in (False, True))
     assert seen.keys == blank.keys
     assert torch.equal(seen.tokens, blank.tokens)
@@ -437,7 +435,7 @@ def test_no_worker_outlives_a_main_process_that_was_killed(method: str, shards: 
         assert main.stdout is not None
         workers = [int(pid) for pid in main.stdout.readline().split()]
         assert len(workers) == 2
-        time.sleep(1.0)  # until one is stuck in a picture
+        time.sleep(1.0)  # until one is stuck in an image
         main.kill()
         main.wait()
         deadline = time.monotonic() + 20

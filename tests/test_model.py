@@ -98,7 +98,7 @@ def test_shut_gates_leave_the_llm_as_it_was(llm: str) -> None:
 @pytest.mark.parametrize("fusion", FUSIONS)
 @pytest.mark.parametrize("llm", FAMILIES)
 @torch.no_grad()
-def test_a_sample_without_picture_is_plain_text(fusion: str, llm: str) -> None:
+def test_a_sample_without_image_is_plain_text(fusion: str, llm: str) -> None:
     model = init_model(tiny.model_config(fusion, llm), seed=0).eval()
     open_gates(model)
     batch = tiny.batch(3)

@@ -282,7 +282,7 @@ def check_work(cell: Cell, found: Outcome) -> None:
     """Frozen parts run once and without a graph; what is checkpointed and has one runs twice."""
     if cell.compile:
         return
-    below_fusion = cell.fusion != "concat"  # the first LLM layer comes before any picture
+    below_fusion = cell.fusion != "concat"  # the first LLM layer comes before any image
     graph = {"vision": cell.stage == 3, "fusion": True, "language": cell.stage > 1 or not below_fusion}
     again = cell.checkpointing != "none"
     assert found.graph == graph, cell

@@ -87,7 +87,7 @@ def test_a_side_that_the_patch_does_not_divide_counts_whole_patches() -> None:
 
 
 def test_the_papers_formulas_are_the_counted_flops() -> None:
-    """(4), with a constant per term, is exact; (5) leaves out what the picture itself costs the LLM's side."""
+    """(4), with a constant per term, is exact; (5) leaves out what the image itself costs the LLM's side."""
 
     def counted(fusion: Any, num_text: int, side: int, component: str) -> float:
         vision = tiny.SIGLIP | {"image_size": side}
@@ -113,7 +113,7 @@ def test_the_papers_formulas_are_the_counted_flops() -> None:
         assert a * layers * (text + sizes(side)) ** 2 * width / 2 + b * (
             scaled - layers * (text + sizes(side)) ** 2 * width / 2
         ) == pytest.approx(expected, rel=1e-9)
-    for text, side in shapes:  # HIVE's LLM costs the same whatever the picture
+    for text, side in shapes:  # HIVE's LLM costs the same whatever the image
         assert counted("cross_attention", text, side, "language") == counted("cross_attention", text, 32, "language")
     ratio = complexity.cross_attention_llm(77, 576, 960, 32, 6) / complexity.self_attention_llm(77, 576, 960, 32)
     assert ratio == pytest.approx(0.101, abs=0.001)
@@ -286,14 +286,14 @@ def test_the_settings_that_fit_on_eight_cards_are_those_of_a_plan() -> None:
     assert fitted["stages"][0]["features"] > fitted["stages"][2]["features"] == 0
 
 
-def test_a_sweep_is_a_table_and_a_picture(tmp_path: Path) -> None:
+def test_a_sweep_is_a_table_and_an_image(tmp_path: Path) -> None:
     words = ("--preset", "debug", "--gpu", "h100", "--sweep", "1,2,8")
     points = planned(*words)
     assert {(point["engine"], point["world"]) for point in points} >= {("DDP", 1), ("FSDP2", 2), ("ZeRO-3", 8)}
     assert all(point["efficiency"] == 1 for point in points if point["world"] == 1)
     assert all(point["efficiency"] <= 1 for point in points if point["engine"] == "DDP")  # others cut the update, too
-    picture = tmp_path / "sweep.png"
-    command = [sys.executable, str(ROOT / "launchers" / "plan.py"), *words, "--output", str(picture)]
+    image = tmp_path / "sweep.png"
+    command = [sys.executable, str(ROOT / "launchers" / "plan.py"), *words, "--output", str(image)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown.count("| weak |") == shown.count("| strong |") == 12
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert image.read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,5 @@
 """A probe says something of the encoder only if it is the probe it claims to be: attention as PyTorch's, each rate
-of the grid as if alone, settings chosen without the test pictures, the same on any number of processes."""
+of the grid as if alone, settings chosen without the test images, the same on any number of processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hive_scale.config import PartConfig
 from hive_scale.data.transform import fitted
 from hive_scale.distributed import World
 from hive_scale.evaluate.classification_datasets import ClassificationDataset, Split, open_dataset
-from hive_scale.evaluate.encoder import Cache, Encoder, Pictures, Source, cut
+from hive_scale.evaluate.encoder import Cache, Encoder, LabelledImages, Source, cut
 from hive_scale.evaluate.probe_runner import ProbeConfig, ProbeRunner, chosen, read_results, save, summarise, warnings
 from hive_scale.evaluate.probes import (
     RATES,
@@ -53,9 +53,9 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noisy pictures of three colours, 40 of each to train on and 20 to test."""
-    root = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noisy images of three colours, 40 of each to train on and 20 to test."""
+    root = tmp_path_factory.mktemp("images")
     noise = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 20)):
         for name, colour in COLOURS.items():
@@ -112,7 +112,7 @@ def test_each_rate_of_the_grid_trains_as_if_alone() -> None:
 
 
 def test_a_part_of_a_batch_gives_its_part_of_the_gradient() -> None:
-    """Whatever sizes the parts have: each picture counts as one of the whole batch."""
+    """Whatever sizes the parts have: each image counts as one of the whole batch."""
     recipe = replace(RECIPE, max_grad_norm=1e9)
     torch.manual_seed(0)
     features, labels = torch.randn(5, 4, 64), torch.randint(3, (5,))
@@ -167,20 +167,20 @@ def test_what_is_read_is_the_hidden_state_that_transformers_shows(encoder: Path,
         torch.testing.assert_close(Encoder(path, ALONE.device)(pixels), states[3][:, first:], atol=1e-5, rtol=1e-4)
 
 
-def test_each_picture_is_augmented_in_its_own_way_in_each_epoch(pictures: Path) -> None:
-    data = open_dataset("folder", pictures)
+def test_each_image_is_augmented_in_its_own_way_in_each_epoch(images: Path) -> None:
+    data = open_dataset("folder", images)
     alike = Split("train", 2, lambda i: data.train.read(0))
     places = [(place, (seed, epoch)) for place in (0, 1) for seed in (0, 1) for epoch in (0, 1)]
-    made = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
+    made = [LabelledImages(alike, 32, "resize")[place, draw][0] for place, draw in places]
     assert len({one.numpy().tobytes() for one in made}) == len(places)
-    again = [Pictures(alike, 32, "resize")[place, draw][0] for place, draw in places]
+    again = [LabelledImages(alike, 32, "resize")[place, draw][0] for place, draw in places]
     assert all(map(torch.equal, made, again))
 
 
 def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read_from_disk(
-    encoder: Path, pictures: Path, tmp_path: Path
+    encoder: Path, images: Path, tmp_path: Path
 ) -> None:
-    model, data = Encoder(encoder, ALONE.device, depth=0), open_dataset("folder", pictures)
+    model, data = Encoder(encoder, ALONE.device, depth=0), open_dataset("folder", images)
     with torch.no_grad():
         model.tower.get_parameter("embeddings.position_embedding.weight").mul_(1e6)
     source = Source(model, data.test, workers=0)
@@ -194,8 +194,8 @@ def test_features_beyond_float16_are_kept_finite_and_augmented_ones_are_not_read
     assert not torch.equal(drawn.clamp(-65504, 65504), kept)
 
 
-def test_workers_stay_from_one_epoch_to_the_next(encoder: Path, pictures: Path) -> None:
-    data = open_dataset("folder", pictures)
+def test_workers_stay_from_one_epoch_to_the_next(encoder: Path, images: Path) -> None:
+    data = open_dataset("folder", images)
     model = Encoder(encoder, ALONE.device)
     groups = [np.arange(4), np.arange(4, 8)]
     alone, shared = Source(model, data.train, workers=0), Source(model, data.train, workers=1)
@@ -210,14 +210,14 @@ def test_workers_stay_from_one_epoch_to_the_next(encoder: Path, pictures: Path) 
     assert not multiprocessing.active_children()
 
 
-def run(world: World, encoder: Path, pictures: Path, folder: Path, augment: bool) -> dict[str, Any]:
+def run(world: World, encoder: Path, images: Path, folder: Path, augment: bool) -> dict[str, Any]:
     plan = ProbeConfig(("attentive", "linear"), RECIPE, seeds=(0, 1), augment=augment, neighbours=True)
-    data = open_dataset("folder", pictures)
+    data = open_dataset("folder", images)
     return ProbeRunner(Encoder(encoder, world.device), data, plan, world, folder).run()
 
 
-def parted(world: World, encoder: Path, pictures: Path, folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """A run on this rank's parts, and probes after two steps on parts of five and two pictures, or on all."""
+def parted(world: World, encoder: Path, images: Path, folder: Path) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """A run on this rank's parts, and probes after two steps on parts of five and two images, or on all."""
     grid = ProbeGrid(["attentive", "linear"], 64, 3, RECIPE, seed=0, world=world)
     made = torch.Generator().manual_seed(0)
     for step in range(2):
@@ -226,14 +226,14 @@ def parted(world: World, encoder: Path, pictures: Path, folder: Path) -> tuple[d
         grid.step(features[part], labels[part], 7, step, 4)
     trained = [parameter.detach() for probe in grid.probes for parameter in probe.parameters()]
     assert world.of_main(f"said by {world.rank}") == "said by 0"
-    return run(world, encoder, pictures, folder, False), trained
+    return run(world, encoder, images, folder, False), trained
 
 
-def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    found = ranks.run(parted, 2, encoder, pictures, tmp_path / "two")
+def test_one_and_two_processes_agree_and_learn(encoder: Path, images: Path, tmp_path: Path) -> None:
+    found = ranks.run(parted, 2, encoder, images, tmp_path / "two")
     both = [results for results, _ in found]
     assert both[0] == both[1]
-    alone, whole = parted(ALONE, encoder, pictures, tmp_path / "one")
+    alone, whole = parted(ALONE, encoder, images, tmp_path / "one")
     for _, trained in found:
         for one, other in zip(trained, whole, strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -241,42 +241,42 @@ def test_one_and_two_processes_agree_and_learn(encoder: Path, pictures: Path, tm
         assert alone[kind]["mean"] > 90, "three colours are told apart, even by a random encoder's features"
         for one, other in zip(alone[kind]["seeds"], both[0][kind]["seeds"], strict=True):
             assert one["rate"] == other["rate"] == 1e-2  # the other rate learns nothing
-            assert abs(one["accuracy"] - other["accuracy"]) < 2  # a picture at most changes sides
+            assert abs(one["accuracy"] - other["accuracy"]) < 2  # an image at most changes sides
     assert alone["neighbours"] == both[0]["neighbours"]
 
 
-def test_features_are_made_once(encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(ALONE, encoder, pictures, tmp_path, False)
+def test_features_are_made_once(encoder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(ALONE, encoder, images, tmp_path, False)
     files = sorted(tmp_path.iterdir())
     monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("the encoder ran again"))
-    assert run(ALONE, encoder, pictures, tmp_path, False) == first
+    assert run(ALONE, encoder, images, tmp_path, False) == first
     assert sorted(tmp_path.iterdir()) == files
 
 
-def test_a_file_of_features_that_is_lost_or_cut_is_made_again(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    first = run(ALONE, encoder, pictures, tmp_path, False)
+def test_a_file_of_features_that_is_lost_or_cut_is_made_again(encoder: Path, images: Path, tmp_path: Path) -> None:
+    first = run(ALONE, encoder, images, tmp_path, False)
     for file in tmp_path.glob("train-*.features"):
         file.unlink()
     for file in tmp_path.glob("test-*.features"):
         with file.open("r+b") as opened:
             opened.truncate(11)
-    assert run(ALONE, encoder, pictures, tmp_path, False) == first
+    assert run(ALONE, encoder, images, tmp_path, False) == first
 
 
 def test_damaged_features_are_made_again_and_a_disk_that_takes_none_is_done_without(
-    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    encoder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = run(ALONE, encoder, pictures, tmp_path, False)
+    first = run(ALONE, encoder, images, tmp_path, False)
     for file in tmp_path.glob("*.features"):
         data = bytearray(file.read_bytes())
-        for place in range(1000, len(data), len(data) // 7):  # features, labels or states of some pictures
+        for place in range(1000, len(data), len(data) // 7):  # features, labels or states of some images
             data[place] ^= 16
         file.write_bytes(data)
-    assert run(ALONE, encoder, pictures, tmp_path, False) == first
+    assert run(ALONE, encoder, images, tmp_path, False) == first
     assert "made again" in caplog.text
     (tmp_path / "file").touch()
-    assert run(ALONE, encoder, pictures, tmp_path / "file" / "no folder", False) == first
-    assert "sees each picture again" in caplog.text
+    assert run(ALONE, encoder, images, tmp_path / "file" / "no folder", False) == first
+    assert "sees each image again" in caplog.text
 
 
 def test_an_encoder_that_is_not_finite_gets_no_score(encoder: Path, tmp_path: Path) -> None:
@@ -290,14 +290,14 @@ def test_an_encoder_that_is_not_finite_gets_no_score(encoder: Path, tmp_path: Pa
         Encoder(tmp_path / "spoiled", torch.device("cpu"))
 
 
-def test_features_that_are_not_finite_get_no_score(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    """Weights that are finite can make them; every picture would be told to be of the first class."""
+def test_features_that_are_not_finite_get_no_score(encoder: Path, images: Path, tmp_path: Path) -> None:
+    """Weights that are finite can make them; every image would be told to be of the first class."""
     shutil.copytree(encoder, tmp_path / "huge")
     tensors = load_file(tmp_path / "huge" / "model.safetensors")
     huge = {name: tensor * (1e25 if "layers.1.mlp" in name else 1) for name, tensor in tensors.items()}
     save_file(huge, tmp_path / "huge" / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="huge makes features of some pictures that are not finite: give sound"):
-        run(ALONE, tmp_path / "huge", pictures, tmp_path / "out", False)
+    with pytest.raises(ValueError, match="huge makes features of some images that are not finite: give sound"):
+        run(ALONE, tmp_path / "huge", images, tmp_path / "out", False)
 
 
 def test_a_probe_that_has_diverged_is_right_nowhere() -> None:
@@ -311,14 +311,14 @@ def test_a_probe_that_has_diverged_is_right_nowhere() -> None:
     assert right == {(kind, rate): 6 if rate < 1 else 0 for kind, rate in grid.keys}
 
 
-def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, images: Path, tmp_path: Path) -> None:
     """Weights as .bin, the same config, the same folder: found by what was loaded alone."""
     zeros = tmp_path / "zeros"
     shutil.copytree(encoder, zeros)
     tensors = load_file(zeros / "model.safetensors")
     (zeros / "model.safetensors").unlink()
     torch.save({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, zeros / "pytorch_model.bin")
-    data, plan = open_dataset("folder", pictures), ProbeConfig(("linear",), RECIPE, seeds=(0,), augment=False)
+    data, plan = open_dataset("folder", images), ProbeConfig(("linear",), RECIPE, seeds=(0,), augment=False)
     found = []
     for path in (encoder, zeros):
         model = Encoder(path, ALONE.device)
@@ -329,13 +329,13 @@ def test_an_encoder_of_zeros_is_not_given_anothers_features(encoder: Path, pictu
     assert found[1]["linear"]["mean"] == pytest.approx(100 / 3)
 
 
-def test_augmented_pictures_differ_by_epoch_and_serve(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    assert run(ALONE, encoder, pictures, tmp_path, True)["linear"]["mean"] > 80
+def test_augmented_images_differ_by_epoch_and_serve(encoder: Path, images: Path, tmp_path: Path) -> None:
+    assert run(ALONE, encoder, images, tmp_path, True)["linear"]["mean"] > 80
     assert not list(tmp_path.iterdir())  # what changes is not kept
 
 
-def test_the_test_pictures_choose_nothing(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data = open_dataset("folder", pictures)
+def test_the_test_images_choose_nothing(encoder: Path, images: Path, tmp_path: Path) -> None:
+    data = open_dataset("folder", images)
 
     def wrong(i: int) -> tuple[torch.Tensor, int]:
         pixels, label = data.test.read(i)
@@ -352,8 +352,8 @@ def test_the_test_pictures_choose_nothing(encoder: Path, pictures: Path, tmp_pat
     assert made[1]["accuracy"] < 10
 
 
-def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data: ClassificationDataset = open_dataset("folder", pictures)
+def test_a_part_of_the_images_is_the_same_part_for_all(encoder: Path, images: Path, tmp_path: Path) -> None:
+    data: ClassificationDataset = open_dataset("folder", images)
     plan = ProbeConfig(("linear",), RECIPE, limit=50)
     benches = [ProbeRunner(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path / str(i)) for i in range(2)]
     assert benches[0].train_part.tolist() == benches[1].train_part.tolist()
@@ -364,10 +364,10 @@ def test_a_part_of_the_pictures_is_the_same_part_for_all(encoder: Path, pictures
 
 
 def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
-    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    encoder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "folder").symlink_to(pictures)
+    (tmp_path / "data" / "folder").symlink_to(images)
     (tmp_path / "data" / "emoji").symlink_to(ROOT / "hive_scale/data/sample")
     words = [str(encoder), "--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--augment", "none"]
     words += ["--heads", "linear", "--rates", "1e-2", "--batch", "32", "--limit", "64", "--seeds", "1", "--epochs"]
@@ -383,24 +383,24 @@ def test_a_set_that_has_results_is_passed_over_until_something_is_changed(
         probe.main([*words, "2", "--set", "folder"])
 
 
-def relabel(pictures: Path) -> None:
-    """Two classes of the test pictures change names: same files, same sizes, other labels."""
+def relabel(images: Path) -> None:
+    """Two classes of the test images change names: same files, same sizes, other labels."""
     for before, after in (("blue", "then"), ("red", "blue"), ("then", "red")):
-        (pictures / "test" / before).rename(pictures / "test" / after)
+        (images / "test" / before).rename(images / "test" / after)
 
 
-def repaint(pictures: Path) -> None:
-    """A picture gives way to another; its file keeps name and size."""
-    small, *_, large = sorted((pictures / "train").rglob("*.png"), key=lambda path: path.stat().st_size)
+def repaint(images: Path) -> None:
+    """An image gives way to another; its file keeps name and size."""
+    small, *_, large = sorted((images / "train").rglob("*.png"), key=lambda path: path.stat().st_size)
     large.write_bytes(small.read_bytes().ljust(large.stat().st_size, b"\0"))
 
 
 @pytest.mark.parametrize("change", [relabel, repaint])
-def test_results_and_features_are_those_of_these_labels_and_pictures(
-    encoder: Path, pictures: Path, tmp_path: Path, change: Any
+def test_results_and_features_are_those_of_these_labels_and_images(
+    encoder: Path, images: Path, tmp_path: Path, change: Any
 ) -> None:
-    mine = tmp_path / "pictures"
-    shutil.copytree(pictures, mine)
+    mine = tmp_path / "images"
+    shutil.copytree(images, mine)
     plan = ProbeConfig(("linear",), replace(RECIPE, rates=(1e-2,)), seeds=(0,), augment=False)
     model, made = Encoder(encoder, ALONE.device), []
     for _ in range(2):
@@ -418,12 +418,12 @@ def test_results_and_features_are_those_of_these_labels_and_pictures(
     assert len(list((tmp_path / "features").glob("train-*.features"))) == 2
 
 
-def test_results_of_another_precision_depth_or_plan_are_not_read(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data, plan, path = open_dataset("folder", pictures), ProbeConfig(("linear",), RECIPE), tmp_path / "results.json"
+def test_results_of_another_precision_depth_or_plan_are_not_read(encoder: Path, images: Path, tmp_path: Path) -> None:
+    data, plan, path = open_dataset("folder", images), ProbeConfig(("linear",), RECIPE), tmp_path / "results.json"
     model = Encoder(encoder, ALONE.device)
     save(path, plan, model, data, {"linear": {"mean": 1.0}})
     assert read_results(path, plan, model, data) == {"linear": {"mean": 1.0}}
-    assert read_results(path, replace(plan, workers=3), model, data), "who reads the pictures changes nothing"
+    assert read_results(path, replace(plan, workers=3), model, data), "who reads the images changes nothing"
     others = [Encoder(encoder, ALONE.device, torch.bfloat16), Encoder(encoder, ALONE.device, depth=-1)]
     assert not any(read_results(path, plan, other, data) for other in others)
     plans = [replace(plan, recipe=replace(RECIPE, min_steps=1)), replace(plan, limit=9), replace(plan, augment=False)]
@@ -457,11 +457,11 @@ def test_a_small_sets_probe_tells_apart_what_logistic_regression_does(encoder: P
     asked, truth = features(data.test, np.arange(data.test.size))
     regression = 100 * float(((asked @ weight + bias).argmax(1) == truth).float().mean())
     assert regression > 30
-    assert found > regression - 8  # two standard deviations of 159 test pictures
+    assert found > regression - 8  # two standard deviations of 159 test images
 
 
 def test_few_batches_are_each_trained_on_until_there_are_steps_enough(
-    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, int, int]] = []
     step = ProbeGrid.step
@@ -471,8 +471,8 @@ def test_few_batches_are_each_trained_on_until_there_are_steps_enough(
         step(self, features, labels, count, number, num_steps)
 
     monkeypatch.setattr(ProbeGrid, "step", watched)
-    recipe = replace(RECIPE, epochs=2, batch=50, min_steps=10)  # 108 pictures to choose by: 2 batches an epoch
-    data, plan = open_dataset("folder", pictures), ProbeConfig(("linear",), recipe, seeds=(0,), augment=False)
+    recipe = replace(RECIPE, epochs=2, batch=50, min_steps=10)  # 108 images to choose by: 2 batches an epoch
+    data, plan = open_dataset("folder", images), ProbeConfig(("linear",), recipe, seeds=(0,), augment=False)
     ProbeRunner(Encoder(encoder, ALONE.device), data, plan, ALONE, tmp_path).run()
     assert [one for one in seen if one[2] == 2] == [(i, 12, 2) for i in range(12)]  # 3 times each
     assert [one for one in seen if one[2] == 1] == [(i, 12, 1) for i in range(12)]  # and the rate chosen, on all 120
@@ -481,8 +481,8 @@ def test_few_batches_are_each_trained_on_until_there_are_steps_enough(
     assert {total for _, total, _ in seen} == {3 * RECIPE.epochs}, "batches enough are trained on once"
 
 
-def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pictures: Path, tmp_path: Path) -> None:
-    data = open_dataset("folder", pictures)
+def test_what_is_tested_has_learned_from_all_training_images(encoder: Path, images: Path, tmp_path: Path) -> None:
+    data = open_dataset("folder", images)
     seen: list[int] = []
 
     def noted(i: int) -> tuple[torch.Tensor, int]:
@@ -494,7 +494,7 @@ def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pi
     bench = ProbeRunner(Encoder(encoder, ALONE.device), watched, plan, ALONE, tmp_path)
     bench.run()
     half = seen.index(next(i for i in seen if i in bench.choice_part))
-    assert not {*seen[:half]} & {*bench.choice_part.tolist()}, "no picture to choose by is trained on before the choice"
+    assert not {*seen[:half]} & {*bench.choice_part.tolist()}, "no image to choose by is trained on before the choice"
     assert {*seen[half + len(bench.choice_part) :]} == {*range(120)}
     seen.clear()
     given = replace(watched, validation=data.test)
@@ -502,8 +502,8 @@ def test_what_is_tested_has_learned_from_all_training_pictures(encoder: Path, pi
     assert len(seen) == 2 * 120, "a split to choose by holds nothing back, and nothing is trained again"
 
 
-def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
-    encoder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_each_seed_and_epoch_takes_the_images_in_an_order_of_its_own(
+    encoder: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, list[int]]] = []
     batches = Source.batches
@@ -515,7 +515,7 @@ def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
     monkeypatch.setattr(Source, "batches", noted)
     recipe = replace(RECIPE, epochs=2, batch=9, rates=(1e-2,))
     plan = ProbeConfig(("linear",), recipe, seeds=(0, 1), augment=True, limit=20)
-    ProbeRunner(Encoder(encoder, ALONE.device), open_dataset("folder", pictures), plan, ALONE, tmp_path).run()
+    ProbeRunner(Encoder(encoder, ALONE.device), open_dataset("folder", images), plan, ALONE, tmp_path).run()
     trained = [(draw, order) for draw, order in seen if draw is not None]
     places = [(seed, epoch) for seed in (0, 1) for _ in ("to choose", "on all") for epoch in (0, 1)]
     assert [draw for draw, _ in trained] == places
@@ -526,9 +526,9 @@ def test_each_seed_and_epoch_takes_the_pictures_in_an_order_of_its_own(
 
 
 @pytest.mark.parametrize("split", ["none", "its own"])
-def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path, tmp_path: Path, split: str) -> None:
+def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, images: Path, tmp_path: Path, split: str) -> None:
     """Wherever in the grid it stands; and chosen on the split that the set has for it."""
-    data = open_dataset("folder", pictures)
+    data = open_dataset("folder", images)
 
     def sometimes_wrong(i: int) -> tuple[torch.Tensor, int]:
         pixels, label = data.train.read(i)
@@ -546,7 +546,7 @@ def test_the_rate_chosen_is_the_one_that_is_tested(encoder: Path, pictures: Path
             assert seed["chosen"] == pytest.approx(75, abs=5), kind
 
 
-def test_neighbours_are_sought_among_all_training_pictures_by_mean_features(encoder: Path, tmp_path: Path) -> None:
+def test_neighbours_are_sought_among_all_training_images_by_mean_features(encoder: Path, tmp_path: Path) -> None:
     data = open_dataset("emoji", ROOT / "hive_scale/data/sample")
     model = Encoder(encoder, ALONE.device)
     bench = ProbeRunner(model, data, ProbeConfig((), RECIPE, neighbours=True, limit=100), ALONE, tmp_path)
@@ -605,14 +605,14 @@ def test_rates_at_an_edge_are_told() -> None:
 )
 def test_a_user_error_is_one_line_and_exit_code_2(
     encoder: Path,
-    pictures: Path,
+    images: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
     message: str,
 ) -> None:
     launcher = ROOT / "launchers/probe.py"
-    monkeypatch.setattr(sys, "argv", [str(launcher), str(encoder), "--data", str(pictures), *words])
+    monkeypatch.setattr(sys, "argv", [str(launcher), str(encoder), "--data", str(images), *words])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(launcher), run_name="__main__")
     assert end.value.code == 2

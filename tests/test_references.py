@@ -73,7 +73,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None) ->
 
 
 def encode(p: Weights, config: dict[str, Any], pixels: Tensor) -> list[Tensor]:
-    """Hidden states (V, C) of one picture, embeddings first; a class token stays."""
+    """Hidden states (V, C) of one image, embeddings first; a class token stays."""
     clip = config["model_type"].startswith("clip")
     mean, std = (
         ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)) if clip else ((0.5,) * 3,) * 2
@@ -233,7 +233,7 @@ def with_images(tokens: Sequence[int], slot: int, image: int, count: int) -> lis
     ids=["siglip-llama", "clip-qwen2", "siglip-qwen3"],
 )
 def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: Any, llm: str, slots: Any) -> None:
-    """Loss, all gradients and what is written; ragged, and the first sample has no picture."""
+    """Loss, all gradients and what is written; ragged, and the first sample has no image."""
     language = tiny.language(llm, vocab_size=300, num_hidden_layers=3, bos_token_id=1, eos_token_id=1)
     config = ModelConfig(
         PartConfig(config=tower), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5
@@ -284,7 +284,7 @@ def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: A
 
 
 @torch.no_grad()
-def test_the_picture_decides_the_first_word_of_the_baseline() -> None:
+def test_the_image_decides_the_first_word_of_the_baseline() -> None:
     model = tiny.sighted(init_model(tiny.model_config("concat"), 0).eval(), 2.0)
     batch = tiny.batch(2)
     logits = [

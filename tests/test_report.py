@@ -61,7 +61,7 @@ def small(output: Path, fusion: str, *names: str, **changes: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[RunView]:
-    """A HIVE and a baseline, trained for two steps a stage, with a dozen pictures to look at."""
+    """A HIVE and a baseline, trained for two steps a stage, with a dozen images to look at."""
     import webdataset
 
     folder = tmp_path_factory.mktemp("runs")
@@ -140,7 +140,7 @@ def test_a_legend_names_every_curve_whatever_it_is_called() -> None:
 
 
 @pytest.mark.parametrize("side", [32, 37])
-def test_maps_lie_on_the_part_of_the_picture_that_patches_cover(side: int) -> None:
+def test_maps_lie_on_the_part_of_the_image_that_patches_cover(side: int) -> None:
     config = tiny.model_config()
     config = replace(config, vision=PartConfig(config=tiny.SIGLIP | {"image_size": side}))
     model, pixels = init_model(config, seed=0), torch.zeros(3, side, side, dtype=torch.uint8)
@@ -249,7 +249,7 @@ def test_attention_by_command(runs: list[RunView], tmp_path: Path) -> None:
     done = visualize("attention", str(runs[0].dir), "--caption", "a red cat", "--tokens", "red,cat", "--output", output)
     assert done.returncode == 0, done.stderr
     text = Path(output).read_text()
-    assert text.count("<image") == 2 * (1 + 2 * 2)  # layers x (the picture, and both layers of each map)
+    assert text.count("<image") == 2 * (1 + 2 * 2)  # layers x (the image, and both layers of each map)
     assert ">red<" in text
 
 
@@ -259,8 +259,8 @@ def test_attention_by_command(runs: list[RunView], tmp_path: Path) -> None:
         (lambda runs, _: RunView(runs[0].dir / "joint"), "is no run, for it has no config.yaml"),
         (lambda runs, _: runs[0].model("joined"), "no stage 'joined': there are projector, joint, initial"),
         (lambda runs, new: RunView(new).model(), "no finished stage: train it to its end"),
-        (lambda runs, _: runs[0].read_picture(ROOT / "README.md"), "README.md: .*: give a JPEG, PNG or WebP"),
-        (lambda runs, _: runs[0].read_picture(Path("nowhere.png")), "nowhere.png: No such file"),
+        (lambda runs, _: runs[0].read_image(ROOT / "README.md"), "README.md: .*: give a JPEG, PNG or WebP"),
+        (lambda runs, _: runs[0].read_image(Path("nowhere.png")), "nowhere.png: No such file"),
         (lambda runs, _: pairs_of(runs[0], [Path("a.png")], [], 1), "has no caption.*write a.txt"),
         (lambda runs, _: pairs_of(runs[0], [Path("a.png")], ["a", "b"], 1), "2 captions for 1 images"),
         (
@@ -281,12 +281,10 @@ def test_a_run_under_way_is_reported_with_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "projector").mkdir()
     line = {"step": 1, "samples": 8, "loss": 2.0, "grad_norm": 1.0, "lr": {"a": 0.1}, "seconds": 1, "data_seconds": 0}
     (tmp_path / "projector" / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 2, "lo')
-    fault = {"shard": "a.tar", "key": "7", "reason": "no picture"}
+    fault = {"shard": "a.tar", "key": "7", "reason": "no image"}
     (tmp_path / "bad_samples.jsonl").write_text(json.dumps(fault) + "\n")
     found = reports.report([RunView(tmp_path)], look=False)
-    assert [(row["reason"], row["samples"], row["such as"]) for row in found.faults] == [
-        ("no picture", "1", "a.tar: 7")
-    ]
+    assert [(row["reason"], row["samples"], row["such as"]) for row in found.faults] == [("no image", "1", "a.tar: 7")]
     assert any("line 2 is cut off" in note for note in found.notes)
     assert "Training loss" in found.plots
     reports.save_report(found, tmp_path / "report.html", tmp_path / "plots")
@@ -299,7 +297,7 @@ def test_a_run_under_way_is_reported_with_what_it_has(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def report(runs: list[RunView], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    reports.save_report(reports.report(runs, pictures=2), path)
+    reports.save_report(reports.report(runs, images=2), path)
     return path
 
 

@@ -112,7 +112,7 @@ def test_a_pickle_in_a_checkpoints_place_is_not_run(tmp_path: Path, world: World
 
 
 def png(width: int, height: int) -> bytes:
-    """A black picture of any size in few bytes, all of whose rows are there."""
+    """A black image of any size in few bytes, all of whose rows are there."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -123,13 +123,13 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_a_picture_of_600_megapixels_and_a_pickle_in_a_shard_are_left_out(tmp_path: Path) -> None:
+def test_an_image_of_600_megapixels_and_a_pickle_in_a_shard_are_left_out(tmp_path: Path) -> None:
     marker, shard = tmp_path / "ran", tmp_path / "shard.tar"
     large = png(30_000, 20_000)
     assert len(large) < 1_000_000
     with tarfile.open(shard, "w") as tar:
-        for key, picture in (("large", large), ("good", png(64, 64))):
-            for name, content in ((f"{key}.png", picture), (f"{key}.txt", b"a picture")):
+        for key, image in (("large", large), ("good", png(64, 64))):
+            for name, content in ((f"{key}.png", image), (f"{key}.txt", b"an image")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, BytesIO(content))

@@ -205,7 +205,7 @@ def test_a_refusal_is_not_asked_for_again_and_says_what_to_do(remote: Remote, co
 
 
 def test_in_a_worker_it_is_no_bad_sample_but_the_end(remote: Remote, tmp_path: Path) -> None:
-    """Else a server's bad day would pass for broken pictures, all left out."""
+    """Else a server's bad day would pass for broken images, all left out."""
     local = write_set(tmp_path / "set", [5, 5])
     remote.files = {Path(shard).name: Path(shard).read_bytes() for shard in local}
     urls = [f"{remote.address}/{Path(shard).name}" for shard in local]

@@ -59,7 +59,7 @@ def png(size: tuple[int, int] = (8, 8), color: Any = "red", mode: str = "RGBA") 
 
 
 def record(name: str, **changes: Any) -> Record:
-    values = {"key": name, "picture": png(), "caption": name, "concept": name, "metadata": {"label": name}}
+    values = {"key": name, "image": png(), "caption": name, "concept": name, "metadata": {"label": name}}
     return Record(**(values | changes))
 
 
@@ -80,7 +80,7 @@ def test_sample_fits_the_package_and_names_its_makers() -> None:
     assert "Apache License" in (SAMPLE / "LICENSE").read_text()
 
 
-def test_sample_has_caption_labels_and_picture_for_every_key(sample: Any) -> None:
+def test_sample_has_caption_labels_and_image_for_every_key(sample: Any) -> None:
     categories = set()
     for key, parts in (sample["train"] | sample["heldout"]).items():
         assert set(parts) == {"jpg", "txt", "json"}, key
@@ -91,9 +91,9 @@ def test_sample_has_caption_labels_and_picture_for_every_key(sample: Any) -> Non
         assert len(parts["txt"]) <= 60, key
         assert caption == caption.lower(), key
         categories.add(facts["category"])
-        with Image.open(io.BytesIO(parts["jpg"])) as picture:
-            picture.load()
-            assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (64, 64)), key
+        with Image.open(io.BytesIO(parts["jpg"])) as image:
+            image.load()
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64)), key
     assert len(categories) == 9
 
 
@@ -105,15 +105,15 @@ def test_sample_splits_share_no_concept(sample: Any) -> None:
     assert not set(sample["train"]) & set(sample["heldout"])
 
 
-def test_sample_splits_share_no_picture(sample: Any) -> None:
+def test_sample_splits_share_no_image(sample: Any) -> None:
     """Even a twin under another name and another concept would let memory pass for sight."""
 
     def thumbnails(split: str) -> np.ndarray:
-        pictures = [Image.open(io.BytesIO(parts["jpg"])) for parts in sample[split].values()]
-        return np.stack([np.asarray(p.resize((16, 16), Image.Resampling.BOX), np.float32).ravel() for p in pictures])
+        images = [Image.open(io.BytesIO(parts["jpg"])) for parts in sample[split].values()]
+        return np.stack([np.asarray(p.resize((16, 16), Image.Resampling.BOX), np.float32).ravel() for p in images])
 
     train = thumbnails("train")
-    nearest = [np.abs(train - picture).mean(1).min() for picture in thumbnails("heldout")]
+    nearest = [np.abs(train - image).mean(1).min() for image in thumbnails("heldout")]
     assert min(nearest) > 2.5  # of 255; clock faces an hour apart differ by 1.7, men's and women's room by 2.1
 
 
@@ -133,7 +133,7 @@ def test_the_launcher_makes_the_shipped_sample_again_bit_for_bit(tmp_path: Path)
     assert sorted(path.name for path in made.iterdir()) == shipped
     for name in shipped:
         assert (made / name).read_bytes() == (SAMPLE / name).read_bytes(), (
-            f"{name} differs: was the recipe changed, or Pillow's JPEG library (see pictures.Jpeg)?"
+            f"{name} differs: was the recipe changed, or Pillow's JPEG library (see images.Jpeg)?"
         )
 
 
@@ -171,7 +171,7 @@ def test_different_things_are_different_concepts(one: str, other: str, category:
     assert concepts.concept_of(one, category) != concepts.concept_of(other, category)
 
 
-def test_concepts_with_the_same_picture_merge_whatever_their_order() -> None:
+def test_concepts_with_the_same_image_merge_whatever_their_order() -> None:
     merged = concepts.merge(["norway", "bouvet", "norway", "france"], [b"1", b"1", b"2", b"3"])
     assert merged == {"norway": "bouvet", "bouvet": "bouvet", "france": "france"}
     chained = concepts.merge(["c", "b", "b", "a"], [b"1", b"1", b"2", b"2"])
@@ -184,7 +184,7 @@ def test_captions_name_the_kind_once() -> None:
     assert emoji.caption_of("family", "family") == "family"
 
 
-# --- pictures
+# --- images
 
 
 def header_only(width: int, height: int) -> bytes:
@@ -199,24 +199,24 @@ def header_only(width: int, height: int) -> bytes:
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("size", [(30_000, 20_000), (10_000, 10_000), (8_000, 7_000)])
-def test_a_picture_too_large_is_refused_before_it_is_decoded(
+def test_an_image_too_large_is_refused_before_it_is_decoded(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def decoded(*_: Any) -> None:
-        raise AssertionError("the picture was decoded")
+        raise AssertionError("the image was decoded")
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", decoded)
     with pytest.raises(ValueError, match="allowed"):
         to_jpeg(header_only(*size), Jpeg())
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", png()[:40], header_only(8, 8), b"GIF89a" + bytes(40)])
-def test_what_is_no_picture_is_refused_with_one_kind_of_error(data: bytes) -> None:
+@pytest.mark.parametrize("data", [b"", b"no image", png()[:40], header_only(8, 8), b"GIF89a" + bytes(40)])
+def test_what_is_no_image_is_refused_with_one_kind_of_error(data: bytes) -> None:
     with pytest.raises(ValueError, match="not a readable"):
         to_jpeg(data, Jpeg())
 
 
-def test_pictures_are_whole_centred_and_on_white() -> None:
+def test_images_are_whole_centred_and_on_white() -> None:
     out = Image.open(io.BytesIO(to_jpeg(png((40, 20), (255, 0, 0, 255)), Jpeg(size=64, quality=95))))
     pixels = np.asarray(out, np.int32)
     assert out.size == (64, 64)
@@ -330,8 +330,8 @@ def test_the_same_records_give_the_same_bytes_in_any_order(tmp_path: Path) -> No
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
 
 
-def test_a_broken_picture_is_left_out_and_named(tmp_path: Path) -> None:
-    summary = write([record("good"), record("bad", picture=b"?")], tmp_path, Jpeg(size=8))
+def test_a_broken_image_is_left_out_and_named(tmp_path: Path) -> None:
+    summary = write([record("good"), record("bad", image=b"?")], tmp_path, Jpeg(size=8))
     assert sum(summary.samples.values()) == 1
     assert len(summary.skipped) == 1
     assert summary.skipped[0].startswith("bad: not a readable")

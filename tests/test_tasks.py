@@ -21,13 +21,13 @@ from hive_scale.evaluate import easyvqa, gqa, mme, okvqa, scienceqa
 from hive_scale.evaluate.answer_parsing import choice_letter, plain_normal, vqa_normal, yes_or_no
 from hive_scale.evaluate.readers import rows
 from hive_scale.evaluate.tasks import TASKS, find_task
-from hive_scale.evaluate.vqa_types import Picture, Question, Unanswerable, decoded
+from hive_scale.evaluate.vqa_types import ImageFile, Question, Unanswerable, decoded
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def picture(seed: int) -> dict[str, Any]:
-    return {"bytes": tars.picture_bytes(seed=seed), "path": None}
+def image(seed: int) -> dict[str, Any]:
+    return {"bytes": tars.image_bytes(seed=seed), "path": None}
 
 
 def write(path: Path, rows: Sequence[dict[str, Any]], row_group: int = 2) -> None:
@@ -39,13 +39,13 @@ def write(path: Path, rows: Sequence[dict[str, Any]], row_group: int = 2) -> Non
     parquet.write_table(pa.table(columns), path, row_group_size=row_group)
 
 
-def touch_picture(path: Path) -> None:
+def touch_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(tars.picture_bytes())
+    path.write_bytes(tars.image_bytes())
 
 
-def ask(truth: dict[str, Any], about_picture: bool = True) -> Question:
-    return Question("q", "?", Picture("p", bytes) if about_picture else None, truth)
+def ask(truth: dict[str, Any], about_image: bool = True) -> Question:
+    return Question("q", "?", ImageFile("p", bytes) if about_image else None, truth)
 
 
 # --- what an answer says
@@ -233,7 +233,7 @@ def test_exact_match_of_gqa(answer: str, truth: str, right: bool) -> None:
 def test_mme_by_hand() -> None:
     def pair(category: str, name: str, answers: tuple[str, str]) -> list[tuple[Question, str]]:
         truths = ("yes", "no")
-        facts = [{"answer": truth, "category": category, "picture": name} for truth in truths]
+        facts = [{"answer": truth, "category": category, "image": name} for truth in truths]
         return [(ask(fact), answer) for fact, answer in zip(facts, answers, strict=True)]
 
     answered = [
@@ -269,7 +269,7 @@ def test_mme_has_the_published_subtasks_and_maxima() -> None:
         "OCR",
     ]
     cognition = ["commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"]
-    facts = [{"answer": "yes", "category": name, "picture": "1"} for name in (*perception, *cognition)] * 2
+    facts = [{"answer": "yes", "category": name, "image": "1"} for name in (*perception, *cognition)] * 2
     scores = mme.score([(ask(fact), "yes") for fact in facts])
     assert (scores.pop("sum"), scores.pop("perception"), scores.pop("cognition")) == (2800, 2000, 800)
     assert scores == dict.fromkeys([*perception, *cognition], 200)
@@ -278,7 +278,7 @@ def test_mme_has_the_published_subtasks_and_maxima() -> None:
 def test_one_question_and_none_are_scored() -> None:
     assert okvqa.score([(ask({"answers": ["cat"] * 10}), "cat")]) == {"accuracy": 100.0}
     assert scienceqa.score([(ask({"answer": "A"}), "A")]) == {"image": 100.0}
-    assert scienceqa.score([(ask({"answer": "A"}, about_picture=False), "A")]) == {"full": 100.0, "image": 0.0}
+    assert scienceqa.score([(ask({"answer": "A"}, about_image=False), "A")]) == {"full": 100.0, "image": 0.0}
     assert okvqa.score([]) == gqa.score([]) == {"accuracy": 0.0}
     assert scienceqa.score([]) == {"image": 0.0}
     assert mme.score([]) == {"sum": 0.0, "perception": 0.0, "cognition": 0.0}
@@ -314,8 +314,8 @@ def test_scienceqa_by_hand() -> None:
     answered = [
         (ask({"answer": "A"}), "A"),
         (ask({"answer": "B"}), "A. the first"),
-        (ask({"answer": "C"}, about_picture=False), "C. the third"),
-        (ask({"answer": "C"}, about_picture=False), "C"),
+        (ask({"answer": "C"}, about_image=False), "C. the third"),
+        (ask({"answer": "C"}, about_image=False), "C"),
     ]
     assert scienceqa.score(answered) == {"full": 75.0, "image": 50.0}
     assert scienceqa.score(answered[:2]) == {"image": 50.0}  # without text questions there is no such figure
@@ -327,46 +327,46 @@ def test_scienceqa_by_hand() -> None:
 def check(question: Question, prompt: str, truth: dict[str, Any], seed: int | None) -> None:
     assert question.prompt == prompt
     assert question.truth == truth
-    assert (question.picture is None) == (seed is None)
-    if question.picture is not None and seed is not None:
-        assert question.picture.read() == tars.picture_bytes(seed=seed)
+    assert (question.image is None) == (seed is None)
+    if question.image is not None and seed is not None:
+        assert question.image.read() == tars.image_bytes(seed=seed)
 
 
 def test_mme_from_parquet(tmp_path: Path) -> None:
     asked = ["Is this a dog? Please answer yes or no.", "Is this a cat? Please answer yes or no."]
     rows = [
-        {"question_id": f"existence/{n}.jpg", "image": picture(n), "question": q, "answer": a, "category": "existence"}
+        {"question_id": f"existence/{n}.jpg", "image": image(n), "question": q, "answer": a, "category": "existence"}
         for n in range(3)
         for q, a in zip(asked, ("Yes", "No."), strict=True)
     ]
     write(tmp_path / "data" / "test-00000-of-00001.parquet", rows)
     questions = mme.read(tmp_path)
     assert len({question.id for question in questions}) == 6
-    assert questions[0].picture == questions[1].picture != questions[2].picture
-    truth = {"answer": "no", "category": "existence", "picture": "existence/2.jpg"}
+    assert questions[0].image == questions[1].image != questions[2].image
+    truth = {"answer": "no", "category": "existence", "image": "existence/2.jpg"}
     check(questions[5], "Is this a cat?\nAnswer the question using a single word or phrase.", truth, seed=2)
 
 
 def test_mme_from_its_release(tmp_path: Path) -> None:
-    touch_picture(tmp_path / "count" / "1.jpg")  # both of the release's ways to lay out a subtask
+    touch_image(tmp_path / "count" / "1.jpg")  # both of the release's ways to lay out a subtask
     (tmp_path / "count" / "1.txt").write_text("Are there two?\tYes\nAre there three?\tNo\n")
-    touch_picture(tmp_path / "posters" / "images" / "tt1.png")
+    touch_image(tmp_path / "posters" / "images" / "tt1.png")
     (tmp_path / "posters" / "questions_answers_YN").mkdir()
     (tmp_path / "posters" / "questions_answers_YN" / "tt1.txt").write_text("A?\tYes\nB?\tNo")
     questions = mme.read(tmp_path)
-    assert [question.truth["picture"] for question in questions] == ["count/1.jpg"] * 2 + ["posters/tt1.png"] * 2
+    assert [question.truth["image"] for question in questions] == ["count/1.jpg"] * 2 + ["posters/tt1.png"] * 2
     assert mme.score([(question, question.truth["answer"]) for question in questions])["sum"] == 400
     (tmp_path / "count" / "1.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1\.txt has no picture of its name"):
+    with pytest.raises(ValueError, match=r"1\.txt has no image of its name"):
         mme.read(tmp_path)
 
 
 @pytest.mark.parametrize(("limit", "asked"), [(1, [0, 3]), (2, [0, 1, 3, 4]), (3, range(6)), (9, range(6))])
 def test_a_limit_leaves_the_pairs_of_mme_whole(tmp_path: Path, limit: int, asked: Sequence[int]) -> None:
-    """Also where the questions about a picture do not stand together, and pictures of two subtasks share a name."""
+    """Also where the questions about an image do not stand together, and images of two subtasks share a name."""
     told = [("count", "1", "Yes"), ("count", "2", "No"), ("color", "1", "Yes")] * 2
     rows = [
-        {"question_id": f"{name}.jpg", "image": picture(0), "question": "?", "answer": answer, "category": category}
+        {"question_id": f"{name}.jpg", "image": image(0), "question": "?", "answer": answer, "category": category}
         for category, name, answer in told
     ]
     write(tmp_path / "test-00000-of-00001.parquet", rows)
@@ -380,12 +380,12 @@ def test_a_limit_leaves_the_pairs_of_mme_whole(tmp_path: Path, limit: int, asked
 def test_gqa_from_parquet(tmp_path: Path) -> None:
     rows = [{"id": "07", "imageId": "n1", "question": "Is it red?", "answer": "no", "isBalanced": True}]
     write(tmp_path / "testdev_balanced_instructions" / "testdev-00000-of-00001.parquet", rows)
-    pictures = tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
-    write(pictures, [{"id": "n0", "image": picture(0)}, {"id": "n1", "image": picture(1)}])
+    images = tmp_path / "testdev_balanced_images" / "testdev-00000-of-00001.parquet"
+    write(images, [{"id": "n0", "image": image(0)}, {"id": "n1", "image": image(1)}])
     (question,) = gqa.read(tmp_path)
     check(question, "Is it red?\nAnswer the question using a single word or phrase.", {"answer": "no"}, seed=1)
-    write(pictures, [{"id": "n0", "image": picture(0)}])
-    with pytest.raises(ValueError, match=r"no picture n1; the files are at https"):
+    write(images, [{"id": "n0", "image": image(0)}])
+    with pytest.raises(ValueError, match=r"no image n1; the files are at https"):
         gqa.read(tmp_path)
 
 
@@ -394,13 +394,13 @@ def test_gqa_from_its_release(tmp_path: Path) -> None:
     (tmp_path / "testdev_balanced_questions.json").write_text(json.dumps({"201307251": item}))
     with pytest.raises(ValueError, match=r"n161313\.jpg: unpack"):
         gqa.read(tmp_path)
-    touch_picture(tmp_path / "images" / "n161313.jpg")
+    touch_image(tmp_path / "images" / "n161313.jpg")
     (question,) = gqa.read(tmp_path)
     assert question.id == "201307251"
 
 
 def test_okvqa_from_parquet(tmp_path: Path) -> None:
-    rows = [{"question_id": "2971475", "image": picture(3), "question": "Which sport?", "answers": ["race"] * 10}]
+    rows = [{"question_id": "2971475", "image": image(3), "question": "Which sport?", "answers": ["race"] * 10}]
     write(tmp_path / "data" / "val2014-00000-of-00002.parquet", rows)
     (question,) = okvqa.read(tmp_path)
     prompt = (
@@ -418,7 +418,7 @@ def test_okvqa_from_its_release(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mscoco_val2014_annotations\.json not found"):
         okvqa.read(tmp_path)
     (tmp_path / okvqa.ANSWERED).write_text(json.dumps(told))
-    touch_picture(tmp_path / "val2014" / "COCO_val2014_000000297147.jpg")
+    touch_image(tmp_path / "val2014" / "COCO_val2014_000000297147.jpg")
     (question,) = okvqa.read(tmp_path)
     assert question.truth == {"answers": ["race"] * 3}
     (tmp_path / okvqa.ANSWERED).write_text(json.dumps({"annotations": []}))
@@ -434,7 +434,7 @@ SCIENCE_PROMPT = (
 
 
 def test_scienceqa_from_parquet(tmp_path: Path) -> None:
-    rows = [SCIENCE | {"image": picture(4)}, SCIENCE | {"image": None, "hint": ""}, SCIENCE | {"image": picture(5)}]
+    rows = [SCIENCE | {"image": image(4)}, SCIENCE | {"image": None, "hint": ""}, SCIENCE | {"image": image(5)}]
     write(tmp_path / "ScienceQA-FULL" / "test-00000-of-00001.parquet", rows)
     write(tmp_path / "ScienceQA-IMG" / "test-00000-of-00001.parquet", rows[:1])  # part of the former
     first, second, third = scienceqa.read(tmp_path)
@@ -447,10 +447,10 @@ def test_scienceqa_from_its_release(tmp_path: Path) -> None:
     problems = {"4": SCIENCE | {"image": "image.png"}, "5": SCIENCE | {"image": None}, "6": SCIENCE | {"image": None}}
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["6"], "test": ["4", "5"]}))
-    touch_picture(tmp_path / "images" / "test" / "4" / "image.png")
+    touch_image(tmp_path / "images" / "test" / "4" / "image.png")
     first, second = scienceqa.read(tmp_path)
     check(first, SCIENCE_PROMPT, {"answer": "B"}, seed=0)
-    assert second.picture is None
+    assert second.image is None
     problems["5"]["answer"] = 2
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     with pytest.raises(ValueError, match="question 5: its answer is choice 2 of 2"):
@@ -462,11 +462,11 @@ def test_scienceqa_from_its_release(tmp_path: Path) -> None:
 
 
 def test_easyvqa_from_its_package(tmp_path: Path) -> None:
-    touch_picture(tmp_path / "test" / "images" / "7.png")
+    touch_image(tmp_path / "test" / "images" / "7.png")
     asked = [["what shape is in the image?", "circle", 7], ["is there a circle?", "yes", 7]]
     (tmp_path / "test" / "questions.json").write_text(json.dumps(asked))
     questions = easyvqa.read(tmp_path)
-    assert questions[0].picture == questions[1].picture
+    assert questions[0].image == questions[1].image
     answered = [(questions[0], "Circle."), (questions[1], "no")]
     assert easyvqa.score(answered) == {"accuracy": 50.0, "named": 100.0}
     assert easyvqa.score(answered[:1]) == {"accuracy": 100.0, "named": 100.0}
@@ -488,7 +488,7 @@ def test_a_wrong_folder_is_named_with_the_place_to_get_the_files(tmp_path: Path,
 
 
 def test_a_column_that_is_missing_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "val2014-0.parquet", [{"question_id": "1", "image": picture(0), "question": "?"}])
+    write(tmp_path / "val2014-0.parquet", [{"question_id": "1", "image": image(0), "question": "?"}])
     with pytest.raises(ValueError, match="no column 'answers': its columns are question_id, question, image"):
         okvqa.read(tmp_path)
 
@@ -541,24 +541,24 @@ def test_a_record_of_another_shape_is_told_with_its_folder(tmp_path: Path) -> No
         find_task("gqa").read(tmp_path)
 
 
-def test_a_column_of_bare_bytes_is_no_column_of_pictures(tmp_path: Path) -> None:
+def test_a_column_of_bare_bytes_is_no_column_of_images(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"image": pa.array([b"bytes"]), "question": pa.array(["?"])}), path)
-    with pytest.raises(ValueError, match="column 'image' holds no pictures as the hub has them"):
+    with pytest.raises(ValueError, match="column 'image' holds no images as the hub has them"):
         rows([path], "image", ["question"])
 
 
-def test_a_damaged_row_group_of_pictures_is_a_broken_picture(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", [{"question": "?", "image": picture(i)} for i in range(4)])
+def test_a_damaged_row_group_of_images_is_a_broken_image(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"question": "?", "image": image(i)} for i in range(4)])
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     column = parquet.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
     at = next(column.column(i) for i in range(3) if column.column(i).path_in_schema == "image.bytes").data_page_offset
     content[at : at + 50] = b"\xff" * 50
     (tmp_path / "a.parquet").write_bytes(content)
     found = rows([tmp_path / "a.parquet"], "image", ["question"])
-    assert found[2]["picture"].read() == picture(2)["bytes"]
+    assert found[2]["image"].read() == image(2)["bytes"]
     with pytest.raises(Unanswerable, match=r"a\.parquet:0:1: .*cannot be read as parquet"):
-        decoded(found[1]["picture"], lambda data: torch.zeros(1))
+        decoded(found[1]["image"], lambda data: torch.zeros(1))
 
 
 def test_a_misspelt_task_is_answered_with_the_nearest() -> None:

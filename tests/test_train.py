@@ -52,7 +52,7 @@ def world() -> Iterator[World]:
 
 
 def small(output: Path, fusion: str = "cross_attention", steps: int = 4, **changes: Any) -> Config:
-    """The debug preset with a tiny model and `steps` steps a stage, on the shipped pictures."""
+    """The debug preset with a tiny model and `steps` steps a stage, on the shipped images."""
     run = presets.load("debug", None, [f"fusion={fusion}", f"output={output}"])
     model = replace(
         run.model, vision=PartConfig(config=tiny.SIGLIP), language=PartConfig(config=LLM), encoder_layer_ratio=0.5
@@ -166,7 +166,7 @@ def test_a_shard_that_is_gone_is_missed_where_no_checkpoint_knows_of_it(tmp_path
 
 
 def test_data_that_moved_are_those_it_began_with_and_changed_ones_are_named(tmp_path: Path, world: World) -> None:
-    """Captions that change places, or a picture with other bits, leave every sample its size and place."""
+    """Captions that change places, or an image with other bits, leave every sample its size and place."""
 
     def at(folder: str) -> Config:
         train, heldout = (str(tmp_path / folder / part / "*.tar") for part in ("train", "heldout"))
@@ -331,7 +331,7 @@ def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: Wo
         show(config, world.device)
     text = shown.get()
     assert (config.run_dir / "outcome.txt").read_text() == text
-    for word in (*config.stages, "truth:", "model:", "own picture", "blank images", "encoder", "next"):
+    for word in (*config.stages, "truth:", "model:", "own image", "blank images", "encoder", "next"):
         assert word in text, word
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tars import picture_bytes
+from tars import image_bytes
 from tokenizers import Tokenizer as RawTokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -29,7 +29,7 @@ from hive_scale.data.transform import (
     decode,
     decode_indexed,
     fit_into,
-    picture,
+    to_pixels,
 )
 
 MANY = 10**8
@@ -39,14 +39,14 @@ SIZES = [(50, 33), (20, 110), (64, 64), (17, 24), (203, 97), (32, 32)]
 @pytest.mark.parametrize("width_height", SIZES)
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_pixels_equal_the_processors(width_height: tuple[int, int], format: str) -> None:
-    data = picture_bytes(*width_height, format=format)
+    data = image_bytes(*width_height, format=format)
     image = Image.open(BytesIO(data))
     raw = {"do_rescale": False, "do_normalize": False, "resample": 3}
     siglip = SiglipImageProcessor(size={"height": 32, "width": 32}, **raw)
     clip = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **raw)
     for mode, processor in (("resize", siglip), ("crop", clip)):
         expected = processor(image, return_tensors="pt").pixel_values[0]
-        assert torch.equal(picture(data, 32, mode, MANY), expected)
+        assert torch.equal(to_pixels(data, 32, mode, MANY), expected)
         batch = torch.zeros(2, 32, 32, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         fit_into(batch[0], decode(data, MANY), mode)
         assert torch.equal(batch[0], expected)
@@ -56,7 +56,7 @@ def test_pixels_equal_the_processors(width_height: tuple[int, int], format: str)
 def test_padding_is_grey_and_keeps_the_shape_inside() -> None:
     buffer = BytesIO()
     Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
-    pixels = picture(buffer.getvalue(), 16, "pad", MANY)
+    pixels = to_pixels(buffer.getvalue(), 16, "pad", MANY)
     assert (pixels[:, :2] == 127).all()
     assert (pixels[:, 14:] == 127).all()
     assert (pixels[0, 6:10] == 255).all()
@@ -100,22 +100,22 @@ def _claims(width: int, height: int) -> bytes:
     [
         (_claims(9_000, 9_000), r"max_pixels=50000000"),
         (_claims(60_000, 2), "times as long"),
-        (picture_bytes()[:-60], "cannot be decoded"),
-        (picture_bytes(format="PNG")[:-60], "cannot be decoded"),
-        (picture_bytes(format="GIF"), "cannot be decoded"),
+        (image_bytes()[:-60], "cannot be decoded"),
+        (image_bytes(format="PNG")[:-60], "cannot be decoded"),
+        (image_bytes(format="GIF"), "cannot be decoded"),
         (b"", "cannot be decoded"),
         (b"\xff\xd8\xff", "cannot be decoded"),
     ],
 )
 def test_what_cannot_be_used_is_a_value_error_of_one_line(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        picture(data, 16, "resize", 50_000_000)
+        to_pixels(data, 16, "resize", 50_000_000)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_an_indexed_picture_is_the_same_or_refused_where_its_size_has_changed(format: str) -> None:
-    data = picture_bytes(24, 16, format=format)
+def test_an_indexed_image_is_the_same_or_refused_where_its_size_has_changed(format: str) -> None:
+    data = image_bytes(24, 16, format=format)
     assert torch.equal(decode_indexed(data, (24, 16), MANY), decode(data, MANY))
     with pytest.raises(ValueError, match="not of 16 x 24"):
         decode_indexed(data, (16, 24), MANY)
@@ -129,7 +129,7 @@ def test_the_size_in_a_jpegs_header_is_pils(options: dict[str, object]) -> None:
     assert _jpeg_size(data) == (24, 16)
     assert not any(_jpeg_size(data[:cut]) for cut in range(data.index(b"\0\x10\0\x18") + 5))
     assert _jpeg_size(resaved(24, 16, "L", **options)) is None
-    assert _jpeg_size(picture_bytes(24, 16, format="PNG")) is None
+    assert _jpeg_size(image_bytes(24, 16, format="PNG")) is None
 
 
 def test_a_header_that_hides_its_size_is_left_to_pil() -> None:
@@ -144,26 +144,26 @@ def test_a_header_that_hides_its_size_is_left_to_pil() -> None:
 
 def resaved(width: int, height: int, mode: str, **options: object) -> bytes:
     buffer = BytesIO()
-    Image.open(BytesIO(picture_bytes(width, height))).convert(mode).save(buffer, "JPEG", **options)
+    Image.open(BytesIO(image_bytes(width, height))).convert(mode).save(buffer, "JPEG", **options)
     return buffer.getvalue()
 
 
 def test_random_damage_never_escapes_as_another_error() -> None:
     rng = np.random.default_rng(0)
     for format in ("JPEG", "PNG", "WEBP"):
-        whole = bytearray(picture_bytes(format=format))
+        whole = bytearray(image_bytes(format=format))
         for _ in range(60):
             data = bytearray(whole)
             for at in rng.integers(0, len(data), 4):
                 data[at] = rng.integers(256)
             with suppress(ValueError):
-                assert picture(bytes(data), 16, "pad", 10**6).shape == (3, 16, 16)
+                assert to_pixels(bytes(data), 16, "pad", 10**6).shape == (3, 16, 16)
             with suppress(ValueError):
                 assert decode_indexed(bytes(data), (24, 16), 10**6).shape == (3, 16, 24)
 
 
 def test_augmentation_is_a_pure_function_of_its_key() -> None:
-    pixels = decode(picture_bytes(60, 40), MANY)
+    pixels = decode(image_bytes(60, 40), MANY)
     global_state = torch.get_rng_state()
     first = augmented(pixels, 32, 7, 0, 5)
     assert (first.shape, first.dtype) == ((3, 32, 32), torch.uint8)

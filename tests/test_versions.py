@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
 from hive_scale.evaluate.vqa_runner import HiveAnswerer
-from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.evaluate.vqa_types import ImageFile, Question
 from hive_scale.export import huggingface
 from hive_scale.model.build import init_model
 from hive_scale.model.hive import Hive
@@ -36,7 +36,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
 LONGROPE = {"rope_type": "longrope", "rope_theta": 500000.0, "factor": 8.0, "original_max_position_embeddings": 16,
             "short_factor": [1.0] * 6, "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}  # fmt: skip
-TEXT = "what is in the picture ?"
+TEXT = "what is in the image ?"
 READER = """
 import json, sys, torch, transformers
 from PIL import Image
@@ -135,7 +135,7 @@ def answer(model: Hive, tower: str, position: Any) -> str:
         model, DataConfig(image_transform=TOWERS[tower][1], image_position=position), torch.device("cpu")
     )
     asker.tokenizer = TOKENIZER
-    return asker.answer([Question("q", TEXT, Picture("p", png), {})], 6)[0].text
+    return asker.answer([Question("q", TEXT, ImageFile("p", png), {})], 6)[0].text
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ def write_questions(folder: Path) -> None:
     for split in ("train", "test"):
         (folder / split / "images").mkdir(parents=True)
         for number in range(4):
-            picture = tars.picture_bytes(64, 64, seed=number, format="PNG")
-            (folder / split / "images" / f"{number}.png").write_bytes(picture)
+            image = tars.image_bytes(64, 64, seed=number, format="PNG")
+            (folder / split / "images" / f"{number}.png").write_bytes(image)
         asked = [[f"is there a {shape}?", "yes", number] for number in range(4) for shape in ("circle", "box", "star")]
         (folder / split / "questions.json").write_text(json.dumps(asked))
     easyvqa.conversations(folder)
@@ -88,7 +88,7 @@ def test_the_llm_only_leaves_the_connector_as_it_is(encoder: Path, data: Path, t
 
 
 def several(folder: Path) -> str:
-    """Shards whose conversations are about two pictures each."""
+    """Shards whose conversations are about two images each."""
     said = [{"from": "human", "value": "<image> or <image>?"}, {"from": "gpt", "value": "the first"}]
     record = json.dumps({"conversations": said}).encode()
     return tars.write_tar(folder / "two.tar", [(str(i), tars.pair(i) | {"json": record}) for i in range(4)])
@@ -107,9 +107,9 @@ def another_size(encoder: Path, folder: Path) -> Path:
     ("what", "message"),
     [
         ("no encoder", "is no Hugging Face directory"),
-        ("two pictures", "the conversation is about 2 pictures: only one is supported"),
+        ("two images", "the conversation is about 2 images: only one is supported"),
         ("a template", "the tokenizer's chat template refuses a conversation of user and assistant"),
-        ("a processor", "its processor makes pictures of 48 pixels, its encoder takes 32"),
+        ("a processor", "its processor makes images of 48 pixels, its encoder takes 32"),
         ("a shape", "does not fit this model: of another shape"),
         ("a typo", "did you mean language"),
     ],
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(
     shards, words, path = f"{data}/easyvqa/train-*.tar", [f"output={tmp_path / 'run'}"], encoder
     if what == "no encoder":
         path = tmp_path
-    elif what == "two pictures":
+    elif what == "two images":
         shards = several(tmp_path)
     elif what == "a template":
         monkeypatch.setattr("hive_scale.chat_template.CHAT_TEMPLATE", REFUSES)

@@ -56,11 +56,11 @@ def model() -> Hive:
 
 
 def ask(folder: Path, count: int = 11) -> list[Question]:
-    """Questions of ragged length about a third as many pictures, in easy-vqa's layout; the pictures come in turns."""
+    """Questions of ragged length about a third as many images, in easy-vqa's layout; the images come in turns."""
     images = folder / "test" / "images"
     images.mkdir(parents=True, exist_ok=True)
     for number in range(4):
-        (images / f"{number}.png").write_bytes(tars.picture_bytes(32, 32, seed=number, format="PNG"))
+        (images / f"{number}.png").write_bytes(tars.image_bytes(32, 32, seed=number, format="PNG"))
     asked = [[f"what is {'so ' * (i % 3)}number {i}?", "red", i % 4] for i in range(count)]
     (folder / "test" / "questions.json").write_text(json.dumps(asked))
     return easyvqa.read(folder)
@@ -131,10 +131,10 @@ def test_lines_that_a_kill_or_a_hand_has_spoiled_are_asked_again(tmp_path: Path)
     assert answers(out) == expected
 
 
-def test_questions_about_one_picture_go_together(tmp_path: Path) -> None:
+def test_questions_about_one_image_go_together(tmp_path: Path) -> None:
     cut = batches(ask(tmp_path), size=3)
     assert [len(batch) for batch in cut] == [3, 3, 3, 2]
-    assert len({one.picture for one in cut[0]}) == 1
+    assert len({one.image for one in cut[0]}) == 1
 
 
 def test_an_answer_to_another_prompt_does_not_count(tmp_path: Path) -> None:
@@ -146,11 +146,11 @@ def test_an_answer_to_another_prompt_does_not_count(tmp_path: Path) -> None:
     assert counting.asked == ["0"]
 
 
-def test_an_answer_of_another_limit_or_about_another_picture_does_not_count(tmp_path: Path) -> None:
+def test_an_answer_of_another_limit_or_about_another_image_does_not_count(tmp_path: Path) -> None:
     questions = ask(tmp_path, count=8)
     answer_all(questions, Counting(), LIMIT, tmp_path / "out", ALONE, batch_size=8)
     images = tmp_path / "test" / "images"
-    (images / "1.png").write_bytes(tars.picture_bytes(32, 32, seed=9, format="PNG"))
+    (images / "1.png").write_bytes(tars.image_bytes(32, 32, seed=9, format="PNG"))
     counting = Counting()
     answer_all(questions, counting, LIMIT, tmp_path / "out", ALONE, batch_size=8)
     assert counting.asked == ["1", "5"]
@@ -188,8 +188,8 @@ def test_a_question_that_spells_a_special_token_costs_itself_alone(tmp_path: Pat
     assert len(lines) == len(questions)
 
 
-def test_a_broken_picture_costs_its_own_questions_and_is_named(tmp_path: Path) -> None:
-    questions = ask(tmp_path, count=8)  # 1 and 5 are about picture 1
+def test_a_broken_image_costs_its_own_questions_and_is_named(tmp_path: Path) -> None:
+    questions = ask(tmp_path, count=8)  # 1 and 5 are about image 1
     expected = {q.id: Counting().answerer.answer([q], LIMIT)[0].text for q in questions}
     broken = tmp_path / "test" / "images" / "1.png"
     whole = broken.read_bytes()
@@ -201,7 +201,7 @@ def test_a_broken_picture_costs_its_own_questions_and_is_named(tmp_path: Path) -
     made = result(easyvqa.TASK, questions, lines)
     assert (made["questions"], made["missing"]) == (8, 2)
     assert made["broken"].keys() == {"1", "5"}
-    assert f"{broken}: the picture cannot be decoded" in made["broken"]["5"]
+    assert f"{broken}: the image cannot be decoded" in made["broken"]["5"]
     broken.write_bytes(whole)  # mended, they are asked again, and they alone
     counting = Counting()
     answer_all(questions, counting, LIMIT, tmp_path / "out", ALONE, batch_size=3)
@@ -257,10 +257,10 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask_mme(folder: Path) -> None:
-    """Two pictures with two questions each, as MME is released."""
+    """Two images with two questions each, as MME is released."""
     for name in ("1", "2"):
         (folder / "count").mkdir(parents=True, exist_ok=True)
-        (folder / "count" / f"{name}.png").write_bytes(tars.picture_bytes(32, 32, seed=int(name), format="PNG"))
+        (folder / "count" / f"{name}.png").write_bytes(tars.image_bytes(32, 32, seed=int(name), format="PNG"))
         (folder / "count" / f"{name}.txt").write_text("Is there one?\tYes\nAre there two?\tNo\n")
 
 
@@ -292,7 +292,7 @@ def test_a_task_that_has_ended_has_its_scores_whatever_becomes_of_the_next(
     monkeypatch.setattr(LlavaAnswerer, "answer", answer)
     assert command.main([*words, "mme", "--limit", "1"]) == 0
     both = scores(output)
-    assert both.pop("mme")["questions"] == 2, "the other question about the picture is asked, too"
+    assert both.pop("mme")["questions"] == 2, "the other question about the image is asked, too"
     assert both == first
     (output / "results.json").write_text(json.dumps(both)[:-5])  # cut by what we do not know
     assert command.main([*words, "easyvqa,mme"]) == 0
@@ -360,7 +360,7 @@ def other_end(folder: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": 9}))
 
 
-def other_pictures(folder: Path) -> None:
+def other_images(folder: Path) -> None:
     path = folder / "processor_config.json"
     if not path.exists():
         path = folder / "preprocessor_config.json"
@@ -376,8 +376,8 @@ def other_pictures(folder: Path) -> None:
         (other_weights, [], "weights"),
         (other_config, [], "weights"),
         (other_end, [], "weights"),
-        (other_template, [], "prompts or pictures"),
-        (other_pictures, [], "prompts or pictures"),
+        (other_template, [], "prompts or images"),
+        (other_images, [], "prompts or images"),
         (lambda folder: None, ["--precision", "bf16"], "weights, precision"),
     ],
 )
@@ -397,7 +397,7 @@ def test_answers_of_another_model_or_precision_are_refused(
     assert f"{tmp_path}/out holds answers of other {what}: give --output DIR, or delete it" in said
 
 
-def test_a_model_of_ours_is_known_by_how_it_reads_pictures_and_by_its_weights() -> None:
+def test_a_model_of_ours_is_known_by_how_it_reads_images_and_by_its_weights() -> None:
     plain = HiveAnswerer(model(), DataConfig(), ALONE.device)
     assert HiveAnswerer(model(), DataConfig(workers=3), ALONE.device).identity == plain.identity
     others = [
@@ -406,7 +406,7 @@ def test_a_model_of_ours_is_known_by_how_it_reads_pictures_and_by_its_weights() 
         HiveAnswerer(model(), DataConfig(), ALONE.device, torch.bfloat16),
     ]
     changed = [{what for what in plain.identity if one.identity[what] != plain.identity[what]} for one in others]
-    assert changed == [{"weights"}, {"prompts or pictures"}, {"precision"}]
+    assert changed == [{"weights"}, {"prompts or images"}, {"precision"}]
 
 
 def test_scores_without_a_model(

@@ -53,7 +53,7 @@ def model_config(fusion: Any = "cross_attention", llm: str = "llama", **changes:
 
 
 def sighted(model: Hive, factor: float) -> Hive:
-    """`model` with open gates, and weights `factor` times as large: so that the picture matters."""
+    """`model` with open gates, and weights `factor` times as large: so that the image matters."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("gate"):
@@ -64,7 +64,7 @@ def sighted(model: Hive, factor: float) -> Hive:
 
 
 def samples(count: int, seed: int = 0, longest: int = 12, text_only: int = 0) -> list[Sample]:
-    """Ragged captions of random tokens, the first `text_only` of them without a picture."""
+    """Ragged captions of random tokens, the first `text_only` of them without an image."""
     random = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):

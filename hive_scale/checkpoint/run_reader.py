@@ -77,7 +77,7 @@ def encoder_remedy(directory: Path) -> str:
 
 
 def verify_path(path: Path) -> Iterator[Finding]:
-    """What `verify_run` finds of the run at `path`, and of its twin on blank pictures; or of an exported directory.
+    """What `verify_run` finds of the run at `path`, and of its twin on blank images; or of an exported directory.
 
     Raises ValueError if `path` is neither.
     """

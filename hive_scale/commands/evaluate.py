@@ -177,7 +177,7 @@ def _show(results: dict[str, Any]) -> None:
         if broken := one.get("broken"):
             id, reason = next(iter(broken.items()))
             such = printable(f"{id}: {reason}")
-            print(f"{name}: {len(broken)} questions have a broken picture and no answer, such as {such}")
+            print(f"{name}: {len(broken)} questions have a broken image and no answer, such as {such}")
 
 
 def _tasks(names: str) -> list[Task]:

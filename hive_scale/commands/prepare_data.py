@@ -25,16 +25,16 @@ Subparsers = Any  # argparse gives its type no public name
 
 EXAMPLES = """examples:
   python launchers/prepare_data.py emoji --output data/sample            the sample that ships with the package
-  python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 pictures, 3 styles
+  python launchers/prepare_data.py emoji --styles all --output data/emoji          5,663 images, 3 styles
   python launchers/prepare_data.py tuxpaint --output data/tuxpaint --size 128      785 stamps with sentences
-  python launchers/prepare_data.py easy_vqa --output data/easyvqa        48,248 questions about 5,000 pictures
-  python launchers/prepare_data.py fashion_mnist --output data/fashion_mnist       70,000 pictures, 10 classes
+  python launchers/prepare_data.py easy_vqa --output data/easyvqa        48,248 questions about 5,000 images
+  python launchers/prepare_data.py fashion_mnist --output data/fashion_mnist       70,000 images, 10 classes
   python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
   python launchers/prepare_data.py llava chat.json images.zip --output data/cc3m_595k     CC3M-595K, LCS-558K
   python launchers/prepare_data.py parquet 'LLaVA-NeXT-Data/data/*.parquet' --output data/llava_next
-  python launchers/prepare_data.py table captions.csv pictures/ --output data/mine        columns image, caption
+  python launchers/prepare_data.py table captions.csv images/ --output data/mine        columns image, caption
   python launchers/prepare_data.py classes imagenet/train --output data/imagenet          a folder per class
-  python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, pictures, faults
+  python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, images, faults
 img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or look them over with index.
 """
 
@@ -42,7 +42,7 @@ img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 for what the user can mend, 75 for what may pass, said in one line; 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
-        description="Turn public packages and sets into WebDataset tars of picture, caption and record.",
+        description="Turn public packages and sets into WebDataset tars of image, caption and record.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -69,7 +69,7 @@ def add_emoji(subparsers: Subparsers) -> None:
         default="sample",
         help="sample: about 1,000 Noto drawings, as shipped; noto: all 1,905; all: Twemoji and Fluent too",
     )
-    _add_picture_arguments(parser, size=64)
+    _add_image_arguments(parser, size=64)
 
 
 def run_emoji(arguments: argparse.Namespace) -> None:
@@ -87,7 +87,7 @@ def run_emoji(arguments: argparse.Namespace) -> None:
 
 def add_tuxpaint(subparsers: Subparsers) -> None:
     parser = _add(subparsers, "tuxpaint", run_tuxpaint, "Tux Paint stamps with a sentence each (Debian)")
-    _add_picture_arguments(parser, size=64)
+    _add_image_arguments(parser, size=64)
 
 
 def run_tuxpaint(arguments: argparse.Namespace) -> None:
@@ -178,7 +178,7 @@ def _add(
     return parser
 
 
-def _add_picture_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+def _add_image_arguments(parser: argparse.ArgumentParser, size: int) -> None:
     parser.add_argument("--size", type=int, default=size, help="pixels a side (%(default)s)")
     parser.add_argument("--quality", type=int, default=65, help="of the JPEGs, 1 to 95 (%(default)s)")
     parser.add_argument("--shard-size", type=int, default=500, help="samples per tar (%(default)s)")

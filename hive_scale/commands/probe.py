@@ -20,12 +20,12 @@ examples:
   python launchers/probe.py runs/debug --set emoji --data data/emoji            a run's encoder
   python launchers/probe.py runs/debug --set fashion_mnist --augment none --heads knn,linear
   torchrun --nproc_per_node 8 launchers/probe.py models/siglip-large-patch16-384 --set cifar10,cifar100 --workers 8
-  python launchers/probe.py models/clip-vit-large-patch14-336 --set folder --data my/pictures
+  python launchers/probe.py models/clip-vit-large-patch14-336 --set folder --data my/images
 
 Sets: cifar10, cifar100, imagenet, tiny_imagenet, food101, stanford_cars, pets, caltech256, fashion_mnist, emoji,
 and folder (a folder per class under train/ and test/). --data holds the hub's parquet files, class folders, or what
-torchvision downloads. Rates are chosen on a validation split, never on the test pictures; where a tenth of the training
-pictures has to serve as one, a probe at the rate chosen is trained on all of them again. The same command again passes
+torchvision downloads. Rates are chosen on a validation split, never on the test images; where a tenth of the training
+images has to serve as one, a probe at the rate chosen is trained on all of them again. The same command again passes
 over sets that it has results of. Exit codes: 0 done, 2 something to change.
 """
 
@@ -67,7 +67,7 @@ def _probe(arguments: argparse.Namespace) -> int:
             results = read_results(file, plan, encoder, data)
             world.barrier()  # before the first of us writes what the last is still to look for
             if results is None:
-                sizes = f"{data.train.size} pictures to train, {data.test.size} to test"
+                sizes = f"{data.train.size} images to train, {data.test.size} to test"
                 say(f"{data.name}: {data.num_classes} classes, {sizes}")
                 for note in data.notes:
                     say(f"{data.name}, {note}")
@@ -75,7 +75,7 @@ def _probe(arguments: argparse.Namespace) -> int:
                 if world.is_main:
                     save(file, plan, encoder, data, results)
                 if data.num_broken:
-                    say(f"{data.name}: {data.num_broken} pictures could not be decoded; others stood in for them")
+                    say(f"{data.name}: {data.num_broken} images could not be decoded; others stood in for them")
             if world.is_main:
                 _show(results)
                 for warning in warnings(results):
@@ -149,10 +149,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", default="attentive,linear", help="attentive, linear, knn (%(default)s)")
     parser.add_argument("--rates", default="", metavar="A,B", help="peak learning rates (seven, 5e-5 to 2e-3)")
     parser.add_argument("--epochs", type=int, metavar="N", help="a step a batch (50, and of few batches 2000 steps)")
-    parser.add_argument("--batch", type=int, default=512, help="pictures a step, over all processes (%(default)s)")
+    parser.add_argument("--batch", type=int, default=512, help="images a step, over all processes (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs, for a deviation (%(default)s)")
     parser.add_argument("--augment", choices=("paper", "none"), default="paper", help="none keeps features on disk")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="train on N pictures only, always the same")
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="train on N images only, always the same")
     parser.add_argument("--depth", type=int, default=-2, help="the block that is read (%(default)s, as the authors)")
     parser.add_argument("--workers", type=int, default=0, help="data processes (%(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the encoder (bf16 on GPUs that have it)")

@@ -12,7 +12,7 @@ EXAMPLES = """\
 examples:
   python launchers/visualize.py report runs/debug                           runs/debug/report.html
   python launchers/visualize.py report runs/debug runs/debug_concat         both, side by side
-  python launchers/visualize.py gradients runs/debug                        on held-out pictures
+  python launchers/visualize.py gradients runs/debug                        on held-out images
   python launchers/visualize.py gradients runs/debug runs/debug_concat --images cat.jpg --captions 'a cat'
   python launchers/visualize.py attention runs/debug --image cat.jpg --caption 'a red cat' --tokens red,cat
   python launchers/visualize.py sync runs/debug                             what was logged offline, to wandb
@@ -48,7 +48,7 @@ def _attention(arguments: argparse.Namespace) -> None:
     from hive_scale.report.svg import save
 
     run = RunView(arguments.run)
-    pixels, caption = (run.read_picture(arguments.image), "") if arguments.image else run.heldout(1)[0]
+    pixels, caption = (run.read_image(arguments.image), "") if arguments.image else run.heldout(1)[0]
     words = [word for word in arguments.tokens.split(",") if word]
     shown = attention(
         run, pixels, arguments.caption or caption, words, arguments.layers, arguments.head, arguments.stage
@@ -91,13 +91,13 @@ def _parse() -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     gradients = commands.add_parser("gradients", help="d loss / d hidden state of each encoder layer, patch by patch")
     gradients.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    gradients.add_argument("--images", nargs="+", type=Path, default=[], help="default: held-out pictures")
+    gradients.add_argument("--images", "--pictures", nargs="+", type=Path, default=[], help="default: held-out images")
     gradients.add_argument("--captions", nargs="+", default=[], help="one per image; default: the .txt beside it")
-    gradients.add_argument("--count", type=int, default=4, help="of held-out pictures (4)")
+    gradients.add_argument("--count", type=int, default=4, help="of held-out images (4)")
     gradients.set_defaults(act=_gradients)
     attention = commands.add_parser("attention", help="which patches a word attends to, layer by layer")
     attention.add_argument("run", type=Path, metavar="RUN")
-    attention.add_argument("--image", type=Path, help="default: a held-out picture with its caption")
+    attention.add_argument("--image", type=Path, help="default: a held-out image with its caption")
     attention.add_argument("--caption", "--prompt", default="", help="default: what the model writes of the image")
     attention.add_argument("--tokens", default="", metavar="A,B", help="words of the caption; default: the first eight")
     attention.add_argument("--layers", nargs="+", type=int, default=[], help="of the LLM, from 1; default: all fused")

@@ -23,19 +23,19 @@ ROLES = {
 
 
 def parse_messages(record: Mapping[str, Any]) -> Messages:
-    """The conversation in `record`, cut after its last answer, the picture's place in it left out.
+    """The conversation in `record`, cut after its last answer, the image's place in it left out.
 
     Reads LLaVA's ``conversations`` ({from, value}) and the hub's ``messages`` ({role, content}). Raises ValueError
-    for more than one picture, and for turns that are no question and answer in turns.
+    for more than one image, and for turns that are no question and answer in turns.
     """
     said = record.get("conversations") or record.get("messages")
     if not isinstance(said, list):
         raise ValueError("no conversation in its .json: data.format=conversation needs 'conversations' or 'messages'")
     turns = [_turn(one) for one in said]
-    pictures = record.get("image", record.get("images"))
-    count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(pictures) if isinstance(pictures, list) else 1)
+    images = record.get("image", record.get("images"))
+    count = max(sum(turn["content"].count(IMAGE) for turn in turns), len(images) if isinstance(images, list) else 1)
     if count > 1:
-        raise ValueError(f"the conversation is about {count} pictures: only one is supported")
+        raise ValueError(f"the conversation is about {count} images: only one is supported")
     turns = [turn | {"content": without_image(turn["content"]).strip()} for turn in turns]
     system = list(takewhile(lambda turn: turn["role"] == "system", turns))
     rest = turns[len(system) :]
@@ -74,9 +74,9 @@ def tokenize_conversation(
     max_tokens: int,
     image: ImagePosition | None = "user",
 ) -> Sample:
-    """The conversation `turns` about a picture: the targets are the assistant's words and the end of its turns.
+    """The conversation `turns` about an image: the targets are the assistant's words and the end of its turns.
 
-    `image` says where the picture stands: at the head of the first question, behind the start token, or nowhere.
+    `image` says where the image stands: at the head of the first question, behind the start token, or nowhere.
     Raises ValueError if the first `max_tokens` tokens, which are kept, hold no word of an answer.
     """
     tokens, is_target, slot = tokenizer.encode_parts(_parts(turns, tokenizer, image))
@@ -91,14 +91,14 @@ def prompt(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None = 
 
 
 def prompt_with_slot(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
-    """The tokens of `prompt`, and how many of them come before the picture."""
+    """The tokens of `prompt`, and how many of them come before the image."""
     *asked, _, _ = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)  # but for answer and end
     tokens, _, slot = tokenizer.encode_parts(asked)
     return tokens, slot
 
 
 def _parts(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
-    """The conversation's text in parts, each with whether it is a target; IMAGE marks the picture's place."""
+    """The conversation's text in parts, each with whether it is a target; IMAGE marks the image's place."""
     template = tokenizer.template
     turns = [{**turn, "content": without_image(turn["content"]).strip()} for turn in turns]
     for turn in turns:

@@ -1,4 +1,4 @@
-"""The samples of a set by number: bytes by their range, then picture and caption made ready for the model."""
+"""The samples of a set by number: bytes by their range, then image and caption made ready for the model."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Read(NamedTuple):
 
     key: str
     text: Text
-    picture: bytes | Tensor | None  # or what an encoder has made of it, or nothing where all are blank
-    size: tuple[int, int]  # (width, height) of the picture, as the index has it
+    image: bytes | Tensor | None  # or what an encoder has made of it, or nothing where all are blank
+    size: tuple[int, int]  # (width, height) of the image, as the index has it
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class Decoded:
     key: str
     text: Text
     pixels: Tensor
-    number: int = -1  # of the sample, where `pixels` is a picture though features were wanted
+    number: int = -1  # of the sample, where `pixels` is an image though features were wanted
 
 
 class SampleReader:
     """Random access to the samples of `index`; numbers below len(index).
 
-    `pad_colour` is what ``data.image_transform=pad`` adds beside a picture (see `build.pad_colour`).
+    `pad_colour` is what ``data.image_transform=pad`` adds beside an image (see `build.pad_colour`).
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SampleReader:
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.pad_colour = pad_colour
-        self.features: FeatureStore | None = None  # read in place of pictures, where there are any
+        self.features: FeatureStore | None = None  # read in place of images, where there are any
         self._reader = ShardReader(index.shards, index.stamps, cache)
 
     def sample(self, i: int) -> Sample:
@@ -75,11 +75,11 @@ class SampleReader:
         return self.finished([self.decoded(self.read(i))])[0]
 
     def read(self, i: int) -> Read:
-        """Sample number i, its picture not yet decoded. Raises ValueError if it is broken."""
+        """Sample number i, its image not yet decoded. Raises ValueError if it is broken."""
         size = self._size(i)
         key = self.index.key(i)
         text: Text = self._conversation(key, i) if self.config.format == "conversation" else self.caption(i)
-        kept = self.features.get(i) if self.features else None  # else a picture, which is broken or not kept soundly
+        kept = self.features.get(i) if self.features else None  # else an image, which is broken or not kept soundly
         return Read(key, text, self._lying(i) if kept is None else kept, size)
 
     def _conversation(self, key: str, i: int) -> Sample:
@@ -87,13 +87,13 @@ class SampleReader:
         return tokenize_conversation(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
 
     def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
-        """`read` with its picture decoded, into `out` if that is given. Raises ValueError if it cannot be.
+        """`read` with its image decoded, into `out` if that is given. Raises ValueError if it cannot be.
 
-        Where features are wanted and those of the picture cannot be read, the picture stays out of `out`.
+        Where features are wanted and those of the image cannot be read, the image stays out of `out`.
         """
-        if self.features and not isinstance(read.picture, Tensor):
+        if self.features and not isinstance(read.image, Tensor):
             out = None
-        return Decoded(read.key, read.text, self._pixels(read.picture, read.size, out))
+        return Decoded(read.key, read.text, self._pixels(read.image, read.size, out))
 
     def finished(self, decoded: Sequence[Decoded]) -> list[Sample]:
         """Samples ready for the model. Captions are tokenized all at once, which takes half the time."""
@@ -107,12 +107,12 @@ class SampleReader:
         ]
 
     def pixels(self, i: int) -> Tensor:
-        """The picture of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
+        """The image of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
         return self._pixels(self._lying(i), self._size(i))
 
     def _size(self, i: int) -> tuple[int, int]:
-        """(width, height) of its picture. Raises ValueError if that would take too much memory."""
-        width, height = self.index.picture_sizes[i].tolist()
+        """(width, height) of its image. Raises ValueError if that would take too much memory."""
+        width, height = self.index.image_sizes[i].tolist()
         check_size(width, height, self.config.max_pixels)
         return width, height
 
@@ -138,11 +138,11 @@ class SampleReader:
         return self.index.caption_bytes
 
     def encoded(self, i: int) -> bytes:
-        """The picture as it lies in its shard."""
+        """The image as it lies in its shard."""
         return self._read(i, 0)
 
     def spread(self, count: int) -> Iterator[tuple[Tensor, str]]:
-        """(picture, caption) of up to `count` samples, evenly spaced through the set; what is broken is passed over."""
+        """(image, caption) of up to `count` samples, evenly spaced through the set; what is broken is passed over."""
         stride = max(1, len(self.index) // count)
         pairs = (self._pair(i) for i in range(stride // 2, len(self.index), stride))
         yield from islice(filter(None, pairs), count)

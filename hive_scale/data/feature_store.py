@@ -1,11 +1,11 @@
-"""What a frozen encoder makes of each picture of a set, kept on disk: made once, by as many processes as there are.
+"""What a frozen encoder makes of each image of a set, kept on disk: made once, by as many processes as there are.
 
-One file, PATH.features, holds a record of each picture:
+One file, PATH.features, holds a record of each image:
 
     features    (S, V, C), in the precision of compute
-    label       int64, what the caller knows of the picture
+    label       int64, what the caller knows of the image
     status      int64, MADE or BROKEN; anything else: nothing is known yet
-    digest      xxh3-128 of the file's name, layout, the picture's number, and all that comes before
+    digest      xxh3-128 of the file's name, layout, the image's number, and all that comes before
 
 So nothing can be lost while something else says that it is there, and a record that was cut, zeroed, flipped or copied
 from another set is not believed. Records are written and read by `pwrite` and `pread`: a disk that is full, or gone,
@@ -36,7 +36,7 @@ from torch import Tensor
 from hive_scale.distributed import World
 
 FORMAT = 2  # part of the key of whatever keeps features: those of another format are not read
-Numbers = list[int] | NDArray[np.integer]  # of pictures
+Numbers = list[int] | NDArray[np.integer]  # of images
 Shape = tuple[int, int, int]
 MADE, BROKEN = 1, 2
 NEIGHBOURS, PAGE = 32, 4096
@@ -50,9 +50,9 @@ class DiskError(ValueError):
 
 
 class FeatureStore:
-    """Features of N pictures, (S, V, C) each: of S depths, V visual tokens of width C.
+    """Features of N images, (S, V, C) each: of S depths, V visual tokens of width C.
 
-    `encode`, where it is set, makes them of pictures (B, 3, H, W), uint8, for `make`.
+    `encode`, where it is set, makes them of images (B, 3, H, W), uint8, for `make`.
     """
 
     encode: Callable[[Tensor], Tensor] | None = None
@@ -67,7 +67,7 @@ class FeatureStore:
         self._open()
 
     def missing(self, numbers: Numbers) -> NDArray[np.bool_]:
-        """Of each of the pictures, whether nobody has told anything of it yet."""
+        """Of each of the images, whether nobody has told anything of it yet."""
         numbers = np.asarray(numbers)
         missing = np.ones(len(numbers), bool)
         written = np.flatnonzero(self._place(numbers) < os.fstat(self._descriptor).st_size)  # of a new file none
@@ -75,18 +75,18 @@ class FeatureStore:
         return missing
 
     def put(self, numbers: Numbers, features: Tensor, labels: Iterable[int] = repeat(0)) -> None:
-        """Keep `features`, (len(numbers), S, V, C), and what is known of the pictures. Raises OSError."""
+        """Keep `features`, (len(numbers), S, V, C), and what is known of the images. Raises OSError."""
         rows = features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).reshape(len(numbers), -1).numpy()
         for number, row, label in zip(numbers, rows, labels, strict=False):
             self._write(int(number), row, STATE.pack(label, MADE))
 
     def give_up(self, numbers: Numbers) -> None:
-        """Those pictures cannot be used. Raises OSError."""
+        """Those images cannot be used. Raises OSError."""
         for number in numbers:
             self._write(int(number), b"", STATE.pack(0, BROKEN))
 
     def get(self, number: int) -> Tensor | None:
-        """Features (S, V, C) of a picture; None if there are none, or not those that were written."""
+        """Features (S, V, C) of an image; None if there are none, or not those that were written."""
         found = self.read(number)
         return found and found[0]
 
@@ -105,7 +105,7 @@ class FeatureStore:
         return torch.from_numpy(row).view(self.dtype).view(self.shape), label
 
     def make(self, numbers: Numbers, pixels: Tensor) -> Tensor:
-        """Features (len(numbers), S, V, C) of pictures that have none, and keep them if the disk takes them."""
+        """Features (len(numbers), S, V, C) of images that have none, and keep them if the disk takes them."""
         assert self.encode is not None
         if not self._told:
             logger.warning("%s: features cannot be read, or are damaged: the encoder makes them again", self.file)
@@ -151,7 +151,7 @@ class FeatureStore:
         return int(STATE.unpack(state)[1]) if len(state) == STATE.size else 0
 
     def _place(self, number: Any) -> Any:
-        """Where the records of pictures begin, an integer or an array of them."""
+        """Where the records of images begin, an integer or an array of them."""
         group, place = divmod(number, NEIGHBOURS)
         return group * size_of(NEIGHBOURS, self.shape, self.dtype) + place * record_size(self.shape, self.dtype)
 
@@ -163,12 +163,12 @@ class FeatureStore:
 
 
 def record_size(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of the record of one picture."""
+    """Bytes of the record of one image."""
     return prod(shape) * dtype.itemsize + STATE.size + DIGEST
 
 
 def size_of(count: int, shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes that the features of `count` pictures take on disk, in whole groups of neighbours."""
+    """Bytes that the features of `count` images take on disk, in whole groups of neighbours."""
     pages = -(-NEIGHBOURS * record_size(shape, dtype) // PAGE)
     return -(-count // NEIGHBOURS) * pages * PAGE
 

@@ -1,6 +1,6 @@
 """What is in a set of tars, found in one walk over their headers and kept in one file.
 
-The index holds each sample's key, the byte range of its picture, caption and record, the picture's size and the
+The index holds each sample's key, the byte range of its image, caption and record, the image's size and the
 caption's length. So any sample is one seek away, batches can be balanced before anything is read, and samples
 that could never be used are listed as faults instead of met in the middle of a run. Of each shard it holds the digest,
 by which a run knows the data that it began with.
@@ -72,13 +72,13 @@ class Index:
         return self.arrays["caption_bytes"]
 
     @property
-    def picture_sizes(self) -> NDArray[np.int32]:
-        """(width, height) of each picture in pixels, as it is seen upright: int32 (N, 2)."""
+    def image_sizes(self) -> NDArray[np.int32]:
+        """(width, height) of each image in pixels, as it is seen upright: int32 (N, 2)."""
         return self.arrays["picture_sizes"]
 
     @property
     def members(self) -> Ints:
-        """(start, length) in bytes of picture, caption and record in their shard: int64 (N, 3, 2)."""
+        """(start, length) in bytes of image, caption and record in their shard: int64 (N, 3, 2)."""
         return self.arrays["members"]
 
     @cached_property
@@ -184,7 +184,7 @@ def _table(index: Index, i: int) -> ShardTable:
         stamp=index.stamps[i],
         keys=[index.key(row) for row in rows],
         members=index.members[rows.start : end],
-        picture_sizes=index.picture_sizes[rows.start : end],
+        image_sizes=index.image_sizes[rows.start : end],
         caption_bytes=index.caption_bytes[rows.start : end],
         faults=[fault for fault in index.faults if fault.shard == index.shards[i]],
     )
@@ -213,7 +213,7 @@ def _write(path: Path, tables: Sequence[ShardTable]) -> None:
     arrays = {
         "shard_sizes": np.array([len(table) for table in tables], np.int64),
         "members": np.concatenate([table.members for table in tables]),
-        "picture_sizes": np.concatenate([table.picture_sizes for table in tables]),
+        "picture_sizes": np.concatenate([table.image_sizes for table in tables]),
         "caption_bytes": np.concatenate([table.caption_bytes for table in tables]),
         "keys": np.frombuffer(b"".join(key.encode() for table in tables for key in table.keys), np.uint8),
         "key_ends": np.cumsum([len(key.encode()) for table in tables for key in table.keys], dtype=np.int64),

@@ -32,7 +32,7 @@ from hive_scale.distributed import World
 
 
 class Loader(SampleReader):
-    """A set of picture-caption pairs as batches.
+    """A set of image-caption pairs as batches.
 
     `shards` are patterns as in `shards.expand`. Samples that cannot be used are listed in `bad_samples`.
     Raises ValueError if a shard is missing or more than `config.max_bad_samples` samples are bad.
@@ -76,7 +76,7 @@ class Loader(SampleReader):
         self._ledger.add(bad)
 
     def with_features(self, features: FeatureStore | None) -> Loader:
-        """The same set, whose batches have `features` in place of pictures."""
+        """The same set, whose batches have `features` in place of images."""
         loader = copy(self)
         loader.features = features
         return loader
@@ -93,7 +93,7 @@ class Loader(SampleReader):
         """Every sample exactly once over all ranks, in batches of at most `batch_size`; bad ones are left out.
 
         All ranks see equally many batches, so that collectives match: one that has run out, or whose whole batch
-        is bad, gets a batch without pictures and targets, which adds nothing to any sum.
+        is bad, gets a batch without images and targets, which adds nothing to any sum.
         """
         slots: list[Slots] = [
             [(-1, int(sample)) for sample in batch] for batch in eval_batches(self.text_bytes, batch_size)
@@ -150,7 +150,7 @@ class Passes(Iterable[Batch]):
             if loaded.batch is None:
                 raise ValueError(f"no sample near {loaded.bad[0].describe()} can be used: repair the shards")
             if loaded.lost and self.features:
-                rows, numbers, pictures = map(list, zip(*loaded.lost, strict=True))
-                made = self.features.make(numbers, torch.from_numpy(np.stack(pictures)))
+                rows, numbers, images = map(list, zip(*loaded.lost, strict=True))
+                made = self.features.make(numbers, torch.from_numpy(np.stack(images)))
                 loaded.batch.pixels[rows] = made.to(loaded.batch.pixels)
             yield loaded.batch

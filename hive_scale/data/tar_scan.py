@@ -26,9 +26,9 @@ from hive_scale.phase_timer import tick
 from hive_scale.strangers import MB, printable
 from hive_scale.strict_json import read
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
-PICTURE_HEADER = 4096  # bytes in which a picture usually tells its size
+IMAGE_HEADER = 4096  # bytes in which an image usually tells its size
 BLOCK = tarfile.BLOCKSIZE
 MAGIC, MAGIC_AT = b"ustar", 257  # in a header, of every format since 1988
 PIECE = 2**20  # bytes that are looked through at a time
@@ -80,7 +80,7 @@ class ShardTable:
     stamp: Stamp
     keys: list[str]
     members: NDArray[np.int64]
-    picture_sizes: NDArray[np.int32]
+    image_sizes: NDArray[np.int32]
     caption_bytes: NDArray[np.int32]
     faults: list[SampleError]
 
@@ -93,7 +93,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
 
     All its bytes are read once, for their digest; what is looked at behind that comes from memory.
 
-    A sample is a run of members with one key (the path up to the first dot of the file name): a picture
+    A sample is a run of members with one key (the path up to the first dot of the file name): an image
     (jpg, png, webp), a caption (txt) and perhaps a record (json), in any order.
     """
     faults: list[SampleError] = []
@@ -120,7 +120,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
         stamp=stamp,
         keys=[row[0] for row in rows],
         members=np.array([row[1] for row in rows], np.int64).reshape(-1, 3, 2),
-        picture_sizes=np.array([row[2] for row in rows], np.int32).reshape(-1, 2),
+        image_sizes=np.array([row[2] for row in rows], np.int32).reshape(-1, 2),
         caption_bytes=np.array([row[3] for row in rows], np.int32),
         faults=faults,
     )
@@ -262,36 +262,36 @@ def _missing(shard: str, found: int) -> str:
 
 
 def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], Range, int]:
-    """(byte ranges of picture, caption and record; picture size; caption length). Raises ValueError."""
-    picture = next((members[extension] for extension in PICTURES if extension in members), None)
+    """(byte ranges of image, caption and record; image size; caption length). Raises ValueError."""
+    image = next((members[extension] for extension in IMAGES if extension in members), None)
     if links := [extension for extension, where in members.items() if where == NO_FILE]:
         raise ValueError(f"its .{links[0]} is a link or another special file: make the tar with the files themselves")
     found = "only " + " and ".join(f".{extension}" for extension in members)
-    if picture is None:
-        raise ValueError(f"no picture (.jpg, .png or .webp) beside its caption: {found}")
+    if image is None:
+        raise ValueError(f"no image (.jpg, .png or .webp) beside its caption: {found}")
     if CAPTION not in members:
-        raise ValueError(f"no caption (.txt) beside its picture: {found}")
+        raise ValueError(f"no caption (.txt) beside its image: {found}")
     start, length = members[CAPTION]
     if length > LARGEST_CAPTION:
         raise ValueError(f"the caption has {length:,} bytes, more than {LARGEST_CAPTION:,}")
-    if picture[1] > LARGEST_FILE:
-        raise ValueError(f"the picture has {picture[1]:,} bytes, more than {LARGEST_FILE:,}")
+    if image[1] > LARGEST_FILE:
+        raise ValueError(f"the image has {image[1]:,} bytes, more than {LARGEST_FILE:,}")
     try:
         caption = os.pread(descriptor, length, start).decode().strip()
     except UnicodeDecodeError:
         raise ValueError("the caption is not UTF-8") from None
     if not caption:
         raise ValueError("the caption is empty")
-    size = _picture_size(descriptor, *picture)
-    return [picture, members[CAPTION], members.get(RECORD, (0, 0))], size, len(caption.encode())
+    size = _image_size(descriptor, *image)
+    return [image, members[CAPTION], members.get(RECORD, (0, 0))], size, len(caption.encode())
 
 
-def _picture_size(descriptor: int, start: int, length: int) -> Range:
-    """(width, height) of the upright picture, from its first bytes if they tell: long metadata may come before."""
-    for piece in (min(PICTURE_HEADER, length), length):
+def _image_size(descriptor: int, start: int, length: int) -> Range:
+    """(width, height) of the upright image, from its first bytes if they tell: long metadata may come before."""
+    for piece in (min(IMAGE_HEADER, length), length):
         try:
-            with Image.open(BytesIO(os.pread(descriptor, piece, start)), formats=FORMATS) as picture:
-                return upright_size(picture)
+            with Image.open(BytesIO(os.pread(descriptor, piece, start)), formats=FORMATS) as image:
+                return upright_size(image)
         except Exception as error:  # PIL's decoders raise what they like on broken input
-            reason = f"the picture cannot be opened ({type(error).__name__})"
+            reason = f"the image cannot be opened ({type(error).__name__})"
     raise ValueError(reason)

@@ -164,10 +164,10 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def caption_sample(key: str, pixels: Tensor | None, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
-    """A picture with its caption: every token but the start is a target."""
+    """An image with its caption: every token but the start is a target."""
     return captioned(key, pixels, tokenizer.encode(text, max_tokens))
 
 
 def captioned(key: str, pixels: Tensor | None, tokens: Sequence[int]) -> Sample:
-    """A picture with the tokens of its caption, as `Tokenizer.encode` makes them."""
+    """An image with the tokens of its caption, as `Tokenizer.encode` makes them."""
     return Sample(key, pixels, tokens, [False] + [True] * (len(tokens) - 1))

@@ -1,4 +1,4 @@
-"""From the bytes of a picture to a tensor at the model's size."""
+"""From the bytes of an image to a tensor at the model's size."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ ORIENTATIONS = (
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises ValueError for a picture that would take too much memory, decoded or resized."""
+    """Raises ValueError for an image that would take too much memory, decoded or resized."""
     if max(width, height) > MAX_ASPECT * min(width, height):  # its shorter side resized, the longer would explode
-        raise ValueError(f"the picture of {width} x {height} is more than {MAX_ASPECT} times as long as wide")
+        raise ValueError(f"the image of {width} x {height} is more than {MAX_ASPECT} times as long as wide")
     if width * height > max_pixels:
-        raise ValueError(f"the picture of {width} x {height} has more than data.max_pixels={max_pixels}")
+        raise ValueError(f"the image of {width} x {height} has more than data.max_pixels={max_pixels}")
 
 
-def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pad_colour: Colour = GREY) -> Tensor:
+def to_pixels(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pad_colour: Colour = GREY) -> Tensor:
     """Decode `data` to uint8 (3, image_size, image_size), resized (bicubic, antialiased) as the HF processors do.
 
     `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds `pad_colour` beside the shorter side
@@ -55,7 +55,7 @@ def picture(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pad_
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
-    """uint8 (3, H, W), upright. Raises ValueError, before decoding if the picture is too large."""
+    """uint8 (3, H, W), upright. Raises ValueError, before decoding if the image is too large."""
     with _told():
         check_scans(data)
         with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -67,7 +67,7 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 
 def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tensor:
-    """`decode` for a picture whose (width, height) its index has: that of a JPEG is read in a twentieth of PIL's time.
+    """`decode` for an image whose (width, height) its index has: that of a JPEG is read in a twentieth of PIL's time.
 
     Raises ValueError if it has another size now.
     """
@@ -78,7 +78,7 @@ def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tenso
     pixels = decode(data, max_pixels)
     if pixels.shape[:0:-1] != size:
         width, height = size
-        raise ValueError(f"the picture is not of {width} x {height} as when it was indexed: delete the index")
+        raise ValueError(f"the image is not of {width} x {height} as when it was indexed: delete the index")
     return pixels
 
 
@@ -115,7 +115,7 @@ def _told() -> Iterator[None]:
         raise
     except Exception as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2] if str(error) else type(error).__name__
-        raise ValueError(f"the picture cannot be decoded: {reason}") from None
+        raise ValueError(f"the image cannot be decoded: {reason}") from None
 
 
 def fit_into(out: Tensor, pixels: Tensor, mode: ImageMode, pad_colour: Colour = GREY) -> Tensor:
@@ -128,7 +128,7 @@ def fit_into(out: Tensor, pixels: Tensor, mode: ImageMode, pad_colour: Colour = 
 
 
 def fitted(pixels: Tensor, image_size: int, mode: ImageMode, pad_colour: Colour = GREY) -> Tensor:
-    """uint8 (3, H, W) to (3, image_size, image_size), as `picture` describes."""
+    """uint8 (3, H, W) to (3, image_size, image_size), as `to_pixels` describes."""
     if mode == "resize":
         return _resize(pixels, [image_size, image_size])
     if mode == "crop":
@@ -177,7 +177,7 @@ def _random_part(height: int, width: int, draws: Iterator[float]) -> tuple[int, 
 
 
 def blank(image_size: int) -> Tensor:
-    """A picture that tells nothing: uint8 (3, image_size, image_size), all grey."""
+    """An image that tells nothing: uint8 (3, image_size, image_size), all grey."""
     return torch.full((3, image_size, image_size), BLANK, dtype=torch.uint8)
 
 

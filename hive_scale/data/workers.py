@@ -108,14 +108,14 @@ Made = TypeVar("Made")
 TELLS_SENDERS = hasattr(signal, "sigtimedwait")  # who sent a signal. A Mac does not, and obeys every SIGTERM
 POLL = 1.0  # seconds between looks whether the main process is there
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
-Request = tuple[Slots, int]  # and the slot for its pictures
+Request = tuple[Slots, int]  # and the slot for its images
 
 
 @dataclass(frozen=True)
 class WorkerResult:
     """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used.
 
-    `lost` are (row, sample, picture, uint8 (3, H, W)) of those whose features could not be read. `error` is why the
+    `lost` are (row, sample, image, uint8 (3, H, W)) of those whose features could not be read. `error` is why the
     machine, or a server, gives no batch: raised in a worker it would arrive as a page of traceback.
     """
 
@@ -185,7 +185,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
     def _loaded(self, slots: Slots, slot: int) -> WorkerResult:
         pixels = self._place(slot, max(1, len(slots)))
         over = self._pool.map if self.threads > 1 else map
-        # all are read before the first is decoded: after each picture the caches would have to be filled again
+        # all are read before the first is decoded: after each image the caches would have to be filled again
         read = list(over(self._read, (i for _, i in slots)))
         filled = list(over(self._fill, slots, read, pixels))
         bad = [fault for _, faults in filled for fault in faults]
@@ -201,7 +201,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
         samples = self.samples.finished(decoded)
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
-        # their pictures lie there already, and move up if some before them were left out
+        # their images lie there already, and move up if some before them were left out
         batch = collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)])
         if get_worker_info() and slot != NONE:
             batch = replace(batch, pixels=self.pool.handle(slot, len(samples)))
@@ -222,7 +222,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
     def _fill(
         self, slot: tuple[int, int], read: Read | SampleError, pixels: Tensor
     ) -> tuple[Decoded | None, list[SampleError]]:
-        """The sample of a slot, its picture put into `pixels`, and those that could not be used instead."""
+        """The sample of a slot, its image put into `pixels`, and those that could not be used instead."""
         position, first = slot
         bad: list[SampleError] = []
         substitutes = self.order.substitutes(position) if self.order else ()
@@ -263,7 +263,7 @@ class Requests:
 
 
 def _layout(samples: SampleReader) -> BufferLayout:
-    """Of a picture, uint8 (3, H, W), channels last as decoded ones are, or of what the encoder has made of it."""
+    """Of an image, uint8 (3, H, W), channels last as decoded ones are, or of what the encoder has made of it."""
     if samples.features:
         depths, tokens, width = samples.features.shape
         return BufferLayout((depths, tokens, width), (tokens * width, width, 1), samples.features.dtype)

@@ -1,4 +1,4 @@
-"""Does the model look at the picture? Captions it writes, and whether each fits its own picture best."""
+"""Does the model look at the image? Captions it writes, and whether each fits its own image best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hive_scale.model.hive import Hive
 
 @torch.no_grad()
 def caption_losses(model: Hive, batch: Batch, shift: int = 0) -> Tensor:
-    """Negative log-likelihood (B,), in nats, of each caption given the picture `shift` places further on."""
+    """Negative log-likelihood (B,), in nats, of each caption given the image `shift` places further on."""
     visual = [feature.roll(-shift, 0) for feature in model.encode_images(batch.pixels)]
     hidden = model.language_forward(visual, batch.tokens)
     losses = model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids)
@@ -24,9 +24,9 @@ def caption_losses(model: Hive, batch: Batch, shift: int = 0) -> Tensor:
 
 
 def matched_share(model: Hive, batches: Iterable[Batch], shifts: Sequence[int] = (1, 2, 3, 5)) -> float:
-    """Share of pairs whose caption is likelier with its own picture than with another's; chance is 0.5.
+    """Share of pairs whose caption is likelier with its own image than with another's; chance is 0.5.
 
-    Each picture is held against those `shifts` places further on in its batch.
+    Each image is held against those `shifts` places further on in its batch.
     """
     won = tried = 0
     for batch in batches:
@@ -38,9 +38,9 @@ def matched_share(model: Hive, batches: Iterable[Batch], shifts: Sequence[int] =
     return won / max(1, tried)
 
 
-def write(model: Hive, tokenizer: Tokenizer, pictures: Sequence[Tensor]) -> list[str]:
-    """The caption that the model writes of each picture, uint8 (3, H, W)."""
-    pixels = torch.stack(list(pictures)).to(model.pixel_mean.device)
+def write(model: Hive, tokenizer: Tokenizer, images: Sequence[Tensor]) -> list[str]:
+    """The caption that the model writes of each image, uint8 (3, H, W)."""
+    pixels = torch.stack(list(images)).to(model.pixel_mean.device)
     starts = [[tokenizer.start_id]] * len(pixels)
     written = generate(model, pixels, range(len(pixels)), starts, tokenizer.end_ids, max_tokens=40)
     return [tokenizer.decode(ids) for ids in written]

@@ -1,9 +1,9 @@
-"""Labelled pictures by name, in the layouts in which they are published.
+"""Labelled images by name, in the layouts in which they are published.
 
 A folder holds parquet files (the hub's), a folder per class under train/ and test/ (or val/), what torchvision
 downloads, or tars of this toolkit whose records carry the label.
 
-In the place of a picture that cannot be decoded stands the next one that can, with its own label.
+In the place of an image that cannot be decoded stands the next one that can, with its own label.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from hive_scale.strangers import printable
 from hive_scale.strict_json import LARGEST_LINE, loads
 
 MAX_PIXELS = DataConfig().max_pixels
-TRIES = 100  # pictures in a row that cannot be decoded: the set is damaged, or its disk is gone
+TRIES = 100  # images in a row that cannot be decoded: the set is damaged, or its disk is gone
 Read = Callable[[int], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures with labels, by number: `read(i)` gives uint8 (3, H, W) and the label.
+    """Images with labels, by number: `read(i)` gives uint8 (3, H, W) and the label.
 
-    `broken` has a 1 for each picture that was found broken, by this process or by one that it forked: uint8 (size,).
+    `broken` has a 1 for each image that was found broken, by this process or by one that it forked: uint8 (size,).
     """
 
     name: str
@@ -64,12 +64,12 @@ class ClassificationDataset:
     test: Split
     validation: Split | None
     where: str = ""  # the folder it was read from
-    identity: str = ""  # tells its pictures and labels from all others, as far as names, sizes and times of files do
-    notes: tuple[str, ...] = ()  # what in it is no picture with a label
+    identity: str = ""  # tells its images and labels from all others, as far as names, sizes and times of files do
+    notes: tuple[str, ...] = ()  # what in it is no image with a label
 
     @property
     def num_broken(self) -> int:
-        """Pictures that were met and could not be decoded so far."""
+        """Images that were met and could not be decoded so far."""
         return sum(int(one.broken.sum()) for one in (self.train, self.test, self.validation) if one)
 
 
@@ -78,7 +78,7 @@ class DatasetSpec:
     """How a published set says what it holds."""
 
     num_classes: int = 0  # 0: as many as are found
-    picture: str = "image"
+    image_column: str = "image"
     label: str = "label"
     first: int = 0  # the lowest label
     torchvision: Callable[[Path], tuple[Any, Any]] | None = None  # (train, test)
@@ -120,7 +120,7 @@ KNOWN = {
 def open_dataset(name: str, root: Path) -> ClassificationDataset:
     """The set `name` as it lies in `root`.
 
-    Raises ValueError for an unknown name, files that are missing, labels out of range, and a split without pictures.
+    Raises ValueError for an unknown name, files that are missing, labels out of range, and a split without images.
     """
     if name not in KNOWN:
         near = get_close_matches(name, KNOWN, n=1)
@@ -129,7 +129,7 @@ def open_dataset(name: str, root: Path) -> ClassificationDataset:
     known = KNOWN[name]
     layouts: dict[Callable[[str, DatasetSpec, Path], ClassificationDataset | None], tuple[str, ...]] = {
         _parquet: ("**/*.parquet",),
-        # a class without pictures is counted, too
+        # a class without images is counted, too
         _folders: tuple(f"{part}/{files}" for part in ("train", *known.tests) for files in ("*", "*/**/*")),
         _tars: ("*.tar",),
         _torchvision: ("*", "*/*", "*/*/*", "*/*/*/*"),
@@ -145,7 +145,7 @@ def _check_size(found: ClassificationDataset, root: Path) -> None:
     """Raises ValueError for a set that nothing can be learned from or tested on: it would have a score all the same."""
     for split in (found.train, found.test, found.validation):
         if split and not split.size:
-            raise ValueError(f"{found.name}, {split.name} split: there is no labelled picture in {root}")
+            raise ValueError(f"{found.name}, {split.name} split: there is no labelled image in {root}")
     if found.num_classes < 2:
         raise ValueError(f"{found.name} has {found.num_classes} class in {root}: to tell classes apart takes two")
 
@@ -162,14 +162,14 @@ def _parquet(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset
         files = sorted(root.rglob(f"{part}-*.parquet"))
         if not files:
             return None
-        found = rows(files, known.picture, [known.label])
+        found = rows(files, known.image_column, [known.label])
         labels = _labels(name, part, [row[known.label] for row in found], known)
-        whole = [i for i, row in enumerate(found) if row["picture"] is not None and labels[i] is not None]
+        whole = [i for i, row in enumerate(found) if row["image"] is not None and labels[i] is not None]
         if len(whole) < len(found):
-            notes.append(f"{part}: {len(found) - len(whole):,} rows without a picture or a label are left out")
+            notes.append(f"{part}: {len(found) - len(whole):,} rows without an image or a label are left out")
 
         def read(i: int) -> tuple[Tensor, int]:
-            return decode(found[whole[i]]["picture"].read(), MAX_PIXELS), labels[whole[i]]
+            return decode(found[whole[i]]["image"].read(), MAX_PIXELS), labels[whole[i]]
 
         return _split(name, part, len(whole), read)
 
@@ -188,7 +188,7 @@ def _folders(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset
         if new := {path.name for path in class_folders(root / part)} - set(classes):
             raise ValueError(f"{root / part} has the class '{min(new)}', which {root / 'train'} does not have")
         found = [class_files(root / part / one) for one in classes]
-        paths = [(path, label) for label, (pictures, _) in enumerate(found) for path in pictures]
+        paths = [(path, label) for label, (images, _) in enumerate(found) for path in images]
         if others := [path for _, rest in found for path in rest]:
             notes.append(f"{part}: {len(others):,} files that are no {', '.join(ENDINGS)}, such as {str(others[0])!r}")
 
@@ -208,7 +208,7 @@ def _tars(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset | 
     if not sorted(root.glob("train-*.tar")):
         return None
     cache = ShardCache(round(DataConfig().cache_gb * 1e9))
-    names: list[str] = []  # classes are those of the training pictures
+    names: list[str] = []  # classes are those of the training images
     notes: list[str] = []
 
     def split(part: str) -> Split | None:
@@ -269,7 +269,7 @@ def _torchvision(name: str, known: DatasetSpec, root: Path) -> ClassificationDat
                 image, label = found[i]
                 return vision.pil_to_tensor(upright_rgb(image)), int(label)
             except Exception as error:  # PIL's decoders raise what they like on broken input
-                raise ValueError(f"picture {i} cannot be decoded: {error}") from None
+                raise ValueError(f"image {i} cannot be decoded: {error}") from None
 
         return _split(name, part, len(found), read)
 
@@ -277,7 +277,7 @@ def _torchvision(name: str, known: DatasetSpec, root: Path) -> ClassificationDat
 
 
 def _split(name: str, part: str, size: int, read: Read) -> Split:
-    """A split whose `read` gives the next sound picture for a broken one, and names each broken one once."""
+    """A split whose `read` gives the next sound image for a broken one, and names each broken one once."""
     # in memory that forked data workers share: they forget what they met, and meet it again in the next epoch
     broken = np.frombuffer(mmap(-1, max(1, size)), np.uint8)[:size]
 
@@ -290,9 +290,9 @@ def _split(name: str, part: str, size: int, read: Read) -> Split:
                 reason = str(error)
                 if not broken[place]:
                     broken[place] = 1
-                    told = f"{name}, {part} split: picture {place} is left out ({reason})"
+                    told = f"{name}, {part} split: image {place} is left out ({reason})"
                     print(printable(told), file=sys.stderr)
-        raise ValueError(f"{name}, {part} split: no picture from number {i} on can be decoded; the last: {reason}")
+        raise ValueError(f"{name}, {part} split: no image from number {i} on can be decoded; the last: {reason}")
 
     return Split(part, size, sound, broken)
 

@@ -14,7 +14,7 @@ SOURCE = "the PyPI package easy-vqa (launchers/prepare_data.py easy_vqa)"
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The package's own layout: test/questions.json, [question, answer, picture number] each, and test/images/."""
+    """The package's own layout: test/questions.json, [question, answer, image number] each, and test/images/."""
     path = folder / "test" / "questions.json"
     if not path.is_file():
         raise missing_files_error(folder, "test/questions.json", SOURCE)

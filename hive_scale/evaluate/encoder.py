@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of labelled pictures: batches of features, kept on disk where they do not change."""
+"""What a frozen encoder makes of labelled images: batches of features, kept on disk where they do not change."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from hive_scale.phase_timer import tick
 
 Draw = tuple[int, int] | None  # seed and epoch of an augmentation
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
-Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of pictures
-AT_ONCE = 128  # pictures that run through the encoder together
+Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of images
+AT_ONCE = 128  # images that run through the encoder together
 LARGEST = 65504.0  # of float16
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
-        """uint8 pictures to features (B, V, C). Raises ValueError if these are not finite: they would have a score."""
+        """uint8 images to features (B, V, C). Raises ValueError if these are not finite: they would have a score."""
         seen = []
         for pixels in torch.split(pixels_BCHW, AT_ONCE):
             normal = (pixels.to(self.device).float() - self.mean) / self.std
@@ -73,13 +73,13 @@ class Encoder:
         features = torch.cat(seen)
         if not bool(features.isfinite().all()):
             remedy = "give sound weights, another --depth, or --precision fp32"
-            raise ValueError(f"{self.path} makes features of some pictures that are not finite: {remedy}")
+            raise ValueError(f"{self.path} makes features of some images that are not finite: {remedy}")
         return features
 
 
 @dataclass(frozen=True)
-class Pictures(Dataset[tuple[Tensor, int]]):
-    """The pictures of a split at the encoder's size, by number; augmented where a draw (seed, epoch) comes with it."""
+class LabelledImages(Dataset[tuple[Tensor, int]]):
+    """The images of a split at the encoder's size, by number; augmented where a draw (seed, epoch) comes with it."""
 
     split: Split
     image_size: int
@@ -94,7 +94,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 class Source:
-    """A split's features, by the numbers of its pictures."""
+    """A split's features, by the numbers of its images."""
 
     def __init__(self, encoder: Encoder, split: Split, workers: int) -> None:
         self.encoder, self.split, self.workers = encoder, split, workers
@@ -104,12 +104,12 @@ class Source:
     @cached_property
     def _loader(self) -> DataLoader[tuple[Tensor, int]]:
         """Whose workers stay from one pass to the next."""
-        pictures = Pictures(self.split, self.encoder.image_size, self.encoder.mode)
+        images = LabelledImages(self.split, self.encoder.image_size, self.encoder.mode)
         options = worker_options(self.workers)
-        return DataLoader(pictures, batch_sampler=self._asked, generator=torch.Generator(), **options)
+        return DataLoader(images, batch_sampler=self._asked, generator=torch.Generator(), **options)
 
     def batches(self, groups: Sequence[Numbers], draw: Draw = None) -> Iterator[Features]:
-        """Features of each group of pictures, augmented by `draw` if it is given. One pass at a time."""
+        """Features of each group of images, augmented by `draw` if it is given. One pass at a time."""
         if self.cache and draw is None:
             for group in groups:
                 tick()
@@ -132,7 +132,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path, data: str, source: Source, numbers: Numbers, world: World) -> None:
-        """Make what is missing of those pictures, each rank its share. `data` identifies the set. A collective.
+        """Make what is missing of those images, each rank its share. `data` identifies the set. A collective.
 
         Raises DiskError if the disk cannot take them.
         """
@@ -164,7 +164,7 @@ class Cache:
             logger.warning("%s: features cannot be read, or are damaged: made again", self.features.file)
             self._told = True
         encoder = self.source.encoder
-        pixels, label = Pictures(self.source.split, encoder.image_size, encoder.mode)[number, None]
+        pixels, label = LabelledImages(self.source.split, encoder.image_size, encoder.mode)[number, None]
         features = encoder(pixels[None]).clamp(-LARGEST, LARGEST).cpu().half()
         with suppress(OSError):
             self._put(np.array([number]), features, torch.tensor([label]))

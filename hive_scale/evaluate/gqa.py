@@ -7,7 +7,7 @@ from pathlib import Path
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import plain_normal
 from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json, rows
-from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
+from hive_scale.evaluate.vqa_types import Answered, ImageFile, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/GQA or https://cs.stanford.edu/people/dorarad/gqa"
 
@@ -18,11 +18,11 @@ def read(folder: Path) -> list[Question]:
     asked = sorted(folder.glob("testdev_balanced_instructions/*.parquet"))
     if asked:
         held = rows(sorted(folder.glob("testdev_balanced_images/*.parquet")), "image", ["id"])
-        pictures = {str(row["id"]): row["picture"] for row in held}
+        images = {str(row["id"]): row["image"] for row in held}
         items = [(row["id"], row) for row in rows(asked, "", ["id", "imageId", "question", "answer"])]
-        if missing := [row["imageId"] for _, row in items if not pictures.get(row["imageId"])]:
-            raise ValueError(f"{folder}/testdev_balanced_images has no picture {missing[0]}; the files are at {SOURCE}")
-        return [_question(id, row["question"], row["answer"], pictures[row["imageId"]]) for id, row in items]
+        if missing := [row["imageId"] for _, row in items if not images.get(row["imageId"])]:
+            raise ValueError(f"{folder}/testdev_balanced_images has no image {missing[0]}; the files are at {SOURCE}")
+        return [_question(id, row["question"], row["answer"], images[row["imageId"]]) for id, row in items]
     official = folder / "testdev_balanced_questions.json"
     if not official.is_file():
         wanted = "testdev_balanced_instructions/*.parquet or testdev_balanced_questions.json"
@@ -33,8 +33,8 @@ def read(folder: Path) -> list[Question]:
     ]
 
 
-def _question(id: str, asked: str, answer: str, picture: Picture) -> Question:
-    return Question(str(id), asked.strip() + SHORT, picture, {"answer": answer})
+def _question(id: str, asked: str, answer: str, image: ImageFile) -> Question:
+    return Question(str(id), asked.strip() + SHORT, image, {"answer": answer})
 
 
 def score(answered: Answered) -> dict[str, float]:

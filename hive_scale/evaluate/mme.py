@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions a picture, in fourteen subtasks (arXiv 2306.13394)."""
+"""MME: two yes-or-no questions an image, in fourteen subtasks (arXiv 2306.13394)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import yes_or_no
-from hive_scale.evaluate.readers import image_file, missing_files_error, pictures_by_stem, published_at, rows
-from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
+from hive_scale.evaluate.readers import image_file, images_by_stem, missing_files_error, published_at, rows
+from hive_scale.evaluate.vqa_types import Answered, ImageFile, Question, Task
 from hive_scale.strangers import MB, read_bytes
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/MME"
@@ -21,14 +21,14 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The hub's parquet files, or the official release: a folder per subtask, pictures and "question<tab>answer"."""
+    """The hub's parquet files, or the official release: a folder per subtask, images and "question<tab>answer"."""
     files = sorted(folder.rglob("test-*.parquet"))
     questions: list[Question] = []
     if files:
         columns = ("question_id", "question", "answer", "category")
         for place, row in enumerate(rows(files, "image", columns)):
             questions.append(
-                _question(row["category"], row["question_id"], row["question"], row["answer"], row["picture"], place)
+                _question(row["category"], row["question_id"], row["question"], row["answer"], row["image"], place)
             )
         return questions
     for category in (*PERCEPTION, *COGNITION):
@@ -40,17 +40,17 @@ def read(folder: Path) -> list[Question]:
 
 def _release(folder: Path, category: str, start: int) -> list[Question]:
     texts = sorted([*folder.glob("*.txt"), *folder.glob("questions_answers_YN/*.txt")])
-    pictures = pictures_by_stem(folder) | pictures_by_stem(folder / "images")
+    images = images_by_stem(folder) | images_by_stem(folder / "images")
     questions: list[Question] = []
     for path in texts:
-        if path.stem not in pictures:
-            raise ValueError(f"{path} has no picture of its name in {folder}: unpack MME again")
+        if path.stem not in images:
+            raise ValueError(f"{path} has no image of its name in {folder}: unpack MME again")
         for line in _text(path).splitlines():
             if line.strip():
                 asked, _, answer = line.rpartition("\t")
-                picture = image_file(pictures[path.stem])
-                name = f"{category}/{pictures[path.stem].name}"
-                questions.append(_question(category, name, asked, answer, picture, start + len(questions)))
+                image = image_file(images[path.stem])
+                name = f"{category}/{images[path.stem].name}"
+                questions.append(_question(category, name, asked, answer, image, start + len(questions)))
     return questions
 
 
@@ -61,33 +61,33 @@ def _text(path: Path) -> str:
         raise ValueError(f"{path} cannot be read as text: {error}") from None
 
 
-def _question(category: str, name: str, asked: str, answer: str, picture: Picture | None, place: int) -> Question:
+def _question(category: str, name: str, asked: str, answer: str, image: ImageFile | None, place: int) -> Question:
     truth = answer.lower().strip().replace(".", "")
     if truth not in ("yes", "no"):
         raise ValueError(f"MME {name}: the answer is '{answer}', not yes or no: the file is damaged")
     if category not in (*PERCEPTION, *COGNITION):
         raise ValueError(f"MME {name}: there is no subtask '{category}'")
-    shared = Picture(f"mme:{category}:{name}", picture.read) if picture else None
+    shared = ImageFile(f"mme:{category}:{name}", image.read) if image else None
     prompt = asked.strip().replace(" Please answer yes or no.", "") + SHORT
-    facts = {"answer": truth, "category": category, "picture": name}
+    facts = {"answer": truth, "category": category, "image": name}
     return Question(f"{place:05d}:{name}", prompt, shared, facts)
 
 
 def score(answered: Answered) -> dict[str, float]:
     """Sum, perception (at most 2000), cognition (800), and each subtask (200): acc + acc+, both in percent.
 
-    acc is the share of right answers, acc+ that of pictures with both right.
+    acc is the share of right answers, acc+ that of images with both right.
     """
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in answered:
-        category, picture = _pair(question)
-        right[category][picture].append(yes_or_no(answer) == question.truth["answer"])
+        category, image = _pair(question)
+        right[category][image].append(yes_or_no(answer) == question.truth["answer"])
     subtasks = {}
     for category in (name for name in (*PERCEPTION, *COGNITION) if name in right):
-        pictures = right[category]
-        if odd := [name for name, marks in pictures.items() if len(marks) != 2]:
-            raise ValueError(f"MME {odd[0]} has {len(pictures[odd[0]])} questions: MME asks two a picture")
-        points = [50.0 * sum(marks) + 100.0 * all(marks) for marks in pictures.values()]
+        images = right[category]
+        if odd := [name for name, marks in images.items() if len(marks) != 2]:
+            raise ValueError(f"MME {odd[0]} has {len(images[odd[0]])} questions: MME asks two an image")
+        points = [50.0 * sum(marks) + 100.0 * all(marks) for marks in images.values()]
         subtasks[category] = sum(points) / len(points)
     halves = {
         "perception": sum(subtasks.get(name, 0.0) for name in PERCEPTION),
@@ -97,8 +97,8 @@ def score(answered: Answered) -> dict[str, float]:
 
 
 def _pair(question: Question) -> tuple[str, str]:
-    """What the two questions about a picture have in common."""
-    return question.truth["category"], question.truth["picture"]
+    """What the two questions about an image have in common."""
+    return question.truth["category"], question.truth["image"]
 
 
 TASK = Task("mme", read, score, SOURCE, group=_pair)

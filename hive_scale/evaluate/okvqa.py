@@ -1,4 +1,4 @@
-"""OK-VQA, val2014: questions that need knowledge beyond the picture, ten people's answers (arXiv 1906.00067)."""
+"""OK-VQA, val2014: questions that need knowledge beyond the image, ten people's answers (arXiv 1906.00067)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from hive_scale.data.conversation import SHORT
 from hive_scale.evaluate.answer_parsing import vqa_normal
 from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json, rows
-from hive_scale.evaluate.vqa_types import Answered, Picture, Question, Task
+from hive_scale.evaluate.vqa_types import Answered, ImageFile, Question, Task
 
 SOURCE = "https://huggingface.co/datasets/lmms-lab/OK-VQA or https://okvqa.allenai.org"
 UNSURE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
@@ -17,11 +17,11 @@ ASKED, ANSWERED = "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_ann
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The hub's parquet files, or the official questions and annotations with COCO's val2014 pictures."""
+    """The hub's parquet files, or the official questions and annotations with COCO's val2014 images."""
     files = sorted(folder.rglob("val2014-*.parquet"))
     if files:
         found = rows(files, "image", ["question_id", "question", "answers"])
-        return [_question(row["question_id"], row["question"], row["answers"], row["picture"]) for row in found]
+        return [_question(row["question_id"], row["question"], row["answers"], row["image"]) for row in found]
     for name in (ASKED, ANSWERED):
         if not (folder / name).is_file():
             raise missing_files_error(folder, f"val2014-*.parquet or {name}", SOURCE)
@@ -34,13 +34,13 @@ def read(folder: Path) -> list[Question]:
         id = item["question_id"]
         if id not in answers:
             raise ValueError(f"{ANSWERED} has no answers to question {id} of {ASKED}: take both from one release")
-        picture = image_file(folder / "val2014" / f"COCO_val2014_{item['image_id']:012d}.jpg")
-        questions.append(_question(id, item["question"], answers[id], picture))
+        image = image_file(folder / "val2014" / f"COCO_val2014_{item['image_id']:012d}.jpg")
+        questions.append(_question(id, item["question"], answers[id], image))
     return questions
 
 
-def _question(id: object, asked: str, answers: Sequence[str], picture: Picture | None) -> Question:
-    return Question(str(id), asked.strip() + UNSURE + SHORT, picture, {"answers": list(answers)})
+def _question(id: object, asked: str, answers: Sequence[str], image: ImageFile | None) -> Question:
+    return Question(str(id), asked.strip() + UNSURE + SHORT, image, {"answers": list(answers)})
 
 
 def score(answered: Answered) -> dict[str, float]:

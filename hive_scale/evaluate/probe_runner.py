@@ -26,7 +26,7 @@ from hive_scale.model.identity import key_of
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
-HELD_BACK = 0.1  # share of the training pictures on which rates are chosen, where the set has no split for it
+HELD_BACK = 0.1  # share of the training images on which rates are chosen, where the set has no split for it
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ProbeConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     augment: bool = True
     neighbours: bool = False  # a vote of nearest neighbours, too: a quick look, nothing is trained
-    limit: int = 0  # use so many training pictures only, the same for every encoder; 0: all
+    limit: int = 0  # use so many training images only, the same for every encoder; 0: all
     workers: int = 0
 
 
@@ -82,7 +82,7 @@ class ProbeRunner:
         if data.validation:
             tested = dict(zip(grid.keys, self._test(grid), strict=True))
             return {kind: {"accuracy": tested[kind, best[kind]["rate"]], **best[kind]} for kind in kinds}
-        # what was held back to choose by has served, and belongs to the training pictures again
+        # what was held back to choose by has served, and belongs to the training images again
         grids = [self._grid([kind], replace(recipe, rates=(best[kind]["rate"],)), seed) for kind in kinds]
         self._train(grids, self.whole, seed, lambda text: say(f"{text}, at the rates chosen"))
         return {kind: {"accuracy": self._test(one)[0], **best[kind]} for kind, one in zip(kinds, grids, strict=True)}
@@ -91,12 +91,12 @@ class ProbeRunner:
         return ProbeGrid(kinds, self.encoder.width, self.data.num_classes, recipe, seed, self.world)
 
     def _train(self, grids: list[ProbeGrid], part: Numbers, seed: int, say: Callable[[str], Any]) -> list[ProbeGrid]:
-        """`grids`, trained on those of the training pictures."""
+        """`grids`, trained on those of the training images."""
         recipe, world = self.plan.recipe, self.world
         batch = min(recipe.batch, len(part))
         if batch < world.size:
-            remedy = "start fewer, or give more pictures"
-            raise ValueError(f"{batch} pictures a batch cannot be shared by {world.size} processes: {remedy}")
+            remedy = "start fewer, or give more images"
+            raise ValueError(f"{batch} images a batch cannot be shared by {world.size} processes: {remedy}")
         per_epoch = len(part) // batch
         repeats = max(1, ceil(recipe.min_steps / (per_epoch * recipe.epochs)))
         num_steps, step = per_epoch * recipe.epochs * repeats, 0
@@ -116,17 +116,17 @@ class ProbeRunner:
     def _source(self, split: Split) -> Source:
         if split.name not in self._sources:
             source = self._sources[split.name] = Source(self.encoder, split, self.plan.workers)
-            if not self.plan.augment:  # seen again and again unchanged, pictures need the encoder once
+            if not self.plan.augment:  # seen again and again unchanged, images need the encoder once
                 wanted = self.whole if split is self.data.train else np.arange(split.size)
                 held = key_of(self.data.name, self.data.identity)
                 try:
                     source.cache = Cache(self.cache, held, source, wanted, self.world)
                 except DiskError as error:
-                    logger.warning("%s: %s. The encoder sees each picture again each time", self.cache, error)
+                    logger.warning("%s: %s. The encoder sees each image again each time", self.cache, error)
         return self._sources[split.name]
 
     def _share_right(self, grid: ProbeGrid, split: Split, part: Numbers) -> list[float]:
-        """Percent of the pictures that each probe of the grid classifies rightly."""
+        """Percent of the images that each probe of the grid classifies rightly."""
         right = torch.zeros(len(grid.keys), device=self.world.device)
         for features, labels in self._source(split).batches(cut(part[self.world.rank :: self.world.size], AT_ONCE)):
             right += grid.right(features, labels)
@@ -136,14 +136,14 @@ class ProbeRunner:
         return self._share_right(grid, self.data.test, np.arange(self.data.test.size))
 
     def _vote(self) -> float:
-        """Percent of the test pictures whose nearest training pictures vote for their class."""
+        """Percent of the test images whose nearest training images vote for their class."""
         known, labels = self._pooled(self.data.train, self.whole)
         asked, truth = self._pooled(self.data.test, np.arange(self.data.test.size))
         made = nearest_neighbours(known, labels, asked, self.data.num_classes)
         return 100.0 * float((made == truth).float().mean())
 
     def _pooled(self, split: Split, part: Numbers) -> tuple[Tensor, Tensor]:
-        """Mean features (N, C) and labels (N,) of all pictures in `part`, on every rank."""
+        """Mean features (N, C) and labels (N,) of all images in `part`, on every rank."""
         pooled = torch.zeros(len(part), self.encoder.width, device=self.world.device)
         labels = torch.zeros(len(part), dtype=torch.long, device=self.world.device)
         mine = np.arange(len(part))[self.world.rank :: self.world.size]

@@ -1,6 +1,6 @@
 """Classifiers on a frozen encoder, a whole grid of learning rates at once (paper, Table 4).
 
-Shapes: B pictures, V visual tokens, C encoder width, H attention heads of h channels.
+Shapes: B images, V visual tokens, C encoder width, H attention heads of h channels.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class AttentiveProbe(nn.Module):
     """LayerNorm, ``nn.MultiheadAttention`` of one learned query over the tokens, linear classifier.
 
     With one query, keys and values need not be made: the query is carried back through the key projection, and
-    values are projected after pooling. That costs 2 V C H instead of 2 V C^2 a picture, for the same result.
+    values are projected after pooling. That costs 2 V C H instead of 2 V C^2 an image, for the same result.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -122,7 +122,7 @@ class ProbeGrid:
 
     @torch.no_grad()
     def right(self, features_BVC: Tensor, labels_B: Tensor) -> Tensor:
-        """How many of the pictures each probe classifies rightly, int64 (number of probes,).
+        """How many of the images each probe classifies rightly, int64 (number of probes,).
 
         Scores that are not finite, of a probe that has diverged, choose no class: `argmax` would take the first.
         """

@@ -1,4 +1,4 @@
-"""Rows and pictures as benchmarks publish them: parquet with pictures inside, JSON with pictures beside it."""
+"""Rows and images as benchmarks publish them: parquet with images inside, JSON with images beside it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hive_scale import strict_json
 from hive_scale.atomic import write_text
 from hive_scale.data.images import check_length, read_image
 from hive_scale.data.parquet import check_row_group
-from hive_scale.evaluate.vqa_types import Picture, Question
+from hive_scale.evaluate.vqa_types import ImageFile, Question
 from hive_scale.strict_json import dumps
 
 Row = dict[str, Any]
 Reader = Callable[[Path], list[Question]]
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
 def published_at(source: str) -> Callable[[Reader], Reader]:
@@ -40,10 +40,10 @@ def published_at(source: str) -> Callable[[Reader], Reader]:
     return told
 
 
-def rows(paths: Iterable[Path], picture_column: str, columns: Sequence[str]) -> list[Row]:
-    """`columns` of every row of parquet files, and under "picture" the row's Picture, or None.
+def rows(paths: Iterable[Path], image_column: str, columns: Sequence[str]) -> list[Row]:
+    """`columns` of every row of parquet files, and under "image" the row's Image, or None.
 
-    Pictures are the hub's structs of bytes and path; their bytes are read a row group at a time, when asked for.
+    Images are the hub's structs of bytes and path; their bytes are read a row group at a time, when asked for.
     Raises ValueError for a file without one of the columns, or that is not parquet.
     """
     found: list[Row] = []
@@ -51,20 +51,20 @@ def rows(paths: Iterable[Path], picture_column: str, columns: Sequence[str]) -> 
         with _told(path):
             file = parquet.ParquetFile(path)
         known = file.schema_arrow.names
-        wanted = [picture_column, *columns] if picture_column else [*columns]
+        wanted = [image_column, *columns] if image_column else [*columns]
         if missing := [name for name in wanted if name not in known]:
             raise ValueError(f"{path} has no column '{missing[0]}': its columns are {', '.join(known)}")
-        if picture_column and not _holds_pictures(file.schema_arrow.field(picture_column).type):
-            raise ValueError(f"{path}: column '{picture_column}' holds no pictures as the hub has them (bytes, path)")
-        # of the pictures only the path, which says where there is one
-        light = [*columns, f"{picture_column}.path"] if picture_column else [*columns]
+        if image_column and not _holds_images(file.schema_arrow.field(image_column).type):
+            raise ValueError(f"{path}: column '{image_column}' holds no images as the hub has them (bytes, path)")
+        # of the images only the path, which says where there is one
+        light = [*columns, f"{image_column}.path"] if image_column else [*columns]
         for group in range(file.num_row_groups):
             with _told(path):
                 check_row_group(file, group, *columns)
                 read = file.read_row_group(group, columns=light).to_pylist()
             for index, row in enumerate(read):
-                held = row.pop(picture_column, None) if picture_column else None
-                row["picture"] = None if held is None else _inside(path, group, index, picture_column)
+                held = row.pop(image_column, None) if image_column else None
+                row["image"] = None if held is None else _inside(path, group, index, image_column)
                 found.append(row)
         file.close()
     return found
@@ -80,18 +80,18 @@ def _told(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read as parquet: {reason}") from None
 
 
-def _holds_pictures(column: pyarrow.DataType) -> bool:
+def _holds_images(column: pyarrow.DataType) -> bool:
     return pyarrow.types.is_struct(column) and {"bytes", "path"} <= {field.name for field in column}
 
 
-def _inside(path: Path, group: int, index: int, column: str) -> Picture:
-    return Picture(f"{path}:{group}:{index}", partial(_cell, path, group, index, column))
+def _inside(path: Path, group: int, index: int, column: str) -> ImageFile:
+    return ImageFile(f"{path}:{group}:{index}", partial(_cell, path, group, index, column))
 
 
 def _cell(path: Path, group: int, index: int, column: str) -> bytes:
     content = _group(path, group, column)[index]["bytes"].as_py()
     if content is None:
-        raise ValueError(f"{path}: row {index} of row group {group} names a picture but does not hold it")
+        raise ValueError(f"{path}: row {index} of row group {group} names an image but does not hold it")
     check_length(content)
     return bytes(content)
 
@@ -103,16 +103,16 @@ def _group(path: Path, group: int, column: str) -> Any:
         return file.read_row_group(group, columns=[f"{column}.bytes"]).column(column).combine_chunks()
 
 
-def image_file(path: Path) -> Picture:
-    """The picture at `path`. Raises ValueError if there is none, at once."""
+def image_file(path: Path) -> ImageFile:
+    """The image at `path`. Raises ValueError if there is none, at once."""
     if not path.is_file():
-        raise ValueError(f"there is no picture {path}: unpack the task's pictures there")
-    return Picture(str(path), partial(read_image, path))
+        raise ValueError(f"there is no image {path}: unpack the task's images there")
+    return ImageFile(str(path), partial(read_image, path))
 
 
-def pictures_by_stem(folder: Path) -> dict[str, Path]:
-    """Every picture of a folder by its name without the ending."""
-    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in PICTURE_ENDINGS}
+def images_by_stem(folder: Path) -> dict[str, Path]:
+    """Every image of a folder by its name without the ending."""
+    return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in IMAGE_ENDINGS}
 
 
 def read_json(path: Path) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor
 from hive_scale.config import DataConfig
 from hive_scale.data.conversation import prompt_with_slot
 from hive_scale.data.tokenizer import open_tokenizer
-from hive_scale.data.transform import blank, decode, picture
+from hive_scale.data.transform import blank, decode, to_pixels
 from hive_scale.distributed import World
-from hive_scale.evaluate.vqa_types import Picture, Question, Task, Unanswerable, decoded
+from hive_scale.evaluate.vqa_types import ImageFile, Question, Task, Unanswerable, decoded
 from hive_scale.model.encoders import mean_colour
 from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
@@ -27,7 +27,7 @@ from hive_scale.phase_timer import tick
 from hive_scale.strict_json import dumps, read_lines
 
 PREDICTIONS = "predictions.jsonl"
-# of a run's data: which samples there are and how they come, not what is made of a picture and its prompt
+# of a run's data: which samples there are and how they come, not what is made of an image and its prompt
 LOADING = {
     *(
         "train",
@@ -56,11 +56,11 @@ class Answerer(Protocol):
         """What its answers depend on besides the question, each by name."""
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
-        """Raises Unanswerable if one of the pictures cannot be decoded, or one of the texts not be put to the model."""
+        """Raises Unanswerable if one of the images cannot be decoded, or one of the texts not be put to the model."""
 
 
 class HiveAnswerer:
-    """A model of ours, asked in its tokenizer's chat template; each picture of a batch is seen once."""
+    """A model of ours, asked in its tokenizer's chat template; each image of a batch is seen once."""
 
     def __init__(self, model: Hive, data: DataConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.data, self.dtype = model.to(device), data, dtype
@@ -72,7 +72,7 @@ class HiveAnswerer:
     def identity(self) -> dict[str, str]:
         transform = {name: value for name, value in asdict(self.data).items() if name not in LOADING}
         asked = key_of(identity_of_processor(self.tokenizer.stock), transform)
-        return {"weights": identity(self.model), "prompts or pictures": asked, "precision": str(self.dtype)}
+        return {"weights": identity(self.model), "prompts or images": asked, "precision": str(self.dtype)}
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         """Raises ValueError for a prompt that leaves an answer no room in the LLM's context."""
@@ -84,9 +84,9 @@ class HiveAnswerer:
                     f"question {question.id} has {len(tokens)} tokens: with {max_tokens} for its answer they are more "
                     f"than the {self.longest} that the LLM takes"
                 )
-        pictures = list(dict.fromkeys(one.picture for one in questions if one.picture))
-        places = [pictures.index(one.picture) if one.picture else None for one in questions]
-        seen = [decoded(one, self._pixels) for one in pictures]
+        images = list(dict.fromkeys(one.image for one in questions if one.image))
+        places = [images.index(one.image) if one.image else None for one in questions]
+        seen = [decoded(one, self._pixels) for one in images]
         device = self.model.pixel_mean.device
         pixels = torch.stack(seen or [blank(self.image_size)]).to(device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -94,16 +94,16 @@ class HiveAnswerer:
         return [Answer(self.tokenizer.decode(ids).strip(), len(ids) == max_tokens) for ids in made]
 
     def _prompt(self, question: Question) -> tuple[list[int], int]:
-        """Tokens, and how many of them come before the picture. Raises Unanswerable."""
+        """Tokens, and how many of them come before the image. Raises Unanswerable."""
         turns = [{"role": "user", "content": question.prompt}]
         try:
-            return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.picture else None)
+            return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.image else None)
         except ValueError as error:
             raise Unanswerable(f"question {question.id}: {error}", lambda one: one.id == question.id) from None
 
     def _pixels(self, data: bytes) -> Tensor:
         colour = mean_colour(self.model.vision.config.model_type)
-        return picture(data, self.image_size, self.data.image_transform, self.data.max_pixels, colour)
+        return to_pixels(data, self.image_size, self.data.image_transform, self.data.max_pixels, colour)
 
 
 class LlavaAnswerer:
@@ -116,11 +116,11 @@ class LlavaAnswerer:
     def identity(self) -> dict[str, str]:
         asked = key_of(identity_of_processor(self.model.processor), self.max_pixels)
         precision = str(self.model.model.dtype)
-        return {"weights": identity(self.model.model), "prompts or pictures": asked, "precision": precision}
+        return {"weights": identity(self.model.model), "prompts or images": asked, "precision": precision}
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
         asked = [
-            (one.prompt, decoded(one.picture, partial(decode, max_pixels=self.max_pixels)) if one.picture else None)
+            (one.prompt, decoded(one.image, partial(decode, max_pixels=self.max_pixels)) if one.image else None)
             for one in questions
         ]
         return [Answer(*made) for made in self.model.answer(asked, max_tokens)]
@@ -139,8 +139,8 @@ def answer_all(
 
     A collective. Ranks append to files of their own, which are joined at the end, and at the beginning if an
     earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now. An answer counts if
-    prompt, picture and limit are the same; whose answers `folder` holds is the caller's to know. A question whose
-    picture is broken gets a line that says so in place of an answer, and is tried again by the next attempt.
+    prompt, image and limit are the same; whose answers `folder` holds is the caller's to know. A question whose
+    image is broken gets a line that says so in place of an answer, and is tried again by the next attempt.
     """
     asked = _Asked(max_tokens)
     if world.is_main:
@@ -187,20 +187,20 @@ class _Asked:
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._shown: dict[Picture | None, str] = {None: ""}  # by picture, of which each is read once
+        self._shown: dict[ImageFile | None, str] = {None: ""}  # by image, of which each is read once
 
     def of(self, question: Question) -> dict[str, Any]:
-        shown = question.picture
+        shown = question.image
         if shown is not None and shown not in self._shown:
             try:
                 self._shown[shown] = xxhash.xxh3_64_hexdigest(shown.read())
             except (OSError, ValueError):  # who answers will say so
                 self._shown[shown] = "cannot be read"
-        return {"prompt": question.prompt, "picture": self._shown[shown], "max_tokens": self.max_tokens}
+        return {"prompt": question.prompt, "image": self._shown[shown], "max_tokens": self.max_tokens}
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """`questions` cut into lists of at most `size`, those about one picture side by side."""
+    """`questions` cut into lists of at most `size`, those about one image side by side."""
     first: dict[str, int] = {}
     for place, one in enumerate(questions):
         first.setdefault(_subject(one), place)
@@ -209,7 +209,7 @@ def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
 
 
 def _subject(question: Question) -> str:
-    return question.picture.key if question.picture else f"question {question.id}"
+    return question.image.key if question.image else f"question {question.id}"
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
@@ -221,7 +221,7 @@ def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
 def result(task: Task, questions: Sequence[Question], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Scores of a task, and how many answers are missing (they count as wrong) or were cut at the limit.
 
-    Those that are missing for a broken picture are named under "broken", where there are any.
+    Those that are missing for a broken image are named under "broken", where there are any.
     """
     broken = {one.id: predictions[one.id]["broken"] for one in questions if "broken" in predictions.get(one.id, {})}
     answered = [(one, str(predictions.get(one.id, {}).get("answer", ""))) for one in questions]
@@ -234,7 +234,7 @@ def result(task: Task, questions: Sequence[Question], predictions: dict[str, dic
 
 
 def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
-    """One file of predictions, in the questions' order; answers to other prompts or pictures than today's are dropped.
+    """One file of predictions, in the questions' order; answers to other prompts or images than today's are dropped.
 
     Questions that are not among today's keep their answers, behind the others: another day more may be asked.
     """

@@ -1,4 +1,4 @@
-"""The nouns of a benchmark: questions about pictures, and what a task makes of the answers."""
+"""The nouns of a benchmark: questions about images, and what a task makes of the answers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Encoded bytes that are read when they are needed. Equal keys mean equal pictures."""
+class ImageFile:
+    """Encoded bytes that are read when they are needed. Equal keys mean equal images."""
 
     key: str
     read: Callable[[], bytes] = field(compare=False, repr=False)
@@ -27,12 +27,12 @@ class Unanswerable(ValueError):
         self.concerns = concerns
 
 
-def decoded(picture: Picture, decode: Callable[[bytes], Tensor]) -> Tensor:
-    """What `decode` makes of the picture's bytes. Raises Unanswerable for the ValueError of either."""
+def decoded(image: ImageFile, decode: Callable[[bytes], Tensor]) -> Tensor:
+    """What `decode` makes of the image's bytes. Raises Unanswerable for the ValueError of either."""
     try:
-        return decode(picture.read())
+        return decode(image.read())
     except ValueError as error:
-        raise Unanswerable(f"{picture.key}: {error}", lambda question: question.picture == picture) from None
+        raise Unanswerable(f"{image.key}: {error}", lambda question: question.image == image) from None
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Question:
 
     id: str  # unique in its task
     prompt: str
-    picture: Picture | None
+    image: ImageFile | None
     truth: Mapping[str, Any]
 
 

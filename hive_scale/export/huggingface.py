@@ -50,7 +50,7 @@ def export_encoder(
 def export_llm(
     config: ModelConfig, weights: Weights, path: Path, tokenizer: Any, dtype: torch.dtype = torch.float32
 ) -> None:
-    """The causal LM alone, with its tokenizer: what it says without a picture, whatever the fusion."""
+    """The causal LM alone, with its tokenizer: what it says without an image, whatever the fusion."""
     language = language_config(config.language)
     auto: Any = AutoModelForCausalLM
     ends = _generation(tokenizer, ChatTemplate(tokenizer).end_ids)
@@ -160,7 +160,7 @@ def _lengthened(weights: Weights, vocab_size: int) -> Weights:
 
 
 def image_processor(config: PretrainedConfig, mode: ImageMode) -> Any:
-    """The stock image processor that does to a picture what training did. `config`: the encoder's."""
+    """The stock image processor that does to an image what training did. `config`: the encoder's."""
     mean, std = PIXEL_STATISTICS[config.model_type]
     side = config.image_size
     square = {"height": side, "width": side}

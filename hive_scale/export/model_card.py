@@ -19,7 +19,7 @@ TASKS = {
 }
 WHAT = {
     "encoder": "The vision encoder of a HIVE. Read `hidden_states[-2]`: the block after it is never trained.",
-    "llm": "The language model of a HIVE, alone: without a picture it says what the whole model says.",
+    "llm": "The language model of a HIVE, alone: without an image it says what the whole model says.",
     "hive": "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
     "llava": "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
 }
@@ -80,7 +80,7 @@ tags: [hive, vision]
 | encoder | {_part(config.model.vision)} |
 | LLM | {_part(config.model.language)} |
 | fusion | {_fusion(config)} |
-| pictures and captions | {", ".join(map(_plain, config.data.train))} |
+| images and captions | {", ".join(map(_plain, config.data.train))} |
 | tokenizer | {_plain(config.data.tokenizer.path)} |
 | weights | xxh3-128 {identity} |
 | code | {", ".join(f"{name} {version}" for name, version in code_version().items())} |

@@ -116,7 +116,7 @@ def open_encoder(path: Path) -> nn.Module:
 
 
 def image_size(config: ModelConfig) -> int:
-    """Side of the square pictures that the encoder takes, in pixels."""
+    """Side of the square images that the encoder takes, in pixels."""
     size: int = vision_config(config.vision).image_size
     return size
 

@@ -1,6 +1,6 @@
 """The encoder's side: which depths are tapped, and the feature map of each.
 
-Shapes: B pictures, V visual tokens (patches), C encoder width.
+Shapes: B images, V visual tokens (patches), C encoder width.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def patches(vision: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def covered(vision: nn.Module) -> int:
-    """Side in pixels of what the patches cover of a picture: a rest at its right and lower edges is never read."""
+    """Side in pixels of what the patches cover of an image: a rest at its right and lower edges is never read."""
     config: Any = vision.config
     side: int = config.image_size - config.image_size % config.patch_size
     return side

@@ -1,4 +1,4 @@
-"""Where pictures enter the LLM: three ways behind one name.
+"""Where images enter the LLM: three ways behind one name.
 
 * `CrossAttention` (paper 3.3): at each fused depth an injected layer lets the text attend to the features of
   its encoder depth, with a softmax of its own and behind a gate that starts shut.
@@ -35,11 +35,11 @@ class Context:
     """What stays the same from layer to layer."""
 
     visual: Sequence[Tensor]  # phi(F_l), (B, V, D) for each fused depth
-    has_image: Tensor | None  # bool (B,); None when every sample has a picture
+    has_image: Tensor | None  # bool (B,); None when every sample has an image
     positions: Tensor  # of the stream's N tokens, (B or 1, N)
     slots: Tensor | None = None  # int (B,): of each text's image; None: SLOT
     mask: Tensor | None = None  # bool (B or 1, 1, N, keys): who may attend to whom; None: causal
-    text_mask: Tensor | None = None  # the same for layers that see no picture, where that differs
+    text_mask: Tensor | None = None  # the same for layers that see no image, where that differs
     memory: Sequence[KeyValue] | None = None  # of each fused layer, where they are known already
 
 
@@ -72,8 +72,8 @@ class Fusion(nn.Module):
         """(B, heads, T, V): what the attention of each row in layer `depth` gives to each patch."""
         raise NotImplementedError
 
-    def visual_kv(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
-        """Keys and values of each fused layer for texts about images `picture_of`: all that later tokens need."""
+    def visual_kv(self, visual: Sequence[Tensor], image_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+        """Keys and values of each fused layer for texts about images `image_of`: all that later tokens need."""
         return []
 
     def num_beside(self, depth: int, context: Context) -> int:
@@ -148,10 +148,10 @@ class CrossAttention(Fusion):
             hidden_BND = self.layers[index](hidden_BND, context.visual[index], context.has_image, memory)
         return hidden_BND, {"attention_mask": context.mask}
 
-    def visual_kv(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+    def visual_kv(self, visual: Sequence[Tensor], image_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         layers: Any = self.layers
         made = (layer.visual_kv(one) for layer, one in zip(layers, visual, strict=True))
-        return [(key[picture_of_B], value[picture_of_B]) for key, value in made]
+        return [(key[image_of_B], value[image_of_B]) for key, value in made]
 
     def attention_weights(
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
@@ -219,11 +219,11 @@ class JointAttention(Fusion):
         # text before the slot cannot see the image: a caption's first token, which the start token predicts, is
         # predicted blindly, as in the authors' code
         behind = torch.arange(length, device=device) >= _column(slots, device)
-        sees_picture = behind[:, :, None].expand(-1, length, num_visual)
+        sees_image = behind[:, :, None].expand(-1, length, num_visual)
         if has_image is not None:
-            sees_picture = sees_picture & has_image[:, None, None]
-        sees_text = causal(length, device).expand(len(sees_picture), length, length)
-        mask = torch.cat([sees_picture, sees_text], dim=-1)[:, None]
+            sees_image = sees_image & has_image[:, None, None]
+        sees_text = causal(length, device).expand(len(sees_image), length, length)
+        mask = torch.cat([sees_image, sees_text], dim=-1)[:, None]
         positions = _text_positions(length, extent, has_image, slots, device)
         return text_BTD, Context(visual, has_image, positions, slots, mask)
 
@@ -234,10 +234,10 @@ class JointAttention(Fusion):
         memory = context.memory[index] if context.memory else self.layers[index](context.visual[index], context.slots)
         return hidden_BND, {"attention_mask": context.mask, "visual": memory}
 
-    def visual_kv(self, visual: Sequence[Tensor], picture_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+    def visual_kv(self, visual: Sequence[Tensor], image_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         layers: Any = self.layers
         made = ((layer, *layer(one)) for layer, one in zip(layers, visual, strict=True))
-        return [(layer.move(key[picture_of_B], slots), value[picture_of_B]) for layer, key, value in made]
+        return [(layer.move(key[image_of_B], slots), value[image_of_B]) for layer, key, value in made]
 
     def num_beside(self, depth: int, context: Context) -> int:
         return context.visual[0].shape[1] if depth in self.depths else 0
@@ -245,11 +245,11 @@ class JointAttention(Fusion):
     def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         num_visual = context.visual[0].shape[1]
         extent = _side(num_visual) if self.grid else num_visual
-        pictured = _pictured(context, seen_BN)
-        mask = torch.cat([pictured.expand(-1, num_visual), seen_BN], dim=1)
+        has_image = _has_image(context, seen_BN)
+        mask = torch.cat([has_image.expand(-1, num_visual), seen_BN], dim=1)
         return replace(
             context,
-            positions=position_B1 + extent * pictured,
+            positions=position_B1 + extent * has_image,
             mask=mask[:, None, None],
             text_mask=seen_BN[:, None, None],
         )
@@ -298,7 +298,7 @@ class Concat(Fusion):
     def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `enter` was given
         mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
-        shift = context.visual[0].shape[1] * _pictured(context, seen_BN)
+        shift = context.visual[0].shape[1] * _has_image(context, seen_BN)
         return replace(context, positions=position_B1 + shift, mask=mask[:, None, None])
 
     def _rows(self, hidden_BND: Tensor, context: Context) -> Tensor:
@@ -327,12 +327,12 @@ def _merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
 
 def _seen(text_BT: Tensor, context: Context) -> Tensor:
     """bool (B, N): which of the stream's keys count, given which of the text's do."""
-    visual = _pictured(context, text_BT).expand(-1, context.visual[0].shape[1])
+    visual = _has_image(context, text_BT).expand(-1, context.visual[0].shape[1])
     return _merge(text_BT.expand(len(visual), -1), visual, context)
 
 
-def _pictured(context: Context, like_BN: Tensor) -> Tensor:
-    """bool (B, 1): which texts have a picture."""
+def _has_image(context: Context, like_BN: Tensor) -> Tensor:
+    """bool (B, 1): which texts have an image."""
     return torch.ones_like(like_BN[:, :1]) if context.has_image is None else context.has_image[:, None]
 
 
@@ -363,7 +363,7 @@ def _head_norm(attention: Any, name: str, wanted: bool) -> nn.Module:
 
 
 def _side(num_visual: int) -> int:
-    """Rows, and columns, of a square picture's patches."""
+    """Rows, and columns, of a square image's patches."""
     return math.isqrt(num_visual)
 
 
@@ -385,7 +385,7 @@ def _visual_positions(num_visual: int, num_pairs: int, grid: bool, device: torch
     """(V, rotary pairs): the position by which each pair of channels turns.
 
     On a grid three quarters of the pairs turn alternately by row and column, the rest by a constant, half
-    the picture's side; on a line all turn by the index. Counted from the slot.
+    the image's side; on a line all turn by the index. Counted from the slot.
     """
     index = torch.arange(num_visual, device=device)
     if not grid:

@@ -1,6 +1,6 @@
-"""Text after text about pictures, one token at a time: each picture is seen once, each token run once.
+"""Text after text about images, one token at a time: each image is seen once, each token run once.
 
-Shapes: P pictures, B texts of up to T tokens, D LLM width.
+Shapes: P images, B texts of up to T tokens, D LLM width.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ class Decoder:
         self,
         model: Hive,
         pixels_PCHW: Tensor,
-        picture_of_B: Tensor,
+        image_of_B: Tensor,
         has_image_B: Tensor,
         slots_B: Tensor | None = None,
     ) -> None:
-        """Text b is about picture ``picture_of[b]``, if ``has_image[b]``; `pixels` uint8, at least one picture.
+        """Text b is about image ``image_of[b]``, if ``has_image[b]``; `pixels` uint8, at least one image.
 
         ``slots[b]`` tokens come before it; None: one.
         """
         self.model, self.slots = model, slots_B
         seen = model.encode_images(pixels_PCHW)
-        self.memory = model.fusion.visual_kv(seen, picture_of_B, slots_B)
+        self.memory = model.fusion.visual_kv(seen, image_of_B, slots_B)
         # what has become keys and values is not read any more, but for its shape
-        self.visual = [one[picture_of_B] if not self.memory else one[:1] for one in seen]
+        self.visual = [one[image_of_B] if not self.memory else one[:1] for one in seen]
         self.has_image = None if bool(has_image_B.all()) else has_image_B
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, room: int) -> Tensor:
@@ -88,7 +88,7 @@ class Decoder:
 def generate(
     model: Hive,
     pixels_PCHW: Tensor,
-    picture_of: Sequence[int | None],
+    image_of: Sequence[int | None],
     prompts: Sequence[Sequence[int]],
     end_ids: int | Collection[int],
     max_tokens: int,
@@ -97,22 +97,22 @@ def generate(
     """Greedy continuations of prompts.
 
     Args:
-        pixels_PCHW: uint8, at least one picture.
-        picture_of: which picture each prompt is about, or None.
+        pixels_PCHW: uint8, at least one image.
+        image_of: which image each prompt is about, or None.
         prompts: token ids.
         end_ids: the tokens that end a text; they are left out of it.
         max_tokens: of each continuation.
-        slots: how many tokens of each prompt come before its picture; None: one.
+        slots: how many tokens of each prompt come before its image; None: one.
     """
     device = pixels_PCHW.device
     ends = {end_ids} if isinstance(end_ids, int) else set(end_ids)
     end = torch.tensor(sorted(ends), device=device)
-    picture = torch.tensor([index or 0 for index in picture_of], device=device)
-    has_image = torch.tensor([index is not None for index in picture_of], device=device)
+    image = torch.tensor([index or 0 for index in image_of], device=device)
+    has_image = torch.tensor([index is not None for index in image_of], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     slot = None if slots is None else torch.tensor(slots, device=device)
-    decoder = Decoder(model, pixels_PCHW, picture, has_image, slot)
+    decoder = Decoder(model, pixels_PCHW, image, has_image, slot)
     following = decoder.prefill(tokens.to(device), lengths, room=max_tokens - 1).argmax(-1)
     written, ended = [following], torch.isin(following, end)
     while len(written) < max_tokens and not (len(written) % LOOK == 0 and ended.all()):

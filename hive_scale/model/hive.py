@@ -75,7 +75,7 @@ class Hive(nn.Module):
         """Sum of the token losses (paper eq. 1), a float32 scalar, in nats.
 
         Args: `pixels` as `encode_images` takes them; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
-        that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has a picture; `image_slots` int
+        that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has an image; `image_slots` int
         (B,), the number of text tokens before each image, None when that is 1 everywhere.
         """
         visual = self.encode_images(pixels)
@@ -156,13 +156,13 @@ class Hive(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """V, the visual tokens of a picture."""
+        """V, the visual tokens of an image."""
         side: int = self.vision.config.image_size // self.vision.config.patch_size
         return side * side
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
-        """(S, V, C) of one picture's features: depths, visual tokens, the encoder's width."""
+        """(S, V, C) of one image's features: depths, visual tokens, the encoder's width."""
         return len(self.encoder_depths), self.num_patches, self.vision.config.hidden_size
 
     def unused_parameters(self) -> set[str]:

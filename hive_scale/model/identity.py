@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from hive_scale.strict_json import dumps
 
-# Part of every key: raise it when the same pictures, features or prompts come out otherwise, and nothing older is read.
+# Part of every key: raise it when the same images, features or prompts come out otherwise, and nothing older is read.
 VERSION = 1
 # what a config says of its file, its use in training or its output's form, and nothing of what the model computes
 UNUSED = {*PretrainedConfig().to_dict(), "torch_dtype"} - {"model_type"}

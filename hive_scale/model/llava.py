@@ -32,7 +32,7 @@ class StockLlava:
         wanted, size = model.config.vision_config.image_size, processor.image_processor.size
         made = size.get("height") or size.get("shortest_edge")
         if made != wanted:
-            raise ValueError(f"{path}: the processor makes pictures of {made} pixels, the encoder takes {wanted}")
+            raise ValueError(f"{path}: the processor makes images of {made} pixels, the encoder takes {wanted}")
         self.processor, self.model, self.device = processor, model.to(device).eval(), device
         self.tokenizer = processor.tokenizer
         stops = model.generation_config.eos_token_id
@@ -43,15 +43,15 @@ class StockLlava:
             parts = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
         except TypeError:  # some of these add the content to other text
             parts = ""
-        self.places_pictures = parts.count(processor.image_token) == 1
+        self.places_images = parts.count(processor.image_token) == 1
 
     @torch.inference_mode()
     def answer(self, asked: Sequence[tuple[str, Tensor | None]], max_tokens: int) -> list[tuple[str, bool]]:
-        """(answer, whether it was cut) to each (question, picture uint8 (3, H, W) or None)."""
-        texts = [self._prompt(question, picture is not None) for question, picture in asked]
-        pictures = [picture for _, picture in asked if picture is not None]
+        """(answer, whether it was cut) to each (question, image uint8 (3, H, W) or None)."""
+        texts = [self._prompt(question, image is not None) for question, image in asked]
+        images = [image for _, image in asked if image is not None]
         inputs = self.processor(
-            images=pictures or None,
+            images=images or None,
             text=texts,
             padding=True,
             padding_side="left",
@@ -63,12 +63,12 @@ class StockLlava:
         words = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return [(word.strip(), not self.end_ids & set(row)) for word, row in zip(words, rows, strict=True)]
 
-    def _prompt(self, question: str, has_picture: bool) -> str:
+    def _prompt(self, question: str, has_image: bool) -> str:
         question = without_image(question, self.processor.image_token)
-        if self.places_pictures:
-            picture = [{"type": "image"}] if has_picture else []
-            return self._render([*picture, {"type": "text", "text": question}])
-        return self._render(f"{self.processor.image_token}\n{question}" if has_picture else question)
+        if self.places_images:
+            image = [{"type": "image"}] if has_image else []
+            return self._render([*image, {"type": "text", "text": question}])
+        return self._render(f"{self.processor.image_token}\n{question}" if has_image else question)
 
     def _render(self, content: Any) -> str:
         text: str = self.tokenizer.apply_chat_template(

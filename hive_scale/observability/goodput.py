@@ -131,5 +131,5 @@ class DataStall:
         hungry = max(range(len(self._by_rank)), key=self._by_rank.__getitem__)
         return (
             f"training waits for data {share:.0%} of the time, rank {hungry} the longest: raise data.workers (now "
-            f"{self.workers}) as far as each rank has cores, or store the pictures no larger than the model sees them"
+            f"{self.workers}) as far as each rank has cores, or store the images no larger than the model sees them"
         )

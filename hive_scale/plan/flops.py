@@ -157,7 +157,7 @@ class _Walk:
         self._product("language", model.language.lm_head, None, flows or _trains(model.language.model.norm))
 
     def _cross(self, layer: Any, flows: bool, visual: bool) -> bool:
-        """An injected layer: text asks, the picture answers."""
+        """An injected layer: text asks, the image answers."""
         products = self.counter.products["fusion"]
         first, normed = len(products), _trains(layer.norm)
         query = self._product("fusion", layer.q_proj, self.text, flows or normed)

@@ -32,7 +32,7 @@ class StageProfile:
     units: Units
     modules: dict[str, list[str]]  # parameters that a module has itself
     trace: Trace
-    features: int = 0  # numbers that a frozen encoder makes of a picture; 0 if it is not frozen
+    features: int = 0  # numbers that a frozen encoder makes of an image; 0 if it is not frozen
     seeing: float = 0.0  # FLOPs of making them beforehand, for `feature_cache`
 
     def numel(self, trained: bool | None = None) -> int:
@@ -90,8 +90,8 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     cached = frozen and config.feature_cache and not config.data.blank_images
     seeing = count(model).components(1, num_tokens, 0)["vision"].forward if cached else 0.0
     size = build.image_size(config.model)
-    picture = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
-    traced = trace(model, dtype, num_tokens, picture, config.engine.checkpointing, saves_inputs)
+    image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
+    traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
     return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), seeing)
 
 

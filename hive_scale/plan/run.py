@@ -131,7 +131,7 @@ def plan_stage(
 
 
 def _seeing(facts: StageProfile, engine: EngineConfig, machine: Machine, num_samples: int, kept: float) -> float:
-    """Seconds of the encoder's pass over the pictures, or of writing what it makes if that takes longer."""
+    """Seconds of the encoder's pass over the images, or of writing what it makes if that takes longer."""
     computing = num_samples * facts.seeing / (machine.world * machine.gpu.peak(engine.precision) * PRODUCTS)
     return max(computing, kept / machine.nodes / DISK)
 

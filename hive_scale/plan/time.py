@@ -39,7 +39,7 @@ class StepTime:
     computing: float
     communicating: float
     updating: float
-    reading: float  # kept features, from the disk of a node; pictures are small
+    reading: float  # kept features, from the disk of a node; images are small
     volume: Volume
 
     @property

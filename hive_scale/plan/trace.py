@@ -58,13 +58,13 @@ def trace(
     model: Any,
     dtype: torch.dtype,
     num_tokens: int,
-    picture: tuple[Sequence[int], torch.dtype],
+    image: tuple[Sequence[int], torch.dtype],
     checkpointing: CheckpointingConfig,
     saves_inputs: bool = False,
 ) -> Trace:
     """Trace `model` (on the meta device, ``requires_grad`` set) with `num_tokens` per caption, all but one targets.
 
-    `picture` is what a batch has of one: shape and dtype of pixels, or of features. `saves_inputs`: linear layers
+    `image` is what a batch has of one: shape and dtype of pixels, or of features. `saves_inputs`: linear layers
     keep their input whether or not their weight needs it, as under ZeRO-3. The model is left with fake parameters:
     build another one for training.
     """
@@ -72,7 +72,7 @@ def trace(
     result = Trace()
     with FakeTensorMode(), _saving_linear() if saves_inputs else nullcontext():
         _fake(model, dtype)
-        inputs = _inputs(num_tokens, *picture)
+        inputs = _inputs(num_tokens, *image)
         result.input_bytes = sum(tensor.nbytes for tensor in inputs.values()) / SAMPLES
         recorder = _Recorder(result)
         recorder.ignore([*model.parameters(), *model.buffers(), *inputs.values()])

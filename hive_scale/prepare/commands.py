@@ -23,14 +23,14 @@ Subparsers = Any  # argparse gives its type no public name
 
 
 def add_llava(subparsers: Subparsers) -> None:
-    parser = _add_conversion(subparsers, "llava", run_table, "LLaVA's JSON of conversations with its pictures")
+    parser = _add_conversion(subparsers, "llava", run_table, "LLaVA's JSON of conversations with its images")
     parser.add_argument("table", type=Path, metavar="JSON", help="chat.json, blip_laion_cc_sbu_558k.json ...")
     _add_images_arguments(parser)
 
 
 def add_table(subparsers: Subparsers) -> None:
-    parser = _add_conversion(subparsers, "table", run_table, "pictures with captions in a CSV, TSV, JSON or JSONL")
-    parser.add_argument("table", type=Path, metavar="FILE", help="a line or record per picture")
+    parser = _add_conversion(subparsers, "table", run_table, "images with captions in a CSV, TSV, JSON or JSONL")
+    parser.add_argument("table", type=Path, metavar="FILE", help="a line or record per image")
     _add_images_arguments(parser)
 
 
@@ -46,7 +46,7 @@ def run_table(arguments: argparse.Namespace) -> None:
 
 
 def add_parquet(subparsers: Subparsers) -> None:
-    summary = "parquet with pictures inside (LLaVA-NeXT, classification sets of the hub)"
+    summary = "parquet with images inside (LLaVA-NeXT, classification sets of the hub)"
     parser = _add_conversion(subparsers, "parquet", run_parquet, summary)
     parser.add_argument("files", nargs="+", metavar="FILES", help="paths or globs")
     _add_column_arguments(parser)
@@ -81,7 +81,7 @@ def _add_conversion(
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the tars go")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds already")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per tar (%(default)s)")
-    help = "share of the pictures that go to heldout-*.tar (%(default)s)"
+    help = "share of the images that go to heldout-*.tar (%(default)s)"
     parser.add_argument("--heldout", type=float, default=0.002, metavar="SHARE", help=help)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     parser.set_defaults(run=run, again="the same command goes on")
@@ -89,7 +89,7 @@ def _add_conversion(
 
 
 def _add_column_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", default="image", metavar="COLUMN", help="of the pictures (%(default)s)")
+    parser.add_argument("--image", default="image", metavar="COLUMN", help="of the images (%(default)s)")
     help = "of the captions (the conversation, or else caption, text, txt or the class)"
     parser.add_argument("--caption", default="", metavar="COLUMN", help=help)
 

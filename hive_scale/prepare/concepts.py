@@ -69,10 +69,10 @@ def concept_of(label: str, category: str) -> str:
     return " ".join(_singular(word) for word in words) or "person"
 
 
-def merge(concepts: Iterable[str], pictures: Iterable[bytes]) -> dict[str, str]:
-    """Concept -> the concept it belongs to once those that share an identical picture are one.
+def merge(concepts: Iterable[str], images: Iterable[bytes]) -> dict[str, str]:
+    """Concept -> the concept it belongs to once those that share an identical image are one.
 
-    The flags of Norway and of Bouvet Island are the same picture under two names.
+    The flags of Norway and of Bouvet Island are the same image under two names.
     """
     parent: dict[str, str] = {}
     first_with: dict[bytes, str] = {}
@@ -82,9 +82,9 @@ def merge(concepts: Iterable[str], pictures: Iterable[bytes]) -> dict[str, str]:
             name = parent[name]
         return name
 
-    for concept, picture in zip(concepts, pictures, strict=True):
+    for concept, image in zip(concepts, images, strict=True):
         parent.setdefault(concept, concept)
-        twin = first_with.setdefault(picture, concept)
+        twin = first_with.setdefault(image, concept)
         low, high = sorted((root(concept), root(twin)))
         parent[high] = low
     return {name: root(name) for name in parent}

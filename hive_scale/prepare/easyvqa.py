@@ -30,7 +30,7 @@ def prepare(output: Path, cache: Path, overwrite: bool = False) -> dict[str, int
 def conversations(folder: Path, overwrite: bool = False) -> dict[str, int]:
     """The questions of ``train/`` as ``train-*.tar`` and ``heldout-*.tar``, one a conversation; samples of each.
 
-    Pictures are held out with all their questions. Raises ValueError if `folder` holds another set of tars.
+    Images are held out with all their questions. Raises ValueError if `folder` holds another set of tars.
     """
     asked = json.loads((folder / "train" / "questions.json").read_text())
     records = [

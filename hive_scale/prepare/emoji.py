@@ -1,7 +1,7 @@
-"""Emoji in three drawing styles, with their Unicode names: 5,663 pictures of 1,906 signs.
+"""Emoji in three drawing styles, with their Unicode names: 5,663 images of 1,906 signs.
 
-The captions read "mammal: tiger face": what kind of thing it is, then its name. The kind can be seen in a
-picture of a concept never met before, the name mostly not. (Emoji names do so themselves: "flag: Andorra".)
+The captions read "mammal: tiger face": what kind of thing it is, then its name. The kind can be seen in an
+image of a concept never met before, the name mostly not. (Emoji names do so themselves: "flag: Andorra".)
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _FOLDER = {"noto": "package/img/google/64/", "twemoji": "package/img/twitter/64/
 
 _MISDRAWN = {"noto-1f1e8-1f1f6"}  # as Sark's flag this package draws Saudi Arabia's
 
-# The shipped sample: one picture a concept, classes of about one size. Of symbols and flags there are fewer,
-# because their names cannot be read from a picture of another one.
+# The shipped sample: one image a concept, classes of about one size. Of symbols and flags there are fewer,
+# because their names cannot be read from an image of another one.
 _SAMPLE_LIMIT = {"symbols": 60, "flags": 60}
 _SAMPLE_LIMIT_ELSEWHERE = 135
 
@@ -135,17 +135,17 @@ def records(styles: Sequence[str], cache: Path) -> list[Record]:
     """Every sign in each of `styles` (keys of `STYLES`), skin tones left out; raises what `fetch` raises."""
     noto = _drawings("noto", cache, with_catalogue=True)
     catalogue = _catalogue(json.loads(noto.pop("emoji.json")), cache)
-    pictures = {_code(name): data for name, data in noto.items()}
-    signs = _with_concepts([sign for sign in catalogue if sign.code in pictures], pictures)
+    images = {_code(name): data for name, data in noto.items()}
+    signs = _with_concepts([sign for sign in catalogue if sign.code in images], images)
     found = []
     for style in styles:
         if style != "noto":
-            pictures = {_code(name): data for name, data in _drawings(style, cache).items()}
-        found += [_record(sign, style, pictures[sign.code]) for sign in signs if sign.code in pictures]
+            images = {_code(name): data for name, data in _drawings(style, cache).items()}
+        found += [_record(sign, style, images[sign.code]) for sign in signs if sign.code in images]
     return [record for record in found if record.key not in _MISDRAWN]
 
 
-def _record(sign: Emoji, style: str, picture: bytes) -> Record:
+def _record(sign: Emoji, style: str, image: bytes) -> Record:
     facts = {
         "label": sign.label,
         "category": sign.category,
@@ -154,7 +154,7 @@ def _record(sign: Emoji, style: str, picture: bytes) -> Record:
         "source": f"{style} ({STYLES[style]})",
     }
     caption = caption_of(sign.label, sign.subcategory)
-    return Record(f"{style}-{sign.code}", picture, caption, sign.concept, facts)
+    return Record(f"{style}-{sign.code}", image, caption, sign.concept, facts)
 
 
 def _drawings(style: str, cache: Path, with_catalogue: bool = False) -> dict[str, bytes]:
@@ -174,9 +174,9 @@ def _catalogue(entries: list[dict[str, str]], cache: Path) -> Iterator[Emoji]:
             yield Emoji(code, normalise(labels[code]), category, entry["subcategory"])
 
 
-def _with_concepts(signs: list[Emoji], pictures: dict[str, bytes]) -> list[Emoji]:
+def _with_concepts(signs: list[Emoji], images: dict[str, bytes]) -> list[Emoji]:
     own = [concept_of(sign.label, sign.category) for sign in signs]
-    pixels = [on_white(pictures[sign.code], Jpeg().max_pixels).tobytes() for sign in signs]
+    pixels = [on_white(images[sign.code], Jpeg().max_pixels).tobytes() for sign in signs]
     merged = merge(own, pixels)
     return [replace(sign, concept=merged[concept]) for sign, concept in zip(signs, own, strict=True)]
 

@@ -12,7 +12,7 @@ PACKAGE = Package("debian", "dataset-fashion-mnist")
 
 
 def prepare(output: Path, cache: Path) -> list[Path]:
-    """Write ``FashionMNIST/raw/*-ubyte`` below `output`: 70,000 grey pictures of 28 x 28 pixels in ten classes.
+    """Write ``FashionMNIST/raw/*-ubyte`` below `output`: 70,000 grey images of 28 x 28 pixels in ten classes.
 
     Raises ValueError if the package does not hold the four files, and what `fetch` raises.
     """

@@ -1,4 +1,4 @@
-"""Where an encoded picture lies, as a plain value that a worker process turns into bytes."""
+"""Where an encoded image lies, as a plain value that a worker process turns into bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 class Place(Protocol):
     def read(self) -> bytes:
-        """The picture's bytes. Raises ValueError if it cannot be had."""
+        """The image's bytes. Raises ValueError if it cannot be had."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ class InParquet:
         try:
             cell = _column(self.file, self.column, self.group)[self.row].as_py()
         except Exception as error:  # pyarrow has errors of its own for what is damaged
-            raise ValueError(f"the pictures of row group {self.group} of {parquet_error(self.file, error)}") from None
+            raise ValueError(f"the images of row group {self.group} of {parquet_error(self.file, error)}") from None
         if isinstance(cell, list) and len(cell) == 1:
             cell = cell[0]
         if isinstance(cell, list) and len(cell) > 1:
-            raise ValueError(f"{len(cell)} pictures: only one is supported")
+            raise ValueError(f"{len(cell)} images: only one is supported")
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         if not isinstance(data, bytes) or not data:
-            raise ValueError("no picture: text alone" if not cell else f"no bytes in column '{self.column}'")
+            raise ValueError("no image: text alone" if not cell else f"no bytes in column '{self.column}'")
         check_length(data)
         return data
 
@@ -101,14 +101,14 @@ def _column(file: Path, column: str, group: int) -> Any:
 
 
 class ImageSource:
-    """The pictures of a folder or a zip by the names that records give them.
+    """The images of a folder or a zip by the names that records give them.
 
     Raises ValueError for what is neither, and for a name that points out of it: no set that means well has one.
     """
 
     def __init__(self, root: Path) -> None:
         if not root.exists():
-            raise ValueError(f"{root} is not there: give the folder or the zip that holds the pictures")
+            raise ValueError(f"{root} is not there: give the folder or the zip that holds the images")
         if root.is_file() and not zipfile.is_zipfile(root):
             raise ValueError(f"{root} is neither a folder nor a zip: unpack it, or fetch it again")
         self.root = root
@@ -148,4 +148,4 @@ class ImageSource:
 def inside(name: str, root: Path) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the picture's name '{name}' leaves {root}: not reading this set")
+        raise ValueError(f"the image's name '{name}' leaves {root}: not reading this set")

@@ -1,4 +1,4 @@
-"""Any picture -> a square JPEG on white, with nothing decoded before its size is known to be sane."""
+"""Any image -> a square JPEG on white, with nothing decoded before its size is known to be sane."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hive_scale.data.images import FORMATS, upright_rgb
 
 @dataclass(frozen=True)
 class Jpeg:
-    """How pictures are stored.
+    """How images are stored.
 
     The bytes depend on the JPEG library: Pillow 10.4, 11.3, 12.0 and 13.0 (libjpeg-turbo 3.0 to 3.2) were
     compared and write the same. The defaults are the recipe of the shipped sample.
@@ -32,18 +32,18 @@ class Jpeg:
 def to_jpeg(data: bytes, recipe: Jpeg) -> bytes:
     """`data` (PNG, JPEG or WebP) whole inside a white square of ``recipe.size``, encoded as JPEG.
 
-    Raises ValueError for what is no such picture and, before decoding, for one above ``recipe.max_pixels``.
+    Raises ValueError for what is no such image and, before decoding, for one above ``recipe.max_pixels``.
     """
-    picture = on_white(data, recipe.max_pixels)
-    if picture.size != (recipe.size, recipe.size):
-        picture = _fit(picture, recipe.size)
+    image = on_white(data, recipe.max_pixels)
+    if image.size != (recipe.size, recipe.size):
+        image = _fit(image, recipe.size)
     out = io.BytesIO()
-    picture.save(out, "JPEG", quality=recipe.quality, optimize=True, subsampling="4:2:0")
+    image.save(out, "JPEG", quality=recipe.quality, optimize=True, subsampling="4:2:0")
     return out.getvalue()
 
 
 def on_white(data: bytes, max_pixels: int) -> Image.Image:
-    """The RGB picture in `data`, upright, transparent parts white. Raises ValueError as `to_jpeg` does."""
+    """The RGB image in `data`, upright, transparent parts white. Raises ValueError as `to_jpeg` does."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:  # reads the header only
             width, height = opened.size
@@ -53,13 +53,13 @@ def on_white(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError:  # Pillow's own limit, at the header too
         raise ValueError(f"more pixels than the {max_pixels} allowed") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"not a readable {', '.join(FORMATS)} picture ({error})") from None
+        raise ValueError(f"not a readable {', '.join(FORMATS)} image ({error})") from None
 
 
-def _fit(picture: Image.Image, size: int) -> Image.Image:
-    scale = size / max(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
     square = Image.new("RGB", (size, size), "white")
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
     square.paste(resized, ((size - width) // 2, (size - height) // 2))
     return square

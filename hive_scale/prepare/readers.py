@@ -30,12 +30,12 @@ CAPTIONS = ("caption", "text", "txt")  # columns that hold one, in the order in 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample before its picture is read. Without `place` it cannot be used, for `reason`."""
+    """One sample before its image is read. Without `place` it cannot be used, for `reason`."""
 
     place: Place | None
     caption: str
     record: Mapping[str, Any]
-    group: str  # items of one group, such as those about one picture, stay on one side of the split
+    group: str  # items of one group, such as those about one image, stay on one side of the split
     done: int  # how far into the source this is
     reason: str = ""
 
@@ -60,13 +60,13 @@ class Source:
 
 
 def table(path: Path, images: Path, image: str = "image", caption: str = "") -> Source:
-    """Records of a JSON array, JSON lines, CSV or TSV, each naming a picture in `images`, a folder or a zip.
+    """Records of a JSON array, JSON lines, CSV or TSV, each naming an image in `images`, a folder or a zip.
 
     A record has a conversation (LLaVA's ``conversations``, or ``messages``) or a caption in column `caption`.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not there: give the JSON, JSONL, CSV or TSV file that names the pictures")
-    pictures = ImageSource(images)
+        raise ValueError(f"{path} is not there: give the JSON, JSONL, CSV or TSV file that names the images")
+    source = ImageSource(images)
 
     def items() -> Iterator[Item]:
         with path.open("rb") as file:
@@ -78,15 +78,15 @@ def table(path: Path, images: Path, image: str = "image", caption: str = "") -> 
                 if isinstance(name, list) and len(name) == 1:
                     [name] = name
                 name = name if isinstance(name, str) else ""
-                place = pictures.find(name) if name else None
-                missing = f"there is no {name} in {images}" if name else "no picture: text alone"
+                place = source.find(name) if name else None
+                missing = f"there is no {name} in {images}" if name else "no image: text alone"
                 yield _item(place, missing, record, caption, name, file.tell())
 
     return Source(items, path.stat().st_size, {"table": _identity(path), "columns": [image, caption]})
 
 
 def parquet(files: Sequence[Path], image: str = "image", caption: str = "") -> Source:
-    """Rows of parquet files with a picture in column `image` and a conversation, a caption or a label."""
+    """Rows of parquet files with an image in column `image` and a conversation, a caption or a label."""
     from pyarrow.parquet import ParquetFile
 
     opened = {}
@@ -100,7 +100,7 @@ def parquet(files: Sequence[Path], image: str = "image", caption: str = "") -> S
             raise ValueError(f"{path} has other rows than it says ({told.num_rows:,}): fetch it again")
         if image not in opened[path].schema_arrow.names:
             names = ", ".join(opened[path].schema_arrow.names)
-            raise ValueError(f"{path} has no column '{image}': name the pictures' with --image ({names})")
+            raise ValueError(f"{path} has no column '{image}': name the images' with --image ({names})")
 
     def items() -> Iterator[Item]:
         done = 0
@@ -119,7 +119,7 @@ def parquet(files: Sequence[Path], image: str = "image", caption: str = "") -> S
 
 
 def _group(file: ParquetFile, path: Path, group: int, image: str) -> Iterable[Record]:
-    """The rows of a row group but for their pictures: as many as the file says, whatever its state."""
+    """The rows of a row group but for their images: as many as the file says, whatever its state."""
     count = file.metadata.row_group(group).num_rows
     others = [name for name in file.schema_arrow.names if name != image]
     try:
@@ -156,8 +156,8 @@ def classes(folder: Path) -> Source:
     def items() -> Iterator[Item]:
         done = 0
         for label, name in enumerate(names):
-            pictures, others = class_files(folder / name)
-            for path in [*pictures, *others]:
+            images, others = class_files(folder / name)
+            for path in [*images, *others]:
                 done += 1
                 record = {"label": label, "class": name, "image": str(path.relative_to(folder))}
                 place = InFile(path) if path.suffix.lower() in ENDINGS else None
@@ -353,7 +353,7 @@ def _item(place: Place | None, missing: str, record: dict[str, Any], caption: st
 
 
 def _caption(record: Mapping[str, Any], column: str) -> str:
-    """What the picture is paired with in pre-training: of a conversation the first answer."""
+    """What the image is paired with in pre-training: of a conversation the first answer."""
     if column:
         if column not in record:
             raise ValueError(f"no column '{column}'")

@@ -23,10 +23,10 @@ OWNER = "hive"  # of every member of a shard that is written here
 
 @dataclass(frozen=True)
 class Record:
-    """One picture with its text, as a source yields it. `picture` is encoded (PNG, WebP or JPEG)."""
+    """One image with its text, as a source yields it. `image` is encoded (PNG, WebP or JPEG)."""
 
     key: str  # unique in its set, no dots: it becomes a file name in the tar
-    picture: bytes
+    image: bytes
     caption: str
     concept: str  # records of one concept stay on one side of the split
     metadata: dict[str, str]
@@ -51,7 +51,7 @@ def write(
 ) -> Summary:
     """Write ``train-00000.tar ...`` and ``heldout-00000.tar ...`` of `shard_size` samples into `output`.
 
-    Samples lie in an order that looks random but depends on their keys alone. A picture that cannot be used is
+    Samples lie in an order that looks random but depends on their keys alone. An image that cannot be used is
     skipped and named. `advance` is called once a record. Raises ValueError if `output` holds shards already.
     """
     old = shards_in(output, overwrite)
@@ -104,14 +104,14 @@ def _samples(
     for record in records:
         advance()
         try:
-            picture = to_jpeg(record.picture, recipe)
+            image = to_jpeg(record.image, recipe)
         except ValueError as error:
             summary.skipped.append(f"{record.key}: {error}")
             continue
         facts = record.metadata | {"concept": record.concept}
         yield {
             "__key__": record.key,
-            "jpg": picture,
+            "jpg": image,
             "txt": record.caption.encode(),
             "json": json.dumps(facts, ensure_ascii=False, sort_keys=True, allow_nan=False).encode(),
         }

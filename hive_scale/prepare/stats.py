@@ -15,15 +15,15 @@ BAR = 40  # characters of the histogram's longest bar
 
 
 def describe(index: Index) -> str:
-    """Counts, the captions' histogram, picture sizes, and the faults by reason, each with its first place."""
+    """Counts, the captions' histogram, image sizes, and the faults by reason, each with its first place."""
     total = int(index.members[:, :, 1].sum())
-    areas = index.picture_sizes.astype(np.int64).prod(1)
-    pictures = [index.picture_sizes[i] for i in np.argsort(areas, kind="stable")[[0, len(index) // 2, -1]]]
-    smallest, middle, largest = (f"{width} x {height}" for width, height in pictures)
+    areas = index.image_sizes.astype(np.int64).prod(1)
+    images = [index.image_sizes[i] for i in np.argsort(areas, kind="stable")[[0, len(index) // 2, -1]]]
+    smallest, middle, largest = (f"{width} x {height}" for width, height in images)
     return "\n".join(
         [
             f"{len(index):,} samples in {len(index.shards):,} shards, {total / 1e6:,.1f} MB, index {index.path}",
-            f"pictures: {smallest} to {largest} pixels, half of them below {middle}",
+            f"images: {smallest} to {largest} pixels, half of them below {middle}",
             f"captions: {index.caption_bytes.min()} to {index.caption_bytes.max()} bytes, "
             f"{index.caption_bytes.mean():.1f} on average",
             *_histogram(index.caption_bytes),

@@ -1,4 +1,4 @@
-"""Tux Paint's stamps: pictures, many of them cut-out photographs, with an English sentence each."""
+"""Tux Paint's stamps: images, many of them cut-out photographs, with an English sentence each."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def records(cache: Path) -> list[Record]:
     """
     found = members(fetch(STAMPS, cache), lambda name: _ROOT in name and name.endswith((".png", ".txt")))
     stamps = []
-    for name, picture in sorted(found.items()):
+    for name, image in sorted(found.items()):
         sentence = _sentence(found.get(re.sub(r"\.png$", ".txt", name), b""))
         if name.endswith(".png") and sentence:
-            stamps.append(_record(PurePosixPath(name.partition(_ROOT)[2]), picture, sentence))
+            stamps.append(_record(PurePosixPath(name.partition(_ROOT)[2]), image, sentence))
     return stamps
 
 
@@ -33,7 +33,7 @@ def concept_of(sentence: str) -> str:
     return " ".join(word for word in words if word not in {"a", "an", "the"}) or normalise(sentence)
 
 
-def _record(path: PurePosixPath, picture: bytes, sentence: str) -> Record:
+def _record(path: PurePosixPath, image: bytes, sentence: str) -> Record:
     facts = {
         "label": sentence,
         "category": path.parts[0],
@@ -41,7 +41,7 @@ def _record(path: PurePosixPath, picture: bytes, sentence: str) -> Record:
         "source": STAMPS.name,
     }
     key = "tuxpaint-" + re.sub(r"[^\w-]", "-", str(path.with_suffix("")))
-    return Record(key, picture, sentence, concept_of(sentence), facts)
+    return Record(key, image, sentence, concept_of(sentence), facts)
 
 
 def _sentence(text: bytes) -> str:

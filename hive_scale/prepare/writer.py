@@ -68,7 +68,7 @@ def convert(
 ) -> list[Shard]:
     """Write `source` as ``train-00000.tar ...`` and ``heldout-00000.tar ...`` into `output`; what came of each.
 
-    Pictures keep their bytes. Records whose picture or text cannot be used are left out, and named in
+    Images keep their bytes. Records whose image or text cannot be used are left out, and named in
     ``conversion.jsonl``. The same call again goes on after the shards that are whole. `advance` hears how far the
     source is and how many samples have been written. Raises ValueError if `output` holds another set, if there is no
     record, and if the first shard comes out empty.
@@ -139,10 +139,10 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
         try:
             if item.place is None:
                 raise ValueError(item.reason)
-            picture = item.place.read()
+            content = item.place.read()
             yield {
                 "__key__": f"{number:09d}",
-                _extension(picture): picture,
+                _extension(content): content,
                 "txt": item.caption.encode(),
                 # of what is no text, escapes: JSON has one for half a character
                 "json": dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
@@ -151,12 +151,12 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
             skipped.append((f"{number:09d}", str(error)))
 
 
-def _extension(picture: bytes) -> str:
+def _extension(content: bytes) -> str:
     """By the content, whatever the name said. Raises ValueError for what training would not open."""
     # PIL raises what it likes on broken input
-    with suppress(Exception), Image.open(BytesIO(picture), formats=FORMATS) as image:
+    with suppress(Exception), Image.open(BytesIO(content), formats=FORMATS) as image:
         return EXTENSIONS[image.format or ""]
-    raise ValueError("the picture is no JPEG, PNG or WebP, or is damaged")
+    raise ValueError("the image is no JPEG, PNG or WebP, or is damaged")
 
 
 def _leave_signals() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hive_scale.model.encoders import covered
 from hive_scale.model.hive import Hive
-from hive_scale.report.svg import draw, overlay, picture
+from hive_scale.report.svg import draw, image, overlay
 
 MOST = 8  # words shown when none are named
 
@@ -70,7 +70,7 @@ def attention_maps(
     """Mean over the word's tokens and over heads, or one `head`, of what each asks of the patches.
 
     Args: `pixels` uint8 (3, H, W); `layers` of the LLM, counted from 1. Raises ValueError for a layer that does not
-    look at the picture, or no such head.
+    look at the image, or no such head.
     """
     there = [layer + 1 for layer in model.visual_layers()]
     if missing := set(layers) - set(there):
@@ -92,14 +92,14 @@ def attention_maps(
 
 
 def attention_figure(shown: AttentionMaps) -> str:
-    """Words across, layers down; each map spread from its least to its greatest weight over the picture."""
+    """Words across, layers down; each map spread from its least to its greatest weight over the image."""
     pixels = shown.pixels.permute(1, 2, 0).numpy()
     columns = 1 + len(shown.words)
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots(len(shown.maps), columns, squeeze=False)
         for row, (layer, maps) in zip(axes, shown.maps.items(), strict=True):
-            picture(row[0], pixels, shown.text[:24] if layer == min(shown.maps) else "")
+            image(row[0], pixels, shown.text[:24] if layer == min(shown.maps) else "")
             row[0].set_ylabel(f"layer {layer}", fontsize=7)
             for cell, word, weights in zip(row[1:], shown.words, maps, strict=True):
                 side = math.isqrt(len(weights))

@@ -1,6 +1,6 @@
 """Where the loss pulls at the encoder: the gradient of every layer's output, patch by patch (paper, figure 2).
 
-Shapes: B pictures, L encoder layers, V patches.
+Shapes: B images, L encoder layers, V patches.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from hive_scale.batch import Batch
 from hive_scale.model.encoders import covered, patches
 from hive_scale.model.hive import Hive
-from hive_scale.report.svg import draw, overlay, picture
+from hive_scale.report.svg import draw, image, overlay
 
 PER_ROW = 6  # layers beside each other
 TENTH = 0.1
@@ -25,7 +25,7 @@ TENTH = 0.1
 
 @dataclass(frozen=True)
 class GradientMaps:
-    """What one model says of some pictures: `norms` (B, L, V), layer 1 first, on `pixels` uint8 (B, 3, H, W)."""
+    """What one model says of some images: `norms` (B, L, V), layer 1 first, on `pixels` uint8 (B, 3, H, W)."""
 
     name: str
     pixels: Tensor
@@ -48,10 +48,10 @@ def gradient_maps(name: str, model: Hive, batch: Batch) -> GradientMaps:
 
 
 def concentration(norms: Tensor) -> dict[str, list[float]]:
-    """By layer, over all pictures of `norms` (B, L, V): how evenly the gradient is spread.
+    """By layer, over all images of `norms` (B, L, V): how evenly the gradient is spread.
 
     `entropy` is 1 for an even spread and 0 for a single patch; `top_tenth` the share of the strongest tenth of
-    the patches; `norm` the mean over pictures of the whole gradient's norm.
+    the patches; `norm` the mean over images of the whole gradient's norm.
     """
     num_patches = norms.shape[-1]
     shares = norms / norms.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -62,7 +62,7 @@ def concentration(norms: Tensor) -> dict[str, list[float]]:
 
 
 def gradient_figure(runs: Sequence[GradientMaps]) -> str:
-    """For each picture, and each run below the other: the original, then first to last layer, min-max per layer."""
+    """For each image, and each run below the other: the original, then first to last layer, min-max per layer."""
     depth = max(run.norms.shape[1] for run in runs)
     rows_each, columns = math.ceil(depth / PER_ROW), 1 + min(depth, PER_ROW)
     blocks = [(run, index) for index in range(len(runs[0].pixels)) for run in runs]
@@ -75,7 +75,7 @@ def gradient_figure(runs: Sequence[GradientMaps]) -> str:
             rows = axes[number * rows_each : (number + 1) * rows_each]
             pixels = run.pixels[index].permute(1, 2, 0).numpy()
             rows[0][0].set_visible(True)
-            picture(rows[0][0], pixels, run.name)
+            image(rows[0][0], pixels, run.name)
             for layer, norms in enumerate(run.norms[index]):
                 cell = rows[layer // PER_ROW][1 + layer % PER_ROW]
                 cell.set_visible(True)

@@ -44,7 +44,7 @@ def attention(
     head: int | None = None,
     stage: str = "",
 ) -> AttentionMaps:
-    """Of the caption given, or of what the model itself writes of the picture."""
+    """Of the caption given, or of what the model itself writes of the image."""
     tokenizer, model = run.tokenizer(), run.model(stage)
     caption = caption or write(model, tokenizer, [pixels])[0]
     ids = tokenizer.encode(caption, run.config.data.max_tokens)
@@ -66,10 +66,10 @@ def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], p
     return written
 
 
-Captioned = tuple[Tensor, Mapping[str, str]]  # a picture, and texts by whose they are
+Captioned = tuple[Tensor, Mapping[str, str]]  # an image, and texts by whose they are
 
 
-def report(runs: Sequence[RunView], look: bool = True, pictures: int = 4) -> Report:
+def report(runs: Sequence[RunView], look: bool = True, images: int = 4) -> Report:
     """What there is to say of `runs`. Without `look` no model is loaded: no captions, no maps."""
     histories = [run.history() for run in runs]
     notes = _holes(runs) + _other_recipes(runs)
@@ -77,7 +77,7 @@ def report(runs: Sequence[RunView], look: bool = True, pictures: int = 4) -> Rep
     maps: dict[str, str] = {}
     if look:
         try:
-            captions, maps = _looks(runs, pictures)
+            captions, maps = _looks(runs, images)
         except ValueError as error:
             notes.append(f"No captions and no maps: {error}")
     return Report(
@@ -101,8 +101,8 @@ def save_report(found: Report, path: Path, plots: Path | None = None) -> None:
         save(svg, plots / f"{title.lower().replace(' ', '_').replace(':', '')}.svg")
 
 
-def _looks(runs: Sequence[RunView], pictures: int) -> tuple[list[Captioned], dict[str, str]]:
-    pairs = {run.name: run.heldout(pictures) for run in runs}
+def _looks(runs: Sequence[RunView], images: int) -> tuple[list[Captioned], dict[str, str]]:
+    pairs = {run.name: run.heldout(images) for run in runs}
     first = pairs[runs[0].name]
     written: dict[str, list[str]] = {}
     for run in runs:

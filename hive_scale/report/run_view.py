@@ -1,4 +1,4 @@
-"""A run directory opened for looking at: its numbers, its model at the end of a stage, pictures for it."""
+"""A run directory opened for looking at: its numbers, its model at the end of a stage, images for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hive_scale.checkpoint import run_reader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
-from hive_scale.data.transform import picture
+from hive_scale.data.transform import to_pixels
 from hive_scale.device import this_device
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
@@ -19,7 +19,7 @@ from hive_scale.preflight import open_data
 from hive_scale.report.curves import History
 from hive_scale.run import read_model
 
-Pair = tuple[Tensor, str]  # a picture, uint8 (3, H, W), and its caption
+Pair = tuple[Tensor, str]  # an image, uint8 (3, H, W), and its caption
 
 
 class RunView(run_reader.Run):
@@ -44,12 +44,12 @@ class RunView(run_reader.Run):
         lines = {stage: read_metrics(self.dir / stage / "metrics.jsonl") for stage in self.config.stages}
         return History(self.name, {stage: found for stage, found in lines.items() if found})
 
-    def read_picture(self, path: Path) -> Tensor:
-        """As the model sees it. Raises ValueError for what is not a picture."""
+    def read_image(self, path: Path) -> Tensor:
+        """As the model sees it. Raises ValueError for what is not an image."""
         data, model = self.config.data, self.config.model
         size, colour = build.image_size(model), build.pad_colour(model)
         try:
-            return picture(path.read_bytes(), size, data.image_transform, data.max_pixels, colour)
+            return to_pixels(path.read_bytes(), size, data.image_transform, data.max_pixels, colour)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
 
@@ -57,14 +57,14 @@ class RunView(run_reader.Run):
         """Held-out pairs, evenly spaced through the set."""
         pairs = list(open_data(self.config).heldout.spread(count))
         if not pairs:
-            raise ValueError(f"no held-out picture of {self.dir} can be read: give --images")
+            raise ValueError(f"no held-out image of {self.dir} can be read: give --images")
         return pairs
 
 
 def pairs_of(run: RunView, images: Sequence[Path], captions: Sequence[str], count: int) -> list[Pair]:
-    """Pictures with their captions: those given, or some held-out ones.
+    """Images with their captions: those given, or some held-out ones.
 
-    A caption that is not given is the picture's .txt. Raises ValueError if there is none.
+    A caption that is not given is the image's .txt. Raises ValueError if there is none.
     """
     if not images:
         return run.heldout(count)
@@ -75,4 +75,4 @@ def pairs_of(run: RunView, images: Sequence[Path], captions: Sequence[str], coun
         if not (beside := path.with_suffix(".txt")).is_file():
             raise ValueError(f"{path} has no caption, which the loss needs: give --captions, or write {beside.name}")
         texts.append(beside.read_text().strip())
-    return [(run.read_picture(path), text) for path, text in zip(images, texts, strict=True)]
+    return [(run.read_image(path), text) for path, text in zip(images, texts, strict=True)]

@@ -32,7 +32,7 @@ BATCH = 32
 
 
 def blank_image_control(config: Config) -> Config:
-    """The same run on blank pictures: what can be learned of the captions without seeing."""
+    """The same run on blank images: what can be learned of the captions without seeing."""
     data, log = replace(config.data, blank_images=True), replace(config.log, wandb="off", tensorboard=False)
     # only its last loss is asked for
     return replace(
@@ -81,14 +81,14 @@ def _losses(config: Config) -> None:
 
 @_told
 def _looks(config: Config, device: torch.device) -> None:
-    """Does the model use the picture? Its captions beside the true ones."""
+    """Does the model use the image? Its captions beside the true ones."""
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
     model = build.load_model(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
     if config.blank_image_control:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
         share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
-        console.print(f"captions likelier with their own picture than with another's: {share:.0%} (chance 50%)")
+        console.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
         console.print(_gain(config, heldout_losses(config)))
     if pairs := list(data.heldout.spread(3)):
         written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])

@@ -33,7 +33,7 @@ DARK = "--ink:#e4e7ea;--faint:#4a5058;--page:#14171a;--card:#1d2125;" + (
 THEME = f":root{{{LIGHT}}}@media (prefers-color-scheme:dark){{:root{{{DARK}}}}}"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "hive_scale",  # the same picture is the same file
+    "svg.hashsalt": "hive_scale",  # the same image is the same file
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -98,14 +98,14 @@ def save(svg: str, path: Path) -> None:
     write_text(path, f"{head}><style>{THEME}svg{{background:var(--page)}}</style>{rest}")
 
 
-def picture(axes: Axes, pixels: Any, title: str = "") -> None:
-    """A picture, uint8 or float (H, W, 3), without ticks."""
+def image(axes: Axes, pixels: Any, title: str = "") -> None:
+    """An image, uint8 or float (H, W, 3), without ticks."""
     axes.imshow(pixels, interpolation="none")
     bare(axes, title)
 
 
 def overlay(axes: Axes, pixels: Any, values: Any, title: str = "", opacity: float = 0.6) -> None:
-    """`values` (side, side), 0 to 1, spread over a picture (H, W, 3): dark is 0, bright is 1."""
+    """`values` (side, side), 0 to 1, spread over an image (H, W, 3): dark is 0, bright is 1."""
     height, width = pixels.shape[:2]
     axes.imshow(pixels, interpolation="none")
     axes.imshow(

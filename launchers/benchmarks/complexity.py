@@ -1,4 +1,4 @@
-"""Counted FLOPs of HIVE and of self-attention against picture size and text length, with the paper's formulas."""
+"""Counted FLOPs of HIVE and of self-attention against image size and text length, with the paper's formulas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def draw(preset: str, path: Path) -> None:
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, points, title in (
-        (left, [(side, 77) for side in sides], "picture's side, pixels (77 text tokens)"),
+        (left, [(side, 77) for side in sides], "image's side, pixels (77 text tokens)"),
         (right, [(sides[len(sides) // 2], text) for text in TEXTS], "text tokens"),
     ):
         places = [side if axes is left else text for side, text in points]

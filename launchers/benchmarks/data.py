@@ -1,4 +1,4 @@
-"""Our loader beside others' on the same pictures: what a sample costs, raw and decoded, and what resuming costs."""
+"""Our loader beside others' on the same images: what a sample costs, raw and decoded, and what resuming costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHARDS = 12
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=300, help="in the set that is timed (300)")
+    parser.add_argument("--images", type=int, default=300, help="in the set that is timed (300)")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2], help="worker processes (0 1 2)")
     parser.add_argument("--samples", type=int, default=1024, help="decoded per timed round (1024)")
     parser.add_argument("--positions", nargs="+", type=int, default=[100_000, 1_000_000], help="to resume from")
@@ -35,30 +35,30 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)  # a core per process
-    number = 1200  # of stamps: for resuming, places matter, not pictures
+    number = 1200  # of stamps: for resuming, places matter, not images
     if arguments.quick:
         number = 240
-        arguments.pictures, arguments.samples, arguments.workers, arguments.positions = 96, 64, [0, 1], [200]
+        arguments.images, arguments.samples, arguments.workers, arguments.positions = 96, 64, [0, 1], [200]
     with TemporaryDirectory() as folder:
         root = arguments.folder or Path(folder)
-        photos = make_set(root / "photos", arguments.pictures, (448, 336), detail=24)
+        photos = make_set(root / "photos", arguments.images, (448, 336), detail=24)
         stamps = make_set(root / "stamps", number, (16, 16), detail=4)
         peers, small = open_peers(photos, root / "photos_as"), open_peers(stamps, root / "stamps_as")
         costs = raw_rows(peers, arguments) + decoded_rows(peers, arguments)
-        kilobytes = sum(path.stat().st_size for path in photos) / arguments.pictures / 1e3
-        pictures = f"{arguments.pictures:,} JPEGs of 448 x 336, {kilobytes:.0f} kB a sample, decoded to 384 x 384"
-        caption = f"{describe_machine()}; {pictures}; {arguments.rounds} rounds"
+        kilobytes = sum(path.stat().st_size for path in photos) / arguments.images / 1e3
+        images = f"{arguments.images:,} JPEGs of 448 x 336, {kilobytes:.0f} kB a sample, decoded to 384 x 384"
+        caption = f"{describe_machine()}; {images}; {arguments.rounds} rounds"
         columns = ("samples", "loader", "workers", "samples/s", "CPU us / sample", "ratio", "quartiles")
         show(columns, costs, caption, arguments.markdown)
         print(flush=True)  # the rest may take half an hour
         states = [state_row(peer, arguments.positions, number) for peer in small]
     resumed = [f"resume at {position:,}, s" for position in arguments.positions]
     columns = ("loader", *resumed, "2 -> 1 -> 3 ranks: lost", "repeated")
-    show(columns, states, f"{describe_machine()}; {number:,} small pictures", arguments.markdown)
+    show(columns, states, f"{describe_machine()}; {number:,} small images", arguments.markdown)
 
 
 def make_set(folder: Path, count: int, size: tuple[int, int], detail: int) -> list[Path]:
-    """Tars of pictures with texture and noise, by a fixed seed, if they are not there yet."""
+    """Tars of images with texture and noise, by a fixed seed, if they are not there yet."""
     import webdataset
 
     if not folder.exists():
@@ -68,11 +68,11 @@ def make_set(folder: Path, count: int, size: tuple[int, int], detail: int) -> li
             with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
                 for i in range(shard, count, SHARDS):
                     caption = " ".join(["word"] * min(60, max(4, round(rng.lognormvariate(2.23, 0.45)))))
-                    tar.write({"__key__": f"{i:09d}", "jpg": _picture(rng, size, detail), "txt": caption.encode()})
+                    tar.write({"__key__": f"{i:09d}", "jpg": _image(rng, size, detail), "txt": caption.encode()})
     return sorted(folder.glob("*.tar"))
 
 
-def _picture(rng: random.Random, size: tuple[int, int], detail: int) -> bytes:
+def _image(rng: random.Random, size: tuple[int, int], detail: int) -> bytes:
     from PIL import Image
 
     coarse = Image.frombytes("RGB", (detail, detail), rng.randbytes(3 * detail * detail)).resize(size, 3)

@@ -29,7 +29,7 @@ def raw_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]
         for peer in peers:
             samples = peer.raw()
             next(samples)
-            costs[peer.name].append(_cost(samples, arguments.pictures))
+            costs[peer.name].append(_cost(samples, arguments.images))
     base = [processor for _, processor in costs["webdataset"]]
     return [
         _row("raw", name, 0, found, [one[1] / other for one, other in zip(found, base, strict=True)])
@@ -131,10 +131,10 @@ def _decode_all(held: list[Raw], ready: Any) -> None:
 
 def _decode(held: list[Raw]) -> Iterator[None]:
     from benchmarks.data_peers import IMAGE_SIZE
-    from hive_scale.data.transform import picture
+    from hive_scale.data.transform import to_pixels
 
     for _, jpg, _ in held:
-        picture(jpg, IMAGE_SIZE, "resize", 10**8)
+        to_pixels(jpg, IMAGE_SIZE, "resize", 10**8)
         yield
 
 

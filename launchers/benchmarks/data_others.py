@@ -44,9 +44,9 @@ class Streaming(Peer):
 
         if "RANK" not in os.environ:
             clean_stale_shared_memory()
-        pictures = Decoded(local=str(self.folder), shuffle=True, batch_size=batch, shuffle_seed=0)
+        images = Decoded(local=str(self.folder), shuffle=True, batch_size=batch, shuffle_seed=0)
         return StreamingDataLoader(
-            pictures,
+            images,
             batch_size=batch,
             num_workers=workers,
             # it counts what it brings by the first value of a mapping

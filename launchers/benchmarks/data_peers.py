@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hive_scale.batch import Batch, Sample
 
 IMAGE_SIZE, BATCH, SHUFFLED = 384, 32, 1000  # pixels a side, samples of a micro-batch and of a shuffle buffer
-Raw = tuple[str, bytes, bytes]  # key, picture, caption
+Raw = tuple[str, bytes, bytes]  # key, image, caption
 
 
 class Peer(ABC):
@@ -67,9 +67,9 @@ def tokenizer() -> Any:
 
 def sample(key: str, jpg: bytes, text: bytes) -> Sample:
     from hive_scale.data.tokenizer import caption_sample
-    from hive_scale.data.transform import picture
+    from hive_scale.data.transform import to_pixels
 
-    pixels = picture(jpg, IMAGE_SIZE, "resize", 10**8)
+    pixels = to_pixels(jpg, IMAGE_SIZE, "resize", 10**8)
     return caption_sample(key, pixels, text.decode().strip(), tokenizer(), 77)
 
 
@@ -178,10 +178,10 @@ class ImageFolder(Peer):
     def raw(self) -> Iterator[Raw]:
         import torch
 
-        pictures = self._set(decode=False)
+        images = self._set(decode=False)
         while True:
-            for i in torch.randperm(len(pictures)).tolist():
-                yield pictures[i][0]
+            for i in torch.randperm(len(images)).tolist():
+                yield images[i][0]
 
     def batches(self, workers: int) -> Iterator[Batch]:
         from torch.utils.data import DataLoader

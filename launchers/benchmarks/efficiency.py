@@ -35,7 +35,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fusions", nargs="+", default=[OURS, BASELINE], help=f"({OURS} {BASELINE})")
     parser.add_argument("--tokens", nargs="+", type=int, default=[77], help="of a caption (77); CC3M has about 20")
     parser.add_argument("--micro_batch", type=int, default=2, help="(2)")
-    parser.add_argument("--features", action="store_true", help="kept ones in place of pictures, as of feature_cache")
+    parser.add_argument("--features", action="store_true", help="kept ones in place of images, as of feature_cache")
     parser.add_argument("--compile", action="store_true", help="blocks of both sides, as engine.compile does")
     parser.add_argument("--draw", type=Path, metavar="PNG", help="cost against resolution and text length, no timing")
 
@@ -72,7 +72,7 @@ def _peak() -> float | None:
 
 
 def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, StageConfig], int]:
-    """A model of the preset's size in bf16, its stages, and its picture's side."""
+    """A model of the preset's size in bf16, its stages, and its image's side."""
     import torch
 
     from hive_scale.engine.activation_checkpointing import blocks_of

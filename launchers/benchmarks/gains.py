@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HELP = "each means to a fast step, with it and without it"
 TEXT, SHORT = 77, 20  # tokens: the longest caption, and CC3M's usual one
-SIDE = 128  # of a picture
+SIDE = 128  # of an image
 Step = Callable[[], None]
 
 
@@ -177,7 +177,7 @@ def encoder_depth(size: Size) -> Iterator[Gain]:
 
 
 def kept(size: Size) -> Iterator[Gain]:
-    """The connector on pictures, and on features that the loader has read from disk; reading is not in it."""
+    """The connector on images, and on features that the loader has read from disk; reading is not in it."""
     import torch
 
     model = size.model("projector")
@@ -206,7 +206,7 @@ def decoding(size: Size) -> Iterator[Gain]:
             hidden = model.language_forward(model.encode_images(pixels), tokens)
             tokens = torch.cat([tokens, model.logits(hidden[:, -1:]).argmax(-1)], dim=1)
 
-    title = f"{SHORT} tokens written with keys and values of picture and text kept"
+    title = f"{SHORT} tokens written with keys and values of image and text kept"
     yield Gain(title, again, lambda: cast_none(generate(model, pixels, range(len(pixels)), starts, never, SHORT)))
 
 

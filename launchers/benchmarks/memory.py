@@ -48,7 +48,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fusions", nargs="+", choices=FUSIONS, default=FUSIONS)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--accumulation", type=int, default=1)
-    parser.add_argument("--features", action="store_true", help="kept ones in place of pictures, as of feature_cache")
+    parser.add_argument("--features", action="store_true", help="kept ones in place of images, as of feature_cache")
     parser.add_argument("--json", action="store_true", help="print the rows as JSON, in bytes")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
 

@@ -77,10 +77,10 @@ def make_batches(number: int, global_batch: int, micro_batch: int, way: str) -> 
     lengths = np.clip(words * 1.28 + 2, 5, 77).astype(int)
     count = global_batch // micro_batch
     dealt = split_by_length(lengths, 1, count)[0] if way == "by length" else np.arange(global_batch).reshape(count, -1)
-    picture = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
 
     def sample(length: int) -> Sample:
-        return Sample("", picture, [3] * length, [False] + [True] * (length - 1))
+        return Sample("", image, [3] * length, [False] + [True] * (length - 1))
 
     return [collate([sample(int(length)) for length in lengths[places]], 0, 32) for places in dealt]
 

@@ -83,12 +83,12 @@ def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
     first = init_model(model, seed=0).to(world.device)
     with torch.no_grad():
         for fusion in cast(Any, first.fusion.layers):
-            fusion.gate.fill_(0.5)  # so that pictures count from the first step
+            fusion.gate.fill_(0.5)  # so that images count from the first step
     return Task(model, stage, EngineConfig(shard=case[1], ds_config=case[2]), world, first)
 
 
 def make_data(task: Task) -> list[list[Batch]]:
-    """This rank's micro-batches of four steps: random pictures and ragged captions."""
+    """This rank's micro-batches of four steps: random images and ragged captions."""
     import torch
 
     from hive_scale.batch import Sample, collate

@@ -1,6 +1,6 @@
 """An encoder to begin with: a ViT from scratch that has learned to predict hidden patches from the others.
 
-Half the patches of a picture are greyed, and a linear layer on the last block's output predicts their pixels. No label
+Half the patches of an image are greyed, and a linear layer on the last block's output predicts their pixels. No label
 and no caption is used, so that what pre-training adds can be told from what was there.
 """
 

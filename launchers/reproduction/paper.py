@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {"siglip": "models/siglip-large-patch16-384", "clip": "models/clip-vit-large-patch14-336"}
 CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K
-# samples of LCS-558K and of LLaVA-NeXT-Data with a picture, and the tokens of a text that is planned for: a caption's
+# samples of LCS-558K and of LLaVA-NeXT-Data with an image, and the tokens of a text that is planned for: a caption's
 # limit in pre-training, and a guess at conversations, whose lengths are not known here
 VLM = {"connector": (558_128, 77), "language": (738_601, 512)}
 

@@ -58,7 +58,7 @@ def small(data: Path) -> Scale:
     """SmolLM2-135M and a ViT of 3.7M parameters on 5,476 emoji and stamps."""
     probe = ["--augment", "none", "--batch", "256"]
     return Scale(
-        note="small: a ViT of 3.7M parameters, SmolLM2-135M, 64-pixel pictures; tells nothing about the paper's sizes",
+        note="small: a ViT of 3.7M parameters, SmolLM2-135M, 64-pixel images; tells nothing about the paper's sizes",
         encoder=ENCODER,
         base_steps=600,
         pretrain={

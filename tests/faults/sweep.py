@@ -498,7 +498,7 @@ def difference(run: Path, alone: Path, tolerance: float = TOLERANCE) -> str:
 
 
 def broken_shards(place: Path) -> None:
-    """The shipped shards, with some bytes overwritten inside pictures: every run meets samples it cannot decode."""
+    """The shipped shards, with some bytes overwritten inside images: every run meets samples it cannot decode."""
     draw = random.Random(0)
     for path in SAMPLE_DIR.glob("train-*.tar"):
         content = bytearray(path.read_bytes())
