@@ -73,7 +73,7 @@ def _completed(
     numbers = np.arange(len(loader.index))
     kept, missing = open_feature_store(world, path, numbers, len(numbers), model.features_shape, dtype)
     kept.encode = _Eyes(make)
-    failed = _fill(kept, model, loader, parts(missing, AT_ONCE), world, stop)
+    failed = _fill(kept, model, loader, parts(numbers, missing, AT_ONCE), world, stop)
     try:
         settle(world, kept, failed)
     except DiskError:

@@ -269,6 +269,15 @@ def kept_of(path: Path, count: int = 70) -> tuple[FeatureStore, torch.Tensor]:
     return kept, features
 
 
+def test_what_is_missing_is_made_again_in_the_company_it_was_made_in() -> None:
+    """A batch of other pictures rounds otherwise: what is made again would differ in its last bits."""
+    wanted = np.arange(100)
+    first = [part.tolist() for part in parts(wanted, wanted, 32)]
+    assert [number for part in first for number in part] == wanted.tolist()
+    assert [part.tolist() for part in parts(wanted, np.array([5, 64, 99]), 32)] == [first[0], first[2], first[3]]
+    assert parts(wanted, np.array([], dtype=int), 32) == []
+
+
 def test_no_damage_of_a_file_is_read_as_features(tmp_path: Path) -> None:
     """Whichever byte of a record is another, that record alone is not believed."""
     kept, features = kept_of(tmp_path / "some")
@@ -488,7 +497,7 @@ def on_two_nodes(world: World, path: str) -> list[float]:
     kept, missing = open_feature_store(world, Path(path), np.arange(NODES), NODES, PAGED, torch.float32)
     assert kept.missing(np.arange(NODES)).all(), "and so each has pages, and a length, of the file as it is now"
     time.sleep(world.rank)
-    for part in parts(missing, 32)[world.rank :: world.size]:
+    for part in parts(np.arange(NODES), missing, 32)[world.rank :: world.size]:
         for number in part.tolist():
             kept.put([number], features_of(number))
     settle(world, kept, None)

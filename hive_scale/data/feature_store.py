@@ -179,10 +179,16 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(disk).free + sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
 
 
-def parts(missing: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
-    """`missing`, ascending, in parts of at most `size`, which is whole groups of neighbours: each for one process."""
+def parts(wanted: NDArray[np.integer], missing: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
+    """`wanted`, ascending, in parts of at most `size`, without those of which nothing is `missing`.
+
+    A part is whole groups of neighbours, for one process, and is made as a whole: what is made again after a stop
+    has run through the encoder in the same company as at first, so it is the same to the bit.
+    """
     assert size % NEIGHBOURS == 0
-    return [part for part in np.split(missing, np.flatnonzero(np.diff(missing // size)) + 1) if len(part)]
+    whole = np.split(wanted, np.flatnonzero(np.diff(wanted // size)) + 1)
+    needed = np.unique(missing // size)
+    return [part for part in whole if len(part) and part[0] // size in needed]
 
 
 def open_feature_store(

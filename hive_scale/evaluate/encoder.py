@@ -141,7 +141,7 @@ class Cache:
         path = folder / f"{split.name}-{key_of(FORMAT, encoder.identity, VERSION, data, split.size)}"
         shape = 1, encoder.num_tokens, encoder.width
         self.features, missing = open_feature_store(world, path, numbers, split.size, shape, torch.float16)
-        groups = parts(missing, AT_ONCE)[world.rank :: world.size]
+        groups = parts(np.sort(numbers), missing, AT_ONCE)[world.rank :: world.size]
         settle(world, self.features, self._complete(groups))
 
     def read(self, numbers: Numbers, device: torch.device) -> Features:
