@@ -1,6 +1,6 @@
 """Faults at random instants of whole runs: each run must end with the losses and weights of one left alone.
 
-  python tests/faults/sweep.py --trials 200 --markdown         the table of docs/faults.md; `make faults`
+  python tests/faults/sweep.py --trials 200 --markdown         the table of docs/failures.md; `make faults`
   python tests/faults/sweep.py --seed 17 --trials 1            one trial again, by its seed
   python tests/faults/sweep.py --trials 8 --fault "EIO at a write"
 
@@ -48,6 +48,7 @@ from hive_scale.distributed import session  # noqa: E402
 from hive_scale.exit_codes import Stopped  # noqa: E402
 from hive_scale.observability.metrics import read_metrics  # noqa: E402
 from hive_scale.pipeline import run_pipeline  # noqa: E402
+from hive_scale.strict_json import read_lines  # noqa: E402
 
 STAGES = ("projector", "language", "joint")
 STEPS = 8  # a stage
@@ -539,6 +540,12 @@ def table(results: list[Result]) -> str:
     return "\n".join([*rows, f"| all | {len(results)} | | | | {well} of {len(results)} |"])
 
 
+def earlier(file: Path | None) -> dict[int, Result]:
+    """Results by seed that a sweep, which may have been interrupted, has left in `file`."""
+    lines = read_lines(file)[0] if file else []
+    return {line["seed"]: Result(**{name: value for name, value in line.items() if name != "seed"}) for line in lines}
+
+
 def with_injector() -> None:
     """Start this program again with the library of writes.c loaded, which every rank inherits."""
     if INJECTOR in os.environ:
@@ -557,20 +564,22 @@ def main() -> int:
     parser.add_argument("--fault", default="", choices=FAULTS, metavar="NAME", help="this one only")
     parser.add_argument("--setups", nargs="+", default=[*SETUPS], choices=SETUPS, metavar="NAME", help="default: all")
     parser.add_argument("--markdown", action="store_true", help="end with a table")
-    parser.add_argument("--results", type=Path, help="append each result to this file, as JSON")
+    parser.add_argument("--results", type=Path, help="append each to this file, and run no seed twice")
     arguments = parser.parse_args()
     with_injector()
     guardian.watch()
     place = Path(tempfile.mkdtemp(prefix="faults_"))
     alone = left_alone(place, arguments.setups)
-    results = []
+    done = earlier(arguments.results)
     for seed in range(arguments.seed, arguments.seed + arguments.trials):
-        result = trial(place, seed, alone, arguments.fault)
-        results.append(result)
+        if seed in done:
+            continue
+        done[seed] = result = trial(place, seed, alone, arguments.fault)
         print(f"{seed}: {vars(result)}", flush=True)
         if arguments.results:
             with arguments.results.open("a") as file:
                 file.write(json.dumps({"seed": seed, **vars(result)}) + "\n")
+    results = list(done.values())
     if arguments.markdown:
         print(table(results))
     if failed := [result for result in results if result.wrong]:
