@@ -54,9 +54,9 @@ STAGES = ("projector", "language", "joint")
 STEPS = 8  # a stage
 TOLERANCE = 1e-6  # of losses, relative, and of weights, for the same engine and number of ranks
 MIXED = 1e-5  # where these change in mid-run
-# of weights, where damaged features are made again, each in other company in a batch than at first: Adam makes a whole
-# step of what rounding leaves of a gradient near zero
-REMADE = 1e-3
+# of weights, where features come from the cache: the run left alone has its encoder at work, whose linear layers ZeRO-3
+# replaces by its own, which round otherwise, and Adam makes a whole step of the sign of a gradient near zero
+CACHED = 1e-3
 LIMIT = 120.0  # seconds for one attempt
 FROZEN = 20.0  # seconds in which a rank that is not frozen ends after another has failed
 ATTEMPTS = 6
@@ -243,7 +243,6 @@ class Fault:
     writes: tuple[int, int] | None = None  # error, and how many writes fail
     remote: bool = False
     changes: bool = False  # engine and number of ranks, at each start
-    remade: bool = False  # features, in training
     clock_off: float = 0.0  # of the second attempt on, seconds
 
 
@@ -366,7 +365,7 @@ FAULTS: dict[str, Fault] = {
     "kill -9 of one rank between stages": Fault(signal_one(signal.SIGKILL), between_stages),
     "kill -9 of one rank, evaluation at every step": Fault(signal_one(signal.SIGKILL), words=("eval_interval=1",)),
     "kill -9 of one rank in the feature pass": Fault(signal_one(signal.SIGKILL), in_features, FEATURES),
-    "kill -9, feature cache damaged": Fault(damage_features, in_features, FEATURES, remade=True),
+    "kill -9, feature cache damaged": Fault(damage_features, in_features, FEATURES),
     "kill -9 of a data worker": Fault(kill_worker, words=("data.workers=1",)),
     "kill -9, then the clock a day back": Fault(signal_all(signal.SIGKILL), clock_off=-DAY),
     "kill -9, another engine and world each time": Fault(signal_all(signal.SIGKILL), changes=True),
@@ -440,7 +439,7 @@ def disturbed_run(folder: Path, alone: Mapping[str, Path], draw: random.Random, 
                 result.codes.append(run.end())
     result.attempts = len(result.codes)
     losses = MIXED if fault.changes else TOLERANCE
-    weights = REMADE if fault.remade else 10 * losses
+    weights = CACHED if fault.words is FEATURES else 10 * losses
     ended = not any(result.codes[-1])
     result.wrong = difference(folder / "run", alone[result.setup], losses, weights) if ended else "never ended well"
     lines = [read_metrics(folder / "run" / stage / "metrics.jsonl") for stage in STAGES]
