@@ -98,9 +98,9 @@ FUZZ_SECONDS ?= 600
 fuzz: install
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(RUN) -m pytest -rP tests/test_fuzz.py
 
-# two hundred runs, each with a fault at a random instant, and a chain on Slurm: some hours on two free cores
+# two hundred runs, each with a fault at a random instant: two hours on two free cores. Stopped and started again it goes on
 faults: install
-	$(RUN) tests/faults/sweep.py --trials 200 --markdown
+	$(RUN) tests/faults/sweep.py --trials 200 --markdown --results faults.jsonl
 
 # one-line errors in the product's formulas, a sample of them: do the tests notice? Twenty minutes on two free cores
 mutants: install

@@ -159,7 +159,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "in start-up": (pipeline, "open_all"),
     "in the final save": (Checkpointer, "finish"),
     "between stages": (pipeline.memory, "release"),
-    "in the handoff": (pipeline, "build_handoff"),
+    "in the handoff": (pipeline, "merge_trained_weights"),
     "while it shows the outcome": (summary, "show"),
 }
 

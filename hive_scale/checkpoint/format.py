@@ -114,7 +114,7 @@ def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
         "unexpected": stored.keys() - wanted.keys(),
         "of another shape": {f"{k} {stored[k]} instead of {wanted[k]}" for k in both if stored[k] != wanted[k]},
     }
-    return "; ".join(f"{what}: {some(sorted(names))}" for what, names in findings.items() if names)
+    return "; ".join(f"{what}: {some(sorted(names), 10)}" for what, names in findings.items() if names)
 
 
 def by_parameter(shapes: Mapping[str, Shape]) -> dict[str, Shape]:

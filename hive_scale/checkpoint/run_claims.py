@@ -100,7 +100,7 @@ def _check_plan(config: Config, follows: bool) -> None:
     saved = config.run_dir / CONFIG
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: restore it, or use --overwrite")
-    # the shards of a run that goes on may have moved: `preparation.same_data` looks at what they are
+    # the shards of a run that goes on may have moved: `preflight.check_data_fingerprint` looks at what they are
     goes_on = not all(is_stage_done(config.run_dir / name) for name in config.stages)
     if not follows and (changed := configs.differences(config, _load(saved), goes_on)):
         raise ValueError(

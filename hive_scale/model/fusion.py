@@ -83,7 +83,7 @@ class Fusion(nn.Module):
     def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
         """The context of one more token a text, at its text's `position`, which attends where `seen` is True.
 
-        `seen` is over the text's keys, those so far and, False, those to come; `context` is what `enter` gave for
+        `seen` is over the text's keys, those so far and, False, those to come; `context` is what `prepare` gave for
         the text.
         """
         return replace(context, positions=position_B1, mask=seen_BN[:, None, None])
@@ -296,7 +296,7 @@ class Concat(Fusion):
         return seen.take_along_dim(places[:, None, None], dim=3)
 
     def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
-        length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `enter` was given
+        length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `prepare` was given
         mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
         shift = context.visual[0].shape[1] * _has_image(context, seen_BN)
         return replace(context, positions=position_B1 + shift, mask=mask[:, None, None])

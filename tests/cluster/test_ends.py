@@ -25,7 +25,9 @@ def test_no_daemon_outlives_the_tests(tmp_path: Path, number: signal.Signals) ->
     base = Path(mkdtemp(dir="/tmp"))  # short: Slurm's sockets lie below it, and their paths have at most 108 bytes
     name, is_up = f"STARTED_HERE={os.getpid()}-{number}", tmp_path / "up"
     env = os.environ | {"IS_UP": str(is_up)} | dict([name.split("=")])
-    line = [sys.executable, "-m", "pytest", "-q", f"--basetemp={base / 'b'}", "tests/cluster/interrupted.py"]
+    test = ["-m", "pytest", "-q", f"--basetemp={base / 'b'}", "tests/cluster/interrupted.py"]
+    # where these tests run in a shell's background, they are deaf to SIGINT, and hand that on
+    line = ["env", "--default-signal=INT", sys.executable, *test]
     root = Path(__file__).resolve().parents[2]
     with subprocess.Popen(line, cwd=root, env=env, start_new_session=True, stdout=subprocess.PIPE, text=True) as child:
         started: set[int] = set()
