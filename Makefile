@@ -47,7 +47,7 @@ $(UV):
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/pip install --quiet --disable-pip-version-check uv
 
-# three stages on the shipped pictures, on CPU or one GPU
+# three stages on the shipped images, on CPU or one GPU
 debug: install
 	$(RUN) launchers/pretrain.py --preset debug
 	@echo "for the other commands: source $(VENV)/bin/activate"

@@ -270,7 +270,7 @@ def kept_of(path: Path, count: int = 70) -> tuple[FeatureStore, torch.Tensor]:
 
 
 def test_what_is_missing_is_made_again_in_the_company_it_was_made_in() -> None:
-    """A batch of other pictures rounds otherwise: what is made again would differ in its last bits."""
+    """A batch of other images rounds otherwise: what is made again would differ in its last bits."""
     wanted = np.arange(100)
     first = [part.tolist() for part in parts(wanted, wanted, 32)]
     assert [number for part in first for number in part] == wanted.tolist()
