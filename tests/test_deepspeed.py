@@ -192,7 +192,7 @@ def test_nvme_needs_its_compiled_op_and_says_how_to_get_it(tmp_path: Path, monke
     assert resolved(tmp_path, nvme)["zero_optimization"]["offload_param"]["nvme_path"] == str(tmp_path)
 
 
-@pytest.mark.parametrize("engine", [{"shard": 2}, {"offload": True}])
+@pytest.mark.parametrize("engine", [{"shard_size": 2}, {"cpu_offload": True}])
 def test_two_owners_of_sharding_are_one_too_many(tmp_path: Path, engine: dict[str, Any]) -> None:
     message = refusal(tmp_path, {"zero_optimization": {"stage": 2}}, **engine)
     assert "belongs to the native engine" in message

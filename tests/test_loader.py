@@ -308,7 +308,7 @@ def test_a_sample_can_be_asked_for_by_number(shards: list[str], tokenizer: Token
 
 
 def test_blank_images_keep_everything_but_the_image(shards: list[str], tokenizer: Tokenizer) -> None:
-    seen, blank = (_steps(_loader(shards, tokenizer, blank=flag), 1, 1, 0, 1)[0][0] for flag in (False, True))
+    seen, blank = (_steps(_loader(shards, tokenizer, blank_images=flag), 1, 1, 0, 1)[0][0] for flag in (False, True))
     assert seen.keys == blank.keys
     assert torch.equal(seen.tokens, blank.tokens)
     assert blank.all_images

@@ -323,7 +323,7 @@ def test_materialise_gives_the_assembled_model_back() -> None:
         ({"language": PartConfig(path="./nowhere")}, "no config.json"),
         ({"language": PartConfig()}, "neither path nor config"),
         (
-            {"density": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))},
+            {"encoder_layer_ratio": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))},
             "lower model.encoder_layer_ratio",
         ),
     ],

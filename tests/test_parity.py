@@ -150,7 +150,7 @@ def engine_config(cell: Cell, folder: str) -> EngineConfig:
         "kept gathered": {"reshard_after_forward": False},
         "kept between": {"reshard_after_backward": False},
         "synced": {"sync_each_micro_batch": True},
-        "offload": {"offload": True},
+        "offload": {"cpu_offload": True},
     }
     return replace(config, shard_size={"ddp": 1, "hsdp": 2}.get(name, 0), **changes.get(how, {}))
 

@@ -93,7 +93,7 @@ def test_an_encoder_alone_under_its_published_names(donor: tuple[Path, Hive]) ->
             r"encoder.layers.0.mlp.fc1.bias \(64,\) instead of \(48,\), .* and ",
         ),
         ({"language": tiny.language(num_hidden_layers=5)}, r"missing: model.layers.4.input_layernorm.weight, .* and 4"),
-        ({"connector": {"density": 0.75}}, r"missing: fusion.layers.2.gate, .* and 8 more"),
+        ({"connector": {"encoder_layer_ratio": 0.75}}, r"missing: fusion.layers.2.gate, .* and 8 more"),
     ],
 )
 def test_what_does_not_fit_is_named(donor: tuple[Path, Hive], change: dict[str, Any], message: str) -> None:

@@ -218,9 +218,9 @@ def test_bad_input_is_answered_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="at least 1 process"):
         Machine(GPUS["h100"], 0)
     with pytest.raises(ValueError, match="--host_gb"):
-        plan_run(run_config(offload=True), Machine(GPUS["h100"], 1), 1000)
+        plan_run(run_config(cpu_offload=True), Machine(GPUS["h100"], 1), 1000)
     with pytest.raises(ValueError, match="does not divide --world"):
-        plan_run(run_config(shard=3), Machine(GPUS["h100"], 2), 1000)
+        plan_run(run_config(shard_size=3), Machine(GPUS["h100"], 2), 1000)
     with pytest.raises(ValueError, match="no such stage"):
         sweep(run_config(), "join", GPUS["h100"], [1], 1000)
 

@@ -394,7 +394,7 @@ def test_samples_that_were_set_aside_are_offered_where_none_are_named(tmp_path: 
     ("change", "message"),
     [
         (lambda c, folder: _ds(c, folder, {"gradient_clipping": 7.0}), "gradient_clipping=7.0 contradicts 1.0 of proj"),
-        (lambda c, folder: replace(c, engine=replace(c.engine, shard=2)), "engine.shard_size=2 does not divide"),
+        (lambda c, folder: replace(c, engine=replace(c.engine, shard_size=2)), "engine.shard_size=2 does not divide"),
         (lambda c, folder: _weights_at(c, folder / "nowhere"), "nowhere"),
         (lambda c, folder: _stage(c, data={"train": [str(folder / "*.tar")]}), "[*].tar"),
     ],

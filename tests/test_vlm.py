@@ -43,7 +43,7 @@ def write_questions(folder: Path) -> None:
 
 def recipe(folder: Path, shards: str) -> Path:
     """`vlm_small` with a toy for an LLM, two steps a stage."""
-    few = {"steps": 2, "global_batch": 4, "micro_batch": 4}
+    few = {"max_steps": 2, "global_batch": 4, "micro_batch": 4}
     llm = tiny.language(vocab_size=259, bos_token_id=1, eos_token_id=1, max_position_embeddings=256)
     content = {
         "preset": "vlm_small",

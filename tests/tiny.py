@@ -47,7 +47,7 @@ def language(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
 
 
 def model_config(fusion: Any = "cross_attention", llm: str = "llama", **changes: Any) -> ModelConfig:
-    settings: dict[str, Any] = {"density": 0.5} | changes
+    settings: dict[str, Any] = {"encoder_layer_ratio": 0.5} | changes
     parts = PartConfig(config=SIGLIP), PartConfig(config=language(llm))
     return ModelConfig(*parts, fusion=fusion, **settings)
 

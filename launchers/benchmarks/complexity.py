@@ -32,7 +32,7 @@ def draw(preset: str, path: Path) -> None:
     language: dict[str, Any] = config.language.config
     width, layers = language["hidden_size"], language["num_hidden_layers"]
     selected, patch = (
-        round(config.density * config.vision.config["num_hidden_layers"]),
+        round(config.encoder_layer_ratio * config.vision.config["num_hidden_layers"]),
         config.vision.config["patch_size"],
     )
     sides = [side for side in SIDES if side % patch == 0] or [patch * n for n in (16, 24, 32, 48)]
