@@ -22,8 +22,8 @@ from hive_scale.evaluate.classification_datasets import KNOWN, open_dataset
 from hive_scale.evaluate.encoder import LabelledImages
 
 
-def rows(count: int, image: str, label: str, first: int = 0) -> list[dict[str, Any]]:
-    return [{image: image(i), label: first + i} for i in range(count)]
+def rows(count: int, column: str, label: str, first: int = 0) -> list[dict[str, Any]]:
+    return [{column: image(i), label: first + i} for i in range(count)]
 
 
 def save(path: Path, image: str, made: list[dict[str, Any]]) -> None:

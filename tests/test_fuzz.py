@@ -381,7 +381,8 @@ def test_faults_that_were_noted(tmp_path: Path) -> None:
 def test_a_config(tmp_path: Path) -> None:
     saved = configs.to_yaml(presets.load("debug", None, []))
     settings = {"preset": "debug", "model": {"fusion": "concat"}, "data": {"train": ["a.tar"], "tokenizer": {}}}
-    settings |= {"stages": {"joint": {"max_steps": 3, "betas": [0.9, 0.95], "data": {"format": "caption"}, "groups": {}}}}
+    joint = {"max_steps": 3, "betas": [0.9, 0.95], "data": {"format": "caption"}, "groups": {}}
+    settings |= {"stages": {"joint": joint}}
     brief = "preset: debug\nmodel:\n  fusion: concat\nstages: &a\n  joint: {max_steps: 3, data: {format: caption}}\n"
 
     def check(folder: Path, content: bytes) -> None:

@@ -173,7 +173,11 @@ def test_any_json_beside_an_image_is_a_sample_or_a_bad_one(tmp_path: Path, token
     samples = [(str(i), pair(i) | {"json": record if i == 1 else sound}) for i in range(3)]
     (tmp_path / "bad.jsonl").unlink(missing_ok=True)
     loader = _loader(
-        [write_tar(tmp_path / "a.tar", samples)], tokenizer, tmp_path / "bad.jsonl", text="conversation", max_tokens=200
+        [write_tar(tmp_path / "a.tar", samples)],
+        tokenizer,
+        tmp_path / "bad.jsonl",
+        format="conversation",
+        max_tokens=200,
     )
     [step] = _steps(loader, 1, 1, 0, 1)
     reason = ""
@@ -258,7 +262,7 @@ def test_the_conversation_view_reads_the_records_of_the_same_tars(tmp_path: Path
     samples += [("mute", {k: v for k, v in pair(6).items() if k != "json"}), ("two", {**pair(7), "json": talk("q")})]
     path = tmp_path / "bad_samples.jsonl"
     shards = [write_tar(tmp_path / "a.tar", samples)]
-    loader = _loader(shards, tokenizer, path, text="conversation", max_tokens=400, image="pad")
+    loader = _loader(shards, tokenizer, path, format="conversation", max_tokens=400, image_transform="pad")
     [batch] = list(loader.once(batch_size=8, world=World(0, 1, CPU)))
     assert list(batch.keys) == sorted("012345", reverse=True), "longest record first"
     answers = tokenizer.decode(batch.target_ids.tolist()).split()
