@@ -14,7 +14,7 @@ import pytest
 import tars
 import torch
 from PIL import Image
-from test_tasks import write
+from test_tasks import image, write
 from torch.utils.data import DataLoader
 
 from hive_scale.evaluate import classification_datasets
