@@ -19,7 +19,8 @@ from hive_scale.model.build import meta_model
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import initial_model
 
-PARTS = {"vision": ("vision.",), "language": ("language.",), "connector": ("projector.", "fusion.")}
+CONNECTOR = "connector_weights"
+PARTS = {"vision": ("vision.",), "language": ("language.",), CONNECTOR: ("projector.", "fusion.")}
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +67,12 @@ def test_one_part_alone_and_the_shape_from_the_run(donor: tuple[Path, Hive]) -> 
     run, theirs = donor
     for part in PARTS:
         base = tiny.model_config()
-        change: Any = str(run) if part == "connector" else PartConfig(str(run))  # no config: it is the run's
+        change: Any = str(run) if part == CONNECTOR else PartConfig(str(run))  # no config: it is the run's
         ours = initial_model(replace(base, **{part: change}), seed=0)
-        assert {name: all(same(ours, theirs, name)) for name in PARTS if name != "connector"} == {
-            name: name == part for name in PARTS if name != "connector"
+        assert {name: all(same(ours, theirs, name)) for name in PARTS if name != CONNECTOR} == {
+            name: name == part for name in PARTS if name != CONNECTOR
         }
-        if part == "connector":
+        if part == CONNECTOR:
             assert all(same(ours, theirs, part))
 
 
@@ -93,13 +94,13 @@ def test_an_encoder_alone_under_its_published_names(donor: tuple[Path, Hive]) ->
             r"encoder.layers.0.mlp.fc1.bias \(64,\) instead of \(48,\), .* and ",
         ),
         ({"language": tiny.language(num_hidden_layers=5)}, r"missing: model.layers.4.input_layernorm.weight, .* and 4"),
-        ({"connector": {"encoder_layer_ratio": 0.75}}, r"missing: fusion.layers.2.gate, .* and 8 more"),
+        ({CONNECTOR: {"encoder_layer_ratio": 0.75}}, r"missing: fusion.layers.2.gate, .* and 8 more"),
     ],
 )
 def test_what_does_not_fit_is_named(donor: tuple[Path, Hive], change: dict[str, Any], message: str) -> None:
     ((part, fields),) = change.items()
-    base = tiny.model_config(**(fields if part == "connector" else {}))
-    value: Any = str(donor[0]) if part == "connector" else PartConfig(str(donor[0]), fields)
+    base = tiny.model_config(**(fields if part == CONNECTOR else {}))
+    value: Any = str(donor[0]) if part == CONNECTOR else PartConfig(str(donor[0]), fields)
     with pytest.raises(ValueError, match=message):
         initial_model(replace(base, **{part: value}), seed=0)
 
