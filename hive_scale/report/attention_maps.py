@@ -70,9 +70,11 @@ def attention_maps(
     """Mean over the word's tokens and over heads, or one `head`, of what each asks of the patches.
 
     Args: `pixels` uint8 (3, H, W); `layers` of the LLM, counted from 1. Raises ValueError for a layer that does not
-    look at the image, or no such head.
+    look at the image, no such head, or a fusion without attention over patches.
     """
     there = [layer + 1 for layer in model.visual_layers()]
+    if not there:
+        raise ValueError(f"{type(model.fusion).__name__} has no attention over patches that could be drawn")
     if missing := set(layers) - set(there):
         raise ValueError(
             f"--layers: {min(missing)} does not attend to patches; those that do: {', '.join(map(str, there))}"

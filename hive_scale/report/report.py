@@ -77,7 +77,7 @@ def report(runs: Sequence[RunView], look: bool = True, images: int = 4) -> Repor
     maps: dict[str, str] = {}
     if look:
         try:
-            captions, maps = _looks(runs, images)
+            captions, maps = _looks(runs, images, notes)
         except ValueError as error:
             notes.append(f"No captions and no maps: {error}")
     return Report(
@@ -101,7 +101,7 @@ def save_report(found: Report, path: Path, plots: Path | None = None) -> None:
         save(svg, plots / f"{title.lower().replace(' ', '_').replace(':', '')}.svg")
 
 
-def _looks(runs: Sequence[RunView], images: int) -> tuple[list[Captioned], dict[str, str]]:
+def _looks(runs: Sequence[RunView], images: int, notes: list[str]) -> tuple[list[Captioned], dict[str, str]]:
     pairs = {run.name: run.heldout(images) for run in runs}
     first = pairs[runs[0].name]
     written: dict[str, list[str]] = {}
@@ -117,7 +117,10 @@ def _looks(runs: Sequence[RunView], images: int) -> tuple[list[Captioned], dict[
     maps = {"Gradient of the loss at each encoder layer": gradient_figure([gradients(r, pairs[r.name]) for r in runs])}
     for run in runs:
         pixels, truth = pairs[run.name][0]
-        maps[f"Attention of words to patches: {run.name}"] = attention_figure(attention(run, pixels, truth))
+        try:
+            maps[f"Attention of words to patches: {run.name}"] = attention_figure(attention(run, pixels, truth))
+        except ValueError as error:
+            notes.append(f"No attention maps of {run.name}: {error}")
     return captions, maps
 
 

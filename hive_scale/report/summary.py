@@ -25,6 +25,7 @@ from hive_scale.observability.console import console
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.phase_timer import tick
 from hive_scale.preflight import open_data
+from hive_scale.registry import FUSIONS
 from hive_scale.strangers import printable
 
 PAIRS = 512  # held-out pairs that are looked at, at most
@@ -102,7 +103,7 @@ def _got_on(batch: Batch) -> Batch:
 
 
 def _next(config: Config) -> str:
-    if config.model.fusion == "concat":
+    if FUSIONS[config.model.fusion].is_llava:
         return (
             f"see both side by side: python -m hive_scale visualize report OTHER_RUN {shlex.quote(str(config.run_dir))}"
         )
