@@ -20,8 +20,8 @@ from omegaconf import OmegaConf
 from hive_scale import checksums, credentials
 from hive_scale.atomic import write_text
 from hive_scale.config_merge import flatten, resolve
+from hive_scale.registry import FUSIONS, OPTIMIZERS
 
-Fusion = Literal["cross_attention", "joint_attention", "concat"]
 Depths = Literal["uniform", "later"]
 Positions = Literal["grid", "line"]
 Precision = Literal["fp32", "bf16"]
@@ -67,7 +67,7 @@ class ModelConfig:
     vision: PartConfig = field(default_factory=PartConfig)
     language: PartConfig = field(default_factory=PartConfig)
     connector_weights: str = ""  # projectors and fusion layers from this run, stage or safetensors; else drawn anew
-    fusion: Fusion = "cross_attention"
+    fusion: str = "cross_attention"  # one of those that there are: see docs/extending.md
     encoder_layers: Depths = "uniform"  # which encoder depths feed the LLM
     encoder_layer_ratio: float = 0.25  # share of the encoder's depths that do (paper 3.2); 1: all below the last block
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
@@ -169,6 +169,7 @@ class StageConfig:
     max_grad_norm: float = 1.0
     warmup_ratio: float = 0.03  # share of the steps
     min_lr: float = 0.1  # where the cosine ends, as a share of the peak
+    optimizer: str = "adamw"  # one of those that there are: see docs/extending.md
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     carry_optimizer_state: bool = (
@@ -347,6 +348,7 @@ class Config:
     grace_seconds: float = 30.0  # between a request to stop and the kill: many launchers' and Slurm's KillWait
     watchdog_seconds: float = 480.0  # without progress, in a step or (at least 60) outside: try the job again; 0: never
     guard: GuardConfig = field(default_factory=GuardConfig)
+    extensions: list[str] = field(default_factory=list)  # modules of your own, which register fusions and the like
     blank_image_control: bool = False  # afterwards train the same stages on blank images, to show what the images add
 
     def __post_init__(self) -> None:
@@ -364,6 +366,8 @@ class Config:
                 why = "the run directory has a file of its own of that name" if name in TAKEN else NAMING
                 raise ValueError(f"stages.{name!r} cannot name a stage, which has a folder of that name: {why}")
             self.data_of(name)  # a typo in what a stage overrides is answered at once
+            OPTIMIZERS.check(self.stages[name].optimizer, f"stages.{name}.optimizer", self.extensions)
+        FUSIONS.check(self.model.fusion, "model.fusion", self.extensions)
 
     @property
     def run_dir(self) -> Path:
@@ -454,7 +458,7 @@ FREE = (
     ),
     *("expected_failures_per_day", "grace_seconds", "watchdog_seconds", "guard.*", "keep.*", "max_failed_saves"),
     *("*data.workers", "*data.decode_threads", "*data.cache_gb", "*data.retry_seconds", "*data.max_bad_samples"),
-    "feature_cache",
+    *("feature_cache", "extensions"),
 )
 PLACES = ("data.train", "data.heldout")
 

@@ -195,8 +195,7 @@ def _read(layer: Any, kind: type) -> DictConfig | ListConfig:
     if isinstance(layer, Path):
         return read_yaml(layer)
     if isinstance(layer, Sequence):
-        words = [_read_word(word, kind) for word in layer]
-        return cast(DictConfig, OmegaConf.merge(*words) if words else OmegaConf.create())
+        return read_words(layer, kind)
     return cast(DictConfig, OmegaConf.create(layer))
 
 
@@ -254,6 +253,12 @@ def _with_new_names(layer: DictConfig | ListConfig, kind: type, is_users: bool) 
     return cast(
         DictConfig, OmegaConf.create(with_new_names(kind, OmegaConf.to_container(layer, resolve=False), is_users))
     )
+
+
+def read_words(words: Sequence[str], kind: type) -> DictConfig:
+    """``key=value`` words as one layer over a config of type `kind`. Raises ValueError for one that is none."""
+    read = [_read_word(word, kind) for word in words]
+    return cast(DictConfig, OmegaConf.merge(*read) if read else OmegaConf.create())
 
 
 def _read_word(word: str, kind: type) -> DictConfig:

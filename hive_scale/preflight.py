@@ -22,7 +22,6 @@ from hive_scale.distributed import World
 from hive_scale.engine import check_compiler, check_device
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
-from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
@@ -77,14 +76,14 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
     `worlds` are the numbers of processes of the stages to be trained, and `here` tells whether by this machine.
     """
     _check_engines(config, worlds, here)
+    _check_optimizers(config)
     if here:
         check_compiler(config.engine)
         check_device(config.engine, kind())
-    model = build.meta_model(config.model)
     _warn_of_shipped_heldout(config.data)
     for name, stage in config.stages.items():
         try:
-            apply_trainable_groups(model, stage, model.unused_parameters())
+            model, _ = build.for_stage(config.model, stage)
             if name in worlds:
                 stage.accumulation(worlds[name])
             stage.num_steps(data[name].train.num_samples)
@@ -115,6 +114,17 @@ def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> Non
                 f"stages.{name}: engine.shard_size={engine.shard_size} does not divide the {size} processes: use a "
                 "divisor of it"
             )
+
+
+def _check_optimizers(config: Config) -> None:
+    before = ""
+    for name, stage in config.stages.items():
+        if stage.carry_optimizer_state and stage.optimizer != before:
+            raise ValueError(
+                f"stages.{name}.carry_optimizer_state: {stage.optimizer} cannot take over what {before} has: set it to "
+                "false, or give both stages one optimizer"
+            )
+        before = stage.optimizer
 
 
 def _warn_of_shipped_heldout(data: DataConfig) -> None:

@@ -17,60 +17,55 @@ from omegaconf import OmegaConf
 from hive_scale.config import (
     Config,
     DataConfig,
-    Fusion,
     GroupConfig,
     ModelConfig,
     PartConfig,
     StageConfig,
     TokenizerConfig,
 )
-from hive_scale.config_merge import read_yaml, refuse_references, resolve, with_new_names
+from hive_scale.config_merge import read_words, read_yaml, refuse_references, resolve, with_new_names
+from hive_scale.registry import FUSIONS, use_extensions
 
-# What the fusion adds to the pretrained parts, and what stage one therefore trains.
-NEW: dict[str, tuple[str, ...]] = {
-    "cross_attention": ("projector.*", "fusion.*"),
-    "joint_attention": ("projector.*",),
-    "concat": ("projector.*",),
-}
 LLM_BODY = ("language.model.layers.*", "language.model.norm.*")  # all but embeddings and head (as the authors')
 
 
 def three_stages(
-    fusion: Fusion,
+    fusion: str,
     learning_rates: tuple[float, float, float],
     weight_decay: float = 1e-5,
     llm: Sequence[str] = LLM_BODY,
 ) -> dict[str, dict[str, GroupConfig]]:
     """Groups of `projector`, `language` and `joint` (paper 3.5).
 
-    New weights behind a shut gate pass no gradient if frozen, so stage one trains the injected layers with
-    the projector. Joint attention's visual copies of the LLM's weights train when the LLM does.
+    The fusion says which of its parameters are new, and train from the first stage on.
     """
-    with_llm = [*llm, "fusion.*"] if fusion == "joint_attention" else list(llm)
+    kind = FUSIONS[fusion]
+    with_llm = [*llm, *kind.with_llm]
 
     def group(parameters: Sequence[str], lr: float) -> GroupConfig:
         return GroupConfig(list(parameters), lr, weight_decay)
 
     first, second, third = learning_rates
     return {
-        "projector": {"connector": group(NEW[fusion], first)},
-        "language": {"connector": group(NEW[fusion], second), "language": group(with_llm, second)},
+        "projector": {"connector": group(kind.new_parameters, first)},
+        "language": {"connector": group(kind.new_parameters, second), "language": group(with_llm, second)},
         "joint": {
-            "connector": group(NEW[fusion], third),
+            "connector": group(kind.new_parameters, third),
             "language": group(with_llm, third),
             "vision": group(["vision.*"], third),
         },
     }
 
 
-def open_gates(groups: dict[str, GroupConfig], fusion: Fusion, lr: float = 3e-2) -> None:
+def open_gates(groups: dict[str, GroupConfig], fusion: str, lr: float = 3e-2) -> None:
     """Give the gates of `groups` a rate of their own, for runs of few steps: behind a shut gate little is learned."""
-    if fusion == "cross_attention":
-        groups["connector"] = replace(groups["connector"], parameters=["projector.*", "fusion.*.weight"])
-        groups["gates"] = GroupConfig(["fusion.*.gate"], lr)
+    kind = FUSIONS[fusion]
+    if kind.gates:
+        groups["connector"] = replace(groups["connector"], parameters=list(kind.beside_gates))
+        groups["gates"] = GroupConfig(list(kind.gates), lr)
 
 
-def debug(fusion: Fusion = "cross_attention") -> Config:
+def debug(fusion: str = "cross_attention") -> Config:
     """Everything small and from scratch, on the shipped images: minutes on a laptop, no download."""
     vision: dict[str, Any] = {
         "model_type": "siglip_vision_model",
@@ -125,7 +120,7 @@ def debug(fusion: Fusion = "cross_attention") -> Config:
     )
 
 
-def demo(fusion: Fusion = "cross_attention") -> Config:
+def demo(fusion: str = "cross_attention") -> Config:
     """A real pretrained LLM, SmolLM2-135M, with a small encoder from scratch, on three styles of emoji.
 
     Needs ``prepare_data.py smollm2`` and ``prepare_data.py emoji --styles all`` first.
@@ -162,7 +157,7 @@ def demo(fusion: Fusion = "cross_attention") -> Config:
     )
 
 
-def paper_siglip(fusion: Fusion = "cross_attention") -> Config:
+def paper_siglip(fusion: str = "cross_attention") -> Config:
     """SigLIP-L/16-384 and MobileLLM-350M on LLaVA-CC3M-Pretrain-595K (paper, Table 3)."""
     # the config is given in full: the hub's names sizes only
     vision = {
@@ -178,7 +173,7 @@ def paper_siglip(fusion: Fusion = "cross_attention") -> Config:
     return _paper("paper_siglip", fusion, "google/siglip-large-patch16-384", vision, later=True)
 
 
-def paper_clip(fusion: Fusion = "cross_attention") -> Config:
+def paper_clip(fusion: str = "cross_attention") -> Config:
     """CLIP-L/14-336 and MobileLLM-350M on LLaVA-CC3M-Pretrain-595K (paper, Table 3)."""
     vision = {
         "model_type": "clip_vision_model",
@@ -202,7 +197,7 @@ RTX3090: dict[str, tuple[int, int, int]] = {
 }
 
 
-def rtx3090(fusion: Fusion = "cross_attention") -> Config:
+def rtx3090(fusion: str = "cross_attention") -> Config:
     """`paper_siglip` on one 24 GB card: the same global batches, cut to what fits."""
     base = paper_siglip(fusion)
     sizes = zip(base.stages.items(), RTX3090[fusion], strict=True)
@@ -229,7 +224,7 @@ MOBILELLM_350M: dict[str, Any] = {
 }
 
 
-def _paper(name: str, fusion: Fusion, hub: str, vision: dict[str, Any], later: bool) -> Config:
+def _paper(name: str, fusion: str, hub: str, vision: dict[str, Any], later: bool) -> Config:
     groups = three_stages(fusion, (1e-3, 5e-5, 5e-6))
     sequence = fusion == "concat"  # visual tokens run through the whole LLM: fewer samples fit
     return Config(
@@ -291,7 +286,7 @@ LLAMA_1B: dict[str, Any] = {
 }
 
 
-def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -> Config:
+def vlm(encoder: str = "", fusion: str = "concat", llm_only: str = "false") -> Config:
     """LLaVA's two stages on a pre-trained encoder and Llama-3.2-1B-Instruct (paper, Table 5).
 
     `encoder` is a Hugging Face directory. With `llm_only` the second stage leaves the connector as it is, as the
@@ -330,7 +325,7 @@ def vlm(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -
     )
 
 
-def vlm_small(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "false") -> Config:
+def vlm_small(encoder: str = "", fusion: str = "concat", llm_only: str = "false") -> Config:
     """The same two stages with SmolLM2-135M on easy-vqa, for machines without a GPU.
 
     Needs ``prepare_data.py smollm2`` and ``prepare_data.py easy_vqa`` first.
@@ -356,19 +351,19 @@ def vlm_small(encoder: str = "", fusion: Fusion = "concat", llm_only: str = "fal
 
 
 def _vlm_groups(
-    fusion: Fusion, rates: tuple[float, float], llm_only: bool
+    fusion: str, rates: tuple[float, float], llm_only: bool
 ) -> tuple[dict[str, GroupConfig], dict[str, GroupConfig]]:
     """Groups of `connector` and `language`; the encoder is frozen in both."""
-    first = {"connector": GroupConfig(list(NEW[fusion]), rates[0])}
-    # joint attention's visual copies of the LLM's weights train when the LLM does
-    second = {"language": GroupConfig(["language.*", *(["fusion.*"] if fusion == "joint_attention" else [])], rates[1])}
+    kind = FUSIONS[fusion]
+    first = {"connector": GroupConfig(list(kind.new_parameters), rates[0])}
+    second = {"language": GroupConfig(["language.*", *kind.with_llm], rates[1])}
     if not llm_only:
-        second["connector"] = GroupConfig(list(NEW[fusion]), rates[1])
+        second["connector"] = GroupConfig(list(kind.new_parameters), rates[1])
     return first, second
 
 
-def _name(preset: str, fusion: Fusion) -> str:
-    return preset if fusion == "cross_attention" else f"{preset}_{fusion}"
+def _name(preset: str, fusion: str) -> str:
+    return preset if fusion == ModelConfig.fusion else f"{preset}_{fusion}"
 
 
 PRESETS: dict[str, Callable[..., Config]] = {
@@ -394,6 +389,9 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     if file and _is_a_runs(file, layer):
         refuse_references(layer, file)
         layer = with_new_names(Config, layer)  # without a word: nobody typed them
+        use_extensions(_extensions({}, words))
+    else:
+        use_extensions(_extensions(layer, words))
     named = layer.pop("preset", None)
     if file and not preset and not named:
         base = Config()  # the file says everything, as one saved by a run does
@@ -409,6 +407,14 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     if not config.stages:
         raise ValueError(f"{file}: there are no stages in it: extend a preset (preset: debug), or name stages")
     return config
+
+
+def _extensions(layer: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """The modules that a user's own file and words name, before anything that they register is asked for."""
+    given = [word for word in words if word.startswith("extensions=")]
+    read = OmegaConf.to_container(read_words(given, Config)) if given else dict(layer)
+    modules = read.get("extensions") if isinstance(read, dict) else None
+    return [str(module) for module in modules] if isinstance(modules, list) else []
 
 
 def read_file(file: Path) -> dict[str, Any]:
@@ -440,10 +446,7 @@ def _find(name: Any) -> Callable[..., Config]:
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     fusion, llm_only = (arguments.get(name, plain) for name, plain in (("fusion", "cross_attention"), ("llm_only", "")))
-    if not isinstance(fusion, str) or fusion not in NEW:
-        near = get_close_matches(str(fusion), NEW, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NEW)}"
-        raise ValueError(f"fusion={fusion}: no such fusion: {hint}")
+    FUSIONS.check(fusion, "fusion")
     if str(llm_only).lower() not in ("true", "false", ""):
         raise ValueError(f"llm_only={llm_only} is neither true nor false: give one of them")
     if not isinstance(arguments.get("encoder", ""), str):

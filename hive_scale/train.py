@@ -28,10 +28,10 @@ from hive_scale.observability.profiler import profiling
 from hive_scale.observability.rank_report import rank_report, read_reports
 from hive_scale.observability.stage_log import StageLog
 from hive_scale.observability.throughput import Throughput
-from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan.devices import peak_flops
-from hive_scale.plan.flops import count
+from hive_scale.plan.flops import estimate
 from hive_scale.preflight import Data
+from hive_scale.registry import OPTIMIZERS
 from hive_scale.resilience.checkpoint_interval import CheckpointInterval
 from hive_scale.resilience.loss_guard import BAD_BATCHES, LossGuard
 from hive_scale.resilience.preemption import Preemption
@@ -140,16 +140,15 @@ class StageRun:
         self.config, self.name, self.data, self.world, self.preemption = config, name, data, world, preemption
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
-        self.model = model = build.meta_model(config.model)
+        self.model, groups = build.for_stage(config.model, self.stage)
         self.moments = OptimizerTransfer(_stage_before(config, name) if self.stage.carry_optimizer_state else None)
-        groups = self.moments.divide(apply_trainable_groups(model, self.stage, model.unused_parameters()))
-        self.work = count(model, config.engine.checkpointing)
+        groups = self.moments.divide(groups)
+        work = estimate(config.model, self.stage, config.engine.checkpointing) if world.is_main else None
         weights = read_weights(parent, world)
-        features = cached_features(config, model, data.train, weights, world, preemption.requested)
-        if features:
-            self.work = self.work.without("vision")
+        features = cached_features(config, self.model, data.train, weights, world, preemption.requested)
+        self.work = work.without("vision") if work and features else work
         self.train = data.train.with_features(features)
-        self.engine = open_engine(model, groups, self.stage, config.engine, world, weights)
+        self.engine = open_engine(self.model, groups, self.stage, config.engine, world, weights)
         self.checkpoints = Checkpointer(self.dir, world, config.keep, config.max_failed_saves)
         origin = {"parent": [weights.identity], "data": data.names}
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
@@ -193,7 +192,11 @@ class StageRun:
             start=at.batch * stage.global_batch,
             world=self.world,
         )
-        meter = Throughput(self.work.total, peak_flops(self.world.device, config.engine.precision), self.world.size)
+        meter = Throughput(
+            self.work.total if self.work else None,
+            peak_flops(self.world.device, config.engine.precision),
+            self.world.size,
+        )
         log = StageLog(self.dir, self.num_steps, at.step, at.tokens, config.log, self.world)
         with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
             log.print(memory.report(self.engine), keep="memory.txt")
@@ -260,8 +263,9 @@ class StageRun:
             return {}
         loss_sum, num_tokens = self.engine.evaluate(self.heldout)
         at.eval_loss = loss_sum / max(1, num_tokens)
-        beta2, behind = self.stage.betas[1], self.moments.steps
-        gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, beta2, self.world, behind)
+        second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
+        behind = self.moments.steps
+        gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
         return {"eval_loss": at.eval_loss, **gauges}
 
     def _skip_batch(self, output: StepOutput, log: StageLog) -> None:

@@ -1,7 +1,7 @@
 """Mutants of the product's own formulas: which one-line errors would the tests notice?
 
   python tests/mutants.py                      the named mutants, and a sample of each module's; `make mutants`
-  python tests/mutants.py --all model/fusion   every mutant of one module
+  python tests/mutants.py --all model/fusion/concat   every mutant of one module
 
 Each mutant runs in a copy of the repository, against the test files of its module alone. The exit code is 1 if one of
 NAMED lives. The score, and the survivors that change nothing, are in docs/mutants.md.
@@ -44,7 +44,10 @@ TESTS = {  # arguments of pytest, the quickest to fail first
     "param_groups": ["tests/test_param_groups.py"],
     "data/sampler": ["tests/test_sampler.py"],
     "resilience/loss_guard": ["tests/test_loss_guard.py", "-k", "not bit and not run"],
-    "model/fusion": [*MODEL, "tests/test_generate.py"],
+    **{
+        f"model/fusion/{one}": [*MODEL, "tests/test_generate.py"]
+        for one in ("__init__", "cross_attention", "joint_attention", "concat")
+    },
     "model/attention": [*MODEL, "tests/test_generate.py"],
     "model/hive": MODEL,
     "model/encoders": [*MODEL, "tests/test_report.py"],
@@ -56,9 +59,9 @@ TESTS = {  # arguments of pytest, the quickest to fail first
 }
 NAMED = [  # each lived through all tests once: (module, text, instead)
     ("batch", "from_numpy(targets - 1)", "from_numpy(targets)"),
-    ("model/fusion", "torch.tanh(self.gate) * self.o_proj", "self.gate * self.o_proj"),
-    ("model/fusion", "hidden_BTD + update", "hidden_BTD - update"),
-    ("model/fusion", "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)"),
+    ("model/fusion/cross_attention", "torch.tanh(self.gate) * self.o_proj", "self.gate * self.o_proj"),
+    ("model/fusion/cross_attention", "hidden_BTD + update", "hidden_BTD - update"),
+    ("model/fusion/joint_attention", "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)"),
     ("model/hive", "for depth in self.encoder_depths]", "for depth in reversed(self.encoder_depths)]"),
     ("resilience/loss_guard", "SIGMA * median", "median"),
 ]

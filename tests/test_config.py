@@ -306,7 +306,7 @@ def test_a_preset_s_arguments_in_a_file_are_checked_and_words_go_before_them(tmp
     assert (run.model.fusion, run.model.vision.path) == ("concat", "there")
     for content, message in (
         ("preset: [debug]", "did you mean debug"),
-        ("preset: debug\nfusion: [concat]", "no such fusion"),
+        ("preset: debug\nfusion: [concat]", "there is no fusion"),
         ("preset: vlm\nllm_only: maybe", "neither true nor false"),
         ("preset: vlm\nencoder: 3", "no directory's name"),
         ("preset:", "no stages"),

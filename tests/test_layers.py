@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hive_scale.registry import ENCODERS, FUSIONS, HOSTS, OPTIMIZERS
 from hive_scale.strict_json import dumps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +32,17 @@ LEAVES = {
         "atomic",
         "checksums",
     ),
-    *("batch", "schedule", "seeding", "precision", "param_groups", "phase_timer", "chat_template", "shared_files"),
+    *(
+        "registry",
+        "batch",
+        "schedule",
+        "seeding",
+        "precision",
+        "param_groups",
+        "phase_timer",
+        "chat_template",
+        "shared_files",
+    ),
     *("distributed", "device", "placement", "node", "heartbeat"),
 }
 # a room and what it may read besides the leaves
@@ -132,6 +143,22 @@ def test_each_framework_enters_through_its_door(framework: str) -> None:
     ]
     for user in users:
         assert any(user.startswith(door) for door in DOORS[framework]), f"{user} imports {framework}"
+
+
+def test_nobody_compares_the_name_of_an_entry() -> None:
+    """What differs between entries is theirs to answer; presets name some, as users do."""
+    names = {name for one in (FUSIONS, ENCODERS, HOSTS, OPTIMIZERS) for name in one.names()}
+    own = {*PACKAGE.glob("model/fusion/*.py"), *(PACKAGE / "model" / f"{one}.py" for one in ("encoders", "hosts"))}
+    own |= {PACKAGE / one for one in ("registry.py", "presets.py", "engine/optimizer.py")}
+    compared = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted({*PACKAGE.rglob("*.py")} - own)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Compare)
+        for leaf in ast.walk(node)
+        if isinstance(leaf, ast.Constant) and leaf.value in names
+    ]
+    assert not compared
 
 
 def test_the_config_imports_no_torch() -> None:

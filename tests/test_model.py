@@ -20,8 +20,8 @@ from hive_scale.config import ModelConfig, PartConfig
 from hive_scale.export.huggingface import export_encoder
 from hive_scale.model.attention import scaled_dot_product
 from hive_scale.model.build import init_model, load_model, meta_model
-from hive_scale.model.encoders import covered, encoder_depths, group_ends, hidden_states, mean_colour, patches
-from hive_scale.model.fusion import _visual_positions
+from hive_scale.model.encoders import Clip, Siglip, covered, encoder_depths, group_ends, hidden_states, patches
+from hive_scale.model.fusion.joint_attention import visual_positions
 from hive_scale.presets import load
 
 pytestmark = pytest.mark.contract
@@ -67,8 +67,8 @@ def test_the_densest_depths_are_all_between_embeddings_and_the_last_block(rule: 
 
 
 def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches() -> None:
-    assert mean_colour("clip_vision_model") == (122, 116, 104)  # llava.mm_utils.expand2square is given these
-    assert mean_colour("siglip_vision_model") == (127, 127, 127)
+    assert Clip().mean_colour == (122, 116, 104)  # llava.mm_utils.expand2square is given these
+    assert Siglip().mean_colour == (127, 127, 127)
     for image_size, side in ((32, 32), (33, 32), (39, 32), (40, 40)):
         model = meta_model(
             replace(tiny.model_config(), vision=PartConfig(config=tiny.SIGLIP | {"image_size": image_size}))
@@ -119,7 +119,7 @@ def test_a_side_that_the_patch_does_not_divide_is_rounded_down_as_by_transformer
     model = init_model(config, seed=0).eval()
     pixels = torch.randint(0, 256, (2, 3, 37, 37), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     seen = model.encode_images(pixels)
-    assert [one.shape[1] for one in seen] == [model.num_patches] * len(seen) == [16] * len(seen)
+    assert [one.shape[1] for one in seen] == [model.features_shape[1]] * len(seen) == [16] * len(seen)
     assert model.features_shape[1] == 16
     stock = model.vision((pixels - model.pixel_mean) / model.pixel_std, output_hidden_states=True).hidden_states
     found = patches(model.vision, stock[model.encoder_depths[-1]])
@@ -160,7 +160,7 @@ def test_the_baseline_is_the_llm_run_over_one_long_sequence() -> None:
 
 
 def test_grid_positions_turn_by_row_column_and_a_constant() -> None:
-    places = _visual_positions(num_visual=576, num_pairs=32, grid=True, device=torch.device("cpu"))
+    places = visual_positions(num_visual=576, num_pairs=32, grid=True, device=torch.device("cpu"))
     token = 5 * 24 + 7  # row 5, column 7, counted from slot 1
     assert places[token].tolist() == [6, 8] * 12 + [13] * 8
 

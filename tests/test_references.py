@@ -241,7 +241,7 @@ def test_the_baseline_is_hugging_faces_llava(tmp_path: Path, tower: Any, mode: A
     model = tiny.sighted(init_model(config, 0), 2.0)
     export_llava(config, {name: p.detach() for name, p in model.named_parameters()}, tmp_path, BYTES, mode)
     llava = AutoModelForImageTextToText.from_pretrained(tmp_path).train()
-    image, count, samples = llava.config.image_token_index, model.num_patches, some_samples(slots)
+    image, count, samples = llava.config.image_token_index, model.features_shape[1], some_samples(slots)
     batch = collate(samples, 0, tiny.IMAGE)
     loss = model(**batch.inputs())
     loss.backward()

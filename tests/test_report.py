@@ -172,12 +172,12 @@ def test_gauges_are_the_moments_and_gates_summed_over_ranks() -> None:
         Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg_sq", (2,), 1, torch.tensor([0.76])),
         Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg", (2,), 0, torch.tensor([5.0, 5.0])),
     ]
-    found = layer_grad_rms(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")))
+    found = layer_grad_rms(model, fragments, 2, ("exp_avg_sq", 0.9), World(0, 1, torch.device("cpu")))
     assert found["gates"] == pytest.approx({"0": 0.0, "1": 0.46211716})
     assert found["grad_rms"]["vision.0"] == pytest.approx(3.0)  # (0.95 + 0.76) / (1 - 0.9**2) = 9
     assert found["grad_rms"]["fusion.1"] == pytest.approx(1.0)
     behind = {"vision.encoder.layers.0.mlp.fc1.bias": 3}  # steps of the stage before, in its moments alone
-    found = layer_grad_rms(model, fragments, 2, 0.9, World(0, 1, torch.device("cpu")), behind)
+    found = layer_grad_rms(model, fragments, 2, ("exp_avg_sq", 0.9), World(0, 1, torch.device("cpu")), behind)
     assert found["grad_rms"]["vision.0"] == pytest.approx((1.71 / (1 - 0.9**5)) ** 0.5)
     assert found["grad_rms"]["fusion.1"] == pytest.approx(1.0)
     assert layer_of("language.model.embed_tokens.weight") == "language"

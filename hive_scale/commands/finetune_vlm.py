@@ -84,9 +84,10 @@ def _give(config: Config) -> None:
     """The finished run as a LLaVA directory, if it is one, and what to do with it."""
     from hive_scale.export import export_run
     from hive_scale.observability.console import console
+    from hive_scale.registry import FUSIONS
 
     llava = config.run_dir / "llava"
-    if config.model.fusion == "concat" and not llava.exists():
+    if FUSIONS[config.model.fusion].is_llava and not llava.exists():
         export_run("llava", config.run_dir, llava)
     model = llava if llava.exists() else config.run_dir
     run = shlex.quote(str(config.run_dir))

@@ -21,7 +21,7 @@ from hive_scale.engine import StateSharding, StepOutput
 from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
-from hive_scale.engine.optimizer import MOMENTS, adamw, set_learning_rate, skip_update, zero_state
+from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
@@ -35,6 +35,9 @@ class MasterRange(NamedTuple):
     flat: Tensor  # many parameters' ranges, fp32
     start: int
     length: int
+
+
+UNTESTED = {"zero_allow_untested_optimizer": True}  # those that an extension registers, too
 
 
 class DeepSpeedEngine:
@@ -62,15 +65,16 @@ class DeepSpeedEngine:
         compute = DTYPES[config.precision]
         self.divides = zero_stage > 1 or compute == torch.float32  # its bf16 optimizer of ZeRO-1 heeds no loss scale
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
-        self.layout = StateSharding(compute.itemsize, cut[0], 4, cut[1], 12, cut[2])
+        self.kind = optimizer_kind(stage)
+        self.layout = StateSharding(compute.itemsize, cut[0], 4, cut[1], 4 + 4 * len(self.kind.states), cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
-        self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
+        self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
         self.engine, *_ = load_deepspeed().initialize(
-            model=model, optimizer=self.optimizer, config=settings, dist_init_required=False
+            model=model, optimizer=self.optimizer, config=UNTESTED | settings, dist_init_required=False
         )
         weakref.finalize(self, _free_engine, self.engine, self.optimizer).atexit = False
         if compute != torch.float32:
@@ -141,17 +145,17 @@ class DeepSpeedEngine:
         return loss
 
     def fragments(self) -> Iterator[Fragment]:
-        self._create_moments()
+        self._create_states()
         for name, _, owned in self._owned():
             state = self.engine.optimizer.state[owned.flat]
-            for kind, tensor in (("master", owned.flat.detach()), *((moment, state[moment]) for moment in MOMENTS)):
+            for kind, tensor in (("master", owned.flat.detach()), *((key, state[key]) for key in self.kind.states)):
                 yield Fragment(name, kind, owned.shape, owned.offset, tensor.narrow(0, owned.start, owned.length))
 
     @torch.no_grad()
     def after_load(self, num_steps: int) -> None:
-        self._create_moments()
+        self._create_states()
         for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
-            self.engine.optimizer.state[flat]["step"].fill_(steps_behind + num_steps)
+            set_steps(self.engine.optimizer.state[flat], steps_behind + num_steps)
         if not self.partitions_parameters:
             self.engine.optimizer.update_lp_params()
             return
@@ -188,7 +192,7 @@ class DeepSpeedEngine:
         )
 
     def _masters(self) -> Sequence[Tensor]:
-        """The flat fp32 tensors that AdamW steps."""
+        """The flat fp32 tensors that the optimizer steps."""
         optimizer = self.engine.optimizer
         if self.partitions_parameters:  # whose groups are empty between steps
             return optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
@@ -202,18 +206,18 @@ class DeepSpeedEngine:
             return [groups[number]["steps_behind"] for number in numbers]
         return [group["steps_behind"] for group in groups]
 
-    def _create_moments(self) -> None:
-        """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+    def _create_states(self) -> None:
+        """An optimizer makes its state in the first step; a checkpoint before that, or a load, needs it now."""
         for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
             if not self.engine.optimizer.state[flat]:
-                self.engine.optimizer.state[flat] = zero_state(flat, steps_behind)
+                self.engine.optimizer.state[flat] = self.kind.first_state(flat, steps_behind)
 
 
-def _free_engine(engine: Any, adamw: Any) -> None:
+def _free_engine(engine: Any, optimizer: Any) -> None:
     """Free what a past engine held. DeepSpeed never would: its hooks and tables keep engine and model for good."""
     engine.destroy()
     parameters = list(engine.module.parameters())
-    for holder in (adamw, engine.optimizer, *parameters):
+    for holder in (optimizer, engine.optimizer, *parameters):
         vars(holder).clear()
     for parameter in parameters:
         parameter.data = parameter.data.new_empty(0)

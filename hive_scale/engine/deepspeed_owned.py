@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from hive_scale.config import EngineConfig, StageConfig
+from hive_scale.registry import OPTIMIZERS
 from hive_scale.strict_json import dumps
 
 AUTO = "auto"
@@ -122,9 +123,10 @@ def contradictions(
 
 
 def _optimizer(section: Mapping[str, Any], stage: StageConfig) -> Iterator[Contradiction]:
-    """Ours is AdamW with the stage's groups; a JSON may repeat what holds for every group."""
-    if section.get("type", AUTO) not in (AUTO, "AdamW"):
-        yield Contradiction("optimizer.type", section["type"], "AdamW", "every stage's optimizer")
+    """Ours has the stage's groups; a JSON may repeat what holds for every group."""
+    ours_type = OPTIMIZERS[stage.optimizer].deepspeed_type or AUTO
+    if section.get("type", AUTO) not in (AUTO, ours_type):
+        yield Contradiction("optimizer.type", section["type"], ours_type, "stages.*.optimizer")
         return  # whose parameters may be others
     ours: dict[str, set[Any]] = {
         "lr": {group.lr for group in stage.groups.values()},

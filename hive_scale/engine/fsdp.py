@@ -26,7 +26,7 @@ from hive_scale.distributed import Fragment, World
 from hive_scale.engine import StateSharding, StepOutput
 from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
-from hive_scale.engine.optimizer import MOMENTS, adamw, set_learning_rate, zero_state
+from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
@@ -76,8 +76,9 @@ class FsdpEngine:
         # gradients that wait for more micro-batches wait uncut, unless each is reduced
         reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
         gradient_ranks = shard if reduces else 1
-        self.layout = StateSharding(4, shard, 4, gradient_ranks, 8, shard)
-        self.optimizer = adamw(dict(model.named_parameters()), groups, stage)
+        self.kind = optimizer_kind(stage)
+        self.layout = StateSharding(4, shard, 4, gradient_ranks, 4 * len(self.kind.states), shard)
+        self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
         if config.cpu_offload:
             use_cores(world)
 
@@ -186,29 +187,29 @@ class FsdpEngine:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def fragments(self) -> Iterator[Fragment]:
-        self._create_moments()
+        self._create_states()
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             state = self.optimizer.state[parameter]
-            for kind, tensor in (("master", parameter), *((moment, state[moment]) for moment in MOMENTS)):
+            for kind, tensor in (("master", parameter), *((key, state[key]) for key in self.kind.states)):
                 local, offset = _local_range(tensor.detach())
                 if local.numel():
                     yield Fragment(name, kind, tuple(parameter.shape), offset, local)
 
     def after_load(self, num_steps: int) -> None:
         # compute copies are gathered from the masters anew in each forward
-        self._create_moments()
+        self._create_states()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                self.optimizer.state[parameter]["step"].fill_(group["steps_behind"] + num_steps)
+                set_steps(self.optimizer.state[parameter], group["steps_behind"] + num_steps)
 
-    def _create_moments(self) -> None:
-        """AdamW makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+    def _create_states(self) -> None:
+        """An optimizer makes its state in the first step; a checkpoint before that, or a load, needs it now."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = zero_state(parameter, group["steps_behind"])
+                    self.optimizer.state[parameter] = self.kind.first_state(parameter, group["steps_behind"])
 
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:

@@ -22,7 +22,7 @@ from hive_scale.data.workers import worker_options
 from hive_scale.distributed import World
 from hive_scale.evaluate.classification_datasets import Split
 from hive_scale.model import build
-from hive_scale.model.encoders import PIXEL_STATISTICS, hidden_states, patches
+from hive_scale.model.encoders import family_of, hidden_states, patches
 from hive_scale.model.identity import identity, key_of
 from hive_scale.phase_timer import tick
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class Encoder:
-    """A frozen SiglipVisionModel or CLIPVisionModel, of which the penultimate depth is read, as by the authors.
+    """A frozen encoder of a registered family, of which the penultimate depth is read, as by the authors.
 
     `identity` tells its features from those of all others: weights, config, depth, precision and image transform.
     """
@@ -53,11 +53,12 @@ class Encoder:
         if not 0 <= self.depth <= layers:
             raise ValueError(f"{path} has {layers} blocks: there is no depth {depth}")
         self.image_size: int = config.image_size
-        self.mode: ImageMode = "crop" if config.model_type == "clip_vision_model" else "resize"
+        family = family_of(config)
+        self.mode: ImageMode = family.image_mode
         self.width: int = config.hidden_size
-        self.num_tokens: int = (config.image_size // config.patch_size) ** 2
+        self.num_tokens = family.num_patches(config)
         self.device, self.dtype = device, dtype
-        mean, std = PIXEL_STATISTICS[config.model_type]
+        mean, std = family.pixel_mean, family.pixel_std
         self.mean = 255 * torch.tensor(mean, device=device).view(3, 1, 1)
         self.std = 255 * torch.tensor(std, device=device).view(3, 1, 1)
         self.identity = key_of(identity(self.tower), self.depth, str(dtype), self.mode, mean, std)

@@ -18,7 +18,6 @@ from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.data.transform import blank, decode, to_pixels
 from hive_scale.distributed import World
 from hive_scale.evaluate.vqa_types import ImageFile, Question, Task, Unanswerable, decoded
-from hive_scale.model.encoders import mean_colour
 from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, identity_of_processor, key_of
@@ -102,7 +101,7 @@ class HiveAnswerer:
             raise Unanswerable(f"question {question.id}: {error}", lambda one: one.id == question.id) from None
 
     def _pixels(self, data: bytes) -> Tensor:
-        colour = mean_colour(self.model.vision.config.model_type)
+        colour = self.model.family.mean_colour
         return to_pixels(data, self.image_size, self.data.image_transform, self.data.max_pixels, colour)
 
 

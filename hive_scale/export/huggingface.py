@@ -24,8 +24,9 @@ from transformers import (
 from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import ImageMode, ImagePosition, ModelConfig
 from hive_scale.export import portable
-from hive_scale.model.build import VISION, language_config, on_meta, vision_config
-from hive_scale.model.encoders import PIXEL_STATISTICS
+from hive_scale.model.build import language_config, on_meta, vision_config
+from hive_scale.model.encoders import family_of
+from hive_scale.registry import FUSIONS
 
 # parameters of LlavaForConditionalGeneration, and ours
 LLAVA = {
@@ -41,9 +42,10 @@ Weights = Mapping[str, Tensor]
 def export_encoder(
     config: ModelConfig, weights: Weights, path: Path, mode: ImageMode, dtype: torch.dtype = torch.float32
 ) -> None:
-    """A SiglipVisionModel or CLIPVisionModel directory, with its image processor."""
+    """A directory of the encoder's own class in transformers, with its image processor."""
     vision = vision_config(config.vision)
-    _save(lambda: VISION[vision.model_type](vision), weights, {"": "vision."}, portable.ENCODER_FILE, path, dtype)
+    family = family_of(vision)
+    _save(lambda: family.model(vision), weights, {"": "vision."}, {"": family.file_prefix}, path, dtype)
     image_processor(vision, mode).save_pretrained(path)
 
 
@@ -71,17 +73,21 @@ def export_llava(
 
     The token ``<image>``, which LLaVA wants in the vocabulary, gets a row of zeros unless there is one to spare,
     and is never generated. The chat template asks as training did, with the image at `position`. Raises ValueError
-    for another fusion.
+    for another fusion, and an encoder with registers.
     """
-    if config.fusion != "concat":
-        raise ValueError(f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat")
     vision, language = vision_config(config.vision), language_config(config.language)
+    num_leading = family_of(vision).num_leading
+    if not FUSIONS[config.fusion].is_llava:
+        raise ValueError(f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat")
+    if num_leading > 1:
+        raise ValueError(
+            f"a LLaVA drops one token before the patches, {vision.model_type} has {num_leading}: export it as hive"
+        )
     template = ChatTemplate(tokenizer)
     tokenizer = _asking(tokenizer, template, position)
     image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
     language.vocab_size = max(language.vocab_size, image_id + 1)
-    has_class_token = vision.model_type == "clip_vision_model"
-    strategy: Any = "default" if has_class_token else "full"
+    strategy: Any = "default" if num_leading else "full"
     settings = LlavaConfig(
         vision_config=vision,
         text_config=language,
@@ -102,7 +108,7 @@ def export_llava(
         vision_feature_select_strategy=strategy,
         image_token=IMAGE,
         chat_template=tokenizer.chat_template,
-        num_additional_image_tokens=int(has_class_token),
+        num_additional_image_tokens=num_leading,
     ).save_pretrained(path)
     images.save_pretrained(path)  # in a file of its own, where version 4 of transformers looks
     portable.mend_tokenizer(path)
@@ -161,10 +167,9 @@ def _lengthened(weights: Weights, vocab_size: int) -> Weights:
 
 def image_processor(config: PretrainedConfig, mode: ImageMode) -> Any:
     """The stock image processor that does to an image what training did. `config`: the encoder's."""
-    mean, std = PIXEL_STATISTICS[config.model_type]
-    side = config.image_size
+    family, side = family_of(config), config.image_size
     square = {"height": side, "width": side}
-    statistics: dict[str, Any] = {"image_mean": mean, "image_std": std}
+    statistics: dict[str, Any] = {"image_mean": family.pixel_mean, "image_std": family.pixel_std}
     if mode == "crop":
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **statistics)
     if mode == "pad":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 from hive_scale.checkpoint.run_reader import Run
-from hive_scale.config import Config, PartConfig
+from hive_scale.config import PartConfig
 from hive_scale.observability.metrics import read_metrics
+from hive_scale.registry import FUSIONS
 from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps
 from hive_scale.version import code_version
@@ -79,7 +80,7 @@ tags: [hive, vision]
 |---|---|
 | encoder | {_part(config.model.vision)} |
 | LLM | {_part(config.model.language)} |
-| fusion | {_fusion(config)} |
+| fusion | {_plain(FUSIONS[config.model.fusion].describe(config.model))} |
 | images and captions | {", ".join(map(_plain, config.data.train))} |
 | tokenizer | {_plain(config.data.tokenizer.path)} |
 | weights | xxh3-128 {identity} |
@@ -120,10 +121,3 @@ def _code(text: str) -> str:
     """`text` in Markdown as code, in which nothing can be escaped but a table's borders."""
     inside = printable(text).replace("`", "'").replace("|", BORDER)
     return f"`{inside}`"
-
-
-def _fusion(config: Config) -> str:
-    model = config.model
-    if model.fusion == "concat":
-        return "concat: one MLP after the penultimate encoder layer, visual tokens after the start token"
-    return f"{model.fusion}, {model.encoder_layer_ratio:.0%} of the encoder's depths, {model.encoder_layers}"

@@ -19,7 +19,6 @@ from torch import Tensor
 from hive_scale.shared_files import share
 
 # a tensor's name in memory begins with the first (transformers 5), in the file with the second, which both read
-ENCODER_FILE = {"": "vision_model."}
 LLM_FILE = {"": ""}
 LLAVA_FILE = {
     "model.vision_tower.": "vision_tower.vision_model.",

@@ -17,19 +17,17 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    CLIPVisionModel,
     PretrainedConfig,
-    SiglipVisionModel,
 )
 
 from hive_scale import checksums
-from hive_scale.config import ModelConfig, PartConfig, holds_weights_alone, run_of
+from hive_scale.config import ModelConfig, PartConfig, StageConfig, holds_weights_alone, run_of
 from hive_scale.model import pretrained
-from hive_scale.model.encoders import mean_colour
+from hive_scale.model.encoders import family_of
 from hive_scale.model.hive import Hive
+from hive_scale.param_groups import ParamGroup, apply_trainable_groups
+from hive_scale.registry import ENCODERS, HOSTS
 
-VISION = {"siglip_vision_model": SiglipVisionModel, "clip_vision_model": CLIPVisionModel}
-LANGUAGE = ("llama", "qwen2", "qwen3")
 # Fields in which a config may differ from the one beside its weights: loading finds the first out, and the others
 # do not change what is computed. Whatever else a family has does.
 FREE = {
@@ -39,6 +37,7 @@ FREE = {
     *("attention_dropout", "initializer_range", "initializer_factor", "max_position_embeddings", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"),
 }
+FAMILIES = {"vision": ENCODERS, "language": HOSTS}
 T = TypeVar("T")
 NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
@@ -49,6 +48,15 @@ def meta_model(config: ModelConfig) -> Hive:
     model = on_meta(lambda: Hive(_vision_from(vision), _language_from(language), config))
     model.language.tie_weights()  # moving to meta made two parameters of a tied one
     return model
+
+
+def for_stage(config: ModelConfig, stage: StageConfig) -> tuple[Hive, list[ParamGroup]]:
+    """The model that `stage` trains, on the meta device, ``requires_grad`` set, and its parameter groups.
+
+    Raises ValueError if a glob matches nothing, or a parameter falls into two groups.
+    """
+    model = meta_model(config)
+    return model, apply_trainable_groups(model, stage, model.unused_parameters())
 
 
 def on_meta(make: Callable[[], T]) -> T:
@@ -123,7 +131,7 @@ def image_size(config: ModelConfig) -> int:
 
 def pad_colour(config: ModelConfig) -> tuple[int, int, int]:
     """What ``data.image_transform=pad`` adds beside an image: the encoder's mean colour, as when exported."""
-    return mean_colour(vision_config(config.vision).model_type)
+    return family_of(vision_config(config.vision)).mean_colour
 
 
 def vocabulary_size(config: ModelConfig) -> int:
@@ -159,14 +167,14 @@ def _language_class(config: PretrainedConfig) -> Any:
 
 
 def _vision_class(config: PretrainedConfig) -> Any:
-    return VISION[config.model_type]
+    return family_of(config).model
 
 
 def vision_config(part: PartConfig) -> PretrainedConfig:
     """The encoder's Hugging Face config. Raises ValueError for an unknown one."""
     config = _config(part, "vision")
     config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds its tower's
-    _known(config.model_type, tuple(VISION), part, "vision")
+    _known(config.model_type, part, "vision")
     for name in ("image_size", "patch_size"):
         if not isinstance(side := getattr(config, name), int):
             raise ValueError(f"model.vision: {name} is {side}: give one number, the side of a square")
@@ -183,14 +191,11 @@ def vision_config(part: PartConfig) -> PretrainedConfig:
 def language_config(part: PartConfig) -> PretrainedConfig:
     """The LLM's Hugging Face config. Raises ValueError for an unknown one."""
     config = _config(part, "language")
-    _known(config.model_type, LANGUAGE, part, "language")
-    if set(getattr(config, "layer_types", None) or {"full_attention"}) != {"full_attention"}:
-        raise ValueError(
-            f"model.language {part.path}: sliding-window layers are not supported: use a full-attention LLM"
-        )
-    heads, shared = config.num_attention_heads, config.num_key_value_heads
-    if not 0 < shared <= heads or heads % shared:
-        raise ValueError(f"model.language: num_key_value_heads {shared} does not divide the {heads} attention heads")
+    _known(config.model_type, part, "language")
+    try:
+        HOSTS[config.model_type]().check(config)
+    except ValueError as error:
+        raise ValueError(f"model.language{f' {part.path}' if part.path else ''}: {error}") from None
     return config
 
 
@@ -198,7 +203,7 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
     if part.config:
         fields = dict(part.config)
         model_type = fields.pop("model_type", None)
-        _known(model_type, (*VISION, *LANGUAGE), part, role)
+        _known(model_type, part, role)
         _check_fields(model_type, fields, role)
         with _buildable(role):
             config = _float32(AutoConfig.for_model(model_type, **fields))
@@ -216,7 +221,7 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
     if "vision_config" not in said and "model_type" in said:  # before transformers asks for packages of theirs
-        _known(said["model_type"], (*VISION, *LANGUAGE), part, role)
+        _known(said["model_type"], part, role)
     try:
         return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
     except Exception as error:  # transformers raises what it likes on a config.json that is none
@@ -257,7 +262,7 @@ def _as_said(
     inner = said.get("vision_config") if role == "vision" else None
     said = inner if isinstance(inner, dict) else said
     family = said.get("model_type", config.model_type)
-    if family != config.model_type and family in (*VISION, *LANGUAGE):
+    if family != config.model_type and family in FAMILIES[role]:
         raise ValueError(
             f"model.{role}: {part.path} is of type {family}, its config here of type {config.model_type}: give "
             f"model.{role}.config={{}} to take the directory's own, or weights of that type"
@@ -333,7 +338,7 @@ def _fields(config: PretrainedConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name in known}
 
 
-def _known(model_type: str | None, known: tuple[str, ...], part: PartConfig, role: str) -> None:
-    if model_type not in known:
-        where = part.path or "its config"
-        raise ValueError(f"model.{role}: {where} is of type {model_type}: supported are {', '.join(known)}")
+def _known(model_type: Any, part: PartConfig, role: str) -> None:
+    if model_type not in FAMILIES[role]:
+        where, supported = part.path or "its config", ", ".join(FAMILIES[role].names())
+        raise ValueError(f"model.{role}: {where} is of type {model_type}: supported are {supported}")

@@ -48,7 +48,7 @@ class Decoder:
         the first token to the last, where a cache that grows would copy them for every token.
         """
         self.lengths, self.width, self.room, self.made = lengths_B, tokens_BT.shape[1], room, 0
-        text = self.model.language.model.embed_tokens(tokens_BT)
+        text = self.model.host.embed(self.model.language, tokens_BT)
         hidden, context = self.model.fusion.prepare(text, self.visual, self.has_image, self.slots)
         self.context = replace(context, memory=self.memory or None)
         self.cache = self._cache(hidden.shape[1])
@@ -63,24 +63,25 @@ class Decoder:
         seen = (place < self.lengths[:, None]) | ((place >= self.width) & (place <= self.width + self.made))
         context = self.model.fusion.decode_context(self.context, (self.lengths + self.made)[:, None], seen)
         self.made += 1
-        hidden = self.model.language.model.embed_tokens(tokens_B[:, None])
+        hidden = self.model.host.embed(self.model.language, tokens_B[:, None])
         return self.model.logits(self._run(hidden, context)[:, 0])
 
     def _cache(self, num_tokens: int) -> Cache:
         """Of each layer for `num_tokens` of the stream, what else the layer attends to, and those to come."""
-        layers = range(len(self.model.language.model.layers))
+        layers = range(len(self.model.host.layers(self.model.language)))
         beside = [self.model.fusion.num_beside(depth, self.context) for depth in layers]
         return Cache(layers=[StaticLayer(max_cache_len=number + num_tokens + self.room) for number in beside])
 
     def _run(self, hidden: Tensor, context: Context) -> Tensor:
         is_first = not self.made
-        rotary = self.model.language.model.rotary_emb(hidden, context.positions)
-        for depth, layer in enumerate(self.model.language.model.layers):
+        host, llm = self.model.host, self.model.language
+        rotary = host.positions(llm, hidden, context.positions)
+        for depth, layer in enumerate(host.layers(llm)):
             hidden, attention = self.model.fusion.before_layer(depth, hidden, context)
             if not is_first:
                 attention.pop("visual", None)  # the cache has them, before the text's
             given = {"text_cache": self.cache, "is_first": is_first, **attention}
-            hidden = layer(hidden, position_embeddings=rotary, **given)
+            hidden = layer(hidden, position_embeddings=rotary[depth], **given)
         return hidden
 
 

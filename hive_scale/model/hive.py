@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
 from hive_scale.model import attention
-from hive_scale.model.encoders import PIXEL_STATISTICS, encoder_depths, group_ends, hidden_states, patches, reached
-from hive_scale.model.fusion import Concat, CrossAttention, Fusion, JointAttention
-from hive_scale.model.projector import MLP, Projector
+from hive_scale.model.encoders import family_of, hidden_states, patches
+from hive_scale.model.fusion import Fusion
+from hive_scale.model.hosts import host_of
+from hive_scale.registry import FUSIONS
 
 
 class Hive(nn.Module):
     """A vision encoder and an LLM, joined at several depths.
 
-    `vision` (SiglipVisionModel or CLIPVisionModel) and `language` (a llama-shaped causal LM) are the Hugging
-    Face modules themselves, so parameters are called ``vision.<HF name>`` and ``language.<HF name>``; new are
-    ``projector.<i>.*`` and ``fusion.layers.<i>.*``, i counting the selected depths from shallow to deep.
+    `vision` (an encoder of a registered family) and `language` (a causal LM of another) are the Hugging Face modules
+    themselves, so parameters are called ``vision.<HF name>`` and ``language.<HF name>``; new are ``projector.<i>.*``
+    and ``fusion.layers.<i>.*``, i counting the selected depths from shallow to deep.
     """
 
     vision: Any
@@ -38,30 +39,15 @@ class Hive(nn.Module):
         self.vision = vision
         self.language = language
         self.language.set_attn_implementation(attention.NAME)  # which also takes what a fusion hands to it
-        num_layers, hosts = len(self.vision.encoder.layers), self.language.model.layers
-        connector: type[nn.Module] = Projector
-        self.encoder_depths = encoder_depths(num_layers, config.encoder_layer_ratio, config.encoder_layers)
-        if config.fusion == "concat":  # the baseline is LLaVA: the penultimate depth, and its connector
-            connector, self.encoder_depths = MLP, (num_layers - 1,)
+        self.family, self.host = family_of(self.vision.config), host_of(language)
+        kind: type[Fusion] = FUSIONS[config.fusion]
+        self.encoder_depths = kind.encoder_depths(len(self.family.blocks(vision)), config)
         widths = self.vision.config.hidden_size, self.language.config.hidden_size
-        self.projector = nn.ModuleList(connector(*widths) for _ in self.encoder_depths)
-        self.fusion = self._fusion(hosts, config)
-        mean, std = PIXEL_STATISTICS[self.vision.config.model_type]
+        self.projector = nn.ModuleList(kind.projector(*widths) for _ in self.encoder_depths)
+        self.fusion = kind(self.host, language, len(self.encoder_depths), config)
+        mean, std = self.family.pixel_mean, self.family.pixel_std
         self.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
-
-    def _fusion(self, hosts: Sequence[nn.Module], config: ModelConfig) -> Fusion:
-        if config.fusion == "concat":
-            return Concat()
-        if len(self.encoder_depths) > len(hosts):
-            raise ValueError(
-                f"{len(self.encoder_depths)} encoder depths cannot pair with {len(hosts)} LLM layers: "
-                f"lower model.encoder_layer_ratio to at most {len(hosts) / len(self.vision.encoder.layers):.2g}"
-            )
-        depths = group_ends(len(hosts), len(self.encoder_depths))  # shallow to shallow, deep to deep
-        if config.fusion == "cross_attention":
-            return CrossAttention(hosts, depths, config)
-        return JointAttention(hosts, depths, config, self.language.model.rotary_emb)
 
     def forward(
         self,
@@ -114,12 +100,12 @@ class Hive(nn.Module):
         image_slots: Tensor | None = None,
     ) -> Tensor:
         """Last hidden states (B, T, D), before the final norm: row i predicts the text's token i + 1."""
-        text = self.language.model.embed_tokens(tokens_BT)
+        text = self.host.embed(self.language, tokens_BT)
         hidden, context = self.fusion.prepare(text, visual, has_image, image_slots)
-        rotary = self.language.model.rotary_emb(hidden, context.positions)
-        for depth, layer in enumerate(self.language.model.layers):
+        rotary = self.host.positions(self.language, hidden, context.positions)
+        for depth, layer in enumerate(self.host.layers(self.language)):
             hidden, given = self.fusion.before_layer(depth, hidden, context)
-            hidden = layer(hidden, position_embeddings=rotary, **given)
+            hidden = layer(hidden, position_embeddings=rotary[depth], **given)
         return self.fusion.finish(hidden, context)
 
     def attention(
@@ -130,45 +116,38 @@ class Hive(nn.Module):
         `language_forward` uses fused kernels, which return no weights; those asked for are computed beside the same
         forward. In `cross_attention` a row sums to 1; elsewhere the text takes its part of the softmax.
         """
-        text = self.language.model.embed_tokens(tokens_BT)
+        text = self.host.embed(self.language, tokens_BT)
         hidden, context = self.fusion.prepare(text, visual, has_image)
-        rotary = self.language.model.rotary_emb(hidden, context.positions)
+        rotary = self.host.positions(self.language, hidden, context.positions)
         weights = {}
-        for depth, layer in enumerate(self.language.model.layers):
+        for depth, layer in enumerate(self.host.layers(self.language)):
             if depth in depths:
-                weights[depth] = self.fusion.attention_weights(depth, hidden, context, layer, rotary)
+                weights[depth] = self.fusion.attention_weights(depth, hidden, context, layer, rotary[depth])
             hidden, given = self.fusion.before_layer(depth, hidden, context)
-            hidden = layer(hidden, position_embeddings=rotary, **given)
+            hidden = layer(hidden, position_embeddings=rotary[depth], **given)
         return weights
 
     def visual_layers(self) -> tuple[int, ...]:
-        """The LLM layers in which text attends to patches."""
-        return self.fusion.depths or tuple(range(len(self.language.model.layers)))
+        """The LLM layers of which it can be told where in the image a token looks; () if of none."""
+        return self.fusion.attention_layers(len(self.host.layers(self.language)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., vocabulary): final norm and head."""
-        scores: Tensor = self.language.lm_head(self.language.model.norm(hidden))
-        return scores
+        return self.host.logits(self.language, hidden)
 
     def token_loss(self, rows_ND: Tensor, target_ids_N: Tensor) -> Tensor:
         """Cross-entropy of each target token, float32 (N,). Only rows that carry a target meet the head."""
         return F.cross_entropy(self.logits(rows_ND).float(), target_ids_N, reduction="none")
 
     @property
-    def num_patches(self) -> int:
-        """V, the visual tokens of an image."""
-        side: int = self.vision.config.image_size // self.vision.config.patch_size
-        return side * side
-
-    @property
     def features_shape(self) -> tuple[int, int, int]:
         """(S, V, C) of one image's features: depths, visual tokens, the encoder's width."""
-        return len(self.encoder_depths), self.num_patches, self.vision.config.hidden_size
+        return len(self.encoder_depths), self.family.num_patches(self.vision.config), self.vision.config.hidden_size
 
     def unused_parameters(self) -> set[str]:
         """Names of parameters that the forward never reads: encoder blocks above the deepest depth, its head."""
         names = (name for name, _ in self.vision.named_parameters())
-        return {f"vision.{name}" for name in names if not reached(name, self.encoder_depths)}
+        return {f"vision.{name}" for name in names if not self.family.is_read(name, self.encoder_depths)}
 
     def blocks(self) -> dict[str, list[nn.Module]]:
         """The repeated modules by component: units of sharding, checkpointing and compilation.
@@ -177,7 +156,7 @@ class Hive(nn.Module):
         included, is small or shared, and makes one unit.
         """
         return {
-            "vision": list(self.vision.encoder.layers),
+            "vision": list(self.family.blocks(self.vision)),
             "fusion": [*self.projector, *self.fusion.layers],
-            "language": list(self.language.model.layers),
+            "language": list(self.host.layers(self.language)),
         }

@@ -18,7 +18,7 @@ def layer_grad_rms(
     model: nn.Module,
     fragments: Iterable[Fragment],
     step: int,
-    beta2: float,
+    mean_square: tuple[str, float],
     world: World,
     steps_behind: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
@@ -27,16 +27,18 @@ def layer_grad_rms(
     Adam's second moment, its bias taken off, is the mean square of each gradient over about 1 / (1 - beta2)
     steps; summed over a layer and rooted, it is the layer's gradient norm, without a backward of its own.
 
-    Args: `fragments` are those of `model` that this rank owns; `steps_behind` has, by parameter, the steps of earlier
-    stages that its moments hold, for the bias is that of all its steps.
+    Args: `fragments` are those of `model` that this rank owns; `mean_square` is the optimizer's name of that moment and
+    its beta2, or "" if it has none: then gates are all that is told; `steps_behind` has, by parameter, the steps of
+    earlier stages that its moments hold, for the bias is that of all its steps.
     """
+    second, beta2 = mean_square
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     gates = {name: 0.0 for name in names if name.endswith(GATE)}
     squares = dict.fromkeys(map(layer_of, names), 0.0)
     kept = [
         fragment
         for fragment in fragments
-        if fragment.kind == "exp_avg_sq" or (fragment.kind == "master" and fragment.name in gates)
+        if (second and fragment.kind == second) or (fragment.kind == "master" and fragment.name in gates)
     ]
     # one wait for the device, not one per parameter
     sums = torch.stack([fragment.data.sum() for fragment in kept]).tolist() if kept else []
@@ -48,7 +50,7 @@ def layer_grad_rms(
     totals = iter(world.sum(*gates.values(), *squares.values()))
     opened = {name.split(".")[-2]: math.tanh(next(totals)) for name in gates}
     norms = {layer: math.sqrt(next(totals)) for layer in squares}
-    return ({"gates": opened} if opened else {}) | {"grad_rms": norms}
+    return ({"gates": opened} if opened else {}) | ({"grad_rms": norms} if second else {})
 
 
 def layer_of(name: str) -> str:

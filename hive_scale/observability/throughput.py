@@ -21,8 +21,8 @@ class Work(Protocol):
 class Throughput:
     """Rates from one call of `step` to the next, so that waiting for data, held-out losses and saving count, too."""
 
-    def __init__(self, work: Callable[[float, float, float], Work], peak: float | None, world_size: int) -> None:
-        """`work`: FLOPs of (samples, tokens per sample, target tokens). `peak`: FLOP/s of one device, if known."""
+    def __init__(self, work: Callable[[float, float, float], Work] | None, peak: float | None, world_size: int) -> None:
+        """`work`: FLOPs of (samples, tokens per sample, target tokens); `peak`: FLOP/s of a device. Either if known."""
         self.work, self.peak, self.world_size = work, peak, world_size
         self.now = time.perf_counter()
 
@@ -34,13 +34,11 @@ class Throughput:
         now = time.perf_counter()
         seconds, self.now = now - self.now, now
         images = self.world_size * sum(len(batch) for batch in micro_batches)
-        work = [self.work(len(batch), batch.tokens.shape[1], batch.num_tokens) for batch in micro_batches]
-        useful, done = (sum(part) / seconds for part in zip(*((w.model, w.hardware) for w in work), strict=True))
-        rates = {
-            "samples_per_second": images / seconds,
-            "tokens_per_second": num_tokens / seconds,
-            "tflops_per_device": useful / 1e12,
-        }
-        if self.peak:
-            rates |= {"mfu": useful / self.peak, "hfu": done / self.peak}
+        rates = {"samples_per_second": images / seconds, "tokens_per_second": num_tokens / seconds}
+        if self.work:
+            work = [self.work(len(batch), batch.tokens.shape[1], batch.num_tokens) for batch in micro_batches]
+            useful, done = (sum(part) / seconds for part in zip(*((w.model, w.hardware) for w in work), strict=True))
+            rates["tflops_per_device"] = useful / 1e12
+            if self.peak:
+                rates |= {"mfu": useful / self.peak, "hfu": done / self.peak}
         return {name: float(f"{rate:.4g}") for name, rate in rates.items()}

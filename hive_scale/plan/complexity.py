@@ -1,21 +1,10 @@
-"""The paper's complexity formulas (equations 2 to 5), in multiply-adds up to constants.
+"""The paper's complexity formulas (equations 4 and 5), in multiply-adds up to constants.
 
 T text tokens, V visual tokens, N = T + V, d the LLM's width, L its layers, s of them with cross-attention. The
 paper defines s after (3) only; (5) is read here with the LLM's depth kept, as (4) has it.
 """
 
 from __future__ import annotations
-
-
-def self_attention(num_text: float, num_visual: float, width: float) -> float:
-    """(2), one layer over all tokens: O(N^2 d + N d^2)."""
-    tokens = num_text + num_visual
-    return tokens**2 * width + tokens * width**2
-
-
-def cross_attention(num_text: float, num_visual: float, width: float, selected: float) -> float:
-    """(3), HIVE: O(s T V d + T d^2)."""
-    return selected * num_text * num_visual * width + num_text * width**2
 
 
 def self_attention_llm(num_text: float, num_visual: float, width: float, layers: float) -> float:

@@ -13,15 +13,13 @@ import torch
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
 from hive_scale.model import build
-from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
 from hive_scale.plan.timeline import MemoryPeak
 from hive_scale.plan.trace import Trace, trace
 from hive_scale.plan.zero_memory import Zero3, Zero12
 from hive_scale.precision import DTYPES
-
-MOMENTS = 2 * MASTER
+from hive_scale.registry import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class StageProfile:
     modules: dict[str, list[str]]  # parameters that a module has itself
     trace: Trace
     features: int = 0  # numbers that a frozen encoder makes of an image; 0 if it is not frozen
+    states: int = 2  # that the optimizer keeps of a number
     seeing: float = 0.0  # FLOPs of making them beforehand, for `feature_cache`
 
     def numel(self, trained: bool | None = None) -> int:
@@ -75,8 +74,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
 
     Raises ValueError as training would.
     """
-    model = build.meta_model(config.model)
-    apply_trainable_groups(model, stage, model.unused_parameters())
+    model, _ = build.for_stage(config.model, stage)
     params = [Param(name, tuple(one.shape), one.requires_grad) for name, one in model.named_parameters()]
     names = {one: name for name, one in model.named_parameters()}
     modules = {
@@ -88,11 +86,12 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     dtype = DTYPES[config.engine.precision]
     frozen = not any(param.trained for param in params if param.name.startswith("vision."))
     cached = frozen and config.feature_cache and not config.data.blank_images
-    seeing = count(model).components(1, num_tokens, 0)["vision"].forward if cached else 0.0
+    seeing = count(build.for_stage(config.model, stage)[0]).components(1, 0, 0)["vision"].forward if cached else 0.0
     size = build.image_size(config.model)
     image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
-    return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), seeing)
+    states = len(OPTIMIZERS[stage.optimizer].states)
+    return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), states, seeing)
 
 
 def _units(model: Any, params: list[Param]) -> Units:
@@ -115,7 +114,7 @@ def measure(
         memory = _deepspeed(facts, zero, world, itemsize, micro_batch, accumulation > 1)
     else:
         memory = _native(facts, engine, world, itemsize, micro_batch, accumulation > 1)
-    saved = (MASTER + MOMENTS) * facts.numel(True) // world
+    saved = MASTER * (1 + facts.states) * facts.numel(True) // world
     return replace(memory, staging=float(pinned_bytes(saved)))
 
 
@@ -124,7 +123,7 @@ def _native(
 ) -> Memory:
     shard = engine.shard_size or world
     masters = float(MASTER * sum(param.padded(shard) for param in facts.params) / shard)
-    moments = float(MOMENTS * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
+    moments = float(MASTER * facts.states * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
     if shard == 1 and itemsize == MASTER and not engine.cpu_offload:
         lines = [Unsharded(facts.trace, facts.units, world, waiting).line]
     else:
@@ -146,7 +145,7 @@ def _deepspeed(
     facts: StageProfile, zero: Mapping[str, Any], world: int, itemsize: int, micro_batch: int, waiting: bool
 ) -> Memory:
     trained, every = facts.numel(True), facts.numel()
-    masters, moments = float(MASTER * trained / world), float(MOMENTS * trained / world)
+    masters, moments = float(MASTER * trained / world), float(MASTER * facts.states * trained / world)
     if zero["stage"] < 3:
         parameters, fixed = float(itemsize * every), 0.0
         line = Zero12(facts.trace, facts.params, world, itemsize, zero, waiting).line

@@ -19,8 +19,6 @@ from hive_scale.plan.memory import StageProfile, offloaded
 from hive_scale.precision import DTYPES
 
 PRODUCTS, MEMORY, LAUNCH, LATENCY = 0.6, 0.8, 5e-5, 2e-5
-ADAMW = 28  # bytes read and written per trained number: gradient, master, two moments
-STEP_FILE = 12  # bytes per trained number in a checkpoint: master and two moments
 DISK = 1e9  # bytes/s of a shared file system, per node
 
 
@@ -65,9 +63,10 @@ def step_time(
     rate = gpu.link if world <= gpu.per_node else gpu.network
     communicating = sent.sent / rate + sent.collectives * LATENCY * log2(max(2, world)) * (world > 1)
     trained = facts.numel(True) / (world if zero else engine.shard_size or world)
-    updating = trained * ADAMW / (gpu.bandwidth * MEMORY)
+    traffic = 4 + 8 * (1 + facts.states)  # bytes per trained number: gradient, and master and states to and fro
+    updating = trained * traffic / (gpu.bandwidth * MEMORY)
     if offloads(engine, zero):
-        updating = trained * (8 / gpu.host + ADAMW / 50e9)  # gradients out, parameters in; host memory at 50 GB/s
+        updating = trained * (8 / gpu.host + traffic / 50e9)  # gradients out, parameters in; host memory at 50 GB/s
     node = min(world, gpu.per_node) * accumulation * micro_batch
     reading = node * work.input_bytes / DISK if facts.seeing else 0.0
     return StepTime(computing, communicating, updating, reading, sent)
@@ -104,4 +103,4 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
 
 
 def checkpoint_bytes(facts: StageProfile) -> float:
-    return float(STEP_FILE * facts.numel(True))
+    return 4.0 * (1 + facts.states) * facts.numel(True)  # the master, too

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -71,8 +71,8 @@ def trace(
     checkpoint_blocks(model.blocks(), checkpointing)
     result = Trace()
     with FakeTensorMode(), _saving_linear() if saves_inputs else nullcontext():
-        _fake(model, dtype)
-        inputs = _inputs(num_tokens, *image)
+        fake_parameters(model, dtype)
+        inputs = fake_batch(SAMPLES, num_tokens, num_tokens - 1, *image)
         result.input_bytes = sum(tensor.nbytes for tensor in inputs.values()) / SAMPLES
         recorder = _Recorder(result)
         recorder.ignore([*model.parameters(), *model.buffers(), *inputs.values()])
@@ -180,8 +180,8 @@ FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 }
 
 
-def _fake(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give `model` parameters and buffers that have a device and no memory; tied ones stay tied."""
+def fake_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """In a FakeTensorMode, give `model` parameters and buffers with a device and no memory; tied ones stay tied."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -193,13 +193,15 @@ def _fake(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu"))
 
 
-def _inputs(num_tokens: int, shape: Sequence[int], dtype: torch.dtype) -> Mapping[str, Tensor]:
-    targets = SAMPLES * (num_tokens - 1)
+def fake_batch(
+    samples: int, num_tokens: int, targets: int, shape: Sequence[int], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """In a FakeTensorMode, what a Hive takes; `shape` and `dtype` are of an image, `targets` of a sample."""
     return {
-        "pixels": torch.empty((SAMPLES, *shape), dtype=dtype),
-        "tokens": torch.empty((SAMPLES, num_tokens), dtype=torch.long),
-        "target_rows": torch.empty((targets,), dtype=torch.long),
-        "target_ids": torch.empty((targets,), dtype=torch.long),
+        "pixels": torch.empty((samples, *shape), dtype=dtype),
+        "tokens": torch.empty((samples, num_tokens), dtype=torch.long),
+        "target_rows": torch.empty((samples * targets,), dtype=torch.long),
+        "target_ids": torch.empty((samples * targets,), dtype=torch.long),
     }
 
 

@@ -38,7 +38,7 @@ def bare(task: Task) -> Step:
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    from hive_scale.engine.optimizer import adamw
+    from hive_scale.engine.optimizer import make_optimizer
 
     if task.engine.ds_config:
         return bare_deepspeed(task)
@@ -50,7 +50,7 @@ def bare(task: Task) -> Step:
         fully_shard(model)
     elif world.size > 1:
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = adamw(dict(getattr(model, "module", model).named_parameters()), groups, task.stage)
+    optimizer = make_optimizer(dict(getattr(model, "module", model).named_parameters()), groups, task.stage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def step(batches: Sequence[Batch]) -> float:
@@ -76,10 +76,10 @@ def bare_deepspeed(task: Task) -> Step:
     import torch
 
     from hive_scale.engine.deepspeed_config import load_deepspeed
-    from hive_scale.engine.optimizer import adamw
+    from hive_scale.engine.optimizer import make_optimizer
 
     model, groups = task.build()
-    optimizer, world = adamw(dict(model.named_parameters()), groups, task.stage), task.world
+    optimizer, world = make_optimizer(dict(model.named_parameters()), groups, task.stage), task.world
     engine, *_ = load_deepspeed().initialize(model=model, optimizer=optimizer, config=deepspeed_settings(task))
 
     def step(batches: Sequence[Batch]) -> float:
@@ -138,11 +138,11 @@ def accelerate(task: Task) -> Step:
 
     import torch
 
-    from hive_scale.engine.optimizer import adamw
+    from hive_scale.engine.optimizer import make_optimizer
 
     model, groups = task.build()
     accelerator = open_accelerator(task, model)
-    model, optimizer = accelerator.prepare(model, adamw(dict(model.named_parameters()), groups, task.stage))
+    model, optimizer = accelerator.prepare(model, make_optimizer(dict(model.named_parameters()), groups, task.stage))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     world, extra = task.world, {"scale_wrt_gas": False} if task.engine.ds_config else {}
 

@@ -124,11 +124,11 @@ def accelerate(task: Task, path: Path) -> Saver:
     """An FSDP2 copy of the model, prepared by Accelerate, whose moments one step has made."""
     import torch
 
-    from hive_scale.engine.optimizer import MOMENTS, adamw
+    from hive_scale.engine.optimizer import AdamW, make_optimizer
 
     model, groups = task.build()
     accelerator = open_accelerator(task, model)
-    model, optimizer = accelerator.prepare(model, adamw(dict(model.named_parameters()), groups, task.stage))
+    model, optimizer = accelerator.prepare(model, make_optimizer(dict(model.named_parameters()), groups, task.stage))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.randn_like(parameter)
@@ -136,7 +136,7 @@ def accelerate(task: Task, path: Path) -> Saver:
     optimizer.zero_grad()
 
     def state() -> Iterator[Tensor]:
-        moments = [optimizer.optimizer.state[parameter][moment] for parameter in trained for moment in MOMENTS]
+        moments = [optimizer.optimizer.state[parameter][moment] for parameter in trained for moment in AdamW.states]
         return (tensor.detach().to_local() for tensor in (*trained, *moments))
 
     return Saver(

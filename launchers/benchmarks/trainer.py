@@ -23,7 +23,7 @@ def trainer(task: Task) -> Step:
     from torch.distributed.fsdp import FSDPModule
     from transformers import Trainer, TrainingArguments
 
-    from hive_scale.engine.optimizer import adamw
+    from hive_scale.engine.optimizer import make_optimizer
 
     model, groups = task.build()
     turns: Queue[Sequence[Batch]] = Queue()
@@ -42,7 +42,7 @@ def trainer(task: Task) -> Step:
             return Feed()
 
         def create_optimizer(self, model: Any = None) -> Any:
-            self.optimizer = adamw(dict(cast(Any, self.model).named_parameters()), groups, task.stage)
+            self.optimizer = make_optimizer(dict(cast(Any, self.model).named_parameters()), groups, task.stage)
             return self.optimizer
 
     def mean(loss: Tensor, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:

@@ -1,0 +1,109 @@
+"""The self-attention baseline (paper's SA, after LLaVA): visual tokens join the sequence where the text has its image.
+
+Shapes as in the package: B samples, T text tokens, V visual tokens, N = T + V tokens in the stream, D LLM width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hive_scale.config import ModelConfig
+from hive_scale.model.attention import causal
+from hive_scale.model.fusion import SLOT, Context, Fusion, column, host_weights, images_there, text_positions
+from hive_scale.model.projector import MLP
+from hive_scale.registry import FUSIONS
+
+
+@FUSIONS.register("concat")
+class Concat(Fusion):
+    """Visual tokens run through every layer, causally, like words. As in LLaVA the penultimate depth is tapped."""
+
+    new_parameters = ("projector.*",)
+    projector = MLP
+    is_llava = True
+
+    @classmethod
+    def encoder_depths(cls, num_layers: int, config: ModelConfig) -> tuple[int, ...]:
+        return (num_layers - 1,)
+
+    @classmethod
+    def llm_depths(cls, num_layers: int, num_features: int) -> tuple[int, ...]:
+        return ()
+
+    @classmethod
+    def describe(cls, config: ModelConfig) -> str:
+        return "concat: one MLP after the penultimate encoder layer, visual tokens after the start token"
+
+    def prepare(
+        self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
+        text = text_positions(length, num_visual, has_image, slots, device)
+        of_image = column(slots, device) + torch.arange(num_visual, device=device)
+        context = Context(visual, has_image, torch.empty(0), slots)
+        positions = _merge(text, of_image.expand(len(text), num_visual), context)
+        context = replace(context, positions=positions)
+        hidden = _merge(text_BTD, visual[0].to(text_BTD), context)
+        if has_image is None:
+            return hidden, context
+        mask = causal(hidden.shape[1], device) & _seen(torch.ones_like(text, dtype=torch.bool), context)[:, None]
+        return hidden, replace(context, mask=mask[:, None])
+
+    def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+        return hidden_BND, {"attention_mask": context.mask}
+
+    def finish(self, hidden_BND: Tensor, context: Context) -> Tensor:
+        if context.has_image is None and context.slots is None:
+            return hidden_BND[:, context.visual[0].shape[1] :]  # the start token's row is the last visual token's
+        return hidden_BND.take_along_dim(self._rows(hidden_BND, context)[:, :, None], dim=1)
+
+    def attention_layers(self, num_layers: int) -> tuple[int, ...]:
+        return tuple(range(num_layers))
+
+    def attention_weights(
+        self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        seen = host_weights(host, rotary, *self.before_layer(depth, hidden_BND, context))
+        seen = seen.take_along_dim(self._rows(hidden_BND, context)[:, None, :, None], dim=2)
+        places = column(context.slots, seen.device) + torch.arange(context.visual[0].shape[1], device=seen.device)
+        return seen.take_along_dim(places[:, None, None], dim=3)
+
+    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+        length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `prepare` was given
+        mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
+        shift = context.visual[0].shape[1] * images_there(context, seen_BN)
+        return replace(context, positions=position_B1 + shift, mask=mask[:, None, None])
+
+    def _rows(self, hidden_BND: Tensor, context: Context) -> Tensor:
+        """int (B or 1, T): where in the stream the next text token is predicted.
+
+        At the text's own token, or where the image comes next at its last visual token, as in LLaVA.
+        """
+        num_visual, device = context.visual[0].shape[1], hidden_BND.device
+        text = torch.arange(hidden_BND.shape[1] - num_visual, device=device)[None]
+        is_seen = 1 if context.has_image is None else context.has_image[:, None].long()
+        return text + num_visual * (text >= column(context.slots, device) - is_seen)
+
+
+def _merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
+    """(B, T, ...) and (B, V, ...) in the stream's order, (B, N, ...): each image at its text's slot."""
+    if context.slots is None:
+        return torch.cat([text[:, :SLOT], visual, text[:, SLOT:]], dim=1)
+    length, num_visual = text.shape[1], visual.shape[1]
+    place = torch.arange(length + num_visual, device=text.device)
+    begin = context.slots[:, None]
+    behind = torch.where(place < begin + num_visual, length + place - begin, place - num_visual)
+    order = torch.where(place < begin, place, behind)  # (B, N), into text and visual one after the other
+    both = torch.cat([text.expand(len(order), *text.shape[1:]), visual], dim=1)
+    return both.take_along_dim(order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
+
+
+def _seen(text_BT: Tensor, context: Context) -> Tensor:
+    """bool (B, N): which of the stream's keys count, given which of the text's do."""
+    visual = images_there(context, text_BT).expand(-1, context.visual[0].shape[1])
+    return _merge(text_BT.expand(len(visual), -1), visual, context)

@@ -1,0 +1,162 @@
+"""The fusion of the authors' released code: visual keys and values in the LLM layers' own attention.
+
+Shapes as in the package: B samples, T text tokens, V visual tokens, N tokens in the stream, K key-value heads, h head
+width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hive_scale.config import ModelConfig
+from hive_scale.model.attention import KeyValue, causal
+from hive_scale.model.fusion import (
+    SLOT,
+    Context,
+    Fusion,
+    column,
+    copied,
+    head_norm,
+    host_weights,
+    images_there,
+    split_heads,
+    text_positions,
+)
+from hive_scale.model.hosts import Host
+from hive_scale.registry import FUSIONS
+
+
+class VisualKeyValue(nn.Module):
+    """Visual keys and values for one host layer: norm and projections start as copies of the host's own.
+
+    Frozen, these copies are the LLM's weights (first stage); trained, they are the images' own.
+    """
+
+    def __init__(self, host: nn.Module, frequencies: Tensor, scaling: float, config: ModelConfig) -> None:
+        super().__init__()
+        attention: Any = host.self_attn
+        self.head_dim: int = attention.head_dim
+        self.grid = config.positions == "grid"
+        self.norm = copied(host, "input_layernorm")
+        self.k_proj = copied(attention, "k_proj")
+        self.v_proj = copied(attention, "v_proj")
+        self.k_norm = head_norm(attention, "k_norm", config.qk_norm)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", frequencies.clone(), persistent=False)
+        self.scaling = scaling  # of rotated keys, other than 1 under yarn
+
+    def forward(self, visual_BVD: Tensor, slots: Tensor | None = None) -> KeyValue:
+        """Key and value, (B, K, V, h) each; keys rotated to their place in the image, counted from its slot."""
+        normed = self.norm(visual_BVD)
+        key = self.k_norm(split_heads(self.k_proj(normed), self.head_dim))
+        places = visual_positions(key.shape[2], len(self.inverse_frequencies), self.grid, key.device)
+        if slots is not None:
+            places = places + (slots - SLOT)[:, None, None, None]
+        # not views, which FSDP2 warns of: hooks hang on what a unit returns
+        return self._rotate(key, places, self.scaling), split_heads(self.v_proj(normed), self.head_dim).contiguous()
+
+    def move(self, key_BKVh: Tensor, slots: Tensor | None) -> Tensor:
+        """Keys of images at `slots`, of those that `forward` has made for SLOT."""
+        return key_BKVh if slots is None else self._rotate(key_BKVh, (slots - SLOT)[:, None, None, None])
+
+    def _rotate(self, key_BKVh: Tensor, places: Tensor, scaling: float = 1.0) -> Tensor:
+        """`places`: the positions by which pairs of channels turn, (V, pairs) or (B, 1, V or 1, pairs or 1)."""
+        angles = places * self.inverse_frequencies  # (h / 2,)
+        cos, sin = (
+            torch.cat([part, part], dim=-1).to(key_BKVh) for part in (scaling * angles.cos(), scaling * angles.sin())
+        )
+        first, second = key_BKVh.chunk(2, dim=-1)
+        return key_BKVh * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+@FUSIONS.register("joint_attention")
+class JointAttention(Fusion):
+    """One softmax over patches and text: no new layer, no gate."""
+
+    new_parameters = ("projector.*",)
+    with_llm = ("fusion.*",)  # visual copies of the LLM's weights
+
+    def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:
+        super().__init__(host, llm, num_features, config)
+        self.grid = config.positions == "grid"
+        layers = host.layers(llm)
+        self.layers.extend(VisualKeyValue(layers[depth], *host.rotary(llm, depth), config) for depth in self.depths)
+
+    def prepare(
+        self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
+    ) -> tuple[Tensor, Context]:
+        num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
+        extent = _side(num_visual) if self.grid else num_visual
+        # text before the slot cannot see the image: a caption's first token, which the start token predicts, is
+        # predicted blindly, as in the authors' code
+        behind = torch.arange(length, device=device) >= column(slots, device)
+        sees_image = behind[:, :, None].expand(-1, length, num_visual)
+        if has_image is not None:
+            sees_image = sees_image & has_image[:, None, None]
+        sees_text = causal(length, device).expand(len(sees_image), length, length)
+        mask = torch.cat([sees_image, sees_text], dim=-1)[:, None]
+        positions = text_positions(length, extent, has_image, slots, device)
+        return text_BTD, Context(visual, has_image, positions, slots, mask)
+
+    def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
+        if depth not in self.depths:
+            return hidden_BND, {"attention_mask": context.text_mask}
+        index = self.depths.index(depth)
+        memory = context.memory[index] if context.memory else self.layers[index](context.visual[index], context.slots)
+        return hidden_BND, {"attention_mask": context.mask, "visual": memory}
+
+    def visual_kv(self, visual: Sequence[Tensor], image_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
+        layers: Any = self.layers
+        made = ((layer, *layer(one)) for layer, one in zip(layers, visual, strict=True))
+        return [(layer.move(key[image_of_B], slots), value[image_of_B]) for layer, key, value in made]
+
+    def num_beside(self, depth: int, context: Context) -> int:
+        return context.visual[0].shape[1] if depth in self.depths else 0
+
+    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+        num_visual = context.visual[0].shape[1]
+        extent = _side(num_visual) if self.grid else num_visual
+        seeing = images_there(context, seen_BN)
+        mask = torch.cat([seeing.expand(-1, num_visual), seen_BN], dim=1)
+        return replace(
+            context,
+            positions=position_B1 + extent * seeing,
+            mask=mask[:, None, None],
+            text_mask=seen_BN[:, None, None],
+        )
+
+    def attention_layers(self, num_layers: int) -> tuple[int, ...]:
+        return self.depths
+
+    def attention_weights(
+        self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        weights = host_weights(host, rotary, *self.before_layer(depth, hidden_BND, context))
+        return weights[..., : context.visual[0].shape[1]]
+
+
+def _side(num_visual: int) -> int:
+    """Rows, and columns, of a square image's patches."""
+    return math.isqrt(num_visual)
+
+
+def visual_positions(num_visual: int, num_pairs: int, grid: bool, device: torch.device) -> Tensor:
+    """(V, rotary pairs): the position by which each pair of channels turns.
+
+    On a grid three quarters of the pairs turn alternately by row and column, the rest by a constant, half
+    the image's side; on a line all turn by the index. Counted from the slot.
+    """
+    index = torch.arange(num_visual, device=device)
+    if not grid:
+        return SLOT + index[:, None].expand(num_visual, num_pairs)
+    side = _side(num_visual)
+    pair = torch.arange(num_pairs, device=device)
+    row_or_column = torch.where(pair % 2 == 0, (index // side)[:, None], (index % side)[:, None])
+    on_grid = pair < num_pairs - num_pairs // 4
+    return SLOT + torch.where(on_grid, row_or_column, side // 2)
