@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import os
-import re
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from uuid import uuid4
-from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from hive_scale import phase_timer, placement
 from hive_scale.device import this_device
-from hive_scale.exit_codes import TryAgain, code_of, is_device_failure, say
+from hive_scale.exit_codes import code_of, is_device_failure, say
 from hive_scale.heartbeat import FAILURE, GRACE, HEARD, ORPHANED, Companion, leave, note_lost, this_node
+from hive_scale.launcher_env import Place, place_of
 from hive_scale.phase_timer import PhaseTimer
 from hive_scale.placement import View
+from hive_scale.rendezvous import Meeting, stores
 from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps, loads
 
-stores: Any = dist  # which names its stores in public, but not in its type hints
-JOINING = timedelta(minutes=2)  # where none has come for so long, none will
-JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
-SAYING = 15.0  # seconds between words about who is missing
 TOLD = 2.0  # seconds in which the others hear of a failure, as a rule
-PORTS = 8  # that are tried, where rank 0 may choose
-ANSWER = 5.0  # seconds in which what listens at a port says whether it is a store
 
 
 class Fragment(NamedTuple):
@@ -114,11 +103,7 @@ def exchange(store: Any, rank: int, size: int, topic: str, own: Any) -> list[Any
 
 def rank() -> int:
     """This process's, as its launcher says, before and after a session, too."""
-    return _place(os.environ).rank
-
-
-class NotMet(TryAgain, ValueError):
-    """Some rank has not come, and nobody sits there to be told: the next start may have all of them."""
+    return place_of(os.environ).rank
 
 
 @contextmanager
@@ -133,7 +118,7 @@ def session(before: Callable[[World], None] | None = None) -> Iterator[World]:
     Args:
         before: what is to be done once all have met, and before they connect to each other.
     """
-    place = _place(os.environ)
+    place = place_of(os.environ)
     phase_timer.begin()
     try:
         with (_alone if place.size == 1 else _among_others)(place, before) as world:
@@ -144,7 +129,7 @@ def session(before: Callable[[World], None] | None = None) -> Iterator[World]:
 
 
 @contextmanager
-def _alone(place: _Place, before: Callable[[World], None] | None) -> Iterator[World]:
+def _alone(place: Place, before: Callable[[World], None] | None) -> Iterator[World]:
     device = _device(place)
     if before:
         before(World(0, 1, device))
@@ -157,7 +142,7 @@ def _alone(place: _Place, before: Callable[[World], None] | None) -> Iterator[Wo
 
 
 @contextmanager
-def _among_others(place: _Place, before: Callable[[World], None] | None) -> Iterator[World]:
+def _among_others(place: Place, before: Callable[[World], None] | None) -> Iterator[World]:
     guard, device = _meet(place), torch.device("cpu")
     guard.watch()  # before there is a device, which a fork is not to share
     try:
@@ -189,7 +174,7 @@ def tell_others(error: BaseException, code: int) -> None:
     torchrun's agent ends them by itself.
     """
     with suppress(Exception):
-        place = _place(os.environ)
+        place = place_of(os.environ)
         if place.size > 1 and not _tried and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             _meet(place).led_by_another(error, code)
 
@@ -197,165 +182,15 @@ def tell_others(error: BaseException, code: int) -> None:
 _tried = False  # whether this process has ever gone to meet others
 
 
-def _meet(place: _Place) -> _Guard:
+def _meet(place: Place) -> _Guard:
     global _tried
     _tried = True
     os.environ.update(place.master)
-    return _Guard(_Meeting(place).hold(), place.rank, place.size)
+    return _Guard(Meeting(place).hold(), place.rank, place.size)
 
 
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-class _Meeting:
-    """How the processes of one start find each other, and nobody else's words, in a store.
-
-    The store of torchrun's agents outlives their restarts, with all that earlier attempts have left in it. So rank 0
-    names the attempt, and answers each rank that greets it with a word of its own, which no earlier one can have used.
-    """
-
-    def __init__(self, place: _Place) -> None:
-        self.rank, self.size, self.start = place.rank, place.size, place.start
-        is_watched = place.by_slurm and sys.stdin is not None and sys.stdin.isatty()  # somebody sits and waits
-        self.watched = is_watched
-        self.patience = min(JOINING, JOINING_WATCHED) if is_watched else JOINING
-        self.where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        self.missing = list(range(1, place.size)) if place.rank == 0 else [0]
-        self._over = threading.Event()
-        self._expect()
-
-    def hold(self) -> Any:
-        """The part of the store that is this attempt's. Raises ValueError, or NotMet, that says who has not come."""
-        threading.Thread(target=self._say, daemon=True).start()
-        try:
-            store = self._open()
-            attempt = self._gather(store) if self.rank == 0 else self._greet(store)
-        except dist.DistError as error:
-            raise self._in_vain(str(error).splitlines()[0], taken=self.rank == 0) from None
-        finally:
-            self._over.set()
-        return stores.PrefixStore(attempt, store)
-
-    def _open(self) -> Any:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return next(rendezvous("env://", self.rank, self.size, timeout=self.patience))[0]
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        if not self.start:
-            # rank 0 does not wait for the others here, since it could not say for whom
-            return stores.TCPStore(
-                host, port, self.size, self.rank == 0, self.patience, wait_for_workers=False, multi_tenant=True
-            )
-        store, port = self._found(host, port) if self.rank == 0 else self._find(host, port)
-        os.environ["MASTER_PORT"], self.where = str(port), f"{host}:{port}"
-        return store
-
-    def _found(self, host: str, first: int) -> tuple[Any, int]:
-        """A store at the port `first`, or at the next of `ports` that no other program has."""
-        for last, port in enumerate(ports(first), 1 - PORTS):
-            try:
-                store = stores.TCPStore(
-                    host, port, self.size, True, self.patience, wait_for_workers=False, multi_tenant=True
-                )
-            except dist.DistError:
-                if last == 0:
-                    raise
-                continue
-            named = stores.PrefixStore(self.start, store)
-            named.set("open", "")
-            return named, port
-        raise AssertionError
-
-    def _find(self, host: str, first: int) -> tuple[Any, int]:
-        """The store that rank 0 has opened, at whichever port. Other programs, and other jobs' stores, are no such."""
-        silent = set[int]()
-        while True:
-            for port in ports(first):
-                with suppress(OSError, dist.DistError):
-                    socket.create_connection((host, port), ANSWER).close()  # the store would wait for who is not there
-                    if port not in silent and (store := self._store_at(host, port, silent)):
-                        return store, port
-            self._wait()
-
-    def _store_at(self, host: str, port: int, silent: set[int]) -> Any:
-        """This start's store, None if there is another, or something else, which may be `silent`."""
-        made = list[Any]()
-
-        def make() -> None:
-            with suppress(dist.DistError):
-                made.append(stores.TCPStore(host, port, self.size, False, self.patience, wait_for_workers=False))
-
-        # torch waits without end for the answer of a program that awaits other words
-        thread = threading.Thread(target=make, daemon=True)
-        thread.start()
-        thread.join(ANSWER)
-        if thread.is_alive():
-            silent.add(port)
-        named = stores.PrefixStore(self.start, made[0]) if made else None
-        return named if named and named.check(["open"]) else None
-
-    def _gather(self, store: Any) -> str:
-        attempt, answered = uuid4().hex, dict[int, bytes]()
-        while self.missing:
-            for rank in list(self.missing):
-                word = store.get(f"hello/{rank}") if store.check([f"hello/{rank}"]) else None
-                if store.check([f"{attempt}/here/{rank}"]):
-                    self.missing.remove(rank)
-                    store.add(f"{attempt}/arrived", 1)
-                    self._expect()
-                elif word is not None and word != answered.get(rank):
-                    store.set(f"answer/{rank}", f"{word.decode()} {attempt}")
-                    answered[rank] = word
-            self._wait()
-        store.set(f"{attempt}/all here", "")
-        return attempt
-
-    def _greet(self, store: Any) -> str:
-        word, key = uuid4().hex, f"answer/{self.rank}"
-        store.set(f"hello/{self.rank}", word)
-        while not (store.check([key]) and store.get(key).decode().startswith(word)):
-            self._wait()
-        attempt: str = store.get(key).decode().split()[1]
-        store.set(f"{attempt}/here/{self.rank}", "")
-        self.missing.clear()  # the others are rank 0's to name
-        arrived = 0
-        while not store.check([f"{attempt}/all here"]):
-            if (now := store.add(f"{attempt}/arrived", 0)) != arrived:
-                arrived = now
-                self._expect(GRACE)  # rank 0 gives up first
-            self._wait()
-        return attempt
-
-    def _expect(self, longer: float = 0.0) -> None:
-        """Wait for the missing as long as for the first of them: that others come is a sign that they may."""
-        self._ends = time.monotonic() + self.patience.total_seconds() + longer
-
-    def _wait(self) -> None:
-        if time.monotonic() > self._ends:
-            raise self._in_vain(f"not within {self.patience.total_seconds():.0f} s")
-        time.sleep(0.02)
-
-    def _in_vain(self, reason: str, taken: bool = False) -> ValueError:
-        remedy = (
-            "if another program has the port, set MASTER_PORT to a free one"
-            if taken
-            else f"start all {self.size} by one command; an interactive session for one process has one task (srun -n1)"
-        )
-        told = f"rank {self.rank} of {self.size} cannot meet {self._who()} at {self.where} ({reason}): {remedy}"
-        return ValueError(told) if taken or self.watched else NotMet(told)
-
-    def _who(self) -> str:
-        if not self.missing:
-            return "the others"
-        first = ", ".join(str(rank) for rank in self.missing[:8])
-        more = f" and {len(self.missing) - 8} more" if len(self.missing) > 8 else ""
-        return f"rank{'s' * (len(self.missing) > 1)} {first}{more}"
-
-    def _say(self) -> None:
-        while not self._over.wait(SAYING):
-            left = max(0.0, self._ends - time.monotonic())
-            text = f"rank {self.rank} of {self.size} waits at {self.where} for {self._who()}, {left:.0f} s more"
-            say(text)
 
 
 class _Guard:
@@ -425,113 +260,7 @@ def _code(failure: str) -> int:
     return int(failure.partition(" ")[0])
 
 
-@dataclass(frozen=True)
-class _Place:
-    rank: int
-    size: int
-    local_rank: int
-    master: Mapping[str, str]  # environment variables that torch's rendezvous needs beyond the present ones
-    by_slurm: bool = False  # a task of srun's
-    start: str = ""  # tells this start from all others, where rank 0 may choose the port
-
-
-# how launchers say rank, size, number on the node and processes there: those that may be started by Slurm's srun, whose
-# words their processes then have, too, ...
-MPI = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
-    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's mpiexec
-)
-# ... and those whose words srun may say
-OTHERS = (
-    ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
-    ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
-)
-STARTS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "FLUX_JOB_ID", "PALS_APID")  # each tells a start from others
-JOBS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")  # several starts may share one
-
-
-def _place(env: Mapping[str, str]) -> _Place:
-    """Where the launcher has put this process. Raises ValueError when its environment is half set."""
-    if "WORLD_SIZE" in env:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
-        if missing and env["WORLD_SIZE"] != "1":
-            raise ValueError(
-                f"WORLD_SIZE={env['WORLD_SIZE']} is set but not {', '.join(missing)}: unset WORLD_SIZE, or start "
-                "with torchrun, accelerate launch, deepspeed, srun or mpirun"
-            )
-        return _Place(int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), {})
-    if (
-        "SUBMITIT_LOCAL_GLOBALID" in env and env.get("SUBMITIT_EXECUTOR", "local") == "local"
-    ):  # on a node that srun may have given, whose task it is not
-        size, job = int(env["SUBMITIT_LOCAL_NTASKS"]), env["SUBMITIT_LOCAL_JOB_ID"]
-        rank, local_rank = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_LOCALID"])
-        return _chosen(env, _Place(rank, size, local_rank, {}), "127.0.0.1", int(job), f"submitit {job}")
-    for names in MPI:
-        if all(name in env for name in names[:3]):
-            return _by_mpi(env, *names)
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun: a batch script has no step
-        size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
-        host = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
-        # jobs and steps that share a node need ports of their own
-        job, step = env.get("SLURM_JOB_ID", "0"), env["SLURM_STEP_ID"]
-        found = _Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), {}, by_slurm=True)
-        start = f"slurm {job}.{step} {env.get('SLURM_RESTART_COUNT', '0')}"  # a job that is queued again keeps its id
-        return _chosen(env, found, host, 37 * int(job) + int(step), start)
-    for names in OTHERS:
-        if all(name in env for name in names[:2]):
-            return _by_mpi(env, *names)
-    if "PMIX_RANK" in env:
-        raise ValueError(
-            f"PMIX_RANK={env['PMIX_RANK']} is set but nothing says how many processes there are: start with Open MPI's "
-            "mpirun, srun or torchrun, or set WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; unset it for one process"
-        )
-    return _Place(0, 1, 0, {})
-
-
-def _by_mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> _Place:
-    """The place of a process whose launcher says its own in variables of these names."""
-    found = _Place(int(env[rank]), int(env[size]), int(env.get(local_rank, env[rank])), {})
-    start = next((env[name] for name in STARTS if name in env), "")
-    job = start or next((env[name] for name in JOBS if name in env), "")
-    if env.get(local_size) == env[size] or env.get("FLUX_JOB_NNODES") == "1":
-        host = "127.0.0.1"
-    elif nodes := env.get("SLURM_JOB_NODELIST"):
-        host = first_host(nodes)
-    elif "MASTER_ADDR" in env or found.size == 1:
-        host = ""
-    else:
-        raise ValueError(
-            f"{size}={env[size]} is set but not MASTER_ADDR: hand on the name of rank 0's node, such as by "
-            "mpirun -x MASTER_ADDR=NODE, or mpiexec -genv MASTER_ADDR NODE"
-        )
-    return _chosen(env, found, host, crc32(job.encode()), start)
-
-
-def _chosen(env: Mapping[str, str], place: _Place, host: str, number: int, start: str) -> _Place:
-    """`place` with where to meet: what the environment says, else at `host`, at a port that `number` tells.
-
-    `start` is what only this start's processes have in common; nobody else's store is taken for theirs.
-    """
-    master = {"MASTER_ADDR": env.get("MASTER_ADDR", host), "MASTER_PORT": str(15000 + number % 15000)}
-    if "MASTER_PORT" in env:
-        return replace(place, master=master | {"MASTER_PORT": env["MASTER_PORT"]})
-    return replace(place, master=master, start=start)
-
-
-def ports(first: int) -> list[int]:
-    """Where rank 0 may open its store: at the `first`, or behind it where other programs have that."""
-    return [15000 + (first - 15000 + 997 * number) % 15000 for number in range(PORTS)]
-
-
-def first_host(nodelist: str) -> str:
-    """First host of Slurm's shorthand: ``gpu[007-010,12],cpu1`` begins with ``gpu007``."""
-    match = re.match(r"([^\[,]*)(?:\[([^\],-]*)[^\]]*\])?([^\[,]*)", nodelist)
-    return "".join(part or "" for part in match.groups()) if match else nodelist
-
-
-def _device(place: _Place, store: Any = None) -> torch.device:
+def _device(place: Place, store: Any = None) -> torch.device:
     """The device that no other process has, from what all see; and the interface that gloo and NCCL are to take."""
     meeting = os.environ["MASTER_ADDR"] if place.size > 1 else ""
     found = exchange(store, place.rank, place.size, "views", placement.look(place.local_rank, meeting))

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hive_scale.distributed import _place, first_host, session
+from hive_scale.distributed import session
 from hive_scale.exit_codes import TRY_AGAIN
+from hive_scale.launcher_env import first_host, place_of
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -28,44 +29,44 @@ SRUN = {
 
 
 def test_launchers_are_believed() -> None:
-    place = _place(LAUNCHED)
+    place = place_of(LAUNCHED)
     assert (place.rank, place.size, place.local_rank) == (3, 4, 1)
     assert not place.master
 
 
 def test_a_launcher_inside_a_slurm_job_comes_first() -> None:
-    assert _place(SRUN | LAUNCHED | {"RANK": "0"}).rank == 0
+    assert place_of(SRUN | LAUNCHED | {"RANK": "0"}).rank == 0
 
 
 def test_srun_names_the_meeting_point() -> None:
-    place = _place(SRUN)
+    place = place_of(SRUN)
     assert (place.rank, place.size, place.local_rank) == (3, 4, 1)
     assert place.master["MASTER_ADDR"] == "gpu007"
-    assert place.master == _place(SRUN | {"SLURM_PROCID": "0"}).master
-    assert place.master["MASTER_PORT"] != _place(SRUN | {"SLURM_STEP_ID": "1"}).master["MASTER_PORT"]
-    assert _place(SRUN | {"MASTER_PORT": "29500"}).master["MASTER_PORT"] == "29500"
+    assert place.master == place_of(SRUN | {"SLURM_PROCID": "0"}).master
+    assert place.master["MASTER_PORT"] != place_of(SRUN | {"SLURM_STEP_ID": "1"}).master["MASTER_PORT"]
+    assert place_of(SRUN | {"MASTER_PORT": "29500"}).master["MASTER_PORT"] == "29500"
 
 
 def test_a_batch_script_is_a_world_of_one() -> None:
     batch = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
-    assert _place(batch).size == 1
+    assert place_of(batch).size == 1
 
 
 def test_submitit_on_one_machine() -> None:
     names = {"JOB_ID": "7", "NTASKS": "2", "GLOBALID": "1", "LOCALID": "1"}
-    place = _place({f"SUBMITIT_LOCAL_{name}": value for name, value in names.items()})
+    place = place_of({f"SUBMITIT_LOCAL_{name}": value for name, value in names.items()})
     assert (place.rank, place.size, place.local_rank) == (1, 2, 1)
 
 
 def test_a_local_chain_on_a_node_of_srun_s_is_a_world_of_its_own() -> None:
     names = {"LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_GLOBALID": "1", "LOCAL_LOCALID": "1", "EXECUTOR": "local"}
     session = SRUN | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-    place = _place(session | {f"SUBMITIT_{name}": value for name, value in names.items()})
+    place = place_of(session | {f"SUBMITIT_{name}": value for name, value in names.items()})
     assert (place.rank, place.size, place.local_rank) == (1, 2, 1)
     assert place.master["MASTER_ADDR"] == "127.0.0.1"
     # a job of Slurm's that submitit has submitted is srun's, though submitted from such a chain
     names["EXECUTOR"] = "slurm"
-    assert _place(SRUN | {f"SUBMITIT_{name}": value for name, value in names.items()}).size == 4
+    assert place_of(SRUN | {f"SUBMITIT_{name}": value for name, value in names.items()}).size == 4
 
 
 def alone_in_a_session_of_two(rank: int, patience: float) -> subprocess.CompletedProcess[str]:
@@ -75,8 +76,8 @@ def alone_in_a_session_of_two(rank: int, patience: float) -> subprocess.Complete
         port = probe.getsockname()[1]
     script = f"""
 from datetime import timedelta
-from hive_scale import distributed
-distributed.JOINING, distributed.SAYING = timedelta(seconds={patience}), 1.0
+from hive_scale import distributed, rendezvous
+rendezvous.JOINING, rendezvous.SAYING = timedelta(seconds={patience}), 1.0
 try:
     with distributed.session():
         print("met")
@@ -228,7 +229,7 @@ def test_a_node_that_is_gone_is_missed(silent: int) -> None:
 
 def test_half_an_environment_is_refused() -> None:
     with pytest.raises(ValueError, match="WORLD_SIZE=2 is set but not RANK, MASTER_ADDR, MASTER_PORT"):
-        _place({"WORLD_SIZE": "2"})
+        place_of({"WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize(

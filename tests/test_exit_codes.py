@@ -30,16 +30,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from hive_scale import config as configs
-from hive_scale import distributed, phase_timer, pipeline, presets
+from hive_scale import phase_timer, pipeline, presets, rendezvous
 from hive_scale.checkpoint import io
 from hive_scale.checkpoint.checkpointer import Checkpointer, WriteError
 from hive_scale.checkpoint.stage_files import find_weights
 from hive_scale.commands import pretrain
 from hive_scale.config import Config, PartConfig
-from hive_scale.distributed import Fragment, NotMet, World, session
+from hive_scale.distributed import Fragment, World, session
 from hive_scale.exit_codes import FAULT, HALTED, REFUSED, TRY_AGAIN, TryAgain, code_of, ended
 from hive_scale.launch import by_main, launch
 from hive_scale.pipeline import run_pipeline
+from hive_scale.rendezvous import NotMet
 from hive_scale.report import summary
 from hive_scale.resilience import watchdog
 from hive_scale.resilience.preemption import STOP
@@ -139,7 +140,7 @@ def member(rank: int, port: int, folder: Path, victim: int, place: str, act: Any
     os.environ["MASTER_PORT"] = str(port)
     torch.set_num_threads(1)
     watchdog.SILENCE = 60.0 if work is trains else 3.0
-    distributed.JOINING = timedelta(seconds=5) if act is die else timedelta(seconds=60)
+    rendezvous.JOINING = timedelta(seconds=5) if act is die else timedelta(seconds=60)
     config = small(folder / "run", f"watchdog_seconds={watchdog.SILENCE}")
 
     def command() -> int:

@@ -20,30 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
 LEAVES = {
-    *(
-        "config",
-        "config_merge",
-        "credentials",
-        "rundir",
-        "version",
-        "exit_codes",
-        "strangers",
-        "strict_json",
-        "atomic",
-        "checksums",
-    ),
-    *(
-        "registry",
-        "batch",
-        "schedule",
-        "seeding",
-        "precision",
-        "param_groups",
-        "phase_timer",
-        "chat_template",
-        "shared_files",
-    ),
-    *("distributed", "device", "placement", "node", "heartbeat"),
+    *("config", "config_merge", "credentials", "rundir", "version", "exit_codes", "registry"),
+    *("strangers", "strict_json", "atomic", "checksums", "shared_files"),
+    *("batch", "schedule", "seeding", "precision", "param_groups", "phase_timer", "chat_template"),
+    *("distributed", "rendezvous", "launcher_env", "heartbeat", "device", "placement", "node"),
 }
 # a room and what it may read besides the leaves
 ROOMS: dict[str, set[str]] = {

@@ -26,11 +26,13 @@ from torch.distributed.tensor import DTensor
 
 from hive_scale import device, placement
 from hive_scale.config import EngineConfig
-from hive_scale.distributed import World, _place, ports
+from hive_scale.distributed import World
 from hive_scale.engine import open_engine
+from hive_scale.launcher_env import place_of
 from hive_scale.model.build import meta_model
 from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.placement import View, deal, interface, look
+from hive_scale.rendezvous import ports
 
 ROOT = Path(__file__).resolve().parents[1]
 MINE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -207,11 +209,11 @@ def test_processes_tell_each_other_what_they_see_before_they_connect(
 )
 def test_the_words_of_other_launchers(words: dict[str, str], place: tuple[int, int, int]) -> None:
     env = dict((prefix + word).split("=") for prefix, some in words.items() for word in some.split())
-    found = _place(env)
+    found = place_of(env)
     assert (found.rank, found.size, found.local_rank) == place
     if "OMPI_MCA_ess_base_jobid" in env:
         assert found.master["MASTER_ADDR"] == "127.0.0.1"
-        other = _place(env | {"OMPI_MCA_ess_base_jobid": "179"})
+        other = place_of(env | {"OMPI_MCA_ess_base_jobid": "179"})
         assert found.start != other.start
         assert found.master["MASTER_PORT"] != other.master["MASTER_PORT"]
     if "SLURM_JOB_NODELIST" in env:
@@ -223,9 +225,9 @@ def test_what_a_launcher_leaves_out_is_asked_for() -> None:
     with pytest.raises(
         ValueError, match=r"OMPI_COMM_WORLD_SIZE=8 is set but not MASTER_ADDR: .* mpirun -x MASTER_ADDR"
     ):
-        _place(several)
+        place_of(several)
     with pytest.raises(ValueError, match="PMIX_RANK=0 is set but nothing says how many"):
-        _place({"PMIX_RANK": "0"})
+        place_of({"PMIX_RANK": "0"})
 
 
 def mpi() -> list[list[str]]:
@@ -255,7 +257,7 @@ def test_mpiexec_starts_a_world(command: list[str]) -> None:
 
 def test_another_port_is_taken_where_other_programs_and_other_jobs_have_the_first() -> None:
     job = str(uuid4().int % 10**9)
-    first = int(_place(srun(0, 2, job=job)).master["MASTER_PORT"])
+    first = int(place_of(srun(0, 2, job=job)).master["MASTER_PORT"])
     others = ports(first)
     # another job's store, which would answer all that ours does
     store = dist.TCPStore("127.0.0.1", others[0], 2, True, wait_for_workers=False)
