@@ -50,6 +50,7 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
+        """Target tokens of all its texts."""
         return self.target_ids.numel()
 
     def __len__(self) -> int:
@@ -67,9 +68,11 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; copies from pinned memory do not wait."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
+        """The same batch in pinned memory, which `DataLoader` asks for by this name."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -30,6 +30,8 @@ class CorruptFile(ValueError):
 
 
 class Entry(NamedTuple):
+    """What is noted of a file that was published."""
+
     size: int  # bytes
     digest: str  # SHA-256, in hex
 

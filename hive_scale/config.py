@@ -58,6 +58,8 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """Which parts are joined, and how."""
+
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "connector": "connector_weights",
         "depths": "encoder_layers",
@@ -291,6 +293,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
+    """Which steps are traced."""
+
     steps: str = ""  # of each stage, such as 10:13 for steps 10, 11 and 12
 
     def __post_init__(self) -> None:
@@ -324,6 +328,8 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole run."""
+
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "hang_seconds": "watchdog_seconds",
         "failures_per_day": "expected_failures_per_day",
@@ -371,6 +377,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
+        """Where it lives: `output` with its name filled in."""
         return Path(os.path.expanduser(self.output.replace("{name}", self.name)))
 
     def data_of(self, stage: str) -> DataConfig:
@@ -493,4 +500,5 @@ def _with_data(config: Config, stages: Collection[str]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
+    """The config as a run saves it."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -136,6 +136,7 @@ def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> 
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted keys; tuples become lists."""
     if not isinstance(node, dict):
         return {prefix: list(node) if isinstance(node, tuple) else node}
     dotted = prefix and prefix + "."

@@ -53,6 +53,7 @@ class PhaseTimer:
         self.seconds: dict[str, float] = {}
 
     def enter(self, phase: str) -> None:
+        """From now on this process does what `phase` says."""
         now = time.monotonic()
         self.seconds[self.phase] = self.seconds.get(self.phase, 0.0) + now - self.since
         self.phase, self.since = phase, now

@@ -114,6 +114,7 @@ def addresses() -> list[tuple[str, str]]:
 
 
 def is_loopback_interface(name: str) -> bool:
+    """Whether `name` reaches this machine alone."""
     return any(_is_loopback(address) for one, address in addresses() if one == name)
 
 

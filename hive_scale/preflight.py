@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
+    """What a stage reads: training and held-out samples, and the tokenizer of both."""
+
     tokenizer: Tokenizer
     train: Loader
     heldout: Loader

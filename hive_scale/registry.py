@@ -63,6 +63,7 @@ class Registry:
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
+        """Of all entries, also those that are not imported yet."""
         return tuple(self._modules)
 
     def check(self, name: str, key: str = "", modules: Sequence[str] = ()) -> None:

@@ -6,6 +6,7 @@ from math import ceil, cos, pi
 
 
 def warmup_steps(num_steps: int, share: float) -> int:
+    """Of `num_steps`, those in which the learning rate rises."""
     return ceil(share * num_steps)
 
 

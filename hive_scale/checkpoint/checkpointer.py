@@ -45,6 +45,8 @@ from hive_scale.strict_json import dumps
 
 
 class Retention:
+    """Which of a stage's step checkpoints stay, as `KeepConfig` says."""
+
     def __init__(self, directory: Path, keep: KeepConfig) -> None:
         self.directory, self.keep = directory, keep
         self._refused: set[Path] = set()  # found damaged

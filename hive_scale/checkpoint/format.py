@@ -52,10 +52,12 @@ class Piece(NamedTuple):
 
 
 def key_of(fragment: Fragment) -> str:
+    """The name of a fragment's tensor in a checkpoint, such as ``master/projector.0.up.weight``."""
     return f"{fragment.kind}/{fragment.name}"
 
 
 def owned_ranges(fragments: Iterable[Fragment]) -> list[OwnedRange]:
+    """Of each fragment, where it begins and ends in its flattened tensor."""
     return [OwnedRange(Range(key_of(f), f.offset, f.data.numel()), tuple(f.shape)) for f in fragments]
 
 
@@ -139,6 +141,7 @@ MANIFEST = "manifest.json"
 
 
 def directory_name(step: int) -> str:
+    """Of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
 
 
@@ -149,6 +152,7 @@ def steps_in(directory: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
+    """The step of which a checkpoint directory's name tells."""
     return int(path.name.removeprefix("step_"))
 
 

@@ -60,10 +60,13 @@ class Run:
         return wanted
 
     def weights(self, stage: str) -> Path:
+        """The folder of a stage's weights."""
         return self.dir / stage / WEIGHTS
 
 
 class Finding(NamedTuple):
+    """What `verify` says of one file or folder of a run."""
+
     path: Path
     damage: str  # or "", if it is sound
     remark: str = ""  # on what is sound as far as can be told

@@ -55,6 +55,7 @@ class Weights(Mapping[str, Tensor]):
         return len(self._files)
 
     def shape(self, name: str) -> Shape:
+        """Of the tensor called `name`, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def sources(self) -> dict[str, LazyTensor]:

@@ -86,12 +86,15 @@ class Index:
         return list(accumulate(self.shard_sizes.tolist()))
 
     def shard_of(self, sample: int) -> int:
+        """The number of the shard in which the sample of that number lies."""
         return bisect_right(self._shard_ends, sample)
 
     def shard(self, sample: int) -> str:
+        """The path or URL of the shard in which the sample of that number lies."""
         return self.shards[self.shard_of(sample)]
 
     def key(self, sample: int) -> str:
+        """The name that the sample of that number has in its shard."""
         start = int(self.arrays["key_ends"][sample - 1]) if sample else 0
         return self.arrays["keys"][start : int(self.arrays["key_ends"][sample])].tobytes().decode()
 

@@ -37,6 +37,7 @@ drawn = random.Random()  # nosec B311 # its own, so that waiting moves nobody's 
 
 
 def is_remote(shard: str) -> bool:
+    """Whether `shard` is a URL rather than a path."""
     return "://" in credentials.place(shard)
 
 

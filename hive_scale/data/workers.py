@@ -52,6 +52,7 @@ class BufferLayout:
         return memory.view(self.dtype).as_strided((samples, *self.shape), (size, *self.strides))
 
     def bytes(self, samples: int) -> int:
+        """Of so many samples."""
         return samples * prod(self.shape) * self.dtype.itemsize
 
 

@@ -47,6 +47,7 @@ class OwnedKey:
 
 
 def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, OwnedKey]:
+    """The keys of a DeepSpeed JSON that Config decides, by dotted path, for one stage on `world_size` processes."""
     accumulation = stage.accumulation(world_size)
     micro_batch = stage.global_batch // world_size // accumulation
     precision = f"engine.precision={config.precision}"
@@ -86,6 +87,7 @@ def filled(owned: Mapping[str, OwnedKey], config: EngineConfig) -> dict[str, Any
 
 
 def check_keys(prefix: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError for a key that is not `known`, with the nearest one, or our own switch for the same."""
     for key in given:
         if key not in known:
             nearest = get_close_matches(key, known, 1, 0.5)

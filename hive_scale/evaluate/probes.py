@@ -54,6 +54,7 @@ class LinearProbe(nn.Module):
         self.classify = nn.Linear(width, num_classes)
 
     def forward(self, normal_BVC: Tensor) -> Tensor:
+        """(B, V, C) to class scores (B, classes): the mean over patches, then one linear layer."""
         scores: Tensor = self.classify(normal_BVC.mean(1) * self.gain + self.bias)
         return scores
 
@@ -73,6 +74,7 @@ class AttentiveProbe(nn.Module):
         self.classify = nn.Linear(width, num_classes)
 
     def forward(self, normal_BVC: Tensor) -> Tensor:
+        """(B, V, C) to class scores (B, classes): learned queries attend to the patches."""
         heads, width = self.attention.num_heads, normal_BVC.shape[2]
         q_weight, k_weight, v_weight = self.attention.in_proj_weight.chunk(3)
         q_bias, _, v_bias = self.attention.in_proj_bias.chunk(3)

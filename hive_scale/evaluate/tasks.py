@@ -11,6 +11,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (mme.TASK, gqa.TASK, okvqa
 
 
 def find_task(name: str) -> Task:
+    """The task of that name. Raises ValueError with the nearest for a typo."""
     if name not in TASKS:
         near = get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(TASKS)}"

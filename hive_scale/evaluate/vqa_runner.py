@@ -45,11 +45,15 @@ LOADING = {
 
 @dataclass(frozen=True)
 class Answer:
+    """What a model said, and whether its words were cut off."""
+
     text: str
     cut: bool  # the limit came before the end
 
 
 class Answerer(Protocol):
+    """A model that answers questions about images."""
+
     @property
     def identity(self) -> dict[str, str]:
         """What its answers depend on besides the question, each by name."""

@@ -50,6 +50,7 @@ def save_model(module: Any, tensors: Mapping[str, Tensor], names: Mapping[str, s
 
 
 def save_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Write a tokenizer that transformers 4 and 5 both read as it is."""
     tokenizer.save_pretrained(path)
     mend_tokenizer(path)
 

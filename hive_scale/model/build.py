@@ -135,6 +135,7 @@ def pad_colour(config: ModelConfig) -> tuple[int, int, int]:
 
 
 def vocabulary_size(config: ModelConfig) -> int:
+    """Rows of the LLM's embeddings: one more than the largest token id it knows."""
     size: int = language_config(config.language).vocab_size
     return size
 

@@ -37,9 +37,11 @@ class EncoderFamily:
         return hidden
 
     def blocks(self, tower: nn.Module) -> nn.ModuleList:
+        """In the order in which they run."""
         return cast(nn.ModuleList, tower.get_submodule(self.blocks_at))
 
     def run_block(self, block: Any, hidden: Tensor) -> Tensor:
+        """(B, leading + V, C) to the same shape."""
         done: Tensor = block(hidden, None)
         return done
 
@@ -66,6 +68,7 @@ class EncoderFamily:
 
     @property
     def pixel_std(self) -> Colour:
+        """Of pixels in [0, 1], by channel."""
         return cast(Colour, tuple(self._released().image_std))
 
     @property
@@ -82,11 +85,15 @@ class EncoderFamily:
 
 @ENCODERS.register("siglip_vision_model")
 class Siglip(EncoderFamily):
+    """SigLIP: no class token, no norm before the blocks."""
+
     model, processor = SiglipVisionModel, SiglipImageProcessor
 
 
 @ENCODERS.register("clip_vision_model")
 class Clip(EncoderFamily):
+    """CLIP: a class token, and a norm before the first block (which transformers spells ``pre_layrnorm``)."""
+
     model, processor = CLIPVisionModel, CLIPImageProcessor
     num_leading = 1
     before_blocks = ("embeddings.", "pre_layrnorm.")

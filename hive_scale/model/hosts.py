@@ -36,6 +36,7 @@ class Host:
             raise ValueError(f"num_key_value_heads {shared} does not divide the {heads} attention heads")
 
     def layers(self, llm: Any) -> Sequence[nn.Module]:
+        """In the order in which they run."""
         layers: Sequence[nn.Module] = llm.model.layers
         return layers
 

@@ -15,6 +15,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(width_out, width_out)
 
     def forward(self, features_BVC: Tensor) -> Tensor:
+        """(B, V, C) to (B, V, D)."""
         projected: Tensor = self.down(self.activation(self.up(features_BVC)))
         return projected.clone()  # not the view that a linear layer makes of its rows, which FSDP2 warns of
 
@@ -29,6 +30,7 @@ class Projector(MLP):
         self.shortcut: nn.Module = nn.Identity() if same else nn.Linear(width_in, width_out, bias=False)
 
     def forward(self, features_BVC: Tensor) -> Tensor:
+        """(B, V, C) to (B, V, D)."""
         normed = self.norm(features_BVC)
         projected: Tensor = self.shortcut(normed) + self.down(self.activation(self.up(normed)))
         return projected

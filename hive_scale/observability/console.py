@@ -65,6 +65,7 @@ class StageView:
 
 
 def describe(line: Mapping[str, Any], samples: int, tokens: int, seconds_left: float) -> str:
+    """A step's numbers in a line for people."""
     seconds = line["seconds"]
     parts = [f"loss {line['loss']:.3f}", f"{samples / seconds:.0f} samples/s", f"{tokens / seconds:.0f} tokens/s"]
     if "mfu" in line:

@@ -26,6 +26,8 @@ INTERVAL = 0.5  # seconds between looks at the file
 
 
 class Sink(Protocol):
+    """What draws the numbers of a step."""
+
     def draw(self, line: Line) -> None: ...
 
     def close(self) -> None: ...
@@ -84,6 +86,7 @@ class TensorBoard:
 
 
 def wandb_id(run_dir: Path, stage: str) -> str:
+    """The id under which a run goes on in wandb after a restart."""
     path = run_dir / "log_id"
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:12])
@@ -173,6 +176,7 @@ class TrackerProcess:
 
 
 def open_trackers(config: LogConfig, run_dir: Path, stage: str, done_steps: int) -> list[TrackerProcess]:
+    """Start a process for each tracker, since its network must not hold up a step."""
     return [TrackerProcess(kind, run_dir, stage, done_steps) for kind in _kinds(config)]
 
 

@@ -27,6 +27,7 @@ class Gpu:
     host: float  # to host memory
 
     def peak(self, precision: str) -> float:
+        """FLOP/s of dense matrix products in `precision`."""
         return self.bf16 if precision == "bf16" else self.fp32
 
 

@@ -43,10 +43,12 @@ class Flops:
 
     @property
     def model(self) -> float:
+        """What the model asks for: the F of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> float:
+        """What is computed: the F of HFU."""
         return self.model + self.recompute
 
     def __add__(self, other: Flops) -> Flops:
@@ -72,6 +74,7 @@ class Work:
         return Work({name: table for name, table in self.by_component.items() if name != component})
 
     def total(self, samples: float, num_tokens: float, targets: float) -> Flops:
+        """All components together; arguments as of `components`."""
         return sum(self.components(samples, num_tokens, targets).values(), Flops())
 
 

@@ -20,12 +20,15 @@ MASTER = 4  # bytes of a master weight, and of a gradient that is reduced
 
 @dataclass(frozen=True)
 class Param:
+    """A parameter, as far as memory goes."""
+
     name: str
     shape: tuple[int, ...]
     trained: bool
 
     @property
     def numel(self) -> int:
+        """How many numbers it has."""
         count = 1
         for size in self.shape:
             count *= size
@@ -44,9 +47,11 @@ class Units:
     members: Mapping[str, Sequence[Param]]
 
     def gathered(self, unit: str, ranks: int) -> int:
+        """Numbers of `unit` when it is gathered, padding included."""
         return sum(param.padded(ranks) for param in self.members[unit])
 
     def trained(self, unit: str, ranks: int) -> int:
+        """Numbers of `unit` that get a gradient, padding included."""
         return sum(param.padded(ranks) for param in self.members[unit] if param.trained)
 
 

@@ -35,6 +35,7 @@ class StageProfile:
     seeing: float = 0.0  # FLOPs of making them beforehand, for `feature_cache`
 
     def numel(self, trained: bool | None = None) -> int:
+        """How many numbers there are: all, the trained or the frozen ones."""
         return sum(param.numel for param in self.params if trained is None or param.trained == trained)
 
     def components(self) -> dict[str, tuple[int, int]]:
@@ -62,10 +63,12 @@ class Memory:
 
     @property
     def on_host(self) -> float:
+        """Bytes in host memory."""
         return self.host + self.staging
 
     @property
     def peak(self) -> float:
+        """Bytes on the device at the worst moment."""
         return self.parameters + self.masters + self.moments + self.batch + self.moment.total
 
 
@@ -167,4 +170,5 @@ def _deepspeed(
 
 
 def offloaded(zero: Mapping[str, Any], what: str) -> bool:
+    """Whether a ``zero_optimization`` section keeps `what` off the device."""
     return bool((zero.get(what) or {}).get("device", "none") != "none")

@@ -38,17 +38,21 @@ class StagePlan:
 
     @property
     def spare(self) -> float:
+        """Bytes that are left on the device."""
         return self.capacity - self.memory.peak
 
     @property
     def fits(self) -> bool:
+        """Whether the device has room for it."""
         return self.spare >= 0
 
     @property
     def hours(self) -> float:
+        """Of the whole stage."""
         return self.steps * self.time.total / 3600
 
     def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
         extra = {"spare": self.spare, "fits": self.fits, "hours": self.hours, "peak": self.memory.peak}
         return asdict(self) | extra | {"samples_per_second": self.samples / self.time.total}
 
@@ -72,10 +76,12 @@ class Machine:
 
     @property
     def nodes(self) -> int:
+        """How many it takes."""
         return max(1, self.world // self.gpu.per_node)
 
     @property
     def capacity(self) -> float:
+        """Bytes of one device that a process can have."""
         return (self.gpu.memory - CONTEXT) * (1 - FRAGMENTATION)
 
 

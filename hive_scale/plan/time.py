@@ -42,6 +42,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds, what overlaps counted once."""
         return max(max(self.computing, self.communicating) + self.updating, self.reading)
 
 
@@ -54,6 +55,7 @@ def step_time(
     micro_batch: int,
     accumulation: int,
 ) -> StepTime:
+    """Seconds of a step of `accumulation` micro-batches on each of `world` GPUs."""
     work = facts.trace
     peak = gpu.peak(engine.precision) * PRODUCTS
     products = micro_batch * sum(work.flops.values()) / peak
@@ -73,6 +75,7 @@ def step_time(
 
 
 def offloads(engine: EngineConfig, zero: Mapping[str, Any]) -> bool:
+    """Whether optimizer states or parameters are in host memory."""
     return engine.cpu_offload or offloaded(zero, "offload_optimizer") or offloaded(zero, "offload_param")
 
 
@@ -103,4 +106,5 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
 
 
 def checkpoint_bytes(facts: StageProfile) -> float:
+    """Of one step checkpoint, all ranks together."""
     return 4.0 * (1 + facts.states) * facts.numel(True)  # the master, too

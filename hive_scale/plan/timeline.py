@@ -22,6 +22,7 @@ class MemoryPeak:
 
     @property
     def total(self) -> float:
+        """Bytes: activations and all that is held with them."""
         return self.activations + sum(self.held.values())
 
 

@@ -21,6 +21,8 @@ METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
 class Place(Protocol):
+    """Where an image lies."""
+
     def read(self) -> bytes:
         """The image's bytes. Raises ValueError if it cannot be had."""
 

@@ -34,6 +34,7 @@ class History:
                 yield start + line.get("samples", 0), line
 
     def borders(self) -> list[int]:
+        """Samples seen when each stage ended."""
         return [start for start, _ in self._starts()][1:]
 
     def _starts(self) -> Iterator[tuple[int, Sequence[Line]]]:
@@ -44,6 +45,8 @@ class History:
 
 
 class Curve(NamedTuple):
+    """One line of a plot."""
+
     label: str
     xs: Sequence[float]
     ys: Sequence[float]

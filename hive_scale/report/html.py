@@ -33,6 +33,7 @@ class Report:
 
 
 def page(report: Report) -> str:
+    """The page's text."""
     drawn = {"plots": _elements(report.plots), "maps": _elements(report.maps)}
     captions = [{"": _image(pixels), **texts} for pixels, texts in report.captions]
     return _template().render(report={**vars(report), **drawn}, captions=captions, theme=Markup(THEME))

@@ -41,6 +41,7 @@ class LossGuard:
         return middle + self.config.spike * max(deviation, NARROW * abs(middle))
 
     def accept(self, loss: float) -> None:
+        """A step was taken, with this loss."""
         self._losses.append(loss)
         self._refused = 0
 

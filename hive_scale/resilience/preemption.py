@@ -33,6 +33,7 @@ class Preemption:
         self._found = False
 
     def requested(self) -> bool:
+        """Whether somebody has asked this run to stop: a signal, or a file STOP."""
         now = time.monotonic()
         if self._stop_file is not None and now - self._looked >= LOOK:
             self._looked = now

@@ -78,6 +78,7 @@ class Record:
 
     @staticmethod
     def path(run_dir: Path) -> Path:
+        """Of the chain's record in a run directory."""
         return run_dir / "slurm" / "chain.json"
 
     @classmethod
@@ -150,6 +151,7 @@ def submitting(run_dir: Path) -> Iterator[Path]:
 
 
 def job_name(config: Config, stage: str) -> str:
+    """What `squeue` shows of a stage's job."""
     return slurm_cli.plain(f"{config.name}-{stage}")
 
 

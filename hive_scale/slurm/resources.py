@@ -67,6 +67,7 @@ class Resources:
 
     @property
     def minutes(self) -> int:
+        """Of the time limit."""
         return ceil(self.hours * 60)
 
     @property
@@ -76,6 +77,7 @@ class Resources:
 
     @property
     def world_size(self) -> int:
+        """Processes of a job."""
         return self.nodes * self.tasks
 
 

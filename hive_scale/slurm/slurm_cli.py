@@ -28,6 +28,8 @@ class Silent(TryAgain, SlurmError):
 
 
 class Job(NamedTuple):
+    """What Slurm says of a job."""
+
     id: str
     state: str  # as Slurm calls it, such as PENDING; "" if it knows nothing of this job
     reason: str = ""  # of waiting, or where it runs
@@ -58,6 +60,7 @@ def outside_of_jobs() -> Iterator[None]:
 
 
 def is_here(command: str = "squeue") -> bool:
+    """Whether this machine has Slurm's commands."""
     return shutil.which(command) is not None
 
 

@@ -142,6 +142,7 @@ def host_weights(
 
 
 def copied(host: nn.Module, name: str) -> nn.Module:
+    """A copy of the submodule `name` of an LLM layer, with the same weights."""
     return copy.deepcopy(host.get_submodule(name))
 
 

@@ -39,6 +39,7 @@ class CrossAttentionLayer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1, device=attention.o_proj.weight.device))
 
     def visual_kv(self, visual_BVD: Tensor) -> KeyValue:
+        """Keys and values (B, K, V, h) of projected features (B, V, D)."""
         normed = self.norm(visual_BVD)
         key = self.k_norm(split_heads(self.k_proj(normed), self.head_dim))
         return key, split_heads(self.v_proj(normed), self.head_dim)
@@ -50,6 +51,7 @@ class CrossAttentionLayer(nn.Module):
         has_image: Tensor | None = None,
         memory: KeyValue | None = None,
     ) -> Tensor:
+        """(B, T, D) to the same shape; `memory` are the features' keys and values where they are known."""
         key, value = memory or self.visual_kv(visual_BVD)
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         mixed = scaled_dot_product(query, key, value)
@@ -60,6 +62,7 @@ class CrossAttentionLayer(nn.Module):
         return fused
 
     def attention_weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
+        """(B, heads, T, V), float32; a row sums to 1."""
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(split_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
         return softmax_scores(query, key, None)
