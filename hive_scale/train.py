@@ -150,6 +150,7 @@ class StageRun:
         self.train = data.train.with_features(features)
         self.engine = open_engine(self.model, groups, self.stage, config.engine, world, weights)
         self.checkpoints = Checkpointer(self.dir, world, config.keep, config.max_failed_saves)
+        # what a checkpoint must agree with to be resumed; a run of an older version knows the data by other names
         origin = {"parent": [weights.identity], "data": data.names}
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = LossGuard(config.guard)
@@ -209,9 +210,11 @@ class StageRun:
                 self.waited = perf_counter() - began
                 timer.keys = tuple(key for batch in micro_batches for key in batch.keys)
                 seed_step(stage.seed, at.step, self.world.rank)
+                # the rate follows the steps taken, not the batches read: one that was left out costs no warm-up
                 factor = lr_factor(at.step, self.num_steps, stage.warmup_ratio, stage.min_lr)
                 output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._flags)
-                stop, save, *told = output.votes  # any rank's request stops them all, at the same step
+                # any rank's request stops them all, at the same step: it came with the sum of the losses
+                stop, save, *told = output.votes
                 waits, held = read_reports(told, self.world)
                 self.data_stall.stepped(waits, perf_counter() - began)
                 if output.applied:
@@ -227,6 +230,7 @@ class StageRun:
                     self.goodput.skip_batch(perf_counter() - began - self.waited)
                     if self.guard.reject():
                         return False
+                # a checkpoint is due by what the last ones cost, so that what is lost and what saving takes balance
                 self.interval.stepped(self.checkpoints.write_seconds)
                 log.print(self.interval.warning())
                 log.print(self.data_stall.warning())
@@ -265,6 +269,7 @@ class StageRun:
         at.eval_loss = loss_sum / max(1, num_tokens)
         second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
         behind = self.moments.steps
+        # off the optimizer's own state, so that looking costs no backward
         gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
         return {"eval_loss": at.eval_loss, **gauges}
 

@@ -158,6 +158,7 @@ class Checkpointer:
         save that finds the last one unfinished waits for it. A failed write is logged and the next save tries
         again; the `max_failures`-th in a row raises WriteError here, as does any failure with `wait`.
         """
+        # one write at a time: a disk slower than the interval between saves holds training up here, and nowhere else
         error = self._settle()
         if error and self._failures >= self.max_failures:
             raise WriteError(f"{self._failures} checkpoints in a row could not be written: {error}") from error
@@ -257,6 +258,7 @@ class Checkpointer:
         final, began = self._path(step), time.monotonic()
         partial = final.with_name(f"{final.name}.tmp")
         try:
+            # under another name until every rank has written, so that what is there under its own is whole
             self._together(lambda: self._begin(partial))
             files = dict(filter(None, self._together(lambda: staging.write(partial))))
             self._together(lambda: self._publish(partial, final, staging.shapes, files, json.loads(state)))
@@ -282,6 +284,8 @@ class Checkpointer:
     ) -> None:
         if not self.world.is_main:
             return
+        # the manifest, the directory's entries and the rename in this order: after a crash the name is there with all
+        # that belongs to it, or not at all
         write_manifest(partial, step_of(final), shapes, files, state)
         sync_directory(partial)
         if final.exists():  # not sound, or `save` had returned

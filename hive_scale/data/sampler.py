@@ -35,6 +35,7 @@ class SampleStream(ABC):
         while count > 0:
             epoch, within = divmod(start, self.num_samples)
             window, first = divmod(within, self.window)
+            # to the window's end at most: the next one has an order of its own
             piece = self._shuffled(epoch, window)[first : first + count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
@@ -75,6 +76,7 @@ class ShuffledSampler(SampleStream):
     def _between(self, epoch: int, low: int, high: int) -> Ints:
         shards, ends = self._shards(epoch)
         places = np.arange(low, high)
+        # the shard in which each place falls, and how far into it
         slots = np.searchsorted(ends, places, side="right")
         ids: Ints = self._starts[shards[slots]] + places - (ends[slots] - self.sizes[shards[slots]])
         return ids
@@ -114,6 +116,7 @@ class MixtureSampler(SampleStream):
         Sample j of the c that a set has in an epoch is due at time (j + 1/2) / c; the samples of all sets come as
         they are due. The time at `place` is found by bisection; those due at once come in the order of the sets.
         """
+        # due(time) never falls, so that the place's tick is found in 40 halvings, whatever the size of the sets
         low = bisect_right(range(CLOCK), place, key=lambda time: sum(self._due(time))) - 1
         due, later = self._due(low), self._due(low + 1)
         for i in range(len(due)):
@@ -141,6 +144,7 @@ def split_by_length(lengths: ArrayLike, world_size: int, micro_batches: int) -> 
         )
     by_length = np.argsort(-lengths, kind="stable")
     turns = by_length.reshape(micro_batches, world_size, -1)
+    # there and back, as a plough turns: whoever had the longest texts has the shortest next
     turns[1::2] = turns[1::2, ::-1].copy()
     return turns.transpose(1, 0, 2)
 

@@ -63,6 +63,7 @@ class FsdpEngine:
         plain = shard == 1 and config.precision == "fp32" and not config.cpu_offload
         if not plain:
             self._shard(config, shard)
+        # only now is there memory: a model that no single device could hold is filled shard by shard
         self._fill(weights, "cpu" if config.cpu_offload else world.device)
         if not plain:
             self._unshard_frozen_once()
@@ -133,9 +134,11 @@ class FsdpEngine:
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
         total = accumulate(self.world, micro_batches, self._run)
+        # of gradients that are not divided yet: the number of targets of all ranks comes with the loss, in one reduction
         norm = self._grad_norm()
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
         norm = norm / divisor
+        # all ranks have the same norm and the same loss, and so come to the same answer without a word
         taken = is_fit and math.isfinite(norm)
         set_learning_rate(self.optimizer, lr_factor)
         if taken:
