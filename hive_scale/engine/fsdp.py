@@ -134,7 +134,7 @@ class FsdpEngine:
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
         total = accumulate(self.world, micro_batches, self._run)
-        # of gradients that are not divided yet: the number of targets of all ranks comes with the loss, in one reduction
+        # of gradients not divided yet: the number of all ranks' targets comes with the loss, in one reduction
         norm = self._grad_norm()
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
         norm = norm / divisor
