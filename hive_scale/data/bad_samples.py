@@ -1,4 +1,4 @@
-"""The account of samples that cannot be used: each once, in a file that every rank and every resumed run shares."""
+"""Log of unusable samples: each is listed once, in a file that all ranks and resumed runs share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from hive_scale.strict_json import LARGEST_LINE, loads
 
 
 class BadSampleLog:
-    """Bad samples in `path` (JSON lines: shard, key, reason), or in memory alone without one.
+    """Bad samples, kept in `path` (JSON lines of shard, key and reason), or only in memory if `path` is None.
 
-    `budget` is how many a run may meet; the count is that of the file, whoever wrote it.
+    `budget` is the largest number of bad samples a run tolerates. It applies to all samples in the file, whichever
+    rank or earlier run added them.
     """
 
     def __init__(self, path: Path | None, budget: int) -> None:
@@ -27,10 +28,10 @@ class BadSampleLog:
         self._known: dict[tuple[str, str], SampleError] = {}
 
     def add(self, faults: Iterable[SampleError]) -> None:
-        """Note those of `faults` that are new. Raises ValueError with a summary when the budget is exceeded."""
+        """Record those of `faults` that are new. Raises ValueError with a summary when the budget is exceeded."""
         new = {(fault.shard, fault.key): fault for fault in faults}
         for place in new.keys() & self._known.keys():
-            del new[place]  # met again in another epoch
+            del new[place]  # already logged in an earlier epoch
         if not new:
             return
         if self.path is None:
@@ -56,7 +57,7 @@ class BadSampleLog:
 
 
 def read_faults(path: Path) -> list[SampleError]:
-    """What a ledger has noted; nothing if there is none."""
+    """Return the faults logged in the file at `path`; empty if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(errors="replace") as file:
@@ -67,7 +68,7 @@ def read_faults(path: Path) -> list[SampleError]:
 def _locked(path: Path) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        with suppress(Held):  # by a machine that died, on a file system without locks: at worst two ranks list a sample
+        with suppress(Held):  # a dead machine's lock, on a file system without locks: at worst two ranks log one sample
             stack.enter_context(locked(path.with_name(f".{path.name}.lock"), PATIENCE))
         yield stack.enter_context(path.open("a+"))
 
@@ -75,5 +76,5 @@ def _locked(path: Path) -> Iterator[TextIO]:
 def _read(file: TextIO) -> Iterator[SampleError]:
     file.seek(0)
     for line in file:
-        with suppress(ValueError, TypeError):  # a line cut off when a run was killed
+        with suppress(ValueError, TypeError):  # a line truncated when a run was killed
             yield SampleError(**loads(line, LARGEST_LINE))

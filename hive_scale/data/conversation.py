@@ -1,4 +1,4 @@
-"""Conversations as public sets record them, as turns of user and assistant."""
+"""Conversations of public data sets, parsed to user and assistant turns and tokenized with their targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hive_scale.chat_template import IMAGE, without_image
 from hive_scale.config import ImagePosition
 from hive_scale.data.tokenizer import Tokenizer
 
-SHORT = "\nAnswer the question using a single word or phrase."  # what LLaVA adds to questions with short answers
+SHORT = "\nAnswer the question using a single word or phrase."  # LLaVA's prompt for short answers
 Messages = list[dict[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
 
 ROLES = {
@@ -23,10 +23,10 @@ ROLES = {
 
 
 def parse_messages(record: Mapping[str, Any]) -> Messages:
-    """The conversation in `record`, cut after its last answer, the image's place in it left out.
+    """Return the conversation in `record`, cut after its last answer and without the image placeholder.
 
-    Reads LLaVA's ``conversations`` ({from, value}) and the hub's ``messages`` ({role, content}). Raises ValueError
-    for more than one image, and for turns that are no question and answer in turns.
+    Reads LLaVA's ``conversations`` ({from, value}) and the hub's ``messages`` ({role, content}). Raises ValueError if
+    there is more than one image, if an answer is empty, or if the turns do not alternate between user and assistant.
     """
     said = record.get("conversations") or record.get("messages")
     if not isinstance(said, list):
@@ -39,7 +39,7 @@ def parse_messages(record: Mapping[str, Any]) -> Messages:
     turns = [turn | {"content": without_image(turn["content"]).strip()} for turn in turns]
     system = list(takewhile(lambda turn: turn["role"] == "system", turns))
     rest = turns[len(system) :]
-    rest = rest[: len(rest) // 2 * 2]  # a last question without an answer teaches nothing
+    rest = rest[: len(rest) // 2 * 2]  # a last question without an answer has no targets
     if not rest or any(turn["role"] != role for turn, role in zip(rest, cycle(("user", "assistant")), strict=False)):
         raise ValueError("the conversation does not alternate between user and assistant, beginning with the user")
     if not all(turn["content"] for turn in rest[1::2]):
@@ -48,7 +48,7 @@ def parse_messages(record: Mapping[str, Any]) -> Messages:
 
 
 def is_text(words: str) -> bool:
-    """Whether `words` can be written as UTF-8: JSON can spell a lone surrogate, half of a character."""
+    """True if `words` can be encoded as UTF-8. JSON can spell a lone surrogate (half a character), which cannot."""
     try:
         words.encode()
     except UnicodeEncodeError:
@@ -74,10 +74,11 @@ def tokenize_conversation(
     max_tokens: int,
     image: ImagePosition | None = "user",
 ) -> Sample:
-    """The conversation `turns` about an image: the targets are the assistant's words and the end of its turns.
+    """Tokenize the conversation `turns` about an image. The targets are the assistant's words and end-of-turn tokens.
 
-    `image` says where the image stands: at the head of the first question, behind the start token, or nowhere.
-    Raises ValueError if the first `max_tokens` tokens, which are kept, hold no word of an answer.
+    `image` is the image's place: "user" at the head of the first question, "start" behind the start token, None for no
+    image. Only the first `max_tokens` tokens are kept. Raises ValueError if they hold no target, or if a turn contains
+    a special token.
     """
     tokens, is_target, slot = tokenizer.encode_parts(_parts(turns, tokenizer, image))
     if not any(is_target[:max_tokens]):
@@ -86,19 +87,21 @@ def tokenize_conversation(
 
 
 def prompt(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None = "user") -> list[int]:
-    """Tokens of `turns`, the last of which is the user's, up to where the assistant's answer begins."""
+    """Return the tokens of `turns`, whose last turn is the user's, up to where the assistant's answer begins."""
     return prompt_with_slot(turns, tokenizer, image)[0]
 
 
 def prompt_with_slot(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
-    """The tokens of `prompt`, and how many of them come before the image."""
-    *asked, _, _ = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)  # but for answer and end
+    """Return the tokens of `prompt` and the number of them that precede the image."""
+    *asked, _, _ = _parts(
+        [*turns, {"role": "assistant", "content": "?"}], tokenizer, image
+    )  # drops the answer and what follows it
     tokens, _, slot = tokenizer.encode_parts(asked)
     return tokens, slot
 
 
 def _parts(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> list[tuple[str, bool]]:
-    """The conversation's text in parts, each with whether it is a target; IMAGE marks the image's place."""
+    """Split the conversation's text into (text, is target) parts; IMAGE marks the image's place."""
     template = tokenizer.template
     turns = [{**turn, "content": without_image(turn["content"]).strip()} for turn in turns]
     for turn in turns:
@@ -113,7 +116,7 @@ def _parts(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -
     parts, before = [], between[0]
     for answer, after in zip(answers, between[1:], strict=True):
         end = template.end_of_turn(after)
-        asked_text = before.rstrip(" ")  # in most vocabularies a space is a piece of the word behind it
+        asked_text = before.rstrip(" ")  # most vocabularies attach a space to the word after it
         parts += [(asked_text, False), (before[len(asked_text) :] + answer + after[:end], True)]
         before = after[end:]
     parts.append((before, False))

@@ -1,4 +1,4 @@
-"""The samples of a set by number: bytes by their range, then image and caption made ready for the model."""
+"""Random access to samples: read byte ranges from shards, decode images and tokenize text for the model."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from hive_scale.data.tokenizer import Tokenizer, captioned
 from hive_scale.data.transform import GREY, Colour, blank, check_size, decode_indexed, fit_into
 from hive_scale.strict_json import LARGEST_LINE, loads
 
-Text = str | Sample  # a caption, or what a conversation makes: a sample but for its pixels
+Text = str | Sample  # a caption, or a tokenized conversation: a Sample without pixels
 
 
 class Read(NamedTuple):
-    """A sample as a disk gives it."""
+    """A sample as read from disk, not yet decoded."""
 
     key: str
     text: Text
-    image: bytes | Tensor | None  # or what an encoder has made of it, or nothing where all are blank
-    size: tuple[int, int]  # (width, height) of the image, as the index has it
+    image: bytes | Tensor | None  # encoded bytes, or features of a frozen encoder, or None with data.blank_images
+    size: tuple[int, int]  # (width, height) of the image in pixels, from the index
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A sample whose text is not tokens yet."""
+    """A sample with decoded pixels, whose caption is not tokenized yet."""
 
     key: str
     text: Text
     pixels: Tensor
-    number: int = -1  # of the sample, where `pixels` is an image though features were wanted
+    number: int = -1  # the sample's number if features were wanted but `pixels` is an image; else -1
 
 
 class SampleReader:
-    """Random access to the samples of `index`; numbers below len(index).
+    """Random access to the samples of `index`, by number from 0 to len(index) - 1.
 
-    `pad_colour` is what ``data.image_transform=pad`` adds beside an image (see `build.pad_colour`).
+    `pad_colour` fills the border that ``data.image_transform=pad`` adds to an image (see `build.pad_colour`).
     """
 
     def __init__(
@@ -67,19 +67,21 @@ class SampleReader:
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.pad_colour = pad_colour
-        self.features: FeatureStore | None = None  # read in place of images, where there are any
+        self.features: FeatureStore | None = None  # if set, features are read in place of images
         self._reader = ShardReader(index.shards, index.stamps, cache)
 
     def sample(self, i: int) -> Sample:
-        """Sample number i, ready for the model. Raises ValueError if it is broken."""
+        """Return sample number i, ready for the model. Raises ValueError if it is broken."""
         return self.finished([self.decoded(self.read(i))])[0]
 
     def read(self, i: int) -> Read:
-        """Sample number i, its image not yet decoded. Raises ValueError if it is broken."""
+        """Read sample number i without decoding its image. Raises ValueError if it is broken."""
         size = self._size(i)
         key = self.index.key(i)
         text: Text = self._conversation(key, i) if self.config.format == "conversation" else self.caption(i)
-        kept = self.features.get(i) if self.features else None  # else an image, which is broken or not kept soundly
+        kept = (
+            self.features.get(i) if self.features else None
+        )  # None: read the image; its features are missing or damaged
         return Read(key, text, self._lying(i) if kept is None else kept, size)
 
     def _conversation(self, key: str, i: int) -> Sample:
@@ -87,16 +89,17 @@ class SampleReader:
         return tokenize_conversation(key, None, turns, self.tokenizer, config.max_tokens, config.image_position)
 
     def decoded(self, read: Read, out: Tensor | None = None) -> Decoded:
-        """`read` with its image decoded, into `out` if that is given. Raises ValueError if it cannot be.
+        """Decode the image of `read`, into `out` if that is given. Raises ValueError if it cannot be decoded.
 
-        Where features are wanted and those of the image cannot be read, the image stays out of `out`.
+        If features are wanted but those of this image could not be read, the image is returned and `out` is not
+        written.
         """
         if self.features and not isinstance(read.image, Tensor):
             out = None
         return Decoded(read.key, read.text, self._pixels(read.image, read.size, out))
 
     def finished(self, decoded: Sequence[Decoded]) -> list[Sample]:
-        """Samples ready for the model. Captions are tokenized all at once, which takes half the time."""
+        """Return samples ready for the model. Captions are tokenized in one call, which takes half the time."""
         captions = [one.text for one in decoded if isinstance(one.text, str)]
         tokens = iter(self.tokenizer.encode_all(captions, self.config.max_tokens))
         return [
@@ -107,11 +110,11 @@ class SampleReader:
         ]
 
     def pixels(self, i: int) -> Tensor:
-        """The image of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
+        """Return the image of sample i, uint8 (3, H, W) at the model's size. Raises ValueError if it is broken."""
         return self._pixels(self._lying(i), self._size(i))
 
     def _size(self, i: int) -> tuple[int, int]:
-        """(width, height) of its image. Raises ValueError if that would take too much memory."""
+        """(width, height) of the sample's image. Raises ValueError if decoding it would take too much memory."""
         width, height = self.index.image_sizes[i].tolist()
         check_size(width, height, self.config.max_pixels)
         return width, height
@@ -132,17 +135,17 @@ class SampleReader:
 
     @property
     def text_bytes(self) -> NDArray[np.integer]:
-        """Length of what each sample trains on, (N,): of its caption, or of the record with its conversation."""
+        """Bytes of the text that each sample trains on, (N,): its caption, or the record with its conversation."""
         if self.config.format == "conversation":
             return self.index.members[:, 2, 1]
         return self.index.caption_bytes
 
     def encoded(self, i: int) -> bytes:
-        """The image as it lies in its shard."""
+        """Return the encoded bytes of the image, as stored in the shard."""
         return self._read(i, 0)
 
     def spread(self, count: int) -> Iterator[tuple[Tensor, str]]:
-        """(image, caption) of up to `count` samples, evenly spaced through the set; what is broken is passed over."""
+        """Yield (image, caption) of up to `count` samples, evenly spaced through the set; skips broken samples."""
         stride = max(1, len(self.index) // count)
         pairs = (self._pair(i) for i in range(stride // 2, len(self.index), stride))
         yield from islice(filter(None, pairs), count)
@@ -157,7 +160,7 @@ class SampleReader:
         return self._read(i, 1, LARGEST_CAPTION).decode().strip()
 
     def record(self, i: int) -> dict[str, Any]:
-        """What else is known of sample i: its .json member, or nothing. Raises ValueError if that is no JSON object."""
+        """Return the .json member of sample i, {} if it has none. Raises ValueError if it is not a JSON object."""
         try:
             record = loads(self._read(i, 2, LARGEST_LINE) or b"{}", LARGEST_LINE)
         except ValueError as error:

@@ -1,15 +1,16 @@
-"""What a frozen encoder makes of each image of a set, kept on disk: made once, by as many processes as there are.
+"""Store of a frozen encoder's features on disk. Each image is encoded once; all ranks share the work.
 
-One file, PATH.features, holds a record of each image:
+One file, PATH.features, holds one record per image:
 
-    features    (S, V, C), in the precision of compute
-    label       int64, what the caller knows of the image
-    status      int64, MADE or BROKEN; anything else: nothing is known yet
-    digest      xxh3-128 of the file's name, layout, the image's number, and all that comes before
+    features    (S, V, C), in the compute precision
+    label       int64, the caller's label of the image
+    status      int64, MADE or BROKEN; any other value: not processed yet
+    digest      xxh3-128 of the file's name, layout, the image's number, and the fields above
 
-So nothing can be lost while something else says that it is there, and a record that was cut, zeroed, flipped or copied
-from another set is not believed. Records are written and read by `pwrite` and `pread`: a disk that is full, or gone,
-is an OSError and no signal. Neighbours lie on pages of their own, which one process alone writes.
+The digest lies in the record itself, so no separate list can claim features that are lost, and a record that was
+truncated, zeroed, corrupted or copied from another set fails its check. Records are written and read by `pwrite` and
+`pread`, so a full or missing disk raises OSError instead of a signal. Each group of NEIGHBOURS records starts on a
+page of its own, and a single process writes it.
 """
 
 from __future__ import annotations
@@ -35,30 +36,30 @@ from torch import Tensor
 
 from hive_scale.distributed import World
 
-FORMAT = 2  # part of the key of whatever keeps features: those of another format are not read
-Numbers = list[int] | NDArray[np.integer]  # of images
+FORMAT = 2  # part of every feature cache's key, so that features of another format are not read
+Numbers = list[int] | NDArray[np.integer]  # image numbers
 Shape = tuple[int, int, int]
 MADE, BROKEN = 1, 2
 NEIGHBOURS, PAGE = 32, 4096
 STATE = struct.Struct("<qq")  # label and status
-DIGEST = 16  # bytes
+DIGEST = 16  # bytes of an xxh3-128
 logger = logging.getLogger(__name__)
 
 
 class DiskError(ValueError):
-    """A disk cannot hold the features, or not be reached; every rank gets it."""
+    """The disk has no room for the features or cannot be used; raised on every rank."""
 
 
 class FeatureStore:
-    """Features of N images, (S, V, C) each: of S depths, V visual tokens of width C.
+    """Features of N images, each (S, V, C): S depths, V visual tokens of width C.
 
-    `encode`, where it is set, makes them of images (B, 3, H, W), uint8, for `make`.
+    `encode`, if set, computes them from images uint8 (B, 3, H, W); `make` calls it.
     """
 
     encode: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, path: Path, count: int, shape: Shape, dtype: torch.dtype) -> None:
-        """Raises OSError."""
+        """Open or create the file. Raises OSError if that is not possible."""
         self.count, self.shape, self.dtype = count, shape, dtype
         self.file = path.with_suffix(".features")
         self._size = prod(shape) * dtype.itemsize
@@ -67,36 +68,36 @@ class FeatureStore:
         self._open()
 
     def missing(self, numbers: Numbers) -> NDArray[np.bool_]:
-        """Of each of the images, whether nobody has told anything of it yet."""
+        """Return a mask, (len(numbers),): True for images that are neither MADE nor BROKEN yet."""
         numbers = np.asarray(numbers)
         missing = np.ones(len(numbers), bool)
-        written = np.flatnonzero(self._place(numbers) < os.fstat(self._descriptor).st_size)  # of a new file none
+        written = np.flatnonzero(self._place(numbers) < os.fstat(self._descriptor).st_size)  # none in a new file
         missing[written] = [self._status(number) not in (MADE, BROKEN) for number in numbers[written].tolist()]
         return missing
 
     def put(self, numbers: Numbers, features: Tensor, labels: Iterable[int] = repeat(0)) -> None:
-        """Keep `features`, (len(numbers), S, V, C), and what is known of the images. Raises OSError."""
+        """Store `features`, (len(numbers), S, V, C), and labels of the images. Raises OSError."""
         rows = features.detach().to("cpu", self.dtype).contiguous().view(torch.uint8).reshape(len(numbers), -1).numpy()
         for number, row, label in zip(numbers, rows, labels, strict=False):
             self._write(int(number), row, STATE.pack(label, MADE))
 
     def give_up(self, numbers: Numbers) -> None:
-        """Those images cannot be used. Raises OSError."""
+        """Mark the images as BROKEN, so that they count as processed. Raises OSError."""
         for number in numbers:
             self._write(int(number), b"", STATE.pack(0, BROKEN))
 
     def get(self, number: int) -> Tensor | None:
-        """Features (S, V, C) of an image; None if there are none, or not those that were written."""
+        """Return the features (S, V, C) of an image; None if there are none, or if their digest does not match."""
         found = self.read(number)
         return found and found[0]
 
     def read(self, number: int) -> tuple[Tensor, int] | None:
-        """As `get`, with the label."""
+        """Return (features, label) of an image; None as in `get`."""
         record = np.empty(record_size(self.shape, self.dtype), np.uint8)
         try:
             if os.preadv(self._descriptor, [record.data], self._place(number)) < len(record):
                 return None
-        except OSError:  # a disk that fails, or is there no longer
+        except OSError:  # a disk that fails or is gone
             return None
         row, state, digest = np.split(record, [self._size, self._size + STATE.size])
         label, status = STATE.unpack(state.tobytes())
@@ -105,7 +106,10 @@ class FeatureStore:
         return torch.from_numpy(row).view(self.dtype).view(self.shape), label
 
     def make(self, numbers: Numbers, pixels: Tensor) -> Tensor:
-        """Features (len(numbers), S, V, C) of images that have none, and keep them if the disk takes them."""
+        """Encode images uint8 (B, 3, H, W) whose features are missing or damaged; store the result if the disk allows.
+
+        Returns features (len(numbers), S, V, C).
+        """
         assert self.encode is not None
         if not self._told:
             logger.warning("%s: features cannot be read, or are damaged: the encoder makes them again", self.file)
@@ -116,11 +120,11 @@ class FeatureStore:
         return features
 
     def sync(self) -> None:
-        """What was put is on disk. Raises OSError."""
+        """Flush all records to disk. Raises OSError."""
         os.fsync(self._descriptor)
 
     def reopen(self) -> None:
-        """From now on what others have synced before is seen, on network file systems, too. Raises OSError."""
+        """Reopen the file, so that records synced by other machines become visible on NFS. Raises OSError."""
         self._close()
         self._open()
 
@@ -131,7 +135,7 @@ class FeatureStore:
         except OSError as error:
             if error.errno not in (EACCES, EPERM, EROFS):
                 raise
-            # another user's: good enough where nothing is missing
+            # another user's file, opened read-only: enough if no features are missing
             self._descriptor, self._is_ours = os.open(self.file, os.O_RDONLY), False
         self._close = finalize(self, os.close, self._descriptor)
 
@@ -151,7 +155,7 @@ class FeatureStore:
         return int(STATE.unpack(state)[1]) if len(state) == STATE.size else 0
 
     def _place(self, number: Any) -> Any:
-        """Where the records of images begin, an integer or an array of them."""
+        """Byte offsets at which the records of images begin: an integer, or an array for an array of numbers."""
         group, place = divmod(number, NEIGHBOURS)
         return group * size_of(NEIGHBOURS, self.shape, self.dtype) + place * record_size(self.shape, self.dtype)
 
@@ -163,27 +167,30 @@ class FeatureStore:
 
 
 def record_size(shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes of the record of one image."""
+    """Bytes of one image's record."""
     return prod(shape) * dtype.itemsize + STATE.size + DIGEST
 
 
 def size_of(count: int, shape: Shape, dtype: torch.dtype) -> int:
-    """Bytes that the features of `count` images take on disk, in whole groups of neighbours."""
+    """Bytes on disk for the features of `count` images, rounded up to whole groups of neighbours."""
     pages = -(-NEIGHBOURS * record_size(shape, dtype) // PAGE)
     return -(-count // NEIGHBOURS) * pages * PAGE
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that features may take in `folder`, which need not be there yet: free, or features' already."""
+    """Bytes available for features in `folder`, which need not exist yet: free space plus that of features already
+    there.
+    """
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return shutil.disk_usage(disk).free + sum(file.stat().st_blocks * 512 for file in folder.glob("*.features"))
 
 
 def parts(wanted: NDArray[np.integer], missing: NDArray[np.integer], size: int) -> list[NDArray[np.integer]]:
-    """`wanted`, ascending, in parts of at most `size`, without those of which nothing is `missing`.
+    """Split `wanted`, ascending image numbers, into parts of at most `size`; drop parts in which nothing is `missing`.
 
-    A part is whole groups of neighbours, for one process, and is made as a whole: what is made again after a stop
-    has run through the encoder in the same company as at first, so it is the same to the bit.
+    A part consists of whole groups of neighbours, is processed by one process, and is always encoded whole. Features
+    that are computed again after an interruption thus come from the same encoder batches, and are identical bit for
+    bit.
     """
     assert size % NEIGHBOURS == 0
     whole = np.split(wanted, np.flatnonzero(np.diff(wanted // size)) + 1)
@@ -194,9 +201,9 @@ def parts(wanted: NDArray[np.integer], missing: NDArray[np.integer], size: int) 
 def open_feature_store(
     world: World, path: Path, wanted: NDArray[np.integer], count: int, shape: Shape, dtype: torch.dtype
 ) -> tuple[FeatureStore, NDArray[np.integer]]:
-    """The features under `path`, and which of the `wanted` are missing, the same for all ranks. A collective.
+    """Open the features under `path` and find which of the `wanted` are missing, the same for all ranks. A collective.
 
-    Raises DiskError if the disk cannot be used, or has no room for those.
+    Raises DiskError on all ranks if the disk cannot be used, or has no room for the missing features.
     """
     kept, reason = None, "another rank cannot use it"
     try:
@@ -220,12 +227,11 @@ def open_feature_store(
 
 
 def settle(world: World, kept: FeatureStore, failed: OSError | None) -> None:
-    """All that all ranks have put is on disk, and seen by all of them. A collective.
+    """Flush the records of all ranks to disk and make them visible to every rank. A collective.
 
-    Nobody looks again before the last has synced: NFS keeps what it saw of a file's length and pages until it is
-    opened anew.
+    No rank reopens the file before all have synced: NFS caches a file's length and pages until it is opened again.
 
-    Raises DiskError on all ranks if one has `failed` to write, or does so now.
+    Raises DiskError on all ranks if one reports a write error in `failed`, or meets one here.
     """
     for step in (kept.sync, kept.reopen):
         try:
@@ -236,6 +242,6 @@ def settle(world: World, kept: FeatureStore, failed: OSError | None) -> None:
 
 
 def agree(world: World, error: OSError | None) -> None:
-    """Raises DiskError on all ranks if one has met an `error` while it wrote. A collective."""
+    """Raise DiskError on all ranks if any rank passes a write `error`. A collective."""
     if world.sum(error is not None)[0]:
         raise DiskError(f"features cannot be kept: {error or 'another rank could not write its own'}")

@@ -1,4 +1,4 @@
-"""What PIL opens, made 8-bit RGB and upright: the same for training, evaluation and probes. Imports no torch."""
+"""Open images with PIL as upright 8-bit RGB, the same for training, evaluation and probes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from PIL import ExifTags, Image
 
 from hive_scale.strangers import MB, read_bytes
 
-FORMATS = ("JPEG", "PNG", "WEBP")  # what is opened; rarer formats have rarer, less tested decoders
-LARGEST_FILE = 256 * MB  # of an encoded image: more than any of `data.max_pixels` by default has
-MOST_SCANS = 500  # of a progressive JPEG, which has ten: each costs as much time as a whole image
+FORMATS = ("JPEG", "PNG", "WEBP")  # accepted formats; decoders of rarer ones are less tested
+LARGEST_FILE = 256 * MB  # bytes of an encoded image; any image within the default data.max_pixels is smaller
+MOST_SCANS = 500  # scans of a progressive JPEG, which usually has ten; each costs a full image's decoding time
 SCAN = b"\xff\xda"
-# what undoes each EXIF orientation; 1 is upright, any other number means nothing
+# the transpose that undoes each EXIF orientation; 1 is upright, other values are undefined
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,7 +27,7 @@ SIDEWAYS = (5, 6, 7, 8)
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of the image file `path`. Raises ValueError if it is too large, no file, or cannot be read."""
+    """Return the bytes of the image file `path`. Raises ValueError if it is too large, not a file, or unreadable."""
     try:
         return read_bytes(path, LARGEST_FILE)
     except OSError as error:
@@ -35,40 +35,40 @@ def read_image(path: Path) -> bytes:
 
 
 def check_length(data: bytes) -> None:
-    """Raises ValueError for an encoded image that is too large to be one."""
+    """Raise ValueError if an encoded image is larger than `LARGEST_FILE`."""
     if len(data) > LARGEST_FILE:
         raise ValueError(f"an image of {len(data):,} bytes, more than {LARGEST_FILE:,}")
 
 
 def check_scans(data: bytes) -> None:
-    """Raises ValueError for a JPEG of many scans: a megabyte of empty ones would take hours."""
+    """Raise ValueError if a JPEG has too many scans: a megabyte of empty ones would take hours to decode."""
     if data.startswith(b"\xff\xd8") and (scans := data.count(SCAN)) > MOST_SCANS:
         raise ValueError(f"a JPEG of {scans:,} scans, more than {MOST_SCANS}")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any PIL mode, turned as the image's EXIF says; transparency becomes white.
+    """Convert an image of any PIL mode to 8-bit RGB, rotated as its EXIF says; transparency becomes white.
 
-    Of 16-bit grey (modes I and I;16) the high byte is kept, as Pillow itself does with 16-bit colours. Raises what
-    PIL's decoders raise for what is broken.
+    16-bit grey (modes I and I;16) keeps its high byte, as Pillow does with 16-bit colours. PIL's decoders may raise
+    any exception on a broken image.
     """
-    turn = orientation(image)  # before decoding, which may forget it
+    turn = orientation(image)  # read before decoding, which may drop it
     rgb = _rgb(image)
     return rgb.transpose(TURNS[turn]) if turn in TURNS else rgb
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) in pixels of what `upright_rgb` makes; reads the header alone."""
+    """Return (width, height) in pixels of the image that `upright_rgb` makes; reads only the header."""
     width, height = image.size
     return (height, width) if orientation(image) in SIDEWAYS else (width, height)
 
 
 def orientation(image: Image.Image) -> int:
-    """The orientation that EXIF, or XMP, gives before the pixels: 2 to 8, or 1 for an image that is upright."""
+    """Return the EXIF or XMP orientation stored before the pixels: 2 to 8, or 1 if the image is upright."""
     try:
-        # the base class's: that of PNG would decode the whole image first, to look for EXIF behind the pixels
+        # the base class's method: PNG's own would decode the whole image to look for EXIF behind the pixels
         found = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-    except Exception:  # PIL raises what it likes on EXIF that is broken; the pixels may be sound
+    except Exception:  # PIL raises any exception on broken EXIF; the pixels may still be sound
         return 1
     return found if found in TURNS else 1
 
@@ -84,9 +84,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _high_byte(image: Image.Image) -> Image.Image:
-    """8-bit grey of 16-bit grey; PIL's own conversion would make white of all but the darkest 1/256."""
+    """Convert 16-bit grey to 8-bit. PIL's own conversion saturates: all but the darkest 1/256 would become white."""
     values = np.asarray(image)
     grey = (values.clip(0, 0xFFFF) >> 8).astype(np.uint8)
-    if "transparency" in image.info:  # the value that stands for a transparent pixel
+    if "transparency" in image.info:  # the grey value that marks transparent pixels
         grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey)

@@ -1,9 +1,9 @@
-"""What is in a set of tars, found in one walk over their headers and kept in one file.
+"""Index of a set of tar shards: built by one scan over their headers, kept in one file.
 
-The index holds each sample's key, the byte range of its image, caption and record, the image's size and the
-caption's length. So any sample is one seek away, batches can be balanced before anything is read, and samples
-that could never be used are listed as faults instead of met in the middle of a run. Of each shard it holds the digest,
-by which a run knows the data that it began with.
+The index holds each sample's key, the byte ranges of its image, caption and record, the image's size and the caption's
+length. Any sample can thus be read by one seek, batches can be balanced before anything is read, and unusable samples
+are listed as faults before a run meets them. The index also holds a digest of each shard, which identifies the data
+that a run began with.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ from hive_scale.data.tar_scan import SampleError, ShardTable, Stamp, scan_shard
 from hive_scale.shared_files import cache_dir, locked, own_lock, replacing
 from hive_scale.strict_json import loads
 
-VERSION = 5  # raised when a scan finds other things in the same tars, or the file holds others
-LONG_WORK = 256 * 2**20  # bytes of tars from which a scan is shared among processes and shows its progress
+VERSION = 5  # raised when the scan's result or the file's layout changes
+LONG_WORK = 256 * 2**20  # bytes of tars above which the scan uses several processes and shows a progress bar
 
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A set of N samples. Arrays are read from the file as they are needed, and shared between processes."""
+    """A set of N samples. The arrays are memory-mapped from the file, and shared between processes."""
 
     path: Path  # of the index file
     shards: tuple[str, ...]
-    faults: tuple[SampleError, ...]  # what is in the tars but not among the samples, and why
-    stamps: tuple[Stamp, ...]  # of the shards
-    layout: str  # digest of the arrays, by which alone older versions knew a set
+    faults: tuple[SampleError, ...]  # parts of the tars that are not usable samples, with the reason
+    stamps: tuple[Stamp, ...]  # size, time and digest of each shard
+    layout: str  # digest of the arrays; older versions identified a set by it alone
     arrays: dict[str, NDArray[Any]]
 
     def __len__(self) -> int:
@@ -58,12 +58,12 @@ class Index:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the samples, wherever they lie: resuming on another set is noticed."""
+        """Digest of the samples, independent of their location: a resumed run detects that its data set changed."""
         return xxhash.xxh3_128_hexdigest(" ".join([self.layout, *(stamp.digest for stamp in self.stamps)]).encode())
 
     @property
     def shard_sizes(self) -> Ints:
-        """Samples in each shard: int64 (num_shards,)."""
+        """Number of samples in each shard: int64 (num_shards,)."""
         return self.arrays["shard_sizes"]
 
     @property
@@ -73,12 +73,12 @@ class Index:
 
     @property
     def image_sizes(self) -> NDArray[np.int32]:
-        """(width, height) of each image in pixels, as it is seen upright: int32 (N, 2)."""
+        """(width, height) in pixels of each image when upright: int32 (N, 2)."""
         return self.arrays["picture_sizes"]
 
     @property
     def members(self) -> Ints:
-        """(start, length) in bytes of image, caption and record in their shard: int64 (N, 3, 2)."""
+        """(start, length) in bytes of image, caption and record within their shard: int64 (N, 3, 2)."""
         return self.arrays["members"]
 
     @cached_property
@@ -86,29 +86,29 @@ class Index:
         return list(accumulate(self.shard_sizes.tolist()))
 
     def shard_of(self, sample: int) -> int:
-        """The number of the shard in which the sample of that number lies."""
+        """Return the number of the shard that contains sample number `sample`."""
         return bisect_right(self._shard_ends, sample)
 
     def shard(self, sample: int) -> str:
-        """The path or URL of the shard in which the sample of that number lies."""
+        """Return the path or URL of the shard that contains sample number `sample`."""
         return self.shards[self.shard_of(sample)]
 
     def key(self, sample: int) -> str:
-        """The name that the sample of that number has in its shard."""
+        """Return the key of sample number `sample`: its name in the shard."""
         start = int(self.arrays["key_ends"][sample - 1]) if sample else 0
         return self.arrays["keys"][start : int(self.arrays["key_ends"][sample])].tobytes().decode()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # workers that are not forked open the file again instead of being sent its content
+        # a process that is not forked reopens the file, instead of receiving the arrays
         return _load, (self.path, self.shards)
 
 
 def open_index(shards: Sequence[str], cache: ShardCache) -> Index:
-    """The index of `shards`, scanned if there is none yet; of it those shards whose size or time has changed since.
+    """Load the index of `shards`. Scan shards that are not indexed yet, or whose size or time has changed since.
 
-    It is kept beside the first shard, or in the user's cache directory where that cannot be written; an index beside
-    the shards is good for everybody who may read them. This user's processes that ask for the same index at once wait
-    for the first one's scan. Raises ValueError when no sample is usable, or there is no place for the index.
+    The file lies beside the first shard, or in the user's cache directory if that folder cannot be written. An index
+    beside the shards serves everybody who can read them. If several processes of this user request the same index, one
+    scans and the others wait. Raises ValueError if no sample is usable, or if the index cannot be stored anywhere.
     """
     places = _places(shards)
     index = _find(places, shards)
@@ -124,13 +124,13 @@ def open_index(shards: Sequence[str], cache: ShardCache) -> Index:
 
 
 def _places(shards: Sequence[str]) -> list[Path]:
-    """Where the index may lie, the best first."""
+    """Candidate paths of the index, in order of preference."""
     places = [credentials.identity(shard) for shard in shards]
     if is_remote(places[0]):
         names, beside = places, None
     else:
         beside = Path(places[0]).resolve().parent
-        # relative names, so that a set that moves keeps its index
+        # relative names, so that a set keeps its index when it is moved
         names = [one if is_remote(one) else os.path.relpath(os.path.abspath(one), beside) for one in places]
     name = f"{Path(shards[0]).stem}-{_short(json.dumps(names, allow_nan=False))}.index"
     own = cache_dir() / "indices" / f"{_short(str(beside or ''))}-{name}"
@@ -138,14 +138,14 @@ def _places(shards: Sequence[str]) -> list[Path]:
 
 
 def _find(places: Sequence[Path], shards: Sequence[str]) -> Index | None:
-    """The first index that is there, whole and of this version, and fresh if any is."""
+    """Return the first fresh index among the intact ones of this version; failing that, the first intact one."""
     found = [index for index in (_load_sound(path, shards) for path in places) if index]
     return next(filter(_is_fresh, found), found[0] if found else None)
 
 
 @contextmanager
 def _turn(places: Sequence[Path]) -> Iterator[None]:
-    """Wait for this user's other processes that make the same index. Where there can be no lock, it is made twice."""
+    """Wait for other processes of this user that scan the same set. Without lock support, both scan."""
     with ExitStack() as stack:
         for path in places:
             with suppress(OSError):
@@ -164,7 +164,7 @@ def _looks_the_same(shard: str, stamp: Stamp) -> bool:
 
 
 def _scan(shards: Sequence[str], old: Index | None, cache: ShardCache) -> list[ShardTable]:
-    """The tables of `shards`, those that look as in the `old` index taken from it."""
+    """Return the tables of `shards`; unchanged shards are copied from the `old` index instead of scanned."""
     stamps = old.stamps if old else ()
     tables = {i: _table(old, i) for i, stamp in enumerate(stamps) if old and _looks_the_same(shards[i], stamp)}
     left = [i for i in range(len(shards)) if i not in tables]
@@ -172,7 +172,7 @@ def _scan(shards: Sequence[str], old: Index | None, cache: ShardCache) -> list[S
     if not any(map(is_remote, to_do)) and sum(map(os.path.getsize, map(credentials.place, to_do))) < LONG_WORK:
         tables |= zip(left, map(scan, to_do), strict=True)
     else:
-        # forked, since a script without a __main__ guard must be able to open a set
+        # fork, so that a script without a __main__ guard can open a set
         with ProcessPoolExecutor(os.cpu_count(), get_context("fork")) as pool:
             scanned = track(pool.map(scan, to_do), f"indexing {len(to_do)} shards", total=len(to_do))
             tables |= zip(left, scanned, strict=True)
@@ -180,7 +180,7 @@ def _scan(shards: Sequence[str], old: Index | None, cache: ShardCache) -> list[S
 
 
 def _table(index: Index, i: int) -> ShardTable:
-    """Shard number i of `index`, as its scan had it."""
+    """Rebuild the scan result of shard number i from `index`."""
     end = int(index.shard_sizes[: i + 1].sum())
     rows = range(end - int(index.shard_sizes[i]), end)
     return ShardTable(
@@ -198,13 +198,13 @@ def _short(text: str) -> str:
 
 
 def _keep(places: Sequence[Path], shards: Sequence[str], tables: Sequence[ShardTable]) -> Index:
-    """Write what was found to the first of `places` that takes it."""
+    """Write the index to the first of `places` that can be written."""
     reason = ""
     for path in places:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write(path, tables)
-        except (OSError, SafetensorError) as error:  # another's folder, a full disk
+        except (OSError, SafetensorError) as error:  # another user's folder, or a full disk
             reason = str(error)
         else:
             return _load(path, tuple(shards))
@@ -212,7 +212,7 @@ def _keep(places: Sequence[Path], shards: Sequence[str], tables: Sequence[ShardT
 
 
 def _write(path: Path, tables: Sequence[ShardTable]) -> None:
-    """One safetensors file with the shards' stamps, the faults and a checksum in its header."""
+    """Write one safetensors file, with the shards' stamps, the faults and a checksum in its header."""
     arrays = {
         "shard_sizes": np.array([len(table) for table in tables], np.int64),
         "members": np.concatenate([table.members for table in tables]),
@@ -224,7 +224,7 @@ def _write(path: Path, tables: Sequence[ShardTable]) -> None:
     metadata = {
         "version": VERSION,
         "stamps": [astuple(table.stamp) for table in tables],
-        # by number, since a set may move
+        # shards by number instead of path, since a set may be moved
         "faults": [(i, fault.key, fault.reason) for i, table in enumerate(tables) for fault in table.faults],
         "checksum": _checksum(arrays),
     }
@@ -247,12 +247,12 @@ def _seal(metadata: Mapping[str, Any]) -> str:
 
 
 def _load_sound(path: Path, shards: Sequence[str]) -> Index | None:
-    """The index at `path` if it is there, whole and of this version."""
+    """Load the index at `path` if it exists, is intact and of this version; else None."""
     try:
         if path.is_file() and _header(path)[0].get("version") == VERSION:
             return _load(path, tuple(shards))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, MemoryError, RecursionError):
-        pass  # of another making, damaged, or not ours to read: made again
+        pass  # another format, damaged or unreadable: the caller scans again
     return None
 
 
@@ -280,28 +280,28 @@ def _load(path: Path, shards: tuple[str, ...]) -> Index:
 
 
 def _is_consistent(arrays: dict[str, NDArray[Any]], stamps: Sequence[Sequence[int]]) -> bool:
-    """Whether `arrays` describe samples inside of shards with these `stamps`.
+    """True if `arrays` describe samples that lie inside shards with these `stamps`.
 
-    A checksum finds damage, but anyone can compute one who may write beside the shards.
+    The checksum detects damage only: anyone with write access to the folder can compute a valid one.
     """
     sizes, members, ends = arrays["shard_sizes"], arrays["members"], arrays["key_ends"]
-    count, bounds = len(arrays["caption_bytes"]), np.array([size or 2**62 for size, *_ in stamps])  # 0: not known
+    count, bounds = len(arrays["caption_bytes"]), np.array([size or 2**62 for size, *_ in stamps])  # size 0: unknown
     shapes = {"shard_sizes": (len(stamps),), "members": (count, 3, 2), "picture_sizes": (count, 2)}
     shapes |= {"caption_bytes": (count,), "key_ends": (count,), "keys": (int(ends[-1]) if len(ends) else 0,)}
     if {name: array.shape for name, array in arrays.items()} != shapes:
         return False
     if (sizes < 0).any() or sum(sizes.tolist()) != count or (np.diff(ends, prepend=0) < 0).any():
         return False
-    room = np.repeat(bounds, sizes)[:, None] - members[..., 0]  # behind each member's beginning
+    room = np.repeat(bounds, sizes)[:, None] - members[..., 0]  # bytes from each member's start to the shard's end
     inside = (members >= 0).all() and (members[..., 1] <= room).all()
     return bool(inside and (arrays["picture_sizes"] > 0).all() and (arrays["caption_bytes"] > 0).all())
 
 
 def _header(path: Path) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """(our metadata, safetensors' table of arrays, where their bytes start)."""
+    """Return (our metadata, safetensors' table of arrays, byte offset of the arrays)."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > os.fstat(file.fileno()).st_size:  # else as much memory would be asked for
+        if length > os.fstat(file.fileno()).st_size:  # otherwise a damaged length could request any amount of memory
             raise ValueError(f"index {path} is cut short: delete it")
         table = loads(file.read(length))
     metadata = {key: loads(value) for key, value in table.pop("__metadata__").items()}

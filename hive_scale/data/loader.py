@@ -1,7 +1,7 @@
-"""The data room's front: global batches by number, dealt to this rank, read, decoded and collated.
+"""Entry point of data loading: numbered global batches, split among ranks, read, decoded and collated.
 
-Which samples a step sees, and how they are dealt, is `sampler`'s matter; `workers` reads them, in worker processes if
-there are any.
+`sampler` decides which samples a step sees and how ranks share them; `workers` reads them, in worker processes if
+`data.workers` is not 0.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from hive_scale.distributed import World
 
 
 class Loader(SampleReader):
-    """A set of image-caption pairs as batches.
+    """A set of image-caption pairs, served as batches.
 
-    `shards` are patterns as in `shards.expand`. Samples that cannot be used are listed in `bad_samples`.
-    Raises ValueError if a shard is missing or more than `config.max_bad_samples` samples are bad.
+    `shards` are patterns as in `shards.expand`. Unusable samples are logged in the file `bad_samples`. Raises
+    ValueError if a shard is missing or more than `config.max_bad_samples` samples are bad.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Loader(SampleReader):
         self.sets = expand(shards)
         cache = ShardCache(round(config.cache_gb * 1e9), config.retry_seconds)
         super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size, pad_colour)
-        self.num_samples = self.stream(0).num_samples  # in an epoch
+        self.num_samples = self.stream(0).num_samples  # per epoch, with repeats
         self.fingerprint, self.layout = self.index.fingerprint, self.index.layout
         self._ledger = BadSampleLog(bad_samples, config.max_bad_samples)
         self._ledger.add(self.index.faults)
@@ -59,10 +59,11 @@ class Loader(SampleReader):
     def steps(
         self, *, global_batch: int, accumulation: int, seed: int, start: int, world: World
     ) -> Iterator[list[Batch]]:
-        """This rank's micro-batches for each optimizer step, endlessly, after `start` samples consumed.
+        """Yield this rank's micro-batches of each optimizer step, endlessly, starting after `start` consumed samples.
 
-        All ranks and micro-batches have equally many samples. Step s holds the stream's positions
-        [start + s * global_batch, ...) whatever the world; see `sampler.split_by_length` for who gets which.
+        All ranks and micro-batches hold the same number of samples. Step s covers the stream positions [start + s *
+        global_batch, start + (s + 1) * global_batch) for any world size; `sampler.split_by_length` assigns them to
+        ranks.
         """
         order = self.stream(seed)
         slots = self._dealt(order, global_batch, accumulation, start, world)
@@ -72,28 +73,29 @@ class Loader(SampleReader):
             yield [next(micro_batches) for _ in range(accumulation)]
 
     def note(self, bad: Sequence[SampleError]) -> None:
-        """List samples that cannot be used. Raises ValueError if they are too many."""
+        """Log unusable samples. Raises ValueError if they exceed the budget."""
         self._ledger.add(bad)
 
     def with_features(self, features: FeatureStore | None) -> Loader:
-        """The same set, whose batches have `features` in place of images."""
+        """Return the same set, whose batches carry `features` in place of images."""
         loader = copy(self)
         loader.features = features
         return loader
 
     def keys(self, seed: int, start: int, count: int) -> list[str]:
-        """Keys of the samples at the stream's positions [start, start + count)."""
+        """Return the keys of the samples at the stream positions [start, start + count)."""
         return [self.index.key(int(sample)) for sample in self.stream(seed).ids(start, count)]
 
     def once(self, *, batch_size: int, world: World) -> Iterator[Batch]:
-        """One pass of `every`."""
+        """One pass over `every`."""
         return iter(self.every(batch_size=batch_size, world=world))
 
     def every(self, *, batch_size: int, world: World) -> Passes:
-        """Every sample exactly once over all ranks, in batches of at most `batch_size`; bad ones are left out.
+        """Batches of at most `batch_size` that cover every sample exactly once over all ranks; bad samples are left
+        out.
 
-        All ranks see equally many batches, so that collectives match: one that has run out, or whose whole batch
-        is bad, gets a batch without images and targets, which adds nothing to any sum.
+        All ranks get the same number of batches, so that collectives match. A rank that has run out of samples, or
+        whose whole batch is bad, gets a batch without images and targets, which contributes 0 to every sum.
         """
         slots: list[Slots] = [
             [(-1, int(sample)) for sample in batch] for batch in eval_batches(self.text_bytes, batch_size)
@@ -102,7 +104,7 @@ class Loader(SampleReader):
         return Passes(self, slots[world.rank :: world.size], None, batch_size, held=2, world=world)
 
     def stream(self, seed: int) -> SampleStream:
-        """The order of the samples, endlessly. Raises ValueError if one of the sets has no usable sample."""
+        """The endless order of samples for `seed`. Raises ValueError if one of the sets has no usable sample."""
         sizes = np.split(self.index.shard_sizes, np.cumsum([len(one.shards) for one in self.sets])[:-1])
         for one, size in zip(self.sets, sizes, strict=True):
             if not size.sum():
@@ -123,9 +125,9 @@ class Loader(SampleReader):
 
 
 class Passes(Iterable[Batch]):
-    """Batches to go through, again and again where their slots are a list, but one pass at a time.
+    """Iterable over batches. It can be iterated again if its slots are a list, but only one pass at a time.
 
-    Workers are started by the first pass, wait for the next, and end with this object.
+    The first pass starts the workers. They persist between passes and end with this object.
     """
 
     def __init__(
@@ -138,7 +140,7 @@ class Passes(Iterable[Batch]):
             batch_size=None,
             sampler=self._batches.requests(slots),
             pin_memory=pins_memory(world.device),
-            generator=torch.Generator(),  # its own, so that loading does not move the model's random numbers
+            generator=torch.Generator(),  # separate, so that loading does not advance the model's random state
             **worker_options(loader.config.workers),
         )
 

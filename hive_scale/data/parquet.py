@@ -1,4 +1,4 @@
-"""Parquet files of others: how large a row group may be, and errors in one line."""
+"""Checks for parquet files from elsewhere: limit the size of a row group, and shorten errors to one line."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-LARGEST_GROUP = 8 * 2**30  # bytes of a row group, unpacked: the hub writes a hundred images, some a thousand
+LARGEST_GROUP = 8 * 2**30  # uncompressed bytes; row groups on the hub hold a hundred images, sometimes a thousand
 
 
 def parquet_error(path: Path, error: Exception) -> str:
-    """What pyarrow's error says of a file, in one line."""
+    """Return a one-line message for an exception that pyarrow raised while reading `path`."""
     return f"{path} cannot be read as parquet: {next(iter(str(error).splitlines()), type(error).__name__)}"
 
 
 def check_row_group(file: ParquetFile, group: int, *columns: str) -> None:
-    """Raises ValueError if `columns` (default: all) of a row group say that they take more than `LARGEST_GROUP`."""
+    """Raise ValueError if `columns` (default: all) of a row group declare more than `LARGEST_GROUP` bytes."""
     told = file.metadata.row_group(group)
     chunks = [told.column(number) for number in range(told.num_columns)]
     wanted = [one for one in chunks if not columns or one.path_in_schema.split(".")[0] in columns]

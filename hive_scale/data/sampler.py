@@ -1,9 +1,9 @@
-"""Which sample comes when: a pure function of (shard sizes, seed, epoch), so that resuming is a seek.
+"""The order of samples, as a pure function of (shard sizes, seed, epoch): resuming is a seek.
 
-The stream of an epoch is the shards in shuffled order, cut into windows of so many samples, each window shuffled.
-Reads stay within the few shards of a window, memory within one window, and any position is found in constant time.
-The state of a stream is one integer, the number of samples consumed; global batch b is the stream's positions
-[b * B, (b + 1) * B) whatever the number of ranks and workers.
+An epoch's stream is its shards in shuffled order, cut into shuffle windows of `window` samples, each shuffled. Reads
+stay within the few shards of a window, memory within one window, and any position is found in constant time. The state
+of a stream is one integer, the number of samples consumed. Global batch b is the stream's positions [b * B, (b + 1) *
+B) for any number of ranks and workers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from numpy.typing import ArrayLike, NDArray
 
 Ints = NDArray[np.int64]
 
-CLOCK = 2**40  # ticks of an epoch, by which mixtures are timed: integers, since floats would round
+CLOCK = 2**40  # ticks per epoch on which mixtures are scheduled; integers, since floats would round
 
 
 class SampleStream(ABC):
-    """Sample numbers, endlessly, epoch after epoch; holds nothing but memory of what it computed last."""
+    """Endless stream of sample numbers, epoch after epoch. Its only state is a cache of the last window."""
 
     def __init__(self, num_samples: int, seed: int, window: int) -> None:
-        self.num_samples = num_samples  # in an epoch
+        self.num_samples = num_samples  # per epoch
         self.seed = seed
         self.window = window
         self._last: tuple[int, int, Ints] = (-1, -1, np.empty(0, np.int64))
@@ -35,17 +35,18 @@ class SampleStream(ABC):
         while count > 0:
             epoch, within = divmod(start, self.num_samples)
             window, first = divmod(within, self.window)
-            # to the window's end at most: the next one has an order of its own
+            # stop at the window's end: the next window has its own order
             piece = self._shuffled(epoch, window)[first : first + count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
 
     def substitutes(self, position: int) -> Iterator[int]:
-        """What stands in, in this order, if the sample at stream `position` cannot be used.
+        """Yield replacements, in order of preference, for an unusable sample at stream `position`.
 
-        Others of its window (so that reads stay near) in an order that only the position decides: no rank needs
-        to tell another, a resumed run finds the same, and nothing else in the stream moves.
+        They are the other samples of its shuffle window, so that reads stay local, in an order that depends on the
+        position alone. Ranks need not communicate, a resumed run picks the same ones, and the rest of the stream is
+        unaffected.
         """
         epoch, within = divmod(position, self.num_samples)
         window, first = divmod(within, self.window)
@@ -61,11 +62,11 @@ class SampleStream(ABC):
 
     @abstractmethod
     def _between(self, epoch: int, low: int, high: int) -> Ints:
-        """What lies at the places [low, high) of an epoch before its windows are shuffled."""
+        """Return the sample numbers at places [low, high) of an epoch, before its windows are shuffled."""
 
 
 class ShuffledSampler(SampleStream):
-    """One set: each sample once in each epoch. `shard_sizes` are the samples per shard."""
+    """Stream over one set: each sample once per epoch. `shard_sizes` are the numbers of samples per shard."""
 
     def __init__(self, shard_sizes: ArrayLike, seed: int, window: int) -> None:
         self.sizes = np.asarray(shard_sizes, np.int64)
@@ -76,13 +77,13 @@ class ShuffledSampler(SampleStream):
     def _between(self, epoch: int, low: int, high: int) -> Ints:
         shards, ends = self._shards(epoch)
         places = np.arange(low, high)
-        # the shard in which each place falls, and how far into it
+        # map each place to its shard and to the offset within that shard
         slots = np.searchsorted(ends, places, side="right")
         ids: Ints = self._starts[shards[slots]] + places - (ends[slots] - self.sizes[shards[slots]])
         return ids
 
     def _shards(self, epoch: int) -> tuple[Ints, Ints]:
-        """(shards in this epoch's order, where each ends in the epoch's unshuffled stream)."""
+        """Return (shards in this epoch's order, end of each in the epoch's unshuffled stream)."""
         if self._epoch[0] != epoch:
             shards = _shuffle(len(self.sizes), self.seed, epoch)
             self._epoch = (epoch, shards, np.cumsum(self.sizes[shards]))
@@ -90,10 +91,10 @@ class ShuffledSampler(SampleStream):
 
 
 class MixtureSampler(SampleStream):
-    """Several sets: an epoch has exactly `repeats` epochs of each, evenly spread.
+    """Stream over several sets: an epoch holds exactly `repeats` epochs of each, evenly interleaved.
 
-    `sets` are their shard sizes; sample numbers run on from set to set. Each set keeps an order of its own, so
-    half an epoch of a set is followed by the other half.
+    `sets` are their shard sizes. Sample numbers continue from set to set. Each set keeps its own order across epochs,
+    so with a repeat of 0.5 the next epoch reads the set's other half.
     """
 
     def __init__(self, sets: Sequence[ArrayLike], repeats: Sequence[float], seed: int, window: int) -> None:
@@ -111,12 +112,12 @@ class MixtureSampler(SampleStream):
         return np.concatenate(pieces)
 
     def _before(self, place: int) -> list[int]:
-        """How many samples of each set come before `place` of an epoch.
+        """Return how many samples of each set precede `place` of an epoch.
 
-        Sample j of the c that a set has in an epoch is due at time (j + 1/2) / c; the samples of all sets come as
-        they are due. The time at `place` is found by bisection; those due at once come in the order of the sets.
+        Sample j of the c that a set contributes to an epoch is due at time (j + 1/2) / c, and samples come in order of
+        their due time. The time at `place` is found by bisection; samples due at the same tick are ordered by set.
         """
-        # due(time) never falls, so that the place's tick is found in 40 halvings, whatever the size of the sets
+        # due(time) never decreases, so 40 bisection steps find the tick of `place`, whatever the sets' sizes
         low = bisect_right(range(CLOCK), place, key=lambda time: sum(self._due(time))) - 1
         due, later = self._due(low), self._due(low + 1)
         for i in range(len(due)):
@@ -129,12 +130,13 @@ class MixtureSampler(SampleStream):
 
 
 def split_by_length(lengths: ArrayLike, world_size: int, micro_batches: int) -> Ints:
-    """Deal a global batch of B samples by length: int64 (world_size, micro_batches, B / both), indices into it.
+    """Deal a global batch of B samples by length: int64 (world_size, micro_batches, b), indices into `lengths`.
 
-    Every micro-batch holds as many samples, of lengths as alike as can be, so little is padded. At each turn the
-    ranks hold neighbouring lengths, so that none waits long for the others, and whoever had the longest of one
-    turn gets the shortest of the next. The longest come first: memory peaks at once. Since the loss is a sum over
-    tokens, dealing does not change the gradient. Raises ValueError if B does not divide.
+    Sorts by length, longest first; reshapes to (micro_batches, world_size, b) with b = B / (world_size *
+    micro_batches); reverses the rank order of every second row (snake order). Each micro-batch thus holds samples of
+    similar length, which keeps padding low, and the ranks of one micro-batch hold neighbouring lengths, so none waits
+    long for another. The longest come first, so memory peaks in the first micro-batch. The loss is a sum over tokens,
+    so the split does not change the gradient. Raises ValueError if B is not a multiple of world_size * micro_batches.
     """
     lengths = np.asarray(lengths)
     if len(lengths) % (world_size * micro_batches):
@@ -144,21 +146,23 @@ def split_by_length(lengths: ArrayLike, world_size: int, micro_batches: int) -> 
         )
     by_length = np.argsort(-lengths, kind="stable")
     turns = by_length.reshape(micro_batches, world_size, -1)
-    # there and back, as a plough turns: whoever had the longest texts has the shortest next
+    # snake order: the rank with the longest texts of one micro-batch has the shortest of the next
     turns[1::2] = turns[1::2, ::-1].copy()
     return turns.transpose(1, 0, 2)
 
 
 def eval_batches(lengths: ArrayLike, batch_size: int) -> list[Ints]:
-    """All samples once, longest first, in the fewest batches of at most `batch_size`, as equal as can be."""
+    """Split all samples, longest first, into the fewest batches of at most `batch_size`, with sizes as equal as
+    possible.
+    """
     by_length = np.argsort(-np.asarray(lengths), kind="stable")
     return np.array_split(by_length, max(1, -(-len(by_length) // batch_size)))
 
 
 def _shuffle(count: int, *key: int) -> Ints:
-    """The numbers below `count` in an order that `key` decides, in this version of numpy and the next.
+    """Return a permutation of range(count) that depends on `key` alone, the same in every numpy version.
 
-    numpy promises the raw bits of its generators for good, but not what `Generator.permutation` makes of them.
+    numpy guarantees the raw bits of its generators, but not the result of `Generator.permutation`.
     """
     bits = np.random.Philox(np.random.SeedSequence(key)).random_raw(count)
     return np.argsort(bits, kind="stable")

@@ -1,6 +1,6 @@
-"""Shards that lie elsewhere are fetched whole, once, into a cache that all processes of a machine share.
+"""Disk cache of remote shards: each is downloaded whole, once, and shared by all processes of a machine.
 
-Reads keep to the few shards of a window (see `order`), so a cache that holds some windows is enough.
+Reads stay within the few shards of a shuffle window (see `sampler`), so a cache that holds a few windows is enough.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from hive_scale.phase_timer import tick
 from hive_scale.shared_files import cache_dir, locked, own_lock
 
 PIECE = 2**20  # bytes read at a time
-TIMEOUT = 60.0  # seconds in which a server says something
-LONGEST = 30.0  # seconds between two tries
-RETRIED = (408, 429)  # of the answers that blame the one who asks: too slow, too often
+TIMEOUT = 60.0  # seconds without data after which a connection fails
+LONGEST = 30.0  # seconds, the longest pause between two tries
+RETRIED = (408, 429)  # 4xx answers worth a retry: request timeout, too many requests
 logger = logging.getLogger(__name__)
-drawn = random.Random()  # nosec B311 # its own, so that waiting moves nobody's random numbers; nothing secret
+drawn = random.Random()  # nosec B311 # separate, so that retries do not advance global random state; nothing secret
 
 
 def is_remote(shard: str) -> bool:
-    """Whether `shard` is a URL rather than a path."""
+    """True if `shard` is a URL rather than a path."""
     return "://" in credentials.place(shard)
 
 
 def digest_of(descriptor: int) -> str:
-    """xxh3-128 of a file's bytes, in hex."""
+    """Return the xxh3-128 of a file's bytes, in hex."""
     digest, at = xxhash.xxh3_128(), 0
     while piece := os.pread(descriptor, PIECE, at):
         digest.update(piece)
@@ -52,22 +52,22 @@ def digest_of(descriptor: int) -> str:
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Opens shards, local or remote. Fetched ones take at most `max_bytes` of disk, the least used going first.
+    """Opens shards, local or remote. Downloads take at most `max_bytes` of disk; the least recently used go first.
 
-    A remote shard is taken to stay as it is; one that changes needs another name. Files are named by what is in them,
-    so that none stands for another. A shard that does not come is asked for again, until none of it has come for
+    A remote shard is assumed immutable: changed content needs a new name. Cached files are named by their content's
+    digest, so one cannot be mistaken for another. A failed download is retried until no new bytes have arrived for
     `retry_seconds`.
     """
 
     max_bytes: int
     retry_seconds: float = 300.0
-    pause: float = 0.5  # seconds before the second try, at most; doubled before each further one
+    pause: float = 0.5  # seconds, upper bound of the wait before the second try; doubled for each further try
 
     def open(self, shard: str, digest: str = "") -> int:
-        """A file descriptor on `shard`, if that is remote on one whose content has the `digest`, where that is known.
+        """Return a file descriptor for `shard`. A remote shard must match `digest`, unless that is empty.
 
-        Raises OSError for a missing file, and for a URL whose server refuses it or that brings something else, TryAgain
-        for one that does not come.
+        Raises OSError for a missing file, and for a URL that the server refuses or whose content does not match.
+        Raises TryAgain if the server does not deliver within `retry_seconds`.
         """
         if not is_remote(shard):
             return os.open(credentials.place(shard), os.O_RDONLY)
@@ -81,20 +81,20 @@ class ShardCache:
     def _open_fetched(self, shard: str, stem: Path, digest: str) -> int:
         while True:
             for path in _kept(stem, digest):
-                with suppress(FileNotFoundError):  # given up for room
-                    descriptor = os.open(path, os.O_RDONLY)  # stays readable when its name is given up
-                    with suppress(PermissionError, FileNotFoundError):  # another user's
+                with suppress(FileNotFoundError):  # evicted by another process
+                    descriptor = os.open(path, os.O_RDONLY)  # stays readable after eviction
+                    with suppress(PermissionError, FileNotFoundError):  # another user's file
                         os.utime(path)
                     return descriptor
-            with locked(own_lock(stem)):  # ranks and workers that want the same shard wait for one fetch
+            with locked(own_lock(stem)):  # ranks and workers that need the same shard wait for one download
                 if not _kept(stem, digest):
                     self._fetch(shard, stem, digest)
 
     def _fetch(self, url: str, stem: Path, wanted: str) -> None:
-        """Download `url` to `stem`-DIGEST.tar, going on from what has come after each failure."""
+        """Download `url` to `stem`-DIGEST.tar; after a failure, continue from the bytes already received."""
         part = stem.with_name(f".{stem.name}.{os.getuid()}.part")
         part.unlink(missing_ok=True)
-        part.touch(exist_ok=False)  # not through a link
+        part.touch(exist_ok=False)  # refuses to follow a link
         try:
             self._download(url, part)
             with part.open("rb") as file:
@@ -120,13 +120,13 @@ class ShardCache:
                 told = credentials.hide(f"shard {url} cannot be fetched, or needs another package: {error}")
                 raise ValueError(told) from None
             except Exception as error:
-                reason = credentials.hide(str(error) or type(error).__name__)  # which may tell a store's secrets
+                reason = credentials.hide(str(error) or type(error).__name__)  # may contain credentials
                 if _is_refused(error):
                     message = f"shard {url} cannot be fetched ({reason}): check address and access{_forgotten(error)}"
                     raise OSError(message) from None
                 if not _may_pass(error):
                     raise
-                if part.exists() and part.stat().st_size > furthest:  # it comes, if in pieces
+                if part.exists() and part.stat().st_size > furthest:  # progress was made: restart the clock
                     furthest, ends, pause = part.stat().st_size, time.monotonic() + self.retry_seconds, self.pause
                 if time.monotonic() >= ends:
                     waited = f"{reason}, for {self.retry_seconds:.0f} s: data.retry_seconds"
@@ -135,7 +135,7 @@ class ShardCache:
                     logger.warning("shard %s does not come (%s): it is asked for again", url, reason)
                     warned = True
             tick()
-            # at a random time, so that those who failed together do not all come back together
+            # random jitter, so that clients that failed together do not all retry together
             time.sleep(drawn.uniform(0.0, pause))
             pause = min(LONGEST, 2 * pause)
 
@@ -144,19 +144,21 @@ class ShardCache:
         total = sum(size for _, size, _ in used)
         for _, size, path in used:
             if total > self.max_bytes and path != newest:
-                with suppress(OSError):  # another user's, or gone by now
+                with suppress(OSError):  # another user's file, or already deleted
                     path.unlink()
                     total -= size
 
 
 def _kept(stem: Path, digest: str) -> list[Path]:
-    """The files that hold the shard of `stem`, the latest first; of older versions' none, which do not say what."""
+    """Return the cached files of `stem`, most recently used first. Names without a digest (older versions) do not
+    match.
+    """
     found = stem.parent.glob(f"{stem.name}-{digest or '*'}.tar")
     return [path for *_, path in sorted(_sizes(found), reverse=True)]
 
 
 def _sizes(paths: Iterable[Path]) -> Iterator[tuple[float, int, Path]]:
-    """(time of last use, bytes, path) of those that are still there: another user may share the folder."""
+    """Yield (time of last use, bytes, path) of the files that still exist: another process may delete some."""
     for path in paths:
         with suppress(FileNotFoundError):
             found = path.stat()
@@ -164,23 +166,24 @@ def _sizes(paths: Iterable[Path]) -> Iterator[tuple[float, int, Path]]:
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether asking again would be in vain."""
+    """True if a retry cannot succeed."""
     if isinstance(error, HTTPError):
         return 400 <= error.code < 500 and error.code not in RETRIED
     return isinstance(error, FileNotFoundError | PermissionError)
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it is the network's error, or of a client package, such as s3fs, whose errors are its own."""
+    """True if `error` may be temporary: a network error, or a client package's own type, such as s3fs's."""
     if isinstance(error, OSError):
         return error.errno not in FULL
     return isinstance(error, HTTPException) or type(error).__module__ != "builtins"
 
 
 def _append(url: str, part: Path, versions: set[str]) -> None:
-    """Append to `part` what it lacks of `url`, all of one version: `versions` are the ETags of what it has.
+    """Append the missing bytes of `url` to `part`. `versions` holds the ETag of the bytes already there.
 
-    Raises OSError or HTTPException if the connection fails.
+    Raises OSError or HTTPException if the connection fails. If the shard has changed meanwhile, empties `part` and
+    raises OSError.
     """
     with part.open("ab") as file:
         with _stream(url, file.tell()) as (stream, start, total, version):
@@ -200,13 +203,13 @@ def _append(url: str, part: Path, versions: set[str]) -> None:
 
 @contextmanager
 def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
-    """(the bytes of `url` from `start` on, or from 0 if it cannot seek; where they start; the whole's length; ETag)."""
+    """Yield (stream, start, total length, ETag) of `url` from byte `start`, or from 0 if the server cannot seek."""
     if url.startswith(("http://", "https://")):
         request = _request(url)
         if start:
             request.add_header("Range", f"bytes={start}-")
         with urlopen(request, timeout=TIMEOUT) as response:  # nosec B310 # http or https, as was just seen
-            start = start if response.status == 206 else 0  # a server without ranges sends all again
+            start = start if response.status == 206 else 0  # a server without range support sends everything again
             length = response.headers["Content-Length"]
             total = start + int(length) if length else None
             told = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers["Content-Range"] or "")
@@ -216,7 +219,7 @@ def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
                 total = total if told[2] == "*" else int(told[2])
             yield response, start, total, response.headers["ETag"] or ""
     else:
-        import fsspec  # s3://, gs:// and others, each with its own package
+        import fsspec  # for s3://, gs:// and others, each of which needs its own package
 
         address, options = _of_store(url)
         with fsspec.open(address, **options) as file:
@@ -225,7 +228,7 @@ def _stream(url: str, start: int) -> Iterator[tuple[Any, int, int | None, str]]:
 
 
 def _request(url: str) -> Request:
-    """A request for `url`, whose user and password go into a header, and not to where it may be redirected."""
+    """Return a request for `url`. User and password go into a header that is not forwarded on a redirect."""
     address, user, password = _split(url)
     request = Request(address)
     if user or password:
@@ -235,7 +238,7 @@ def _request(url: str) -> Request:
 
 
 def _of_store(url: str) -> tuple[str, dict[str, str]]:
-    """(address, options) for fsspec, whose S3 takes no key and secret in the address."""
+    """Return (address, options) for fsspec, whose S3 file system takes no credentials in the address."""
     if not url.startswith(("s3://", "s3a://")):
         return url, {}
     address, key, secret = _split(url)
@@ -243,7 +246,7 @@ def _of_store(url: str) -> tuple[str, dict[str, str]]:
 
 
 def _split(url: str) -> tuple[str, str, str]:
-    """(`url` without them, user, password)."""
+    """Return (`url` without credentials, user, password)."""
     given = credentials.USER.search(url)
     if not given:
         return url, "", ""

@@ -1,4 +1,4 @@
-"""Which tars make up a set, and the bytes of one member of one of them."""
+"""Expand shard patterns to tars, and read byte ranges from them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.shard_cache import ShardCache, digest_of, is_remote
 from hive_scale.data.tar_scan import Stamp
 
-SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # the tars that ship with the package
+SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # tars that ship with the package
 
 
 @dataclass(frozen=True)
 class ShardSet:
-    """The shards of one pattern, by their public names, and how many epochs of them one epoch of the whole has."""
+    """The shards of one pattern, by their public names.
+
+    `repeats` is the number of times one epoch of the whole mixture reads this set.
+    """
 
     pattern: str
     shards: list[str]
@@ -32,10 +35,10 @@ class ShardSet:
 
 
 def expand(patterns: Sequence[str]) -> list[ShardSet]:
-    """What `patterns` name, in order: paths, ``{0000..0099}`` ranges, globs, URLs, ``sample:train``.
+    """Expand `patterns`, in order: paths, ``{0000..0099}`` ranges, globs, URLs, ``sample:train``.
 
-    Each may say how often an epoch reads it: ``3 x small/*.tar``, ``0.5 x large/*.tar``. Raises ValueError that
-    names a missing shard and its pattern, and for ``pipe:`` URLs, which run commands.
+    A prefix says how often an epoch reads a set: ``3 x small/*.tar``, ``0.5 x large/*.tar``. Raises ValueError if a
+    shard is missing (naming it and its pattern) or named twice, and for ``pipe:`` URLs, which run commands.
     """
     sets = [_expand_one(pattern) for pattern in patterns]
     if not sets:
@@ -65,7 +68,7 @@ def _share(pattern: str) -> tuple[float, str]:
 
 
 def _find(pattern: str, shown: str) -> list[str]:
-    """Where the shards of `pattern` lie; to a user it is `shown`."""
+    """Return the paths or URLs of the shards that match `pattern`; error messages call it `shown`."""
     if pattern.startswith("sample:"):
         name = pattern.removeprefix("sample:")
         found = sorted(str(path) for path in SAMPLE_DIR.glob(f"{name}-*.tar"))
@@ -99,8 +102,8 @@ def _find(pattern: str, shown: str) -> list[str]:
 class ShardReader:
     """Reads byte ranges of tars, keeping at most `max_open` of them open.
 
-    Ranges are read in place (pread), so that copies of a reader in forked workers do not disturb each other. `stamps`
-    are those of the index: a shard with other bytes, in which its ranges mean nothing, is not read.
+    Uses pread, so that copies of a reader in forked workers do not disturb each other. `stamps` come from the index: a
+    shard with other content is refused, since the indexed ranges do not apply to it.
     """
 
     def __init__(self, shards: Sequence[str], stamps: Sequence[Stamp], cache: ShardCache, max_open: int = 64) -> None:
@@ -108,16 +111,16 @@ class ShardReader:
         self.stamps = stamps
         self.cache = cache
         self.max_open = max_open
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the latest used last
-        self._lock = Lock()  # so that no thread closes what another reads
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, most recently used last
+        self._lock = Lock()  # keeps one thread from closing a descriptor that another reads
 
     def read(self, shard: int, start: int, length: int, most: int = LARGEST_FILE) -> bytes:
-        """`length` bytes from `start` of shard number `shard`.
+        """Return `length` bytes from offset `start` of shard number `shard`.
 
-        Raises ValueError if the file ends before, or they are more than `most`; OSError if it cannot be opened, or
-        has changed since it was indexed: the first is a broken sample, the second a broken machine.
+        Raises ValueError if the file ends before, or if `length` exceeds `most`: the sample is broken. Raises OSError
+        if the shard cannot be opened or has changed since it was indexed: the machine is at fault, or the set.
         """
-        if start < 0 or not 0 <= length <= most:  # a tar has members of any size
+        if start < 0 or not 0 <= length <= most:  # tar members can have any size
             raise ValueError(
                 f"{length:,} bytes from byte {start:,} on are not the at most {most:,} that are read of one"
             )

@@ -1,7 +1,7 @@
-"""One tar's samples, by its headers, and the digest of all its bytes: nothing is decoded.
+"""Scan one tar: list its samples from the headers, and digest all its bytes. Nothing is decoded.
 
-The walk goes on behind damage, at the next header whose checksum is right, and accounts for every byte: what leads to
-no sample is a fault of the shard.
+The scan resumes after damage, at the next header with a valid checksum, and accounts for every byte: bytes that lead
+to no sample are reported as a fault of the shard.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from hive_scale.strict_json import read
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION, RECORD = "txt", "json"
-IMAGE_HEADER = 4096  # bytes in which an image usually tells its size
+IMAGE_HEADER = 4096  # first bytes of an image, which usually hold its size
 BLOCK = tarfile.BLOCKSIZE
-MAGIC, MAGIC_AT = b"ustar", 257  # in a header, of every format since 1988
-PIECE = 2**20  # bytes that are looked through at a time
-LONGEST_END = 2**20 + 2 * BLOCK  # zeros behind the last member that a tar may have: its records are padded with them
-LARGEST_HEADER = MB  # bytes that may come before a member: its name and attributes
+MAGIC, MAGIC_AT = b"ustar", 257  # in the headers of every tar format since 1988
+PIECE = 2**20  # bytes read at a time
+LONGEST_END = 2**20 + 2 * BLOCK  # most zeros accepted behind the last member: tar pads its last record with them
+LARGEST_HEADER = MB  # most bytes of headers before one member: its name and attributes
 LARGEST_CAPTION = MB
 
 Range = tuple[int, int]  # (start, length) in bytes
-NO_FILE: Range = (-1, 0)  # of a member without content of its own, such as a link
+NO_FILE: Range = (-1, 0)  # a member without content of its own, such as a link
 
 
 @dataclass(frozen=True)
 class SampleError:
-    """Something in a shard that is no usable sample. An empty key means the shard itself."""
+    """A part of a shard that is not a usable sample. An empty key stands for the shard as a whole."""
 
     shard: str
     key: str
@@ -58,10 +58,10 @@ class SampleError:
 
 @dataclass(frozen=True)
 class Stamp:
-    """By which a shard is known: size in bytes, time of its last change in ns, and the xxh3-128 of its bytes.
+    """Identity of a shard: size in bytes, modification time in ns, and the xxh3-128 of its bytes.
 
-    Size and time tell whether it must be read again, the digest alone whether it is another. A remote shard has no time
-    of its own.
+    Size and time decide whether it must be scanned again; the digest alone decides whether its content differs. A
+    remote shard has time 0.
     """
 
     size: int
@@ -69,7 +69,7 @@ class Stamp:
     digest: str
 
     def fits(self, found: os.stat_result) -> bool:
-        """Whether a local shard looks as it did when it was read."""
+        """True if the size and time of a local shard are those at the time of its scan."""
         return (self.size, self.changed) == (found.st_size, found.st_mtime_ns)
 
 
@@ -89,19 +89,19 @@ class ShardTable:
 
 
 def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
-    """Every sample of the tar `shard`; of one that is cut short or damaged, those before and behind the damage.
+    """List every sample of the tar `shard`. If it is truncated or damaged, list those before and behind the damage.
 
-    All its bytes are read once, for their digest; what is looked at behind that comes from memory.
+    All bytes are read once, for the digest; the walk over the headers then reads from the page cache.
 
-    A sample is a run of members with one key (the path up to the first dot of the file name): an image
-    (jpg, png, webp), a caption (txt) and perhaps a record (json), in any order.
+    A sample is a run of members that share a key (the path up to the first dot of the file name): an image (jpg, png,
+    webp), a caption (txt) and optionally a record (json), in any order.
     """
     faults: list[SampleError] = []
     gaps: list[Range] = []
     rows: list[tuple[str, list[Range], Range, int]] = []
     seen: set[str] = set()
     with os.fdopen(cache.open(shard), "rb") as file:
-        found = os.fstat(file.fileno())  # before it is read: what changes it meanwhile is seen by the time
+        found = os.fstat(file.fileno())  # taken before reading, so that a change meanwhile shows in the time
         changed = 0 if is_remote(shard) else found.st_mtime_ns
         stamp = Stamp(found.st_size, changed, digest_of(file.fileno()))
         for key, members in _groups(_files(file, gaps)):
@@ -127,13 +127,13 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
 
 
 def _groups(files: Iterator[tuple[str, Range]]) -> Iterator[tuple[str, dict[str, Range]]]:
-    """Runs of members that share a key, as {extension: byte range}."""
+    """Yield runs of members that share a key, as {extension: byte range}."""
     current, members = "", dict[str, Range]()
     for name, where in files:
         directory, slash, base = name.rpartition("/")
         stem, _, extension = base.partition(".")
         if not stem or not extension:
-            continue  # a note or a hidden file, as webdataset sees it too
+            continue  # no extension, or a hidden file: ignored, as webdataset does
         key, extension = directory + slash + stem, extension.lower()
         if members and (key != current or extension in members):
             yield current, members
@@ -145,12 +145,12 @@ def _groups(files: Iterator[tuple[str, Range]]) -> Iterator[tuple[str, dict[str,
 
 
 def _files(file: IO[bytes], gaps: list[Range]) -> Iterator[tuple[str, Range]]:
-    """(name, byte range) of each member, directories without a name; bytes that belong to none are added to `gaps`.
+    """Yield (name, byte range) of each member; a directory's name is empty. Add bytes of no member to `gaps`.
 
-    The last gap reaches to the end of the file: zeros alone, where all is well.
+    The last gap extends to the end of the file. In a sound tar it is the only one and holds only zeros.
     """
     total = os.fstat(file.fileno()).st_size
-    understood = at = 0  # where the last member ended, and where the next header is looked for
+    understood = at = 0  # end of the last member, and start of the search for the next header
     while (start := _next_header(file, at, total)) is not None:
         at = start + BLOCK
         for name, where, end in _run(file, start, total):
@@ -162,28 +162,30 @@ def _files(file: IO[bytes], gaps: list[Range]) -> Iterator[tuple[str, Range]]:
 
 
 def _run(file: IO[bytes], start: int, total: int) -> Iterator[tuple[str, Range, int]]:
-    """(name, byte range, end) of members from the header at `start` on, up to the first that is not sound."""
+    """Yield (name, byte range, end) of members, from the header at `start` up to the first that is not sound."""
     file.seek(start)
     headers = _Headers(file)
     try:
         with tarfile.open(fileobj=cast(IO[bytes], headers), mode="r:", encoding="utf-8") as tar:
             for member in tar:
-                vars(tar)["members"] = []  # tarfile keeps every header it has met, for searches that never come
+                vars(tar)["members"] = []  # drop the list of headers that tarfile keeps, which would only grow
                 is_file = member.isreg() and not member.issparse()
                 if not start < tar.offset or (is_file and not 0 <= member.size <= total - member.offset_data):
                     return
                 start = tar.offset
                 headers.left = LARGEST_HEADER
-                # bytes that are no UTF-8, and what would steer a terminal, are spelled out: names are printed, and
-                # written to files
+                # names are printed and written to files: escape invalid UTF-8 and terminal control characters
                 name = printable(member.name.encode(errors="surrogateescape").decode(errors="backslashreplace"))
                 yield "" if member.isdir() else name, (member.offset_data, member.size) if is_file else NO_FILE, start
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError):
-        return  # tarfile believes much of what an extended header says
+        return  # tarfile trusts the values of extended headers, and fails in many ways
 
 
 class _Headers:
-    """What tarfile reads of a tar whose members nobody asks it for: headers, which it would take of any size."""
+    """File object for tarfile that limits the bytes read per header, which a tar can declare of any size.
+
+    Only headers pass through it, since members are never read with tarfile.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.left = LARGEST_HEADER
@@ -198,10 +200,10 @@ class _Headers:
 
 
 def _next_header(file: IO[bytes], at: int, total: int) -> int | None:
-    """Where the first sound header at or behind byte `at` begins.
+    """Return the offset of the first sound header at or behind byte `at`, or None.
 
-    Looked for in every block, and at every place with a header's magic: in a file that has lost or gained some bytes
-    no block is where it was, and the oldest tars have no magic.
+    Checks every block, and every place with a header's magic: after lost or inserted bytes, headers are no longer
+    aligned to blocks, and the oldest tars have no magic.
     """
     if at + BLOCK > total:
         return None
@@ -221,17 +223,17 @@ def _next_header(file: IO[bytes], at: int, total: int) -> int | None:
 
 
 def _damage(file: IO[bytes], gaps: list[Range]) -> str:
-    """What is wrong with a tar whose bytes in `gaps` belong to no member; nothing if that is its end mark alone."""
+    """Describe the bytes in `gaps`, which belong to no member; empty if they are only the tar's end mark."""
     *between, (end, rest) = gaps
     if not between and not end:
         return "no member is in it: it is empty, compressed (unpack it then), or no tar"
-    holes = [gap for gap in between if _is_zero(file, gap)]  # may be the end mark of a tar before another
+    holes = [gap for gap in between if _is_zero(file, gap)]  # perhaps the end mark of a tar with another appended
     lost = [gap for gap in gaps if gap not in holes and not _is_zero(file, gap)]
     wrong = [
         _told(lost, "bytes that belong to no member"),
         _told(holes, "zeros between members (a hole, or several tars end to end)"),
         f"no end mark at byte {end + rest:,}" if rest < BLOCK and gaps[-1] not in lost else "",
-        # as a download that has taken its room beforehand leaves them
+        # left by an interrupted download that preallocated its file
         _told([gaps[-1]], "zeros at the end") if rest > LONGEST_END and gaps[-1] not in lost else "",
     ]
     if not any(wrong):
@@ -250,7 +252,7 @@ def _is_zero(file: IO[bytes], gap: Range) -> bool:
 
 
 def _missing(shard: str, found: int) -> str:
-    """What img2dataset's statistics beside the tar count and the tar does not hold; nothing where there are none."""
+    """Describe how many samples of img2dataset's ``_stats.json`` the tar lacks; empty without such a file."""
     if is_remote(shard):
         return ""
     try:
@@ -262,7 +264,7 @@ def _missing(shard: str, found: int) -> str:
 
 
 def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], Range, int]:
-    """(byte ranges of image, caption and record; image size; caption length). Raises ValueError."""
+    """Return (byte ranges of image, caption and record; image size; caption bytes). Raises ValueError."""
     image = next((members[extension] for extension in IMAGES if extension in members), None)
     if links := [extension for extension, where in members.items() if where == NO_FILE]:
         raise ValueError(f"its .{links[0]} is a link or another special file: make the tar with the files themselves")
@@ -287,11 +289,11 @@ def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], R
 
 
 def _image_size(descriptor: int, start: int, length: int) -> Range:
-    """(width, height) of the upright image, from its first bytes if they tell: long metadata may come before."""
+    """(width, height) of the upright image. Reads the first bytes, and all if long metadata precedes the size."""
     for piece in (min(IMAGE_HEADER, length), length):
         try:
             with Image.open(BytesIO(os.pread(descriptor, piece, start)), formats=FORMATS) as image:
                 return upright_size(image)
-        except Exception as error:  # PIL's decoders raise what they like on broken input
+        except Exception as error:  # PIL's decoders raise any exception on broken input
             reason = f"the image cannot be opened ({type(error).__name__})"
     raise ValueError(reason)

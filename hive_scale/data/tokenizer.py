@@ -1,4 +1,4 @@
-"""Text to tokens and back: captions as they are, conversations in the tokenizer's own chat template."""
+"""Text to tokens and back: captions as they are, conversations through the tokenizer's own chat template."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 
-# data workers tokenize, side by side: threads of the tokenizer's own would be too many, and do not survive their fork
+# data workers tokenize in parallel: the tokenizer's own threads would oversubscribe CPUs, and do not survive a fork
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 class Tokenizer:
-    """Text to token ids and back; start is the beginning-of-text token, or the end token where there is none."""
+    """Text to token ids and back. The start token is the beginning-of-text token, or the end token if there is none."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        if tokenizer.is_fast:  # what its file says of lengths is for who asks it directly
+        if tokenizer.is_fast:  # ignore padding and truncation settings of the tokenizer's file
             tokenizer.backend_tokenizer.no_padding()
             tokenizer.backend_tokenizer.no_truncation()
         self.pad_id: int = tokenizer.pad_token_id
@@ -37,26 +37,27 @@ class Tokenizer:
         self.start_id: int = self.eos_id if bos_id is None else bos_id
         self.vocab_size: int = len(tokenizer)
         self.template = ChatTemplate(tokenizer)
-        # an unknown word is no end; where the vocabulary has one token for both it is left out
+        # <unk> is ordinary text, unless the vocabulary uses the same token as end or start
         self._special_ids = {*tokenizer.all_special_ids} - ({tokenizer.unk_token_id} - {self.eos_id, self.start_id})
 
     @property
     def stock(self) -> Any:
-        """The Hugging Face tokenizer itself, to be saved beside an exported model."""
+        """The underlying Hugging Face tokenizer, to be saved beside an exported model."""
         return self._tokenizer
 
     def encode(self, text: str, max_tokens: int) -> list[int]:
-        """[start] + text + [end], the text cut so that all are at most `max_tokens`."""
+        """Return [start] + text + [end], the text truncated so that all are at most `max_tokens`."""
         return self.encode_all([text], max_tokens)[0]
 
     def encode_all(self, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-        """What `encode` makes of each, in half the time."""
+        """Encode each text as `encode` does; one call takes half the time."""
         return [[self.start_id, *ids[: max_tokens - 2], self.eos_id] for ids in self._ids(texts)]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """As the tokenizer's own `encode` without special tokens, in a fraction of its time.
+        """Same result as the tokenizer's `encode` without special tokens, in a fraction of the time.
 
-        A special token that a text spells is text like any other: it would end, or begin, the caption in its middle.
+        A special token spelled in a text is treated as plain text: otherwise it would end, or begin, the caption
+        midway.
         """
         found = self._plain(texts)
         return [
@@ -69,15 +70,16 @@ class Tokenizer:
             options = {"add_special_tokens": False, "split_special_tokens": True}
             return [self._tokenizer.encode(text, **options) for text in texts]
         backend = self._tokenizer.backend_tokenizer
-        backend.encode_special_tokens = True  # set anew each time, since the tokenizer's other calls set it back
+        backend.encode_special_tokens = True  # set each time, since other calls of the tokenizer reset it
         return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _cut(self, text: str) -> list[int]:
-        """For vocabularies in which a special token is also a word: what `text` spells it by is cut in two.
+        """Tokenize for vocabularies in which a special token is also a word: split `text` inside each such word.
 
-        What is one all the same, such as an unknown character in a vocabulary that has the end for it, is left out.
+        Special tokens that remain are dropped, such as for an unknown character if the vocabulary uses the end token
+        for it.
         """
-        if self._tokenizer.is_fast:  # which also finds what only the text's normal form spells
+        if self._tokenizer.is_fast:  # the backend also finds tokens that appear only after normalization
             found = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
             placed = zip(found.ids, found.offsets, strict=True)
             cuts = [start + 1 for id, (start, _) in placed if id in self._special_ids]
@@ -87,7 +89,7 @@ class Tokenizer:
         return [id for ids in self._plain(parts) for id in ids if id not in self._special_ids]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens left out."""
+        """Return the text of `ids` without special tokens."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
@@ -98,17 +100,17 @@ class Tokenizer:
 
     @cached_property
     def _with_image(self) -> Any:
-        """A copy that takes IMAGE for a token, as the processor of an exported model does, and cuts text there."""
+        """A copy in which IMAGE is a token that splits the text, as in the processor of an exported model."""
         return with_image_token(self._tokenizer)
 
     def encode_parts(self, parts: Sequence[tuple[str, bool]]) -> tuple[list[int], list[bool], int]:
-        """(token ids, flags, slot) of the parts' joined text: a token has the flag of the part that it ends in.
+        """Return (token ids, flags, slot) of the parts' joined text: a token has the flag of the part in which it ends.
 
-        The slot is how many tokens come before IMAGE, which itself is left out; 1 where there is none.
+        The slot is the number of tokens before IMAGE, which itself is left out; 1 if there is none.
         """
         texts, tokenizer = [text for text, _ in parts], self._with_image
         image = tokenizer.convert_tokens_to_ids(IMAGE)
-        if not tokenizer.is_fast:  # which cannot say where a token lies
+        if not tokenizer.is_fast:  # slow tokenizers report no offsets
             pieces = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
             flags = [flag for piece, (_, flag) in zip(pieces, parts, strict=True) for _ in piece]
             ids = [token for piece in pieces for token in piece]
@@ -124,7 +126,7 @@ class Tokenizer:
 
 
 def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer `config` names; code of a checkpoint is never run.
+    """Load the tokenizer that `config` names; code in a checkpoint is never executed.
 
     Raises ValueError if it cannot be loaded, or has no padding or end token.
     """
@@ -140,7 +142,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     try:
         checksums.check(Path(config.path).expanduser(), weights=False)
         tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError and more for what it cannot read
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
             f"data.tokenizer.path={config.path} cannot be loaded: {reason}: give a directory, or a name on the hub, "
@@ -164,10 +166,10 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def caption_sample(key: str, pixels: Tensor | None, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:
-    """An image with its caption: every token but the start is a target."""
+    """Return an image with its tokenized caption: every token but the start is a target."""
     return captioned(key, pixels, tokenizer.encode(text, max_tokens))
 
 
 def captioned(key: str, pixels: Tensor | None, tokens: Sequence[int]) -> Sample:
-    """An image with the tokens of its caption, as `Tokenizer.encode` makes them."""
+    """Return an image with the tokens of its caption, which come from `Tokenizer.encode`."""
     return Sample(key, pixels, tokens, [False] + [True] * (len(tokens) - 1))

@@ -1,4 +1,4 @@
-"""From the bytes of an image to a tensor at the model's size."""
+"""Decode an image's bytes and resize it to a tensor at the model's size."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from hive_scale.batch import BLANK
 from hive_scale.config import ImageMode
 from hive_scale.data.images import FORMATS, check_scans, orientation, upright_rgb
 
-VERSION = 2  # raised when the same bytes become other pixels: what was made of the old ones is made again
+VERSION = 2  # raised when the same bytes give other pixels, so that stored features are recomputed
 MAX_ASPECT = 100
 Colour = tuple[int, int, int]  # red, green, blue: 0 to 255
 GREY: Colour = (BLANK, BLANK, BLANK)
-STRIP = 2**25  # bytes that an image may take while it is padded
-# of a JPEG: what may stand before the frame's size (tables, metadata), and in which frames libjpeg knows it
+STRIP = 2**25  # bytes of a strip of an image while it is padded
+# JPEG markers: segments that may precede the frame header (tables, metadata), and frames libjpeg can decode
 SEGMENTS, FRAMES = {0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0)}, {0xC0, 0xC1, 0xC2}
 HEADER = Struct(">xBHBHHB")  # marker, length, bits, height, width, channels
-APP1 = 0xE1  # the segment of EXIF and XMP
-# how an orientation is written there (EXIF in either byte order, XMP), and how it goes on where the image is upright
+APP1 = 0xE1  # marker of the segment with EXIF and XMP
+# orientation tag (EXIF in either byte order, XMP), and the bytes that follow it if the image is upright
 ORIENTATIONS = (
     (b"\x01\x12", b"\0\x03\0\0\0\x01\0\x01"),
     (b"\x12\x01", b"\x03\0\x01\0\0\0\x01\0"),
@@ -37,8 +37,8 @@ ORIENTATIONS = (
 
 
 def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises ValueError for an image that would take too much memory, decoded or resized."""
-    if max(width, height) > MAX_ASPECT * min(width, height):  # its shorter side resized, the longer would explode
+    """Raise ValueError if the image would take too much memory, decoded or resized."""
+    if max(width, height) > MAX_ASPECT * min(width, height):  # else the longer side would explode
         raise ValueError(f"the image of {width} x {height} is more than {MAX_ASPECT} times as long as wide")
     if width * height > max_pixels:
         raise ValueError(f"the image of {width} x {height} has more than data.max_pixels={max_pixels}")
@@ -48,14 +48,14 @@ def to_pixels(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pa
     """Decode `data` to uint8 (3, image_size, image_size), resized (bicubic, antialiased) as the HF processors do.
 
     `resize` stretches (SigLIP), `crop` takes the middle square (CLIP), `pad` adds `pad_colour` beside the shorter side
-    (LLaVA). Transparency becomes white, and EXIF's orientation is undone. Raises ValueError for what is not a whole
-    JPEG, PNG or WebP of at most `max_pixels`.
+    (LLaVA). Transparency becomes white, and EXIF's orientation is undone. Raises ValueError if `data` is not a
+    complete JPEG, PNG or WebP of at most `max_pixels`.
     """
     return fitted(decode(data, max_pixels), image_size, mode, pad_colour)
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:
-    """uint8 (3, H, W), upright. Raises ValueError, before decoding if the image is too large."""
+    """Decode to uint8 (3, H, W), upright. Raises ValueError if broken or too large; size is checked first."""
     with _told():
         check_scans(data)
         with Image.open(BytesIO(data), formats=FORMATS) as image:
@@ -67,9 +67,10 @@ def decode(data: bytes, max_pixels: int) -> Tensor:
 
 
 def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tensor:
-    """`decode` for an image whose (width, height) its index has: that of a JPEG is read in a twentieth of PIL's time.
+    """Same as `decode`, for an image whose (width, height) the index holds. A JPEG's header is read 20 times as fast as
+    by PIL.
 
-    Raises ValueError if it has another size now.
+    Raises ValueError if the image's size differs from `size`.
     """
     if _jpeg_size(data) == size:
         with _told():
@@ -83,7 +84,7 @@ def decode_indexed(data: bytes, size: tuple[int, int], max_pixels: int) -> Tenso
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an upright JPEG of three channels (T.81, B.2); None for all else that PIL must look at."""
+    """(width, height) of an upright JPEG of three channels (T.81, B.2); None if PIL must examine the file."""
     at = 2
     while data.startswith(b"\xff", at) and at + 10 <= len(data):
         marker, length, _, height, width, channels = HEADER.unpack_from(data, at)
@@ -96,19 +97,19 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _may_be_turned(data: bytes, start: int, end: int) -> bool:
-    """Whether the segment [start, end) of `data` has what looks like an orientation other than upright."""
+    """True if segment [start, end) of `data` contains what looks like an orientation other than upright."""
     return any(data.count(tag, start, end) != data.count(tag + one, start, end) for tag, one in ORIENTATIONS)
 
 
 def _decode_jpeg(data: bytes) -> Tensor:
-    """The same pixels a quarter sooner than through PIL."""
+    """Decode to the same pixels as PIL, a quarter faster."""
     pixels: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     return pixels
 
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """A ValueError for whatever PIL's decoders raise on broken input."""
+    """Convert any exception of PIL's decoders on broken input to a ValueError."""
     try:
         yield
     except ValueError:
@@ -119,31 +120,33 @@ def _told() -> Iterator[None]:
 
 
 def fit_into(out: Tensor, pixels: Tensor, mode: ImageMode, pad_colour: Colour = GREY) -> Tensor:
-    """`out`, uint8 (3, image_size, image_size), filled with what `fitted` makes of `pixels`."""
+    """Fill `out`, uint8 (3, image_size, image_size), with `pixels` resized as by `fitted`; returns `out`."""
     if mode != "resize" or pixels.shape == out.shape:
         return out.copy_(fitted(pixels, out.shape[-1], mode, pad_colour))
-    # what torchvision's resize comes down to, but for the copy from there to a batch
+    # the kernel behind torchvision's resize, writing into the batch without a copy
     torch.ops.aten._upsample_bicubic2d_aa.out(pixels[None], out.shape[1:], False, None, None, out=out[None])
     return out
 
 
 def fitted(pixels: Tensor, image_size: int, mode: ImageMode, pad_colour: Colour = GREY) -> Tensor:
-    """uint8 (3, H, W) to (3, image_size, image_size), as `to_pixels` describes."""
+    """Resize uint8 (3, H, W) to (3, image_size, image_size), as `to_pixels` describes."""
     if mode == "resize":
         return _resize(pixels, [image_size, image_size])
     if mode == "crop":
         pixels = _resize(pixels, [image_size])  # the shorter side
-        top, left = ((side - image_size) // 2 for side in pixels.shape[-2:])  # HF rounds down, torchvision to even
+        top, left = (
+            (side - image_size) // 2 for side in pixels.shape[-2:]
+        )  # HF rounds down, torchvision rounds half to even
         return pixels[:, top : top + image_size, left : left + image_size]
     return _padded(pixels, image_size, pad_colour)
 
 
 def augmented(pixels: Tensor, image_size: int, *key: int) -> Tensor:
-    """The training augmentation of the probes (paper, Table 4): uint8 (3, H, W) to (3, image_size, image_size).
+    """Training augmentation of the probes (paper, Table 4): uint8 (3, H, W) to (3, image_size, image_size).
 
-    A random part of 0.4 to 1 of the area, 3:4 to 4:3 in shape, resized (bicubic); mirrored half the time;
-    brightness, contrast and saturation changed by up to 0.2, in any order. A pure function of `key`, such as
-    (seed, epoch, sample), in any process or thread and in every version of the libraries that draw.
+    Crops a random 0.4 to 1 of the area with aspect ratio 3:4 to 4:3, and resizes it (bicubic); mirrors with
+    probability 0.5; changes brightness, contrast and saturation by up to 0.2, in random order. A pure function of
+    `key`, such as (seed, epoch, sample): the same in every process, thread and library version.
     """
     draws = _draws(*key)
     height, width = pixels.shape[-2:]
@@ -159,13 +162,13 @@ def augmented(pixels: Tensor, image_size: int, *key: int) -> Tensor:
 
 
 def _draws(*key: int) -> Iterator[float]:
-    """Numbers in [0, 1), from the raw bits of a generator, which numpy promises to keep."""
+    """Uniform numbers in [0, 1), from a generator's raw bits, which numpy guarantees not to change."""
     bits: list[int] = np.random.Philox(np.random.SeedSequence(key)).random_raw(32).tolist()
     return (number / 2**64 for number in bits)
 
 
 def _random_part(height: int, width: int, draws: Iterator[float]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a part: the first of ten tries that fits, else the largest middle one."""
+    """(top, left, height, width) of a crop: the first of ten tries that fits, else the largest centred one."""
     for _ in range(10):
         area = height * width * (0.4 + 0.6 * next(draws))
         shape = (4 / 3) ** (2 * next(draws) - 1)
@@ -177,7 +180,7 @@ def _random_part(height: int, width: int, draws: Iterator[float]) -> tuple[int, 
 
 
 def blank(image_size: int) -> Tensor:
-    """An image that tells nothing: uint8 (3, image_size, image_size), all grey."""
+    """Return a blank image: uint8 (3, image_size, image_size), all grey."""
     return torch.full((3, image_size, image_size), BLANK, dtype=torch.uint8)
 
 
@@ -187,10 +190,10 @@ def _resize(pixels: Tensor, size: list[int]) -> Tensor:
 
 
 def _padded(pixels: Tensor, image_size: int, colour: Colour) -> Tensor:
-    """Padded to a square, then resized, as `LlavaImageProcessor` does, bit for bit; but in strips.
+    """Pad to a square, then resize, bit for bit as `LlavaImageProcessor`, but in strips.
 
-    The square of a long and narrow image would be a hundred times its size. Resizing goes by rows first, then by
-    columns, so that no strip depends on another.
+    The square of a long, narrow image would be up to a hundred times its size. Resizing is separable, along rows first
+    and then along columns, so strips of rows are independent.
     """
     height, width = pixels.shape[-2:]
     side = max(height, width)

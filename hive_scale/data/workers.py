@@ -1,6 +1,6 @@
-"""Micro-batches by the numbers of their samples: what a worker process does.
+"""Build micro-batches from sample numbers: the work of one worker process.
 
-A broken sample is named and its slot filled by a fixed rule (see `sampler.SampleStream.substitutes`).
+A broken sample is reported, and its slot filled by a fixed rule (see `sampler.SampleStream.substitutes`).
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from hive_scale.exit_codes import TryAgain, is_worker_death
 
 NONE = -1
 _numbers = count()
-_here: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # those made in this process or before its fork
+_here: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # pools of this process, or inherited at its fork
 
 
 @dataclass(frozen=True)
 class BufferLayout:
-    """Of one sample's part in a batch: a shape, the strides that it lies with, and a dtype."""
+    """Layout of one sample within a batch: shape, strides and dtype."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
 
     def over(self, memory: Tensor, samples: int) -> Tensor:
-        """(samples, *shape) at the beginning of `memory`, which is flat and of bytes."""
+        """View the start of `memory`, flat bytes, as (samples, *shape)."""
         size = prod(self.shape)
         return memory.view(self.dtype).as_strided((samples, *self.shape), (size, *self.strides))
 
     def bytes(self, samples: int) -> int:
-        """Of so many samples."""
+        """Bytes of `samples` samples."""
         return samples * prod(self.shape) * self.dtype.itemsize
 
 
@@ -60,12 +60,12 @@ class BufferPool:
     """`number` buffers in memory shared with processes that are forked later, each for `samples` samples.
 
     The main process acquires a slot per request; the worker writes pixels into it; the consumer gets a tensor view.
-    The slot is free again when the last view is garbage-collected, so no batch is ever written over.
+    The slot is free again when the last view is garbage-collected, so a batch in use is never overwritten.
     """
 
     def __init__(self, layout: BufferLayout, samples: int, number: int) -> None:
         self.layout = layout
-        # anonymous: nothing is there before its use, and none of it is of /dev/shm, which containers keep small
+        # anonymous maps take memory only when used, and none of /dev/shm, which is small in containers
         maps = (mmap(-1, layout.bytes(samples)) for _ in range(number))
         self._memory = [torch.frombuffer(one, dtype=torch.uint8) for one in maps]
         self._free = deque(range(number))
@@ -73,21 +73,21 @@ class BufferPool:
         _here[self._number] = self
 
     def acquire(self) -> int:
-        """The slot freed last, whose memory is in the caches still; NONE if none is free."""
+        """Return the most recently freed slot, whose memory is likely still cached; NONE if none is free."""
         return self._free.pop() if self._free else NONE
 
     def write_view(self, slot: int, samples: int) -> Tensor:
-        """(samples, *shape) to write into, for the process that fills it."""
+        """View of a slot as (samples, *shape), for the process that fills it."""
         return self.layout.over(self._memory[slot], samples)
 
     def read_view(self, slot: int, samples: int) -> Tensor:
-        """The same as a tensor of its own, with whose end the slot is free again."""
-        array = self._memory[slot].numpy()[:]  # an object that the tensor's storage, and nothing else, keeps alive
+        """View of a slot as a tensor (samples, *shape); the slot is freed when the tensor's storage is."""
+        array = self._memory[slot].numpy()[:]  # only the tensor's storage keeps this object alive
         finalize(array, self._free.append, slot).atexit = False
         return self.layout.over(torch.from_numpy(array), samples)
 
     def handle(self, slot: int, samples: int) -> Any:
-        """What unpickles as `read_view` of these in the main process."""
+        """Return an object that a worker can pickle; the main process unpickles it as `read_view(slot, samples)`."""
         return _Sent(self._number, slot, samples)
 
 
@@ -106,18 +106,21 @@ def _received(pool: int, slot: int, samples: int) -> Tensor:
 
 
 Made = TypeVar("Made")
-TELLS_SENDERS = hasattr(signal, "sigtimedwait")  # who sent a signal. A Mac does not, and obeys every SIGTERM
-POLL = 1.0  # seconds between looks whether the main process is there
+TELLS_SENDERS = hasattr(
+    signal, "sigtimedwait"
+)  # the sender of a signal is known; on macOS it is not, and every SIGTERM is obeyed
+POLL = 1.0  # seconds between checks that the main process is alive
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
-Request = tuple[Slots, int]  # and the slot for its images
+Request = tuple[Slots, int]  # with the buffer slot for its images
 
 
 @dataclass(frozen=True)
 class WorkerResult:
-    """What a worker sends: a batch, or none if it could not be filled, and the samples that cannot be used.
+    """Result of a worker: a batch, or None if it could not be filled, and the samples that cannot be used.
 
-    `lost` are (row, sample, image, uint8 (3, H, W)) of those whose features could not be read. `error` is why the
-    machine, or a server, gives no batch: raised in a worker it would arrive as a page of traceback.
+    `lost` are (row, sample, image as uint8 (3, H, W)) for samples whose features could not be read. `error` is a
+    failure of the machine or of a server. It is sent as a value because an exception raised in a worker arrives as a
+    page of traceback.
     """
 
     batch: Batch | None
@@ -129,7 +132,7 @@ class WorkerResult:
         return replace(self, batch=self.batch and self.batch.pin())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Small tensors go through the pipe: for each torch would make a file, and pass it by a socket of its own."""
+        """Send small tensors through the pipe: torch would create a file for each, and pass it over a socket."""
         if self.batch is None:
             return WorkerResult, (None, self.bad, self.lost, self.error)
         fields = vars(self.batch)
@@ -145,24 +148,27 @@ def _arrived(
 
 
 class MicroBatchDataset(Dataset[WorkerResult]):
-    """Micro-batches of up to `size` samples. With an order, broken samples are substituted; without, left out.
+    """Micro-batches of up to `size` samples. Broken samples are substituted if `order` is given, else left out.
 
-    Whoever uses them holds `held` at a time; more may be held, in memory that is not used again.
+    `held` is the number of batches that the consumer keeps at a time. If it keeps more, further batches use fresh
+    memory outside the pool.
     """
 
     def __init__(self, samples: SampleReader, order: SampleStream | None, size: int, held: int) -> None:
         self.samples = samples
         self.order = order
         config = samples.config
-        number = held + 1 + 2 * config.workers  # torch asks each worker for two ahead
+        number = held + 1 + 2 * config.workers  # torch prefetches two per worker
         self.pool = BufferPool(_layout(samples), max(1, size), number)
         self.threads, self._thread = config.decode_threads, local()
-        # (process, sample) that each thread of each worker is at, in shared memory: what is left of one that dies
+        # (process, sample) that each thread of each worker reads now; shared memory, so it outlives a dead worker
         rows = max(1, config.workers) * self.threads
         self.reading = np.frombuffer(mmap(-1, rows * 16), np.int64).reshape(rows, 2)
 
     def watch(self, loaded: Iterable[WorkerResult]) -> Iterator[WorkerResult]:
-        """`loaded` by workers, whose sudden death (out of memory, a crashing decoder) is told with its sample."""
+        """Iterate over `loaded`; if a worker dies (out of memory, a crashing decoder), raise TryAgain that names its
+        sample.
+        """
         try:
             yield from loaded
         except RuntimeError as error:
@@ -174,7 +180,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
             raise TryAgain(f"a data worker died while reading {where} ({said})" if where else said) from None
 
     def requests(self, slots: Iterable[Slots]) -> Requests:
-        """Each with a slot; drawn where the batches are used."""
+        """Pair each of `slots` with a buffer slot, which is acquired in the main process."""
         return Requests(slots, self.pool)
 
     def __getitem__(self, request: Request) -> WorkerResult:
@@ -186,7 +192,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
     def _loaded(self, slots: Slots, slot: int) -> WorkerResult:
         pixels = self._place(slot, max(1, len(slots)))
         over = self._pool.map if self.threads > 1 else map
-        # all are read before the first is decoded: after each image the caches would have to be filled again
+        # read all before decoding any: alternating would evict the CPU caches at each image
         read = list(over(self._read, (i for _, i in slots)))
         filled = list(over(self._fill, slots, read, pixels))
         bad = [fault for _, faults in filled for fault in faults]
@@ -194,15 +200,15 @@ class MicroBatchDataset(Dataset[WorkerResult]):
         if self.order is not None and len(decoded) < len(slots):
             return WorkerResult(
                 None, bad
-            )  # told by the caller: an error raised in a worker arrives as a page of traceback
+            )  # the caller raises: an error raised in a worker arrives as a page of traceback
         lost = [(row, one.number, one.pixels.numpy()) for row, one in enumerate(decoded) if one.number >= 0]
-        for row, _, _ in lost:  # what is to lie there is made where the encoder is
+        for row, _, _ in lost:  # the main process, which has the encoder, fills these rows
             decoded[row] = replace(decoded[row], pixels=pixels[row])
         tokenizer = self.samples.tokenizer
         samples = self.samples.finished(decoded)
         if not samples:
             samples = [Sample("", None, [tokenizer.start_id, tokenizer.eos_id], [False, False])]
-        # their images lie there already, and move up if some before them were left out
+        # the images are already in `pixels`; they move up if samples before them were left out
         batch = collate(samples, tokenizer.pad_id, self.samples.image_size, pixels[: len(samples)])
         if get_worker_info() and slot != NONE:
             batch = replace(batch, pixels=self.pool.handle(slot, len(samples)))
@@ -216,14 +222,14 @@ class MicroBatchDataset(Dataset[WorkerResult]):
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        """Made in the process that reads, never before a fork."""
+        """Thread pool, created in the process that reads, never before a fork."""
         numbers = count()
         return ThreadPoolExecutor(self.threads, initializer=lambda: vars(self._thread).update(number=next(numbers)))
 
     def _fill(
         self, slot: tuple[int, int], read: Read | SampleError, pixels: Tensor
     ) -> tuple[Decoded | None, list[SampleError]]:
-        """The sample of a slot, its image put into `pixels`, and those that could not be used instead."""
+        """Decode the sample of a slot into `pixels`, or the first usable substitute; also return the faults met."""
         position, first = slot
         bad: list[SampleError] = []
         substitutes = self.order.substitutes(position) if self.order else ()
@@ -239,7 +245,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
         return self._try(i, self.samples.read, i)
 
     def _try(self, i: int, do: Callable[..., Made], *arguments: Any) -> Made | SampleError:
-        """What `do` makes of sample i, which is noted, or why it cannot be used."""
+        """Return `do(*arguments)` for sample i, or a SampleError if it raises ValueError; notes i as being read."""
         self._note(i)
         try:
             return do(*arguments)
@@ -254,7 +260,7 @@ class MicroBatchDataset(Dataset[WorkerResult]):
 
 @dataclass(frozen=True)
 class Requests:
-    """Drawn anew in every pass, as far as `slots` can be."""
+    """Iterable of requests; can be iterated again if `slots` can."""
 
     slots: Iterable[Slots]
     pool: BufferPool
@@ -264,7 +270,7 @@ class Requests:
 
 
 def _layout(samples: SampleReader) -> BufferLayout:
-    """Of an image, uint8 (3, H, W), channels last as decoded ones are, or of what the encoder has made of it."""
+    """Layout of an image, uint8 (3, H, W) in channels-last memory format like decoded ones, or of its features."""
     if samples.features:
         depths, tokens, width = samples.features.shape
         return BufferLayout((depths, tokens, width), (tokens * width, width, 1), samples.features.dtype)
@@ -273,10 +279,10 @@ def _layout(samples: SampleReader) -> BufferLayout:
 
 
 def worker_options(number: int) -> dict[str, Any]:
-    """Of every DataLoader with `number` workers: how they are started, and that they stay for its next pass.
+    """DataLoader options for `number` workers: how they are started, and that they persist between passes.
 
-    They are forked whatever Python's default is, which differs between its releases and systems: only so do they share
-    `BufferPool`, and have for a parent who ends them.
+    Workers are forked whatever Python's default is, which differs between releases and systems: only forked ones share
+    `BufferPool` and have the main process as their parent.
     """
     if not number:
         return {}
@@ -285,11 +291,11 @@ def worker_options(number: int) -> dict[str, Any]:
 
 
 def ignore_signals(_: int) -> None:
-    """In a worker: leave signals to the main process, which saves its state and then ends the workers.
+    """Initialise a worker: ignore signals, which the main process handles by saving its state and ending the workers.
 
-    Ctrl-C and Slurm's warnings reach every process of a job; a worker that died of one would take the step, and
-    the checkpoint, with it. A SIGTERM is obeyed if it comes from the main process. A worker whose main process has
-    gone, by a kill perhaps, ends within a second or two: what it has inherited may hold a GPU, or a port.
+    Ctrl-C and Slurm's warnings reach every process of a job; a worker that died of one would abort the step and the
+    checkpoint. SIGTERM is obeyed only from the main process. A worker whose main process is gone, perhaps killed,
+    exits within a second or two, since it may hold an inherited GPU context or port.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
