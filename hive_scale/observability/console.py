@@ -1,4 +1,4 @@
-"""A stage on the screen: a bar where there is a terminal, a line now and then where there is none."""
+"""Progress of a stage on the screen: a bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rich.text import Text
 from hive_scale.strangers import printable
 
 INTERVAL = 10.0  # seconds between plain lines
-MEMORY = 0.9  # of what is remembered of the pace, step by step
+MEMORY = 0.9  # decay per step of the moving average of the pace
 
 
 class Screen(Console):
-    """Shows text as it is, in tables too: brackets are no markup, colons no emoji, and nothing steers the terminal."""
+    """Console that prints text literally, in tables too: no markup, no emoji, no terminal control characters."""
 
     def __init__(self) -> None:
         super().__init__(highlight=False, markup=False, emoji=False)
@@ -31,13 +31,13 @@ console = Screen()
 
 
 class StageView:
-    """Rank 0's bar or lines for one stage."""
+    """Progress bar or lines of one stage, on rank 0."""
 
     def __init__(self, title: str, num_steps: int, done_steps: int) -> None:
         self._title, self._num_steps, self._done_steps = title, num_steps, done_steps
-        self._pace = 0.0  # seconds per step, remembered
+        self._pace = 0.0  # seconds per step, moving average
         self._spoken = time.monotonic()
-        # a Slurm job's screen is a file, also where srun lends it a terminal
+        # a Slurm job writes to a file, even if srun provides a terminal
         self._plain = not console.is_terminal or "SLURM_JOB_ID" in os.environ
         columns = TextColumn("{task.description:<10}", markup=False), BarColumn(bar_width=16), MofNCompleteColumn()
         now = TextColumn("{task.fields[now]}", markup=False)
@@ -51,9 +51,9 @@ class StageView:
         self._bar.stop()
 
     def show(self, line: Mapping[str, Any], samples: int, tokens: int) -> None:
-        """`line` as in `metrics.jsonl`; `samples` and `tokens` of this step alone."""
+        """Show a step. `line` is as in `metrics.jsonl`; `samples` and `tokens` are those of this step alone."""
         step = line["step"]
-        # the first step warms up, and tells little of the others
+        # ignore the first step, which is slowed by warm-up
         trusted = MEMORY if step > self._done_steps + 2 else 0.0
         self._pace = trusted * self._pace + (1 - trusted) * line["seconds"]
         text = describe(line, samples, tokens, (self._num_steps - step) * self._pace)
@@ -65,7 +65,7 @@ class StageView:
 
 
 def describe(line: Mapping[str, Any], samples: int, tokens: int, seconds_left: float) -> str:
-    """A step's numbers in a line for people."""
+    """Format a step's metrics as one line for people."""
     seconds = line["seconds"]
     parts = [f"loss {line['loss']:.3f}", f"{samples / seconds:.0f} samples/s", f"{tokens / seconds:.0f} tokens/s"]
     if "mfu" in line:

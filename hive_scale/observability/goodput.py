@@ -1,4 +1,4 @@
-"""Where the time of a stage has gone, over all its restarts: every second is in one account."""
+"""Accounting of a stage's wall time over all its restarts: every second belongs to one account."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from typing import Any
 from hive_scale.phase_timer import OUTSIDE, PhaseTimer
 
 ACCOUNTS = ("steps", "data", "evaluate", "save", "start", "lost", "down")
-# the others are of a step
+# phases not listed here belong to "steps"
 OF_PHASE = {"data": "data", "evaluate": "evaluate", "save": "save"} | dict.fromkeys(OUTSIDE, "start")
 
 
 class Goodput:
-    """Seconds of the stage by account, as each line of metrics.jsonl carries them.
+    """Seconds of the stage by account, as in each line of metrics.jsonl.
 
-    steps: work that counts; data, evaluate, save: training waited for them; start: from the process's or the former
-    stage's end to the first step; lost: work that was done again or left out; down: no process was there.
+    steps: useful work; data, evaluate, save: training waited for these; start: from the start of the process, or the
+    end of the previous stage, to the first step; lost: work that was repeated or discarded; down: no process was
+    running.
     """
 
     def __init__(self, timer: PhaseTimer, lines: Sequence[Mapping[str, Any]] = (), done_steps: int = 0) -> None:
-        """`lines` are those of earlier attempts, of which all after `done_steps` have been lost."""
+        """`lines` come from earlier attempts. Steps after `done_steps` count as lost."""
         self.timer = timer
         self.lost_steps = 0
         self._before = dict.fromkeys(ACCOUNTS, 0.0)
@@ -32,20 +33,20 @@ class Goodput:
         self._forget(lines, done_steps)
 
     def rollback(self, lines: Sequence[Mapping[str, Any]], step: int) -> None:
-        """What `lines` tell of the steps after `step` was in vain."""
+        """Move the time of the steps after `step`, as found in `lines`, to "lost"."""
         self._forget(lines, step)
 
     def skip_batch(self, seconds: float) -> None:
-        """So many seconds went into a step that was not taken."""
+        """Move `seconds` to "lost": they went into a step that was skipped."""
         self._move(seconds, "lost")
         self.lost_steps += 1
 
     def held_up(self, seconds: float) -> None:
-        """So many seconds of a step this rank waited for another's data."""
+        """Move `seconds` of a step to "data": this rank waited for another rank's data."""
         self._move(seconds, "data")
 
     def line(self) -> dict[str, Any]:
-        """What a line of metrics tells, from which the next attempt goes on."""
+        """Return the fields for a line of metrics, from which the next attempt continues."""
         spent = {account: round(seconds, 3) for account, seconds in self.spent().items()}
         return {"spent": spent, "lost_steps": self.lost_steps}
 
@@ -56,7 +57,7 @@ class Goodput:
         return spent
 
     def close(self) -> str:
-        """What to tell at the stage's last step; what comes after it is the start of the next."""
+        """Return a summary for the end of the stage; time after it counts as start of the next stage."""
         told = summary(self.spent(), self.lost_steps)
         self.timer.reset()
         return told
@@ -74,24 +75,24 @@ class Goodput:
 
 
 def _spent(line: Mapping[str, Any]) -> dict[str, float]:
-    """The accounts of a line; zeros for those that it lacks, as lines of the first versions do."""
+    """Accounts of a line, with 0 for missing ones (lines of the first versions lack some)."""
     told = line.get("spent", {})
     return {account: told.get(account, 0.0) for account in ACCOUNTS}
 
 
 def share(spent: Mapping[str, float]) -> float:
-    """Of all the time in `spent`, what went into steps that count."""
+    """Share of the total time that went into steps."""
     return spent.get("steps", 0.0) / max(sum(spent.values()), 1e-9)
 
 
 def summary(spent: Mapping[str, float], lost_steps: int) -> str:
-    """One line for a person: the share of all time that went into steps that count, and where the rest went."""
+    """Return one line for people: the share of time that went into steps, and the seconds of every account."""
     parts = ", ".join(f"{account} {seconds:.0f} s" for account, seconds in spent.items() if seconds >= 0.5)
     return f"goodput {share(spent):.1%} of {sum(spent.values()):.0f} s ({parts}; {lost_steps} steps lost)"
 
 
 def added(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], int]:
-    """The accounts of several stages, by the last line of each, together."""
+    """Sum the accounts of several stages, given the last line of each; returns (accounts, lost steps)."""
     total, lost = dict.fromkeys(ACCOUNTS, 0.0), 0
     for line in lines:
         lost += line.get("lost_steps", 0)
@@ -100,22 +101,22 @@ def added(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, float], int]:
     return total, lost
 
 
-MEMORY = 0.95  # of what is remembered, step by step
-ENOUGH = 20  # steps before anything is said: the first ones wait for workers to begin
-TOO_MUCH = 0.2  # of the time
+MEMORY = 0.95  # decay per step of the moving sums
+ENOUGH = 20  # steps before the first warning: early steps wait for workers to start
+TOO_MUCH = 0.2  # share of the time spent waiting, above which to warn
 
 
 class DataStall:
-    """Ranks keep step, so whoever waits longest holds up all."""
+    """Detects training that waits for data. Ranks run in lockstep, so the slowest rank delays all."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._steps, self._warned = 0, 0.0
-        self._seconds = self._waited = 0.0  # remembered
+        self._seconds = self._waited = 0.0  # decayed sums
         self._by_rank: list[float] = []
 
     def stepped(self, waits: Sequence[float], seconds: float) -> None:
-        """Note a step of `seconds`, of which rank r has waited ``waits[r]`` for data."""
+        """Record a step of `seconds`, of which rank r waited ``waits[r]`` for data."""
         self._steps += 1
         self._seconds = MEMORY * self._seconds + seconds
         self._waited = MEMORY * self._waited + max(waits)
@@ -123,7 +124,7 @@ class DataStall:
         self._by_rank = [MEMORY * old + new for old, new in zip(before, waits, strict=True)]
 
     def warning(self) -> str:
-        """What to tell the user, once and again if it gets much worse: that too much of the time goes to waiting."""
+        """Return a warning if too much time is spent waiting, and again if it gets much worse; else ""."""
         share = self._waited / max(1e-9, self._seconds)
         if self._steps < ENOUGH or share <= max(TOO_MUCH, 1.5 * self._warned):
             return ""

@@ -1,4 +1,4 @@
-"""What a step does inside the model, read off the optimizer's own state: alike for every engine and sharding."""
+"""Per-layer gradient RMS from Adam's second moment, and tanh of every gate, for any engine and sharding."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ def layer_grad_rms(
     world: World,
     steps_behind: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
-    """`gates` and `grad_rms` of `metrics.jsonl`, after `step` steps. A collective.
+    """Return `gates` and `grad_rms` of `metrics.jsonl`, after `step` steps. A collective.
 
-    Adam's second moment, its bias taken off, is the mean square of each gradient over about 1 / (1 - beta2)
-    steps; summed over a layer and rooted, it is the layer's gradient norm, without a backward of its own.
+    Adam's bias-corrected second moment is the mean square of each gradient over about the last 1 / (1 - beta2) steps.
+    The square root of its sum over a layer is the RMS of the layer's gradient norm, sqrt(sum(v) / (1 - beta2^t)),
+    without an extra backward.
 
-    Args: `fragments` are those of `model` that this rank owns; `mean_square` is the optimizer's name of that moment and
-    its beta2, or "" if it has none: then gates are all that is told; `steps_behind` has, by parameter, the steps of
-    earlier stages that its moments hold, for the bias is that of all its steps.
+    Args: `fragments` are those of `model` that this rank owns. `mean_square` is (the optimizer's name of the second
+    moment, beta2); an empty name means there is none, and only gates are returned. `steps_behind` maps a parameter to
+    the steps of earlier stages that its moments contain, which the bias correction counts as well.
     """
     second, beta2 = mean_square
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -40,7 +41,7 @@ def layer_grad_rms(
         for fragment in fragments
         if (second and fragment.kind == second) or (fragment.kind == "master" and fragment.name in gates)
     ]
-    # one wait for the device, not one per parameter
+    # one synchronisation with the device, not one per parameter
     sums = torch.stack([fragment.data.sum() for fragment in kept]).tolist() if kept else []
     for fragment, value in zip(kept, sums, strict=True):
         if fragment.kind == "master":
@@ -54,6 +55,6 @@ def layer_grad_rms(
 
 
 def layer_of(name: str) -> str:
-    """``vision.encoder.layers.3.mlp.fc1.weight`` belongs to ``vision.3``, what is in no layer to ``vision``."""
+    """``vision.encoder.layers.3.mlp.fc1.weight`` belongs to layer ``vision.3``; outside of layers, to ``vision``."""
     parts = name.split(".")
     return next((f"{parts[0]}.{part}" for part in parts if part.isdigit()), parts[0])

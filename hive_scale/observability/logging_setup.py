@@ -1,4 +1,4 @@
-"""What libraries say goes to a file per rank; rank 0 tells warnings, each once, whichever ranks had them."""
+"""Library logs go to one file per rank; rank 0 also shows the warnings of all ranks, each once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hive_scale.observability.console import console
 from hive_scale.strangers import printable
 
 LEVELS = ("debug", "info", "warning", "error")
-LOUD = ("DeepSpeed", "transformers", "torch", "accelerate")  # loggers that bring handlers of their own
+LOUD = ("DeepSpeed", "transformers", "torch", "accelerate")  # loggers that install their own handlers
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 RECORD = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?:WARNING|ERROR|CRITICAL) (.*)")
 
@@ -31,17 +31,18 @@ def capture_library_logs(
     quiet: bool = False,
     has_begun: Callable[[], bool] = lambda: True,
 ) -> Iterator[None]:
-    """Within, log records and warnings go to `folder`/rank_00000.log, and those of `level` to rank 0's screen.
+    """Within, write log records and warnings to `folder`/rank_00000.log, and those of at least `level` to rank 0's
+    screen.
 
-    `quiet` leaves the screen nothing but these. Until `has_begun` says so, nothing is written to `folder`: a run that
-    is refused leaves no file there.
+    `quiet` suppresses everything else on the screen. Nothing is written to `folder` before `has_begun` returns True,
+    so a refused run leaves no file there.
     """
     root, threshold = logging.getLogger(), logging.getLevelNamesMapping()[level.upper()]
     file = _File(folder / f"rank_{world.rank:05d}.log", has_begun)
     handlers = [file, *([_Teller(folder, threshold)] if world.is_main else [])]
     loggers = [logging.getLogger(name) for name in LOUD]
     before = root.level, [(logger.__class__, logger.handlers[:]) for logger in loggers]
-    screen: Any = None if console.file is sys.stdout else console.file  # None: sys.stdout, whatever that is by then
+    screen: Any = None if console.file is sys.stdout else console.file  # None: look up sys.stdout at each print
     root.setLevel(min(logging.INFO, threshold))
     logging.captureWarnings(True)
     for handler in handlers:
@@ -68,14 +69,14 @@ def capture_library_logs(
 
 
 def tell_others() -> None:
-    """Tell what other ranks have warned of until now."""
+    """Print the warnings of other ranks since the last call."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, _Teller):
             handler.gather()
 
 
 class _Captive(logging.Logger):
-    """Speaks through the root's handlers alone, whatever the library hangs on it later."""
+    """Logger that always propagates to the root, and ignores handlers that the library adds later."""
 
     propagate = property(lambda self: True, lambda self, value: None)
 
@@ -84,9 +85,9 @@ class _Captive(logging.Logger):
 
 
 class _Formatter(logging.Formatter):
-    """A record's first line is its only one that looks like a record: whatever a message quotes, it is none itself.
+    """Indents continuation lines, so that text quoted in a message cannot pass for a record of its own.
 
-    Clients of object stores log their requests, signatures included: these are hidden.
+    Clients of object stores log their requests with signatures; these are hidden.
     """
 
     def format(self, record: logging.LogRecord) -> str:
@@ -97,7 +98,7 @@ class _Formatter(logging.Formatter):
 
 
 class _File(WatchedFileHandler):
-    """Made with its first record once the run has begun; made again should the run directory be moved away."""
+    """File handler that opens its file once the run has begun, and again if the run directory is moved away."""
 
     def __init__(self, path: Path, has_begun: Callable[[], bool]) -> None:
         super().__init__(path, delay=True)
@@ -119,7 +120,7 @@ class _File(WatchedFileHandler):
                 super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        pass  # a full disk: whoever has something to save says so, without a traceback for each record
+        pass  # full disk: a failing save reports it; no traceback per record
 
     def _open(self) -> TextIOWrapper:
         Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
@@ -127,15 +128,15 @@ class _File(WatchedFileHandler):
 
 
 class _Teller(logging.Handler):
-    """Rank 0's voice for its own records, and for the other ranks' warnings as their files have them.
+    """Prints rank 0's own records, and the other ranks' warnings as read from their files.
 
-    Files, since a rank that warns may be about to fail: no collective would be safe.
+    It reads files because a rank that warns may be about to fail, so a collective would not be safe.
     """
 
     def __init__(self, folder: Path, level: int) -> None:
         super().__init__(level)
         self._folder, self._told = folder, set[str]()
-        self._read = {path: path.stat().st_size for path in self._others()}  # earlier runs' are told
+        self._read = {path: path.stat().st_size for path in self._others()}  # skip what earlier runs have printed
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(credentials.hide(f"{record.name}: {record.getMessage()}").split("\n")[0])

@@ -1,36 +1,36 @@
-"""`metrics.jsonl`, the truth about a stage: one JSON object per optimizer step, in ascending order of `step`.
+"""`metrics.jsonl`, the record of a stage: one JSON object per optimizer step, in ascending order of `step`.
 
-Schema 1. Always there:
+Schema 1. In every line:
 
     schema        1
-    step          optimizer steps done in this stage, from 1; no step twice, whatever was resumed or repeated
+    step          optimizer steps done in this stage, from 1; each step occurs once, despite resumes and rollbacks
     samples       pairs that the stage has consumed
     tokens        target tokens that the stage has consumed
-    loss          mean over the step's target tokens, nats, before the step
+    loss          mean over the step's target tokens, nats, before the update
     grad_norm     L2 norm over all trainable parameters, before clipping
     lr            {group: learning rate}
-    seconds       from the end of the step before, looks at held-out data included
-    data_seconds  of these, waited for data, by the rank that waited longest: all keep step
-    memory_gb     the most so far of the fullest rank: allocated on its GPU, or resident on the host, in 1e9 bytes
+    seconds       since the end of the previous step, held-out evaluation included
+    data_seconds  of these, waiting for data, on the rank that waited longest: ranks run in lockstep
+    memory_gb     peak so far on the fullest rank: allocated on its GPU, or resident on the host, in 1e9 bytes
     time          when the line was written, seconds since 1970, UTC
-    restarts      how often the stage had been started again by then
+    restarts      number of restarts of the stage so far
     spent         {account: seconds} of the stage over all its restarts: steps, data, evaluate, save, start, lost, down
-    lost_steps    steps done again or left out, over all restarts
+    lost_steps    steps repeated or discarded, over all restarts
     samples_per_second, tokens_per_second, tflops_per_device    of all ranks, of all ranks, of rank 0
 
 In some lines:
 
-    reserved_gb   as memory_gb, on GPUs: what torch has taken of their memory
-    host_gb       as memory_gb, beside GPUs: resident on the host
-    pinned_gb     as memory_gb, beside CUDA's GPUs: pinned on the host, as torch rounds it up; host_gb may hold it
-    mfu, hfu      what rank 0 gets out of its GPU's peak: without, with what is computed twice
-    eval_loss     mean over all held-out target tokens, nats, after the step
-    gates         {LLM depth's place among the fused ones: tanh(g)}, after the step, of gates that train
+    reserved_gb   as memory_gb, on GPUs: reserved by torch's allocator
+    host_gb       as memory_gb, in GPU runs: resident on the host
+    pinned_gb     as memory_gb, in CUDA runs: pinned on the host, as torch rounds it up; may be part of host_gb
+    mfu, hfu      share of its GPU's peak that rank 0 reaches: without and with recomputation
+    eval_loss     mean over all held-out target tokens, nats, after the update
+    gates         {LLM depth's place among the fused ones: tanh(g)}, after the update, of trainable gates
     grad_rms      {layer: L2 norm of its gradient}, after clipping, root mean square over about the last
-                  1 / (1 - beta2) steps: what Adam's second moments say
+                  1 / (1 - beta2) steps, from Adam's second moments
 
-A value that is not finite is left out. Other keys are a reader's to show or to leave out. A change that is not an
-addition raises the schema's number.
+Values that are not finite are left out. Readers may show or ignore other keys. Any change other than an addition
+raises the schema number.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ logger = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 
-# of a line that names its schema: what schema 1 had from its first day, but for numbers that may be left out
+# keys that schema 1 had from its first day, without numbers that may be non-finite and so left out
 ALWAYS = {"samples", "tokens", "lr", "seconds", "data_seconds", "memory_gb", "time", "restarts"}
 NUMBERS = ALWAYS - {"lr"} | {"loss", "grad_norm", "lost_steps", "mfu", "hfu", "eval_loss"}
-TABLES = {"lr", "spent", "gates", "grad_rms"}  # of numbers, by name
-LARGEST = 2**53  # of whole numbers that JSON's readers agree on
+TABLES = {"lr", "spent", "gates", "grad_rms"}  # values that are {name: number}
+LARGEST = 2**53  # integers below this are exact in every JSON reader
 
 
 def read_metrics(path: Path) -> list[Line]:
-    """The lines of a metrics file; those that are damaged, as by a killed run or a failing disk, are left out and said.
+    """Return the lines of a metrics file. Damaged ones (killed run, failing disk) are skipped with a warning.
 
-    Each line has a `step`, above that of the line before; what it has of the keys above has their type.
-    Raises ValueError for a schema that this version does not know.
+    Each line's `step` is larger than that of the line before; values of known keys have the right type. Raises
+    ValueError for a schema that this version does not know.
     """
     lines, said = _read(path)
     for text in said:
@@ -72,7 +72,7 @@ def read_metrics(path: Path) -> list[Line]:
 
 
 def damage(path: Path) -> list[str]:
-    """What is wrong with a metrics file, a sentence each: lines that cannot be used, steps that have none."""
+    """Describe what is wrong with a metrics file, one sentence each: unusable lines and missing steps."""
     return _read(path)[1]
 
 
@@ -95,7 +95,7 @@ def _holes(lines: Sequence[Line]) -> list[str]:
 
 
 def _check_schema(path: Path, lines: Sequence[Line]) -> None:
-    """A newer version writes on to the end; a single line that says so has a damaged digit."""
+    """Raise ValueError if a newer version wrote the last lines. A single such line just has a damaged digit."""
     newer = list(takewhile(lambda line: _of(line) > SCHEMA, reversed(lines)))
     if len(newer) > 1 or (newer and len(newer) == len(lines)):
         raise ValueError(f"{path} has schema {_of(newer[0])}, this version reads up to {SCHEMA}: update hive_scale")
@@ -107,7 +107,7 @@ def _of(line: Line) -> int:
 
 
 def _is_sound(line: Line) -> bool:
-    """Whether a reader can use what a line says, whatever bits of it have changed."""
+    """True if a line can be used: its schema is known, and its values have the right types and ranges."""
     if _of(line) != SCHEMA or ("schema" in line and not line.keys() >= ALWAYS):
         return False
     tables = [line[key] for key in TABLES & line.keys()]
@@ -124,8 +124,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _ascending(steps: Mapping[int, int]) -> list[int]:
-    """The most line numbers such that their steps ascend: one wrong step puts itself out, not its neighbours."""
-    ends: list[int] = []  # the lowest step in which so many ascending ones can end, and the line of it
+    """Return the longest run of line numbers with ascending steps, so that one wrong step drops only its own line."""
+    ends: list[int] = []  # [n]: lowest last step of an ascending sequence of n + 1 lines; `at`: its last line
     at: list[int] = []
     before: dict[int, int | None] = {}
     for number, step in steps.items():
@@ -141,19 +141,19 @@ def _ascending(steps: Mapping[int, int]) -> list[int]:
 
 
 def rewrite(path: Path, lines: Iterable[Line]) -> None:
-    """Replace the whole file at once, so that no reader meets half of it."""
+    """Replace the whole file atomically, so that no reader sees half of it."""
     write_text(path, "".join(dumps(line) + "\n" for line in lines))
 
 
 class MetricsTail:
-    """New lines of a metrics file that another process writes, or replaces by one that ends sooner."""
+    """Reads new lines of a metrics file that another process appends to, or replaces by a shorter one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._place = (0, 0)  # inode and offset
+        self._place = (0, 0)  # inode and byte offset of the last read
 
     def lines(self) -> Iterator[Line]:
-        """What has been added since the last call; a line not yet written to its end waits for the next."""
+        """Yield the lines added since the last call; an incomplete line is left for the next call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -171,7 +171,7 @@ class MetricsTail:
 
 
 def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a line by path: ``lr/connector``, ``grad_rms/vision.3``."""
+    """Return the numbers of a line by path: ``lr/connector``, ``grad_rms/vision.3``."""
     numbers: dict[str, float] = {}
     for key, value in line.items():
         if isinstance(value, Mapping):
@@ -182,6 +182,6 @@ def flat(line: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def numbers(line: Mapping[str, Any]) -> Line:
-    """`line` without the values that are not finite, for which JSON has no number."""
+    """Return `line` without non-finite values, which JSON cannot represent."""
     kept = {key: value for key, value in line.items() if not isinstance(value, float) or isfinite(value)}
     return {key: numbers(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

@@ -1,4 +1,4 @@
-"""Some steps under torch's profiler: a trace and a memory snapshot per rank, and where the time went by component."""
+"""Profile some steps with torch's profiler: a trace and a memory snapshot per rank, and time by component."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hive_scale.distributed import World
 from hive_scale.observability.console import console
 
 MARK = "hive_scale: "
-BACKWARD = 1  # of torch's RecordScope: an operator of the backward pass
+BACKWARD = 1  # torch's RecordScope of an operator in the backward pass
 ROWS = 10
 
 
@@ -28,18 +28,18 @@ ROWS = 10
 def profiling(
     config: ProfileConfig, folder: Path, blocks: Mapping[str, Sequence[nn.Module]], world: World
 ) -> Iterator[Callable[[int], None]]:
-    """Within, call what this yields with a step's number when it begins; the steps asked for are profiled.
+    """Yield a function to call with a step's number when it begins; the configured steps are profiled.
 
-    Every rank leaves in `folder` its trace_rank_00000.json.gz (Perfetto, chrome://tracing) and its
-    memory_rank_00000.pickle (pytorch.org/memory_viz). Rank 0 prints the operators that took most time of their own,
-    by component of `blocks`.
+    Every rank writes to `folder` its trace_rank_00000.json.gz (Perfetto, chrome://tracing) and its
+    memory_rank_00000.pickle (pytorch.org/memory_viz). Rank 0 prints the operators with the most self time, by
+    component of `blocks`.
     """
     first, end = config.window()
     running: list[_Profile] = []
 
     def begin(step: int) -> None:
         if step == max(1, first - 1) and first < end:
-            running.append(_Profile(folder, blocks, world))  # a step early: compiled blocks take to the marks
+            running.append(_Profile(folder, blocks, world))  # one step early: the hooks make compiled blocks recompile
         if step == first and running:
             running[0].start()
         if step == end and running:
@@ -92,7 +92,7 @@ class _Profile:
 
 
 def _mark(name: str, modules: Sequence[nn.Module]) -> Iterator[Any]:
-    """Hooks that name a component's forward in the trace; they break, and do not enter, compiled graphs."""
+    """Register hooks that label a component's forward in the trace; compiled graphs break at them."""
     open_marks: list[record_function] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -105,15 +105,17 @@ def _mark(name: str, modules: Sequence[nn.Module]) -> Iterator[Any]:
         open_marks.pop().__exit__(None, None, None)
 
     for module in modules:
-        yield module.register_forward_pre_hook(enter, prepend=True)  # what engines gather for it is its, too
+        yield module.register_forward_pre_hook(
+            enter, prepend=True
+        )  # first, so that the engine's gathers are labelled, too
         yield module.register_forward_hook(leave)
 
 
 def host_snapshot(tree: Iterable[Any]) -> dict[str, Any]:
-    """What `torch.cuda.memory` dumps of a GPU's allocator, of a host's: all that was taken and given back.
+    """Return a memory snapshot of the host's allocations, in the format of `torch.cuda.memory`'s dump for GPUs.
 
-    `tree` holds kineto's events, which know of an allocation the operators around it and so the component. torch's
-    own way from there gives up at collectives. What was there before and stays is not in it.
+    `tree` holds kineto's events, in which an allocation knows its enclosing operators and thus its component. (torch's
+    own exporter fails at collectives.) Memory allocated before profiling and never freed is not included.
     """
     history: list[dict[str, Any]] = []
     alive: dict[int, dict[str, Any]] = {}
@@ -143,7 +145,7 @@ def _around(event: Any) -> Iterator[str]:
 
 
 def _segment(one: Mapping[str, Any]) -> dict[str, Any]:
-    """A host has no pools: each block is a segment of its own."""
+    """Represent a block as a segment of its own: a host has no memory pools."""
     size, frames = one["size"], one["frames"]
     block = {
         "address": one["addr"],
@@ -158,19 +160,20 @@ def _segment(one: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def summary(events: Any, on_gpu: bool) -> Table:
-    """The operators with most time of their own, by component and pass.
+    """Return a table of the operators with the most self time, by component and pass.
 
-    A backward operator belongs to the component whose forward made it: autograd numbers both alike.
+    A backward operator belongs to the component whose forward created it: autograd gives both the same sequence
+    number.
     """
     spent, calls = defaultdict[tuple[str, str, str], float](float), defaultdict[tuple[str, str, str], int](int)
     owners: dict[int, str] = {}
-    # a GPU's kernels stand there a second time, as the time of the operators that launched them
+    # skip GPU kernels: their time is counted with the operators that launched them
     by_host = (event for event in events if event.device_type.name == "CPU")
     ordered = sorted(by_host, key=lambda event: event.time_range.start)
     for event in ordered:
         component = _enclosing(event, lambda outer: outer.name.removeprefix(MARK) if MARK in outer.name else None)
         if component and event.sequence_nr >= 0 and event.scope != BACKWARD:
-            owners[event.sequence_nr] = component  # the last operator before the number rises is the one
+            owners[event.sequence_nr] = component  # autograd differentiates the last one
     for event in ordered:
         if event.name.startswith(MARK):
             continue
@@ -178,7 +181,7 @@ def summary(events: Any, on_gpu: bool) -> Table:
         behind = _enclosing(event, lambda outer: owners.get(outer.sequence_nr) if outer.scope == BACKWARD else None)
         in_backward = _enclosing(event, lambda outer: "yes" if outer.scope == BACKWARD else None)
         which = "backward" if in_backward else "forward" if forward else ""
-        operator = event.name.partition(" (")[0]  # FSDP2 adds the module, of which there are hundreds
+        operator = event.name.partition(" (")[0]  # FSDP2 appends the module's name, of which there are hundreds
         key = (behind or forward or "rest", which, operator)
         spent[key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
         calls[key] += 1
@@ -190,7 +193,7 @@ def summary(events: Any, on_gpu: bool) -> Table:
 
 
 def _enclosing(event: Any, find: Callable[[Any], str | None]) -> str | None:
-    """What `find` says of the event or, failing that, of the nearest around it."""
+    """Return the first result of `find` that is not None, for the event and then its enclosing ones outward."""
     while event is not None:
         if (found := find(event)) is not None:
             return found

@@ -1,6 +1,6 @@
-"""What every rank tells of itself with its votes: how long it waited for data, and how much memory it has held.
+"""Per-rank values sent along with the votes of a step: seconds waited for data, and peak memory.
 
-Votes are added up over ranks, so each rank writes into columns of its own, which are zero on the others.
+Votes are summed over ranks, so each rank writes into its own columns, which are zero on the others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hive_scale.distributed import World
 
 
 def rank_report(world: World, waited: float) -> list[float]:
-    """A row for every rank, one after the other; only this rank's is not zero. `waited` is in seconds."""
+    """Return one row per rank, concatenated; only this rank's is not zero. `waited` is in seconds."""
     own = [waited, *peaks(world.device).values()]
     rows = [[0.0] * len(own) for _ in range(world.size)]
     rows[world.rank] = [float(value) for value in own]
@@ -20,7 +20,7 @@ def rank_report(world: World, waited: float) -> list[float]:
 
 
 def read_reports(told: Sequence[float], world: World) -> tuple[list[float], dict[str, float]]:
-    """From the sum of what all have told: waits by rank, in seconds, and for metrics the fullest ranks' memory."""
+    """Decode the sum of all reports: waits by rank in seconds, and the fullest rank's peak memory in GB by name."""
     names = ["waited", *peaks(world.device)]
     columns = {name: list(told[place :: len(names)]) for place, name in enumerate(names)}
     waits = columns.pop("waited")

@@ -1,4 +1,4 @@
-"""What a person sees of a stage, and what remains of it: `metrics.jsonl`, and what is drawn from that."""
+"""Log of a stage: progress on the screen, `metrics.jsonl`, and the trackers that plot it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ logger = logging.getLogger(__name__)
 
 
 class StageLog(AbstractContextManager["StageLog"]):
-    """`<stage>/metrics.jsonl` and all that is drawn from it. Only the main process has one that does anything.
+    """Writes `<stage>/metrics.jsonl` and starts what displays it. Does nothing except on the main process.
 
-    A resumed stage goes on after the step and the number of target tokens it resumed from: later lines, and one cut
-    off, are dropped.
+    A resumed stage continues after the step and the number of target tokens of its checkpoint: later lines, and a
+    truncated one, are dropped.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class StageLog(AbstractContextManager["StageLog"]):
         self._view = StageView(stage_dir.name, num_steps, done_steps)
         self._mirrors = open_trackers(config, stage_dir.parent, stage_dir.name, done_steps)
         self._file = self._path.open("ab", buffering=0)
-        self._is_cut = False  # whether the last line may have been written in part
+        self._is_cut = False  # True if the last line may be incomplete
         self._now = time.perf_counter()
 
     def __enter__(self) -> StageLog:
         if self.active:
-            tell_others()  # a stage's beginning is where most has been warned of
+            tell_others()  # most warnings come before a stage's first step
             self._view.start()
         return self
 
@@ -64,14 +64,14 @@ class StageLog(AbstractContextManager["StageLog"]):
             tell_others()
 
     def print(self, text: str, keep: str = "") -> None:
-        """Print `text`; and keep it beside the metrics in a file called `keep`."""
+        """Print `text`; if `keep` is given, also write it to a file of that name beside the metrics."""
         if self.active and text:
             console.print(text, soft_wrap=True)
             if keep:
                 (self._dir / keep).write_text(text + "\n")
 
     def step(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
-        """Record optimizer step `step` (1-based), after which the stage has consumed `samples` in all."""
+        """Record optimizer step `step` (1-based); `samples` is the number consumed by the stage so far."""
         if not self.active:
             return
         now = time.perf_counter()
@@ -94,7 +94,7 @@ class StageLog(AbstractContextManager["StageLog"]):
         self._warn([mirror.failed() for mirror in self._mirrors])
 
     def _write(self, line: str) -> None:
-        """Training is worth more than its log: a line that a full disk does not take is missing, and that is said."""
+        """Append a line. A full disk costs the line, with one warning, but never stops training."""
         data = (("\n" if self._is_cut else "") + line + "\n").encode()
         try:
             if self._file.write(data) != len(data):

@@ -1,4 +1,4 @@
-"""How fast training is, and how much of the device that uses: one set of figures per optimizer step."""
+"""Training throughput and utilisation of the device, computed once per optimizer step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hive_scale.batch import Batch
 
 
 class Work(Protocol):
-    """FLOPs: what the model asks for, and what the hardware does (more, where activations are recomputed)."""
+    """FLOPs of a batch: required by the model, and done by the hardware (more, if activations are recomputed)."""
 
     @property
     def model(self) -> float: ...
@@ -19,17 +19,19 @@ class Work(Protocol):
 
 
 class Throughput:
-    """Rates from one call of `step` to the next, so that waiting for data, held-out losses and saving count, too."""
+    """Rates between successive calls of `step`, so waiting for data, evaluation and saving are included."""
 
     def __init__(self, work: Callable[[float, float, float], Work] | None, peak: float | None, world_size: int) -> None:
-        """`work`: FLOPs of (samples, tokens per sample, target tokens); `peak`: FLOP/s of a device. Either if known."""
+        """`work` returns FLOPs of (samples, tokens per sample, target tokens); `peak` is a device's FLOP/s. None:
+        unknown.
+        """
         self.work, self.peak, self.world_size = work, peak, world_size
         self.now = time.perf_counter()
 
     def step(self, micro_batches: Sequence[Batch], num_tokens: int) -> dict[str, float]:
-        """Rates of all ranks together, and this rank's share of its device's peak.
+        """Return rates of all ranks together, and this rank's share of its device's peak.
 
-        `num_tokens`: target tokens of all ranks. MFU counts what the model asks for, HFU what is recomputed, too.
+        `num_tokens`: target tokens of all ranks. MFU excludes recomputation, HFU includes it.
         """
         now = time.perf_counter()
         seconds, self.now = now - self.now, now

@@ -1,7 +1,7 @@
-"""Drawing `metrics.jsonl` with wandb and TensorBoard.
+"""Plot `metrics.jsonl` with wandb and TensorBoard, in a process of its own.
 
-``python -m hive_scale.observability.trackers KIND RUN STAGE STEP`` follows the file of a stage that goes on after STEP,
-until its standard input ends; KIND is tensorboard, online or offline.
+``python -m hive_scale.observability.trackers KIND RUN STAGE STEP`` follows the metrics of a stage that resumes after
+STEP, until its standard input ends; KIND is tensorboard, online or offline.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hive_scale.config import LogConfig
 from hive_scale.observability.metrics import Line, MetricsTail, flat, read_metrics
 
 PROJECT = "hive_scale"
-INTERVAL = 0.5  # seconds between looks at the file
+INTERVAL = 0.5  # seconds between reads of the file
 
 
 class Sink(Protocol):
-    """What draws the numbers of a step."""
+    """Receiver of metrics lines, one per step."""
 
     def draw(self, line: Line) -> None: ...
 
@@ -34,7 +34,7 @@ class Sink(Protocol):
 
 
 class Wandb:
-    """One wandb run per pipeline and stage, by a fixed id: what is started again goes on in the same run."""
+    """One wandb run per pipeline and stage, with a fixed id, so that a restart continues the same run."""
 
     def __init__(self, mode: str, run_dir: Path, stage: str, done_steps: int) -> None:
         import wandb
@@ -54,7 +54,7 @@ class Wandb:
             config=recipe,
             settings=settings,
         )
-        # a server says what it has; a segment on disk begins where training did
+        # online, the server knows its last step; an offline segment starts where training resumed
         self._drawn = self._run.step - 1 if mode == "online" else done_steps
 
     def draw(self, line: Line) -> None:
@@ -67,7 +67,7 @@ class Wandb:
 
 
 class TensorBoard:
-    """Event files under `<run>/tensorboard/<stage>`; readers forget what came after the step gone on from."""
+    """Event files under `<run>/tensorboard/<stage>`; `purge_step` hides events after the step resumed from."""
 
     def __init__(self, run_dir: Path, stage: str, done_steps: int) -> None:
         from tensorboardX import SummaryWriter
@@ -86,7 +86,7 @@ class TensorBoard:
 
 
 def wandb_id(run_dir: Path, stage: str) -> str:
-    """The id under which a run goes on in wandb after a restart."""
+    """Return the fixed wandb id of a run's stage, which is created on first use."""
     path = run_dir / "log_id"
     if not path.exists():
         write_text(path, uuid.uuid4().hex[:12])
@@ -94,9 +94,9 @@ def wandb_id(run_dir: Path, stage: str) -> str:
 
 
 def replay(run_dir: Path, mode: str) -> list[str]:
-    """Draw every stage of a run to wandb, however many segments it was trained in; the ids of the wandb runs.
+    """Send the metrics of every stage of a run to wandb and return the ids of the wandb runs.
 
-    What wandb's server already has is passed over.
+    Steps that wandb's server already has are skipped.
     """
     import wandb
 
@@ -108,12 +108,12 @@ def replay(run_dir: Path, mode: str) -> list[str]:
                 sink.draw(line)
             sink.close()
             ids.append(wandb_id(run_dir, stage))
-    wandb.teardown()  # a run that is finished may still be on its way to the disk
+    wandb.teardown()  # waits until finished runs are written to disk
     return ids
 
 
 def follow(sink: Sink, path: Path) -> None:
-    """Draw what `path` has and gets, until standard input ends."""
+    """Draw present and future lines of `path` until standard input ends."""
     follower, ended = MetricsTail(path), False
     while not ended:
         ended = bool(select.select([sys.stdin], [], [], INTERVAL)[0])
@@ -123,7 +123,7 @@ def follow(sink: Sink, path: Path) -> None:
 
 
 def main(kind: str, run: str, stage: str, step: str) -> None:
-    os.nice(10)  # training comes first
+    os.nice(10)  # lower priority than training
     run_dir, done_steps = Path(run), int(step)
     sink: Sink = (
         TensorBoard(run_dir, stage, done_steps) if kind == "tensorboard" else Wandb(kind, run_dir, stage, done_steps)
@@ -136,11 +136,11 @@ if __name__ == "__main__":
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 20.0  # seconds that the end of a stage waits for the last lines to be drawn
+PATIENCE = 20.0  # seconds that the end of a stage waits for trackers to finish
 
 
 class TrackerProcess:
-    """The process that draws one stage with `kind`: tensorboard, or wandb's mode. It ends when it is closed."""
+    """Process that plots one stage. `kind` is tensorboard, or a wandb mode (online, offline)."""
 
     def __init__(self, kind: str, run_dir: Path, stage: str, done_steps: int) -> None:
         self._report = run_dir / "logs" / f"{kind}.log"
@@ -150,20 +150,20 @@ class TrackerProcess:
         with self._report.open("ab") as report:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "hive_scale.observability.trackers", *words],
-                stdin=subprocess.PIPE,  # whose end tells it to end, however this process does
+                stdin=subprocess.PIPE,  # its end tells the tracker to end, even if this process is killed
                 stdout=report,
                 stderr=report,
                 env=os.environ | {"PYTHONPATH": beside},
-                start_new_session=True,  # Ctrl-C is for the training
+                start_new_session=True,  # Ctrl-C goes to training only
             )
         self._kind, self._told = "TensorBoard" if kind == "tensorboard" else "wandb", False
 
     def failed(self) -> str:
-        """What to tell if it has ended before its time, once; else nothing."""
+        """Return a message, once, if the process has ended early; else ""."""
         return self._tell("failed") if self._process.poll() is not None else ""
 
     def close(self) -> str:
-        """Let it draw the last lines; what to tell if it could not."""
+        """Let the process draw the last lines and wait for it; return a message if it failed or is slow, else ""."""
         cast(IO[bytes], self._process.stdin).close()
         try:
             return self._tell("failed") if self._process.wait(PATIENCE) else ""
@@ -176,11 +176,11 @@ class TrackerProcess:
 
 
 def open_trackers(config: LogConfig, run_dir: Path, stage: str, done_steps: int) -> list[TrackerProcess]:
-    """Start a process for each tracker, since its network must not hold up a step."""
+    """Start one process per tracker, so that a slow network cannot delay a step."""
     return [TrackerProcess(kind, run_dir, stage, done_steps) for kind in _kinds(config)]
 
 
 def _kinds(config: LogConfig) -> Sequence[str]:
-    mode = os.environ.get("WANDB_MODE", config.wandb)  # wandb's own variable is the last word
+    mode = os.environ.get("WANDB_MODE", config.wandb)  # wandb's own variable takes precedence
     mode = {"disabled": "off", "dryrun": "offline"}.get(mode, mode)
     return [*([] if mode == "off" else [mode]), *(["tensorboard"] if config.tensorboard else [])]

@@ -1,4 +1,4 @@
-"""GPUs by name: what their makers say they can do, and what is around them."""
+"""Table of GPUs: peak rates and memory from vendors' data sheets, and the bandwidth of their links."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peaks are dense, in FLOP/s, with float32 accumulation; bandwidths are bytes/s in one direction."""
+    """One GPU model. Peaks are dense, in FLOP/s, with float32 accumulation; bandwidths are bytes/s in one direction."""
 
-    title: str  # as the driver says it, or a part of that
+    title: str  # the driver's name for it, or a part of that
     memory: int
     bf16: float
     fp32: float
-    bandwidth: float  # of its memory
+    bandwidth: float  # of device memory
     per_node: int
-    link: float  # to another GPU of its node
+    link: float  # to another GPU of the same node
     network: float  # to a GPU of another node
     host: float  # to host memory
 
     def peak(self, precision: str) -> float:
-        """FLOP/s of dense matrix products in `precision`."""
+        """Peak FLOP/s of dense matrix products in `precision`."""
         return self.bf16 if precision == "bf16" else self.fp32
 
 
-# Vendors' data sheets; NVLink where the usual board has it. `network`: 100 Gb/s per node for the 3090, 200 and
+# From vendors' data sheets; NVLink where the usual board has it. `network`: 100 Gb/s per node for the 3090, 200 and
 # 400 Gb/s per GPU for A100 and H100, as in their DGX machines.
 GPUS = {
     "rtx3090": Gpu("RTX 3090", 24 * GIB, 71e12, 35.6e12, 936e9, 4, 20e9, 3e9, 20e9),
@@ -43,7 +43,7 @@ GPUS = {
 
 
 def find(name: str) -> Gpu:
-    """Raises ValueError that names the nearest GPU."""
+    """Return the GPU called `name`. Raises ValueError that suggests the nearest name."""
     if name not in GPUS:
         near = get_close_matches(name, GPUS, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(GPUS)}"
@@ -52,14 +52,14 @@ def find(name: str) -> Gpu:
 
 
 def this_gpu(device: torch.device) -> Gpu | None:
-    """The one that `device` is; None for one that is not in the table, and for CPUs."""
-    from hive_scale.device import name_of  # here: to plan, no torch is needed
+    """Return the table's entry for `device`; None if it is not in the table, or a CPU."""
+    from hive_scale.device import name_of  # imported here, so that planning needs no torch
 
     name = name_of(device)
     return next((gpu for gpu in GPUS.values() if gpu.title in name), None)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that `device` can reach; None as of `this_gpu`."""
+    """Peak FLOP/s of `device`; None if `this_gpu` is None."""
     gpu = this_gpu(device)
     return gpu.peak(precision) if gpu else None

@@ -1,4 +1,4 @@
-"""The fastest settings that fit: micro-batch per stage, and for the run what is recomputed, cut and offloaded."""
+"""Find the fastest settings that fit in memory: micro-batch per stage; recompute, sharding and offload of the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hive_scale.config import CheckpointingConfig, Config, StageConfig
 from hive_scale.plan.memory import StageProfile, examine
 from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
 
-# From nothing recomputed to everything; a setting of its own per component where that pays.
+# Activation checkpointing to try, from no recomputation to all; per component where that pays.
 RECOMPUTED = (
     CheckpointingConfig(),
     CheckpointingConfig("selective", "selective", "selective"),
@@ -20,12 +20,12 @@ RECOMPUTED = (
 
 
 NATIVE = ("shard_size", "reshard_after_forward", "cpu_offload")
-NEAR = 1.02  # settings this near to the least time that could be are not improved further
+NEAR = 1.02  # stop searching once the time is within this factor of the lower bound
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Settings that fit, and what they cost."""
+    """Settings that fit, with the plan of each stage."""
 
     config: Config
     plans: list[StagePlan]
@@ -35,7 +35,7 @@ class Fit:
         return sum(plan.hours for plan in self.plans)
 
     def words(self) -> list[str]:
-        """What to say to the launcher for these settings."""
+        """Return the command-line words that give these settings to a launcher."""
         engine = self.config.engine
         recompute = vars(engine.checkpointing)
         words = [f"engine.checkpointing.{name}={mode}" for name, mode in recompute.items()]
@@ -47,7 +47,10 @@ class Fit:
 
 
 def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) -> Fit:
-    """Raises ValueError if nothing fits at micro-batch 1, and says what would."""
+    """Return the fastest settings that fit, leaving `spare` bytes free on each device.
+
+    Raises ValueError if nothing fits at micro-batch 1, with the missing memory and remedies.
+    """
     best: Fit | None = None
     least: StagePlan | None = None
     floor = 0.0
@@ -66,7 +69,7 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
                 best = fitting if best is None or fitting.hours < best.hours else best
         floor = floor or sum(_at_once(config, name, facts, machine, num_samples) for (name, _), facts in traced.items())
         if best and best.hours <= NEAR * floor:
-            break  # recomputing could win no more than that
+            break  # more recomputation could save no more than that
     if best is None:
         assert least is not None
         raise ValueError(
@@ -78,7 +81,7 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
 
 
 def _engines(config: Config, machine: Machine) -> Iterator[Config]:
-    """`config` with every way to cut its states. A DeepSpeed JSON is taken as it is."""
+    """Yield `config` with every combination of sharding and offload. A DeepSpeed JSON is left as it is."""
     if config.engine.ds_config:
         yield config
         return
@@ -104,7 +107,7 @@ def _facts(
 def _largest(
     config: Config, name: str, facts: StageProfile, machine: Machine, num_samples: int, spare: float
 ) -> StagePlan:
-    """The plan of the largest micro-batch that fits, which is the fastest; if none does, of a single sample."""
+    """Return the plan with the largest micro-batch that fits, the fastest; if none fits, with micro-batch 1."""
     stage = config.stages[name]
     zero = zero_of(config, stage, machine.world)
     per_rank = stage.global_batch // machine.world or 1
@@ -116,13 +119,13 @@ def _largest(
 
 
 def _fits(plan: StagePlan, machine: Machine, spare: float) -> bool:
-    if machine.host_memory is None:  # nothing is known of it, but that offload was not asked for
+    if machine.host_memory is None:  # host memory is unknown, so offload is ruled out
         return plan.spare >= spare and not plan.memory.host
     return plan.spare >= spare and plan.memory.on_host <= machine.host_memory
 
 
 def _at_once(config: Config, name: str, facts: StageProfile, machine: Machine, num_samples: int) -> float:
-    """Hours of a stage that recomputes nothing and takes its whole batch at once, whatever memory that needs."""
+    """Lower bound of a stage's hours: no recomputation, the whole batch at once, whatever memory that needs."""
     at_once = _with_batch(config, name, max(1, config.stages[name].global_batch // machine.world))
     zero = zero_of(config, config.stages[name], machine.world)
     return plan_stage(at_once, name, facts, zero, machine, num_samples).hours

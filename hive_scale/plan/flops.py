@@ -1,9 +1,9 @@
-"""FLOPs of a stage, exactly: one forward of its model, traced at three lengths of text.
+"""Exact FLOPs of a stage, from forward passes of its model on fake tensors at three text lengths.
 
-A matrix product of n multiply-adds is 2 n FLOPs. Its weight's gradient is computed where the weight trains, its
-input's where anything before it does; so a frozen encoder costs its forward alone. Attention is counted as the
-full square, causal or not, as `torch.utils.flop_counter` does; norms and activations count nothing. Of a text of T
-tokens every operator costs a + b T + c T^2, so that three traces tell the cost of all.
+A matrix product of n multiply-adds counts 2 n FLOPs. The gradient of a weight is computed if the weight trains, that
+of an input if anything before it trains; a frozen encoder thus costs only its forward. Attention counts as the full
+square, causal or not, as in `torch.utils.flop_counter`; norms and activations count nothing. For a text of T tokens
+every operator costs a + b T + c T^2, so three traces determine the cost at every length.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from hive_scale.model import build
 from hive_scale.plan.trace import FORMULAS, fake_batch, fake_parameters
 
 log = logging.getLogger(__name__)
-LENGTHS = (8, 16, 24)  # of a text in tokens; any three do
-TARGETS = (1, 2)  # of a sample; their cost is linear
-ATTENTION = "scaled_dot_product"  # of the names of fused kernels, which compute the scores again in backward
+LENGTHS = (8, 16, 24)  # tokens of the traced texts; any three lengths do
+TARGETS = (1, 2)  # target tokens per traced sample; their cost is linear
+ATTENTION = "scaled_dot_product"  # part of fused kernels' names; these recompute the scores in backward
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one part of the work. What is computed a second time counts for the hardware, not for the model."""
+    """FLOPs of one part of the work. Recomputation counts for the hardware, not for the model."""
 
     forward: float = 0.0
     backward: float = 0.0
@@ -43,12 +43,12 @@ class Flops:
 
     @property
     def model(self) -> float:
-        """What the model asks for: the F of MFU."""
+        """FLOPs the model requires, without recomputation: the numerator of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> float:
-        """What is computed: the F of HFU."""
+        """FLOPs actually computed, with recomputation: the numerator of HFU."""
         return self.model + self.recompute
 
     def __add__(self, other: Flops) -> Flops:
@@ -57,38 +57,39 @@ class Flops:
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a stage for any batch.
+    """FLOPs of a stage as a function of the batch.
 
-    By component the coefficients (4, 3) of 1, T, T^2 and targets, for forward, backward and recompute of a sample.
+    `by_component` maps each component to coefficients (4, 3): of 1, T, T^2 and targets, for forward, backward and
+    recompute of one sample.
     """
 
     by_component: Mapping[str, np.ndarray[Any, np.dtype[np.float64]]]
 
     def components(self, samples: float, num_tokens: float, targets: float) -> dict[str, Flops]:
-        """By component, for `samples` texts padded to `num_tokens`, `targets` tokens to predict in all."""
+        """FLOPs by component for `samples` texts padded to `num_tokens`, with `targets` target tokens in total."""
         sizes = np.array([samples, samples * num_tokens, samples * num_tokens**2, targets])
         return {name: Flops(*(sizes @ table).tolist()) for name, table in self.by_component.items()}
 
     def without(self, component: str) -> Work:
-        """The same work, but that of a component which is not run."""
+        """Return the same work without that of `component`, which does not run."""
         return Work({name: table for name, table in self.by_component.items() if name != component})
 
     def total(self, samples: float, num_tokens: float, targets: float) -> Flops:
-        """All components together; arguments as of `components`."""
+        """FLOPs of all components together; arguments as in `components`."""
         return sum(self.components(samples, num_tokens, targets).values(), Flops())
 
 
 def estimate(config: ModelConfig, stage: StageConfig, checkpointing: CheckpointingConfig) -> Work | None:
-    """The work of a stage, for a running job: None, with a warning, where the model cannot be traced."""
+    """Return the work of a stage for a running job; None, with a warning, if the model cannot be traced."""
     try:
         return count(build.for_stage(config, stage)[0], checkpointing)
-    except Exception as error:  # of whatever a registered model brings: training itself does not need this
+    except Exception as error:  # a registered model may raise anything here, and training does not need the estimate
         log.warning("the model's FLOPs cannot be counted, and MFU is not shown: %s: %s", type(error).__name__, error)
         return None
 
 
 def count(model: Any, checkpointing: CheckpointingConfig | None = None) -> Work:
-    """The work of `model`, a Hive on the meta device, ``requires_grad`` set, which is of no use afterwards."""
+    """Return the work of `model`, a Hive on the meta device, ``requires_grad`` set. It is unusable afterwards."""
     points = [(length, TARGETS[0]) for length in LENGTHS] + [(LENGTHS[0], TARGETS[1])]
     size = model.vision.config.image_size
     with FakeTensorMode():
@@ -102,7 +103,7 @@ def count(model: Any, checkpointing: CheckpointingConfig | None = None) -> Work:
 
 
 def _forward(model: Any, inputs: Mapping[str, Tensor], checkpointing: CheckpointingConfig | None) -> Mapping[str, Any]:
-    """(forward, backward, recompute) by component of one forward, and of the backward that would follow."""
+    """(forward, backward, recompute) FLOPs by component, of one forward and the backward that would follow."""
     counter = _Counter()
     pieces = {model.vision: "vision", model.language: "language", model.projector: "projector", model.fusion: "fusion"}
     settings = checkpointing or CheckpointingConfig()
@@ -115,16 +116,16 @@ def _forward(model: Any, inputs: Mapping[str, Tensor], checkpointing: Checkpoint
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up what every operator costs, forward and, by which of its inputs want a gradient, backward."""
+    """Adds up every operator's forward FLOPs, and its backward FLOPs by which of its inputs require a gradient."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.done: dict[str, Any] = defaultdict(lambda: np.zeros(3))
-        self.part = "language"  # of which module the operators are
-        self.block: list[float] = []  # of the block at work: its FLOPs, and those until it saved something last
+        self.part = "language"  # component whose operators run now
+        self.block: list[float] = []  # of the running block: FLOPs so far, and FLOPs up to its last saved tensor
 
     def saved(self, tensor: Tensor) -> Tensor:
-        """A tensor is kept for backward: up to here a block that forgot it must be run again."""
+        """Note that a tensor is saved for backward: recomputation of the block must run at least up to here."""
         if self.block:
             self.block[1] = self.block[0]
         return tensor
@@ -141,18 +142,18 @@ class _Counter(TorchDispatchMode):
 
 
 def _backward(func: Any, args: Any, kwargs: Any) -> tuple[float, float]:
-    """(backward, what of it is computed anew), in forwards: a product for each factor that wants a gradient."""
+    """(backward, recompute) in units of the forward's cost: one product per factor that needs a gradient."""
     factors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor) and one.requires_grad]
     if ATTENTION in func.__name__:
         return (2.0, 0.5) if factors else (0.0, 0.0)
-    return float(sum(one.ndim > 1 for one in factors)), 0.0  # a bias is none
+    return float(sum(one.ndim > 1 for one in factors)), 0.0  # a bias is not a factor
 
 
 @contextmanager
 def _watching(
     model: nn.Module, pieces: Mapping[nn.Module, str], blocks: Mapping[nn.Module, bool], counter: _Counter
 ) -> Iterator[None]:
-    """Within, `counter` knows which component is at work, and what its blocks would run again."""
+    """Tell `counter` which component runs, and add to it what checkpointed blocks would recompute."""
 
     def entering(part: str) -> Callable[..., None]:
         def enter(_: nn.Module, __: Any) -> None:

@@ -1,9 +1,9 @@
-"""What the native engine holds while a micro-batch runs: gathered units, gradients, buffers of collectives.
+"""Memory of the native engine during a micro-batch: gathered units, gradients, buffers of collectives.
 
-A whole copy in float32 is trained as it is, under DDP on more processes. Else FSDP2 gathers and cuts, in the
-order of torch 2.14: a unit is gathered when its forward begins and freed when it ends; in
-backward the unit before it is gathered ahead; gradients are reduced in float32 when those of a unit's inputs are
-known, or at the very end for a unit whose inputs need none.
+Unsharded float32 models train as they are, under DDP if there are several processes. Otherwise FSDP2 gathers and
+shards in the order of torch 2.14: a unit is gathered when its forward begins and freed when it ends; in backward the
+preceding unit is prefetched. Gradients are reduced in float32 once the gradients of a unit's inputs are known, or at
+the very end for a unit whose inputs need none.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Literal
 from hive_scale.plan.timeline import Timeline
 from hive_scale.plan.trace import Trace
 
-MASTER = 4  # bytes of a master weight, and of a gradient that is reduced
+MASTER = 4  # bytes of a master weight, and of a gradient in its reduction
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter, as far as memory goes."""
+    """Name, shape and trainability of a parameter: all that its memory depends on."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,44 +28,44 @@ class Param:
 
     @property
     def numel(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         count = 1
         for size in self.shape:
             count *= size
         return count
 
     def padded(self, ranks: int) -> int:
-        """Numbers over all ranks when the first dimension is cut into equal parts."""
+        """Elements over all ranks when the first dimension is padded and split into equal parts."""
         rows = self.shape[0] if self.shape else 1
         return -(-rows // ranks) * ranks * (self.numel // max(1, rows))
 
 
 @dataclass(frozen=True)
 class Units:
-    """Parameters by the unit they are gathered with; "" is the unit around all others."""
+    """Parameters grouped by the unit with which they are gathered; "" is the root unit around all others."""
 
     members: Mapping[str, Sequence[Param]]
 
     def gathered(self, unit: str, ranks: int) -> int:
-        """Numbers of `unit` when it is gathered, padding included."""
+        """Elements of `unit` when gathered, padding included."""
         return sum(param.padded(ranks) for param in self.members[unit])
 
     def trained(self, unit: str, ranks: int) -> int:
-        """Numbers of `unit` that get a gradient, padding included."""
+        """Elements of `unit` that get a gradient, padding included."""
         return sum(param.padded(ranks) for param in self.members[unit] if param.trained)
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Which of a step's micro-batches one is."""
+    """State of a micro-batch within its optimizer step, under gradient accumulation."""
 
-    waiting: Literal["none", "whole", "cut"] = "none"  # gradients of earlier ones
-    begins_gathered: bool = False  # all units, by the one before
-    keeps: bool = False  # them gathered, for the next
+    waiting: Literal["none", "whole", "cut"] = "none"  # earlier gradients: none, unsharded, or sharded
+    begins_gathered: bool = False  # all units are still gathered from the previous micro-batch
+    keeps: bool = False  # units stay gathered for the next micro-batch
 
 
 class Fsdp:
-    """One micro-batch under FSDP2 on `shard` ranks."""
+    """Simulation of one micro-batch under FSDP2 on `shard` ranks."""
 
     def __init__(
         self, trace: Trace, units: Units, shard: int, itemsize: int, reshard: bool, which: Pass = Pass()
@@ -73,8 +73,8 @@ class Fsdp:
         self.line, self.units, self.shard, self.itemsize = Timeline(trace), units, shard, itemsize
         self.reshard, self.which, self.waiting = reshard, which, which.waiting == "whole"
         self.gathered: set[str] = set()
-        self.ahead: dict[str, float] = {}  # collectives done, not yet copied out
-        self.kept = 0.0  # the collective's buffer of the unit before, in forward
+        self.ahead: dict[str, float] = {}  # bytes of flat buffers whose all-gather is done, not yet copied out
+        self.kept = 0.0  # bytes of the previous unit's flat buffer, kept during forward
         self.reducing = 0.0
         self.order: list[str] = []
         self.position: dict[str, int] = {}
@@ -120,7 +120,7 @@ class Fsdp:
             self.reduce(at, name)
 
     def before_backward(self, at: int, name: str) -> None:
-        if self.kept:  # the forward is over
+        if self.kept:  # first backward: the forward's last buffer is freed
             self.line.hold(at, "buffers", -self.kept)
             self.kept = 0.0
         if name in self.gathered or name in self.reduced:
@@ -133,7 +133,7 @@ class Fsdp:
             self.collect(at, self.order[before])
 
     def collect(self, at: int, name: str) -> None:
-        """All-gather a unit into one flat buffer; this rank's part is copied together first."""
+        """All-gather a unit into one flat buffer; the input is a copy of this rank's shards in one piece."""
         if self.shard == 1:
             return
         size = float(self.itemsize * self.units.gathered(name, self.shard))
@@ -161,7 +161,9 @@ class Fsdp:
             self.line.hold(at, "gathered", -float(self.itemsize * self.units.gathered(name, self.shard)))
 
     def gradient(self, at: int, name: str) -> None:
-        """A whole gradient waits for its unit's; or it is added to what earlier micro-batches left, and goes."""
+        """Hold a full gradient until its unit is reduced, or accumulate it in place into those of earlier
+        micro-batches.
+        """
         _, param = self.owner[name]
         if not self.waiting or self.itemsize != MASTER:
             self.line.hold(at, "gradients", self.itemsize * param.numel)
@@ -179,14 +181,15 @@ class Fsdp:
         self.line.spike(at, "buffers", 0.0)
         computed = 0 if self.waiting and self.itemsize == MASTER else self.itemsize * whole
         self.line.hold(at, "gradients", -computed - (MASTER * whole if self.waiting else 0))
-        if self.which.waiting != "cut":  # else it is added to what waits
+        if self.which.waiting != "cut":  # if "cut", it is added to the sharded gradients already held
             self.line.hold(at, "gradients", self.reducing / self.shard)
 
 
 class Unsharded:
-    """One micro-batch of a whole copy in float32, which is gathered from nowhere.
+    """Simulation of one micro-batch of an unsharded float32 model.
 
-    Gradients come one by one and stay; DDP's lie in buckets that are there from the start, as are those that wait.
+    On one rank, gradients appear one by one and stay. DDP's gradients lie in buckets that exist from the start, as do
+    accumulated ones.
     """
 
     def __init__(self, trace: Trace, units: Units, ranks: int, waiting: bool) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that one process needs for one stage, and when: states by arithmetic, the rest from a trace."""
+"""Peak memory of one process in one stage: states by arithmetic, activations from a trace."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from hive_scale.registry import OPTIMIZERS
 
 @dataclass(frozen=True)
 class StageProfile:
-    """What a stage of a model is, whatever engine runs it."""
+    """Facts about a stage's model that do not depend on the engine."""
 
     params: list[Param]
     units: Units
-    modules: dict[str, list[str]]  # parameters that a module has itself
+    modules: dict[str, list[str]]  # names of the parameters that each module owns directly
     trace: Trace
-    features: int = 0  # numbers that a frozen encoder makes of an image; 0 if it is not frozen
-    states: int = 2  # that the optimizer keeps of a number
-    seeing: float = 0.0  # FLOPs of making them beforehand, for `feature_cache`
+    features: int = 0  # elements of a frozen encoder's features per image; 0 if it trains
+    states: int = 2  # optimizer states per trained element
+    seeing: float = 0.0  # FLOPs per image to fill `feature_cache`; 0 without it
 
     def numel(self, trained: bool | None = None) -> int:
-        """How many numbers there are: all, the trained or the frozen ones."""
+        """Number of elements: all, only the trained (True) or only the frozen (False)."""
         return sum(param.numel for param in self.params if trained is None or param.trained == trained)
 
     def components(self) -> dict[str, tuple[int, int]]:
-        """By component: numbers trained and frozen."""
+        """Return {component: (trained, frozen) elements}."""
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
         for param in self.params:
             counts[param.name.split(".")[0]][not param.trained] += param.numel
@@ -48,9 +48,9 @@ class StageProfile:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one process, in bytes. `moment` is the worst of a step; what is on the host is not in `peak`.
+    """Memory of one process, in bytes. `moment` is the peak within a step; host memory is not part of `peak`.
 
-    On the host are states that are offloaded, and the pinned memory into which each checkpoint is copied.
+    Host memory holds offloaded states, and pinned buffers into which each checkpoint is copied.
     """
 
     parameters: float
@@ -58,7 +58,7 @@ class Memory:
     moments: float
     batch: float
     moment: MemoryPeak
-    host: float  # states
+    host: float  # offloaded states
     staging: float = 0.0
 
     @property
@@ -68,14 +68,14 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Bytes on the device at the worst moment."""
+        """Bytes on the device at the peak moment."""
         return self.parameters + self.masters + self.moments + self.batch + self.moment.total
 
 
 def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False) -> StageProfile:
-    """Build the stage's model on the meta device and trace it; `saves_inputs` as ZeRO-3's linear layers do.
+    """Build the stage's model on the meta device and trace it. `saves_inputs`: linear layers save inputs, as in ZeRO-3.
 
-    Raises ValueError as training would.
+    Raises ValueError for settings that training would refuse as well.
     """
     model, _ = build.for_stage(config.model, stage)
     params = [Param(name, tuple(one.shape), one.requires_grad) for name, one in model.named_parameters()]
@@ -98,7 +98,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
 
 
 def _units(model: Any, params: list[Param]) -> Units:
-    """Blocks, and all the rest as one, as the native engine shards them."""
+    """Group parameters into units as the native engine shards them: each block, and the rest as one."""
     places = {id(module): name for name, module in model.named_modules()}
     blocks = [places[id(block)] for part in model.blocks().values() for block in part]
     members: dict[str, list[Param]] = {"": [], **{block: [] for block in blocks}}
@@ -111,7 +111,10 @@ def _units(model: Any, params: list[Param]) -> Units:
 def measure(
     facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], world: int, micro_batch: int, accumulation: int
 ) -> Memory:
-    """What one of `world` processes needs; `zero` is the resolved ``zero_optimization``, empty for FSDP2."""
+    """Return the memory of one of `world` processes.
+
+    `zero` is the resolved ``zero_optimization`` section, empty for FSDP2.
+    """
     itemsize = DTYPES[engine.precision].itemsize
     if zero:
         memory = _deepspeed(facts, zero, world, itemsize, micro_batch, accumulation > 1)
@@ -132,7 +135,7 @@ def _native(
     else:
         keeps = waiting and not engine.reshard_after_backward
         waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
-        # the first micro-batch has nothing waiting, the last one reduces
+        # the first micro-batch holds no earlier gradients, the last one reduces
         passes = [Pass(keeps=keeps), Pass(waits, begins_gathered=keeps)] if waiting else [Pass()]
         passes += [Pass(waits, begins_gathered=True, keeps=True)] if keeps else []
         reshard = engine.reshard_after_forward
@@ -140,7 +143,7 @@ def _native(
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
     batch = facts.trace.input_bytes * micro_batch
     if engine.cpu_offload:
-        return Memory(0.0, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # and reduced gradients
+        return Memory(0.0, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # masters, moments and reduced gradients
     return Memory(masters, 0.0, moments, batch, moment, 0.0)
 
 
@@ -157,18 +160,18 @@ def _deepspeed(
         small = sum(param.numel for param in facts.params if param.numel <= threshold)
         parameters = float(itemsize * (every / world + small))
         line = Zero3(facts.trace, facts.params, facts.modules, world, itemsize, zero).line
-        fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and gradients as cut
+        fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and the sharded gradients
     moment = line.worst(micro_batch)
     held = {**moment.held, "gradients": moment.held.get("gradients", 0.0) + fixed}
     moment, batch = MemoryPeak(moment.where, moment.activations, held), facts.trace.input_bytes * micro_batch
     host = 0.0
     if offloaded(zero, "offload_optimizer"):
-        host, masters, moments = masters + moments + masters, 0.0, 0.0  # and gradients
+        host, masters, moments = masters + moments + masters, 0.0, 0.0  # masters, moments and gradients
     if offloaded(zero, "offload_param"):
         host, parameters = host + itemsize * every / world, parameters - itemsize * every / world
     return Memory(parameters, masters, moments, batch, moment, host)
 
 
 def offloaded(zero: Mapping[str, Any], what: str) -> bool:
-    """Whether a ``zero_optimization`` section keeps `what` off the device."""
+    """True if a ``zero_optimization`` section keeps `what` off the device."""
     return bool((zero.get(what) or {}).get("device", "none") != "none")

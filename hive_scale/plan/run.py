@@ -1,4 +1,4 @@
-"""The plan of a run: each stage's memory, work and time on a world of GPUs that need not be here."""
+"""Plan of a run: memory, work and time of each stage on a world of GPUs that need not exist here."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from hive_scale.plan.memory import Memory, StageProfile, examine, measure
 from hive_scale.plan.time import DISK, PRODUCTS, StepTime, checkpoint_bytes, offloads, step_time
 from hive_scale.precision import DTYPES
 
-# What a GPU's memory does not give to tensors: the CUDA context with its libraries, and fragmentation.
+# GPU memory unavailable to tensors: bytes of the CUDA context with its libraries, and the share lost to fragmentation.
 CONTEXT, FRAGMENTATION = 0.8e9, 0.05
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage, as one of `world` processes will meet it. Bytes, FLOPs and seconds."""
+    """Plan of one stage for one of `world` processes. Bytes, FLOPs and seconds."""
 
     stage: str
-    components: Mapping[str, tuple[int, int]]  # numbers trained and frozen
+    components: Mapping[str, tuple[int, int]]  # component -> (trained, frozen) elements
     micro_batch: int
     accumulation: int
     steps: int
-    samples: int  # of one step
+    samples: int  # per optimizer step
     memory: Memory
-    capacity: float  # bytes a GPU has for tensors
+    capacity: float  # bytes of a GPU that are available to tensors
     flops: Mapping[str, float]  # per sample: forward, backward, recompute
     time: StepTime
     mfu: float
-    checkpoint: float  # bytes of one, over all processes
-    features: float  # bytes that `feature_cache` would take; 0 where the encoder learns
-    seeing: float  # seconds to fill it, once for all stages that use it
+    checkpoint: float  # bytes of one checkpoint, over all processes
+    features: float  # bytes that `feature_cache` would take; 0 if the encoder trains
+    seeing: float  # seconds to fill `feature_cache`, once for all stages that use it
 
     @property
     def spare(self) -> float:
-        """Bytes that are left on the device."""
+        """Free bytes on the device at the peak; negative if the stage does not fit."""
         return self.capacity - self.memory.peak
 
     @property
     def fits(self) -> bool:
-        """Whether the device has room for it."""
+        """True if the device has enough memory."""
         return self.spare >= 0
 
     @property
     def hours(self) -> float:
-        """Of the whole stage."""
+        """Hours of the whole stage."""
         return self.steps * self.time.total / 3600
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the plan as JSON-ready fields, derived values included."""
         extra = {"spare": self.spare, "fits": self.fits, "hours": self.hours, "peak": self.memory.peak}
         return asdict(self) | extra | {"samples_per_second": self.samples / self.time.total}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a run is to go."""
+    """The GPUs and host memory on which a run is planned."""
 
     gpu: Gpu
     world: int
-    host_memory: float | None = None  # bytes per process, for offloaded states
+    host_memory: float | None = None  # bytes per process for offloaded states; None: unknown
 
     def __post_init__(self) -> None:
         if self.world < 1:
@@ -76,20 +76,20 @@ class Machine:
 
     @property
     def nodes(self) -> int:
-        """How many it takes."""
+        """Number of nodes."""
         return max(1, self.world // self.gpu.per_node)
 
     @property
     def capacity(self) -> float:
-        """Bytes of one device that a process can have."""
+        """Bytes of one device that are available to tensors."""
         return (self.gpu.memory - CONTEXT) * (1 - FRAGMENTATION)
 
 
 def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
-    """The complete ``zero_optimization`` of the config's DeepSpeed JSON; empty without one."""
+    """Return the complete ``zero_optimization`` section of the config's DeepSpeed JSON; empty without one."""
     if not config.engine.ds_config:
         return {}
-    from hive_scale.engine.deepspeed_config import resolve  # DeepSpeed, which checks it, takes seconds to import
+    from hive_scale.engine.deepspeed_config import resolve  # imported late: DeepSpeed takes seconds to import
 
     settings = resolve(Path(config.engine.ds_config), stage, config.engine, world, here=False)
     zero: dict[str, Any] = settings["zero_optimization"]
@@ -110,7 +110,10 @@ def check_engine(engine: EngineConfig, zero: Mapping[str, Any], machine: Machine
 def plan_stage(
     config: Config, name: str, facts: StageProfile, zero: Mapping[str, Any], machine: Machine, num_samples: int
 ) -> StagePlan:
-    """Raises ValueError where training would: a batch that does not divide, a set smaller than a batch."""
+    """Return the plan of one stage.
+
+    Raises ValueError as training would: if the batch does not divide, or the set is smaller than a batch.
+    """
     stage, engine = config.stages[name], config.engine
     accumulation = stage.accumulation(machine.world)
     micro_batch = stage.global_batch // machine.world // accumulation
@@ -137,13 +140,13 @@ def plan_stage(
 
 
 def _seeing(facts: StageProfile, engine: EngineConfig, machine: Machine, num_samples: int, kept: float) -> float:
-    """Seconds of the encoder's pass over the images, or of writing what it makes if that takes longer."""
+    """Seconds to encode all images, or to write their features if that takes longer."""
     computing = num_samples * facts.seeing / (machine.world * machine.gpu.peak(engine.precision) * PRODUCTS)
     return max(computing, kept / machine.nodes / DISK)
 
 
 def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePlan]:
-    """Every stage of `config`. Seconds per stage: it is traced in full size."""
+    """Return the plan of every stage. Takes seconds per stage, since each is traced at full size."""
     plans = []
     for name, stage in config.stages.items():
         zero = zero_of(config, stage, machine.world)
@@ -154,5 +157,5 @@ def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePl
 
 
 def checkpoint_seconds(plan: StagePlan, machine: Machine) -> float:
-    """Seconds to write one, the nodes side by side, while training goes on."""
+    """Seconds to write one checkpoint in the background, all nodes in parallel."""
     return plan.checkpoint / machine.nodes / DISK

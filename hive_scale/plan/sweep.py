@@ -1,4 +1,4 @@
-"""Scaling by the plan: more GPUs on the same global batch (strong), or on as much for each (weak)."""
+"""Planned scaling to more GPUs: at a fixed global batch (strong), or at a fixed batch per GPU (weak)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hive_scale.plan.memory import examine, measure
 from hive_scale.plan.run import Machine
 from hive_scale.plan.time import step_time
 
-# ZeRO with the shipped settings; its JSON need not be read for what scaling depends on
+# ZeRO with the settings of the shipped JSON files, as far as scaling depends on them
 ENGINES: dict[str, dict[str, Any]] = {
     "DDP": {},
     "FSDP2": {},
@@ -30,10 +30,11 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_samples: int) -> list[dict[str, Any]]:
-    """A point per engine, kind of scaling and world: rates, memory, and efficiency against the first world.
+    """Return one point per engine, kind of scaling and world: rates, memory, and efficiency relative to the first
+    world.
 
-    Weak scaling keeps the samples of a GPU at those of the smallest world. Strong scaling ends where a GPU would
-    have less than one sample.
+    Weak scaling keeps the samples per GPU at those of the smallest world. Strong scaling ends where a GPU would have
+    less than one sample. Raises ValueError for an unknown stage and for an invalid world.
     """
     if stage_name not in config.stages:
         raise ValueError(f"--stage {stage_name}: there is no such stage: there are {', '.join(config.stages)}")
@@ -47,7 +48,7 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
         for scaling in ("weak", "strong"):
             base = None
             for world in sorted(worlds):
-                Machine(gpu, world)  # which refuses worlds that cannot be
+                Machine(gpu, world)  # raises ValueError for an invalid world
                 batch = stage.global_batch if scaling == "strong" else stage.global_batch * world // min(worlds)
                 if batch % world:
                     continue
@@ -78,7 +79,7 @@ def _engine(engine: EngineConfig, title: str) -> EngineConfig:
 
 
 def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
-    """Samples per second against GPUs, both logarithmic, weak beside strong, with the assumptions below."""
+    """Plot samples per second against GPUs on logarithmic axes, weak beside strong, with the assumptions below."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")

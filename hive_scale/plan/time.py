@@ -1,9 +1,9 @@
-"""How long a step takes: a roofline of the traced operators, and alpha-beta communication that overlaps with it.
+"""Time of an optimizer step: a roofline of the traced operators, overlapped with alpha-beta communication.
 
-An estimate, not a measurement: matrix products at 60 % of the peak, all else at 80 % of the memory's bandwidth, 50
-microseconds of the host for every operator (through FSDP2 53 to 73 were measured beside an H100, which waits for its
-host if micro-batches are small), and collectives, and reading of kept features, hidden behind computation as far as
-it lasts.
+An estimate, not a measurement. It assumes matrix products at 60 % of peak, everything else at 80 % of memory
+bandwidth, and 50 microseconds of host time per operator (with FSDP2, 53 to 73 were measured next to an H100, which
+waits for its host if micro-batches are small). Collectives, and reads of stored features, are hidden behind
+computation as far as it lasts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DISK = 1e9  # bytes/s of a shared file system, per node
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes that one process sends in a step, and in how many collectives."""
+    """Bytes that one process sends per step, and the number of collectives."""
 
     sent: float
     collectives: int
@@ -37,12 +37,12 @@ class StepTime:
     computing: float
     communicating: float
     updating: float
-    reading: float  # kept features, from the disk of a node; images are small
+    reading: float  # stored features, from the node's disk; images are small enough to ignore
     volume: Volume
 
     @property
     def total(self) -> float:
-        """Seconds, what overlaps counted once."""
+        """Seconds of the step; overlapping parts count once."""
         return max(max(self.computing, self.communicating) + self.updating, self.reading)
 
 
@@ -55,7 +55,7 @@ def step_time(
     micro_batch: int,
     accumulation: int,
 ) -> StepTime:
-    """Seconds of a step of `accumulation` micro-batches on each of `world` GPUs."""
+    """Return the time of a step of `accumulation` micro-batches on each of `world` GPUs."""
     work = facts.trace
     peak = gpu.peak(engine.precision) * PRODUCTS
     products = micro_batch * sum(work.flops.values()) / peak
@@ -65,7 +65,7 @@ def step_time(
     rate = gpu.link if world <= gpu.per_node else gpu.network
     communicating = sent.sent / rate + sent.collectives * LATENCY * log2(max(2, world)) * (world > 1)
     trained = facts.numel(True) / (world if zero else engine.shard_size or world)
-    traffic = 4 + 8 * (1 + facts.states)  # bytes per trained number: gradient, and master and states to and fro
+    traffic = 4 + 8 * (1 + facts.states)  # bytes per trained element: gradient in, master and states in and out
     updating = trained * traffic / (gpu.bandwidth * MEMORY)
     if offloads(engine, zero):
         updating = trained * (8 / gpu.host + traffic / 50e9)  # gradients out, parameters in; host memory at 50 GB/s
@@ -75,12 +75,15 @@ def step_time(
 
 
 def offloads(engine: EngineConfig, zero: Mapping[str, Any]) -> bool:
-    """Whether optimizer states or parameters are in host memory."""
+    """True if optimizer states or parameters are in host memory."""
     return engine.cpu_offload or offloaded(zero, "offload_optimizer") or offloaded(zero, "offload_param")
 
 
 def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], world: int, accumulation: int) -> Volume:
-    """Rings: a gather or a scatter of n bytes over r ranks sends n (r - 1) / r, an all-reduce twice that."""
+    """Return the traffic of one step with ring collectives.
+
+    A gather or scatter of n bytes over r ranks sends n (r - 1) / r, an all-reduce twice that.
+    """
     if world == 1:
         return Volume(0.0, 0)
     itemsize = DTYPES[engine.precision].itemsize
@@ -91,7 +94,7 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
         units = len(facts.units.members)
         cut, copies = (shard - 1) / shard, world // shard
         gathers = accumulation * (2 if engine.reshard_after_forward else 1)
-        gathers -= 0 if engine.reshard_after_backward else accumulation - 1  # found gathered by those behind the first
+        gathers -= 0 if engine.reshard_after_backward else accumulation - 1  # later forwards find units gathered
         reductions = accumulation if engine.sync_each_micro_batch else 1
         sent = gathers * itemsize * every * cut + reductions * 4 * trained * cut
         sent += 2 * 4 * trained / shard * (copies - 1) / copies
@@ -106,5 +109,5 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
 
 
 def checkpoint_bytes(facts: StageProfile) -> float:
-    """Of one step checkpoint, all ranks together."""
-    return 4.0 * (1 + facts.states) * facts.numel(True)  # the master, too
+    """Bytes of one step checkpoint, over all ranks."""
+    return 4.0 * (1 + facts.states) * facts.numel(True)  # float32 master and optimizer states

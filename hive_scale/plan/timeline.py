@@ -1,4 +1,4 @@
-"""Bytes that an engine holds beside activations, operator by operator, and the worst moment of both together."""
+"""Timeline of the bytes that an engine holds beside activations, and the peak of both together."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from hive_scale.plan.trace import Trace
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """The worst moment of one micro-batch: where, and what is alive then, in bytes."""
+    """The peak of one micro-batch: where it is, and the bytes alive then."""
 
     where: str
     activations: float
-    held: Mapping[str, float]  # by what the engine calls it
+    held: Mapping[str, float]  # bytes by purpose, such as "gathered", "gradients", "buffers"
 
     @property
     def total(self) -> float:
-        """Bytes: activations and all that is held with them."""
+        """Bytes of activations and of all that the engine holds."""
         return self.activations + sum(self.held.values())
 
 
 class Timeline:
-    """What an engine holds from operator to operator, noted in the order in which it happens."""
+    """Records what an engine holds at each operator, in the order of events."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -36,16 +36,16 @@ class Timeline:
         self._spikes: list[tuple[int, dict[str, float]]] = []
 
     def hold(self, at: int, what: str, size: float) -> None:
-        """From operator `at` on, `size` bytes more (or, negative, fewer)."""
+        """From operator `at` on, hold `size` bytes more (fewer if negative)."""
         self.now[what] += size
         self._changes.append((at, {what: size}))
 
     def spike(self, at: int, what: str, size: float) -> None:
-        """Between operators, just before `at`, `size` bytes more than is held, for a moment."""
+        """Just before operator `at`, hold `size` bytes more for a moment."""
         self._spikes.append((at, {**self.now, what: self.now[what] + size}))
 
     def worst(self, micro_batch: int) -> MemoryPeak:
-        """The worst moment with a micro-batch of this size."""
+        """Return the peak for this micro-batch size."""
         alive = self._activations(micro_batch)
         deltas = torch.zeros(len(alive) + 1, dtype=torch.float64)
         for at, change in self._changes:
@@ -72,7 +72,7 @@ class Timeline:
         return dict(state)
 
     def _place(self, where: int) -> str:
-        """The last module that was entered before operator `where`."""
+        """Name the last module entered before operator `where`."""
         events = [event for event in self.trace.events if event.at <= where and event.kind in WORDS]
         return f"{WORDS[events[-1].kind]} {events[-1].name}" if events else "before the forward"
 

@@ -1,7 +1,7 @@
-"""One forward and backward of the real model on fake tensors: bytes alive at every operator, and FLOPs.
+"""Trace one forward and backward of the real model on fake tensors: bytes alive at every operator, and FLOPs.
 
-Nothing is computed and no memory is used, so a model of any size is traced in seconds on any machine; a change
-of the model is a change of its plan. What an engine adds to it is arithmetic on the events noted here.
+Nothing is computed or allocated, so a model of any size is traced in seconds on any machine, and a change of the model
+changes its plan. Engines add arithmetic on the events recorded here.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from hive_scale.config import CheckpointingConfig
 from hive_scale.engine.activation_checkpointing import checkpoint_blocks
 
-# Bytes that scale with the micro-batch are told from others by this prime factor, which no width has.
+# Traced micro-batch size: sizes divisible by this prime, which divides no width, scale with the micro-batch.
 SAMPLES = 1009
 
 
 class Event(NamedTuple):
-    """At operator `at`: a module or a parameter has reached a point that engines act on."""
+    """A module or parameter reaches, at operator number `at`, a point on which engines act."""
 
     at: int
-    kind: str  # "forward", "forward end", "backward", "backward end"; of a parameter: "gradient"
+    kind: str  # of a module: "forward", "forward end", "backward", "backward end", "again"; parameter: "gradient"
     name: str
 
 
 @dataclass
 class Trace:
-    """Bytes alive at every operator that forward and backward made: ``fixed + micro_batch * per_sample``.
+    """Bytes alive at every operator of forward and backward: ``fixed + micro_batch * per_sample``.
 
-    Parameters, buffers, the batch itself and accumulated gradients are not among them.
+    Parameters, buffers, the batch itself and accumulated gradients are not included.
     """
 
     fixed: list[int] = field(default_factory=list)
@@ -49,9 +49,9 @@ class Trace:
     flops: dict[str, float] = field(
         default_factory=lambda: defaultdict(float)
     )  # per sample: "forward", "backward", "recompute"
-    input_bytes: float = 0.0  # of the batch, per sample
-    traffic: float = 0.0  # bytes that operators without FLOPs read and write, per sample
-    kernels: int = 0  # operators that compute anything
+    input_bytes: float = 0.0  # bytes of the batch, per sample
+    traffic: float = 0.0  # bytes read and written by operators without FLOPs, per sample
+    kernels: int = 0  # number of operators that compute something (views do not)
 
 
 def trace(
@@ -64,9 +64,9 @@ def trace(
 ) -> Trace:
     """Trace `model` (on the meta device, ``requires_grad`` set) with `num_tokens` per caption, all but one targets.
 
-    `image` is what a batch has of one: shape and dtype of pixels, or of features. `saves_inputs`: linear layers
-    keep their input whether or not their weight needs it, as under ZeRO-3. The model is left with fake parameters:
-    build another one for training.
+    `image` is the shape and dtype of one image in a batch: pixels or features. `saves_inputs`: linear layers save
+    their input even if their weight does not need it, as under ZeRO-3. The model is left with fake parameters; build
+    another one for training.
     """
     checkpoint_blocks(model.blocks(), checkpointing)
     result = Trace()
@@ -86,12 +86,12 @@ def trace(
             handle.remove()
     for blocks in model.blocks().values():
         for block in blocks:
-            block.__dict__.pop("forward", None)  # what checkpointing wrapped
+            block.__dict__.pop("forward", None)  # removes the wrapper of activation checkpointing
     return result
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows every storage from its making to its end."""
+    """Tracks every storage from allocation to release."""
 
     def __init__(self, result: Trace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ class _Recorder(TorchDispatchMode):
         self.result.events.append(Event(len(self.result.fixed), kind, name))
 
     def drop(self, parameter: Tensor, name: str) -> None:
-        """A gradient is whole: from here on it is the engine's."""
+        """Note that a gradient is complete: from here on the engine accounts for it."""
         self.note("gradient", name)
         parameter.grad = None
 
@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):
         return out
 
     def _follow(self, tensor: Tensor, counted: bool = True) -> bool:
-        """Whether the storage of `tensor` is new."""
+        """Track the storage of `tensor`; True if it is new."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.known:
@@ -150,26 +150,26 @@ class _Recorder(TorchDispatchMode):
             tensors = (leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor))
             self.result.traffic += sum(tensor.nbytes for tensor in tensors) / SAMPLES
         else:
-            # autograd computes with gradients off, a block that forgot its activations with gradients on
+            # in backward, autograd runs with grad mode off, a recomputed block with grad mode on
             again = self.phase == "backward" and torch.is_grad_enabled()
             self.result.flops["recompute" if again else self.phase] += formula(*args, **kwargs, out_val=out) / SAMPLES
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two products of (B, heads, queries, keys); shapes (B, heads, N, h), fewer heads of keys under GQA."""
+    """FLOPs of two products (B, heads, queries, keys). Shapes are (B, heads, N, h), with fewer key heads under GQA."""
     samples, heads, queries, width = query
     keys, value_width = key[2], value[3]
     return int(2 * samples * heads * queries * keys * (width + value_width))
 
 
 def _attention_backward_flops(out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Five: the scores once more, and the gradients of scores, queries, keys and values."""
+    """FLOPs of five products: the scores again, and the gradients of scores, queries, keys and values."""
     samples, heads, queries, width = query
     keys, value_width = key[2], value[3]
     return int(2 * samples * heads * queries * keys * (3 * width + 2 * value_width))
 
 
-# torch has no formula for the CPU's attention, and would count none
+# torch has no formula for attention on CPUs, and would count nothing
 CPU_ATTENTION: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
@@ -181,7 +181,7 @@ FORMULAS: dict[Any, Callable[..., int]] = flop_registry | {
 
 
 def fake_parameters(model: nn.Module, dtype: torch.dtype) -> None:
-    """In a FakeTensorMode, give `model` parameters and buffers with a device and no memory; tied ones stay tied."""
+    """Within a FakeTensorMode, give `model` fake parameters and buffers, with no memory; tied ones stay tied."""
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -196,7 +196,7 @@ def fake_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 def fake_batch(
     samples: int, num_tokens: int, targets: int, shape: Sequence[int], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """In a FakeTensorMode, what a Hive takes; `shape` and `dtype` are of an image, `targets` of a sample."""
+    """Within a FakeTensorMode, return a Hive's inputs. `shape`, `dtype`: of one image; `targets`: per sample."""
     return {
         "pixels": torch.empty((samples, *shape), dtype=dtype),
         "tokens": torch.empty((samples, num_tokens), dtype=torch.long),
@@ -206,7 +206,7 @@ def fake_batch(
 
 
 class _End(torch.autograd.Function):
-    """Identity; its backward runs when the gradients of a module's inputs are known."""
+    """Identity whose backward runs when the gradients of a module's inputs are known."""
 
     @staticmethod
     def forward(ctx: Any, done: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -220,7 +220,7 @@ class _End(torch.autograd.Function):
 
 
 def _watch(model: nn.Module, recorder: _Recorder) -> Iterator[Any]:
-    """Note where every module with parameters of its own, and every block, begins and ends."""
+    """Note the begin and end of every block, and of every module that owns parameters."""
     blocks = {block for part in model.blocks().values() for block in part}  # type: ignore[operator]
     for name, module in model.named_modules():
         if module in blocks or any(True for _ in module.parameters(recurse=False)):
@@ -270,7 +270,7 @@ def _saving_linear() -> Iterator[None]:
 
 
 class _SavingLinear(torch.autograd.Function):
-    """ZeRO-3's linear: it keeps input and weight as they came, and computes what is asked for."""
+    """ZeRO-3's linear layer: always saves input and weight, computes only the gradients that are needed."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

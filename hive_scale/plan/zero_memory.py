@@ -1,7 +1,7 @@
-"""What DeepSpeed ZeRO holds while a micro-batch runs: reduction buckets, gradient partitions, gathered parameters.
+"""Memory of DeepSpeed ZeRO during a micro-batch: reduction buckets, gradient partitions, gathered parameters.
 
-As version 0.19.8 does it. ZeRO-1 and -2 copy gradients into a bucket as they come; ZeRO-3 gathers the
-parameters of one module after the other, ahead of their use, by rules of its own.
+Follows version 0.19.8. ZeRO-1 and -2 copy gradients into a bucket as they appear; ZeRO-3 gathers the parameters of one
+module after another, with its own rules for prefetch and release.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hive_scale.plan.trace import Trace
 
 
 class Buckets:
-    """Gradients on their way out: collected up to a size, then reduced, which takes a flat copy."""
+    """Gradient bucket: collects gradients up to `size` elements, then reduces them through a flat copy."""
 
     def __init__(self, line: Timeline, size: int, bytes_each: int) -> None:
         self.line, self.size, self.bytes_each = line, size, bytes_each
@@ -34,7 +34,7 @@ class Buckets:
 
 
 class Zero12:
-    """One micro-batch under ZeRO-1 or ZeRO-2; with `waiting` there are gradients of earlier ones."""
+    """Simulation of one micro-batch under ZeRO-1 or ZeRO-2; `waiting`: earlier micro-batches left gradients."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class Zero12:
         trained = sum(param.numel for param in params if param.trained)
         bucket = int(settings["reduce_bucket_size"])
         self.partition = float(MASTER * trained / ranks)
-        self.compact = itemsize != MASTER  # then gradients are added to the partition in the reduction itself
-        # in bf16 the reduction goes by a flat copy and one in float32
+        self.compact = itemsize != MASTER  # bf16: the reduction itself adds gradients to the partition
+        # bf16 needs a flat copy and a float32 copy for the reduction
         self.buckets = Buckets(self.line, bucket, itemsize if itemsize == MASTER else itemsize + MASTER)
         self.there = self.compact and waiting
         if waiting:
@@ -68,7 +68,7 @@ class Zero12:
             self._reduce(gradients[-1][0])
 
     def _reduce(self, at: int) -> None:
-        """The first reduction makes the partition: in bf16 before it, in float32 after it."""
+        """Flush the bucket. The first reduction allocates the partition: before it in bf16, after it in float32."""
         if self.compact:
             self._make(at)
         self.buckets.flush(at)
@@ -85,12 +85,12 @@ class _Group:
     """Parameters gathered in one collective."""
 
     names: tuple[str, ...]
-    waiting: set[str]  # not yet asked for
+    waiting: set[str]  # gathered but not used yet
     copied: bool = False
 
 
 class Zero3:
-    """One micro-batch under ZeRO-3, the order of modules being known from the steps before."""
+    """Simulation of one micro-batch under ZeRO-3, with the module order known from earlier steps."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Zero3:
         itemsize: int,
         settings: Mapping[str, Any],
     ) -> None:
-        """`modules`: names of the parameters that each module has itself."""
+        """`modules` lists the names of the parameters that each module owns directly."""
         self.line, self.ranks, self.itemsize = Timeline(trace), ranks, itemsize
         self.params = {param.name: param for param in params}
         self.modules = modules
@@ -112,13 +112,13 @@ class Zero3:
         self.uses = self._uses(trace)
         self.available: set[str] = set()
         self.inflight: dict[str, _Group] = {}
-        self.queue = 0  # parameters up to this use have been looked at
+        self.queue = 0  # the prefetcher has examined uses up to this one
         bucket = int(settings["reduce_bucket_size"])
         self.buckets = Buckets(self.line, bucket, MASTER)
         self._run(trace)
 
     def _uses(self, trace: Trace) -> list[tuple[int, int, str]]:
-        """(begin, end, module) of every use, in order."""
+        """(begin, end, module) of every use of a module, in order."""
         uses = []
         begun: dict[str, int] = {}
         for at, kind, name in trace.events:
@@ -160,7 +160,7 @@ class Zero3:
         self._gather(at, wanted)
 
     def _own(self, module: str) -> list[str]:
-        """Parameters of `module` that are gathered for it; small ones are there always."""
+        """Parameters of `module` that are gathered for it; small (persistent) ones are always available."""
         return [name for name in self.modules[module] if self.params[name].numel > self.threshold]
 
     def _live(self) -> int:
@@ -176,7 +176,9 @@ class Zero3:
             self.inflight |= dict.fromkeys(names, group)
 
     def _arrive(self, at: int, name: str) -> None:
-        """Parameters gathered in one go are copied out of the flat buffer together; it goes with its last one."""
+        """Mark a gathered parameter as available. A group is copied out of its flat buffer at once; its last member
+        frees it.
+        """
         group = self.inflight.pop(name, None)
         if group is None:
             return
@@ -192,7 +194,7 @@ class Zero3:
             self.line.hold(at, "gathered", -self._size(group.names))
 
     def _release(self, index: int, at: int, module: str) -> None:
-        """Free what is not used again soon."""
+        """Free parameters that are not used again soon."""
         candidates = {name for name in self._own(module) if name in self.available}
         traversed = 0
         for _, _, later in self.uses[index + 1 :]:
