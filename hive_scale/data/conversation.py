@@ -93,9 +93,8 @@ def prompt(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None = 
 
 def prompt_with_slot(turns: Messages, tokenizer: Tokenizer, image: ImagePosition | None) -> tuple[list[int], int]:
     """Return the tokens of `prompt` and the number of them that precede the image."""
-    *asked, _, _ = _parts(
-        [*turns, {"role": "assistant", "content": "?"}], tokenizer, image
-    )  # drops the answer and what follows it
+    # the last two parts, the answer and what follows it, are dropped
+    *asked, _, _ = _parts([*turns, {"role": "assistant", "content": "?"}], tokenizer, image)
     tokens, _, slot = tokenizer.encode_parts(asked)
     return tokens, slot
 

@@ -79,9 +79,7 @@ class SampleReader:
         size = self._size(i)
         key = self.index.key(i)
         text: Text = self._conversation(key, i) if self.config.format == "conversation" else self.caption(i)
-        kept = (
-            self.features.get(i) if self.features else None
-        )  # None: read the image; its features are missing or damaged
+        kept = self.features.get(i) if self.features else None  # None: missing or damaged, so read the image
         return Read(key, text, self._lying(i) if kept is None else kept, size)
 
     def _conversation(self, key: str, i: int) -> Sample:

@@ -150,9 +150,5 @@ class ShardReader:
             os.close(self._open.popitem()[1])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (
-            self.shards,
-            self.stamps,
-            self.cache,
-            self.max_open,
-        )  # descriptors mean nothing in another process
+        # without the open descriptors, which mean nothing in another process
+        return ShardReader, (self.shards, self.stamps, self.cache, self.max_open)

@@ -134,9 +134,8 @@ def fitted(pixels: Tensor, image_size: int, mode: ImageMode, pad_colour: Colour 
         return _resize(pixels, [image_size, image_size])
     if mode == "crop":
         pixels = _resize(pixels, [image_size])  # the shorter side
-        top, left = (
-            (side - image_size) // 2 for side in pixels.shape[-2:]
-        )  # HF rounds down, torchvision rounds half to even
+        # round down as HF does; torchvision rounds half to even
+        top, left = ((side - image_size) // 2 for side in pixels.shape[-2:])
         return pixels[:, top : top + image_size, left : left + image_size]
     return _padded(pixels, image_size, pad_colour)
 

@@ -106,9 +106,8 @@ def _received(pool: int, slot: int, samples: int) -> Tensor:
 
 
 Made = TypeVar("Made")
-TELLS_SENDERS = hasattr(
-    signal, "sigtimedwait"
-)  # the sender of a signal is known; on macOS it is not, and every SIGTERM is obeyed
+# True if the sender of a signal can be known. On macOS it cannot, so every SIGTERM is obeyed.
+TELLS_SENDERS = hasattr(signal, "sigtimedwait")
 POLL = 1.0  # seconds between checks that the main process is alive
 Slots = list[tuple[int, int]]  # (stream position, sample) of one micro-batch
 Request = tuple[Slots, int]  # with the buffer slot for its images
@@ -198,9 +197,8 @@ class MicroBatchDataset(Dataset[WorkerResult]):
         bad = [fault for _, faults in filled for fault in faults]
         decoded = [one for one, _ in filled if one is not None]
         if self.order is not None and len(decoded) < len(slots):
-            return WorkerResult(
-                None, bad
-            )  # the caller raises: an error raised in a worker arrives as a page of traceback
+            # the caller raises: an error raised in a worker arrives as a page of traceback
+            return WorkerResult(None, bad)
         lost = [(row, one.number, one.pixels.numpy()) for row, one in enumerate(decoded) if one.number >= 0]
         for row, _, _ in lost:  # the main process, which has the encoder, fills these rows
             decoded[row] = replace(decoded[row], pixels=pixels[row])

@@ -1,4 +1,4 @@
-"""What an answer says, by the rules of each benchmark's own scorer."""
+"""Normalise and parse answers by the rules of each benchmark's own scorer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _COUNTED = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_COUNTED.split())}
 _ARTICLES = {"a", "an", "the"}
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
-_FULL_STOP = re.compile(r"\.(?!\d)")  # but not a decimal point
-_MOST_STOPS = 32  # are dropped: the server gives re.sub its flag in the place of a count
+_FULL_STOP = re.compile(r"\.(?!\d)")  # but no decimal point
+_MOST_STOPS = 32  # full stops dropped: the server passes a flag in place of re.sub's count
 _LETTERS = frozenset(string.ascii_uppercase)
 _SENTENCE = re.compile("The answer is ([A-Z]).")
-# Words whose apostrophe may be left out. Each stands for every spelling that lacks one of its apostrophes.
+# Words whose apostrophe may be left out. Each covers every spelling that lacks one of its apostrophes.
 _CONTRACTIONS = (
     "ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd "
     "he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've "
@@ -29,34 +29,34 @@ _WITH_APOSTROPHE = {
     for word in _CONTRACTIONS.split()
     for place, letter in enumerate(word)
     if letter == "'"
-} | {"somebody'd": "somebodyd"}  # the one entry of the published table that goes the other way
+} | {"somebody'd": "somebodyd"}  # the one entry of the published table in the other direction
 
 
 def vqa_normal(answer: str) -> str:
-    """An answer as the VQA challenge's server (EvalAI) compares it.
+    """Normalise an answer as the server of the VQA challenge (EvalAI) does before comparing.
 
-    Lower case, punctuation and articles dropped, number words up to ten as digits, apostrophes put back.
+    Lower case, punctuation and articles dropped, number words up to ten as digits, apostrophes restored.
     """
     text = answer.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     spaced = text
     for mark in _MARKS:
-        # beside a space a mark is dropped, between letters it parts words
+        # a mark beside a space is dropped; between letters it becomes a space
         text = text.replace(mark, "" if f"{mark} " in spaced or f" {mark}" in spaced else " ")
     words = (_NUMBERS.get(word, word) for word in _FULL_STOP.sub("", text, count=_MOST_STOPS).split())
     return " ".join(_WITH_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def plain_normal(answer: str) -> str:
-    """An answer without outer space, case and punctuation: what GQA's exact match compares.
+    """Normalise an answer as GQA's exact match does: no outer spaces, lower case, no punctuation.
 
-    A space that stood beside punctuation stays, as there: "red -" is not "red".
+    A space beside punctuation stays, as in the original: "red -" does not match "red".
     """
     return answer.strip().lower().translate(str.maketrans("", "", string.punctuation))
 
 
 def yes_or_no(answer: str) -> str:
-    """ "yes", "no" or "other", as MME's scorer reads an answer: in its first four letters."""
+    """Return "yes", "no" or "other" from an answer's first four letters, as MME's scorer does."""
     text = answer.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
@@ -64,10 +64,11 @@ def yes_or_no(answer: str) -> str:
 
 
 def choice_letter(answer: str) -> str:
-    """The capital letter that an answer chooses, or nothing, as ScienceQA's published scorers read it.
+    """Return the capital letter that an answer chooses, or "", as ScienceQA's published scorers do.
 
-    That is "B" or "b" alone, "B." and what follows, or the one "The answer is B." in a text: there its authors' own
-    scorer wants some sign after the letter, and LLaVA's looks only where the text begins otherwise.
+    Accepted are "B" or "b" alone, "B." followed by anything, or exactly one "The answer is B." in the text. In the
+    last case the authors' own scorer requires some character after the letter, and LLaVA's applies the rule only if
+    the text begins otherwise.
     """
     text = answer.strip()
     if len(text) == 1 or (text[:1] in _LETTERS and text[1:2] == "."):

@@ -1,4 +1,4 @@
-"""Does the model look at the image? Captions it writes, and whether each fits its own image best."""
+"""Check that a model uses the image: captions it writes, and whether each caption fits its own image best."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hive_scale.model.hive import Hive
 
 @torch.no_grad()
 def caption_losses(model: Hive, batch: Batch, shift: int = 0) -> Tensor:
-    """Negative log-likelihood (B,), in nats, of each caption given the image `shift` places further on."""
+    """Negative log-likelihood (B,), in nats, of each caption given the image `shift` places later in the batch."""
     visual = [feature.roll(-shift, 0) for feature in model.encode_images(batch.pixels)]
     hidden = model.language_forward(visual, batch.tokens)
     losses = model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids)
@@ -24,9 +24,9 @@ def caption_losses(model: Hive, batch: Batch, shift: int = 0) -> Tensor:
 
 
 def matched_share(model: Hive, batches: Iterable[Batch], shifts: Sequence[int] = (1, 2, 3, 5)) -> float:
-    """Share of pairs whose caption is likelier with its own image than with another's; chance is 0.5.
+    """Share of pairs whose caption is more likely with its own image than with another image; chance is 0.5.
 
-    Each image is held against those `shifts` places further on in its batch.
+    Each caption is compared on the images `shifts` places later in its batch.
     """
     won = tried = 0
     for batch in batches:
@@ -39,7 +39,7 @@ def matched_share(model: Hive, batches: Iterable[Batch], shifts: Sequence[int] =
 
 
 def write(model: Hive, tokenizer: Tokenizer, images: Sequence[Tensor]) -> list[str]:
-    """The caption that the model writes of each image, uint8 (3, H, W)."""
+    """Return a caption that the model generates for each image, uint8 (3, H, W)."""
     pixels = torch.stack(list(images)).to(model.pixel_mean.device)
     starts = [[tokenizer.start_id]] * len(pixels)
     written = generate(model, pixels, range(len(pixels)), starts, tokenizer.end_ids, max_tokens=40)

@@ -1,9 +1,9 @@
-"""Labelled images by name, in the layouts in which they are published.
+"""Classification datasets by name, in the layouts in which they are published.
 
-A folder holds parquet files (the hub's), a folder per class under train/ and test/ (or val/), what torchvision
+A folder holds parquet files (from the hub), a folder per class under train/ and test/ (or val/), torchvision's
 downloads, or tars of this toolkit whose records carry the label.
 
-In the place of an image that cannot be decoded stands the next one that can, with its own label.
+An image that cannot be decoded is replaced by the next one that can, with that one's label.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from hive_scale.strangers import printable
 from hive_scale.strict_json import LARGEST_LINE, loads
 
 MAX_PIXELS = DataConfig().max_pixels
-TRIES = 100  # images in a row that cannot be decoded: the set is damaged, or its disk is gone
+TRIES = 100  # consecutive undecodable images after which the set counts as damaged, or its disk as gone
 Read = Callable[[int], tuple[Tensor, int]]
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images with labels, by number: `read(i)` gives uint8 (3, H, W) and the label.
+    """Images with labels, by number: `read(i)` returns uint8 (3, H, W) and the label.
 
-    `broken` has a 1 for each image that was found broken, by this process or by one that it forked: uint8 (size,).
+    `broken`, uint8 (size,), is 1 for each image found broken by this process or one forked from it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ClassificationDataset:
-    """A set for classification. Without a split to choose settings on, part of `train` must serve."""
+    """A dataset for classification. If it has no validation split, part of `train` is held back to choose settings."""
 
     name: str
     num_classes: int
@@ -64,25 +64,26 @@ class ClassificationDataset:
     test: Split
     validation: Split | None
     where: str = ""  # the folder it was read from
-    identity: str = ""  # tells its images and labels from all others, as far as names, sizes and times of files do
-    notes: tuple[str, ...] = ()  # what in it is no image with a label
+    identity: str = ""  # identifies its images and labels, by names, sizes and times of its files
+    notes: tuple[str, ...] = ()  # files and rows that were left out, and why
 
     @property
     def num_broken(self) -> int:
-        """Images that were met and could not be decoded so far."""
+        """Number of undecodable images met so far."""
         return sum(int(one.broken.sum()) for one in (self.train, self.test, self.validation) if one)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """How a published set says what it holds."""
+    """Columns, labels and splits of a published dataset."""
 
-    num_classes: int = 0  # 0: as many as are found
+    num_classes: int = 0  # 0: as many as the files have
     image_column: str = "image"
     label: str = "label"
     first: int = 0  # the lowest label
     torchvision: Callable[[Path], tuple[Any, Any]] | None = None  # (train, test)
-    tests: tuple[str, ...] = ("test", "validation", "valid", "val")  # the first that is there
+    # names of the test split; the first that exists is used
+    tests: tuple[str, ...] = ("test", "validation", "valid", "val")
     source: str = ""
 
 
@@ -100,7 +101,7 @@ KNOWN = {
     "cifar100": DatasetSpec(
         100, "img", "fine_label", torchvision=_tv("CIFAR100", "train", True, False), source="uoft-cs/cifar100"
     ),
-    # the hub's test split has no labels
+    # the hub's test split has no labels, so validation serves as test
     "imagenet": DatasetSpec(
         1000, torchvision=_tv("ImageNet", test="val"), tests=("validation", "val"), source="ILSVRC/imagenet-1k"
     ),
@@ -118,9 +119,9 @@ KNOWN = {
 
 
 def open_dataset(name: str, root: Path) -> ClassificationDataset:
-    """The set `name` as it lies in `root`.
+    """Open the dataset `name` from the folder `root`.
 
-    Raises ValueError for an unknown name, files that are missing, labels out of range, and a split without images.
+    Raises ValueError for an unknown name, missing files, labels out of range, and a split without images.
     """
     if name not in KNOWN:
         near = get_close_matches(name, KNOWN, n=1)
@@ -129,7 +130,7 @@ def open_dataset(name: str, root: Path) -> ClassificationDataset:
     known = KNOWN[name]
     layouts: dict[Callable[[str, DatasetSpec, Path], ClassificationDataset | None], tuple[str, ...]] = {
         _parquet: ("**/*.parquet",),
-        # a class without images is counted, too
+        # class folders without images count as well
         _folders: tuple(f"{part}/{files}" for part in ("train", *known.tests) for files in ("*", "*/**/*")),
         _tars: ("*.tar",),
         _torchvision: ("*", "*/*", "*/*/*", "*/*/*/*"),
@@ -142,7 +143,7 @@ def open_dataset(name: str, root: Path) -> ClassificationDataset:
 
 
 def _check_size(found: ClassificationDataset, root: Path) -> None:
-    """Raises ValueError for a set that nothing can be learned from or tested on: it would have a score all the same."""
+    """Raise ValueError for an empty split or fewer than two classes, which would still yield a score."""
     for split in (found.train, found.test, found.validation):
         if split and not split.size:
             raise ValueError(f"{found.name}, {split.name} split: there is no labelled image in {root}")
@@ -151,7 +152,7 @@ def _check_size(found: ClassificationDataset, root: Path) -> None:
 
 
 def _identity(name: str, root: Path, patterns: Sequence[str]) -> str:
-    """Of a set's files: to read them all would take as long as an epoch."""
+    """Hash of names, sizes and times of the dataset's files; reading all contents would take as long as an epoch."""
     held = {str(path.relative_to(root)): path for pattern in patterns for path in root.glob(pattern)}
     files = {file: path.stat() for file, path in held.items() if path.is_file()}
     return key_of(name, sorted(held), {file: [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()})
@@ -208,7 +209,7 @@ def _tars(name: str, known: DatasetSpec, root: Path) -> ClassificationDataset | 
     if not sorted(root.glob("train-*.tar")):
         return None
     cache = ShardCache(round(DataConfig().cache_gb * 1e9))
-    names: list[str] = []  # classes are those of the training images
+    names: list[str] = []  # class names, from the training images
     notes: list[str] = []
 
     def split(part: str) -> Split | None:
@@ -247,7 +248,7 @@ def _member(index: Index, reader: ShardReader, i: int, which: int) -> bytes:
 
 
 def _label(record: bytes, name: str) -> str:
-    """The label called `name` in a sample's record, or nothing."""
+    """Return the label called `name` in a sample's record, or ""."""
     try:
         label = loads(record, LARGEST_LINE)[name]
     except (ValueError, TypeError, LookupError):  # no JSON, no object, or no such key
@@ -260,7 +261,7 @@ def _torchvision(name: str, known: DatasetSpec, root: Path) -> ClassificationDat
         return None
     try:
         train, test = known.torchvision(root)
-    except (RuntimeError, FileNotFoundError):  # what torchvision raises for files that are missing or damaged
+    except (RuntimeError, FileNotFoundError):  # raised by torchvision for missing or damaged files
         return None
 
     def split(part: str, found: Any) -> Split:
@@ -268,7 +269,7 @@ def _torchvision(name: str, known: DatasetSpec, root: Path) -> ClassificationDat
             try:
                 image, label = found[i]
                 return vision.pil_to_tensor(upright_rgb(image)), int(label)
-            except Exception as error:  # PIL's decoders raise what they like on broken input
+            except Exception as error:  # PIL's decoders raise any exception on broken input
                 raise ValueError(f"image {i} cannot be decoded: {error}") from None
 
         return _split(name, part, len(found), read)
@@ -277,8 +278,8 @@ def _torchvision(name: str, known: DatasetSpec, root: Path) -> ClassificationDat
 
 
 def _split(name: str, part: str, size: int, read: Read) -> Split:
-    """A split whose `read` gives the next sound image for a broken one, and names each broken one once."""
-    # in memory that forked data workers share: they forget what they met, and meet it again in the next epoch
+    """Return a split whose `read` skips broken images to the next sound one, and reports each broken one once."""
+    # shared with forked data workers, so that an image reported in one epoch is not reported again in the next
     broken = np.frombuffer(mmap(-1, max(1, size)), np.uint8)[:size]
 
     def sound(i: int) -> tuple[Tensor, int]:
@@ -312,7 +313,7 @@ def _assemble(
 
 
 def _labels(name: str, part: str, found: Sequence[Any], known: DatasetSpec) -> list[Any]:
-    """Labels from 0, None where there is none. Raises ValueError for one out of range: it is another set."""
+    """Return labels from 0, None where missing. Raises ValueError for one out of range: it is another dataset."""
     for place, label in enumerate(found):
         if label is not None and not (isinstance(label, int) and 0 <= label - known.first < known.num_classes):
             wrong = f"label {label} is not below {known.num_classes + known.first}, or below {known.first}"

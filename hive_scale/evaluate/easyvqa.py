@@ -1,4 +1,4 @@
-"""easy-vqa: questions about one coloured shape, rendered; thirteen answers. Small, but a real published set."""
+"""easy-vqa: questions about one rendered coloured shape, thirteen answers. Small, but a published benchmark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SOURCE = "the PyPI package easy-vqa (launchers/prepare_data.py easy_vqa)"
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The package's own layout: test/questions.json, [question, answer, image number] each, and test/images/."""
+    """Read the package's layout: test/questions.json with [question, answer, image number], and test/images/."""
     path = folder / "test" / "questions.json"
     if not path.is_file():
         raise missing_files_error(folder, "test/questions.json", SOURCE)
@@ -26,7 +26,7 @@ def read(folder: Path) -> list[Question]:
 
 
 def score(answered: Answered) -> dict[str, float]:
-    """Share of right answers in percent: of all questions, and of those that are not answered by yes or no."""
+    """Accuracy in percent: over all questions, and over those whose answer is not yes or no ("named")."""
     marks = [(plain_normal(answer) == q.truth["answer"], q.truth["answer"]) for q, answer in answered]
     named = [right for right, truth in marks if truth not in ("yes", "no")]
     return {

@@ -1,4 +1,4 @@
-"""What a frozen encoder makes of labelled images: batches of features, kept on disk where they do not change."""
+"""Features of labelled images from a frozen encoder, in batches; cached on disk if no augmentation is used."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from hive_scale.model.encoders import family_of, hidden_states, patches
 from hive_scale.model.identity import identity, key_of
 from hive_scale.phase_timer import tick
 
-Draw = tuple[int, int] | None  # seed and epoch of an augmentation
+Draw = tuple[int, int] | None  # (seed, epoch) of an augmentation; None: no augmentation
 Features = tuple[Tensor, Tensor]  # (B, V, C) and labels (B,)
-Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # of images
-AT_ONCE = 128  # images that run through the encoder together
-LARGEST = 65504.0  # of float16
+Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]  # image numbers
+AT_ONCE = 128  # images per forward of the encoder
+LARGEST = 65504.0  # largest finite float16
 logger = logging.getLogger(__name__)
 
 
 class Encoder:
-    """A frozen encoder of a registered family, of which the penultimate depth is read, as by the authors.
+    """A frozen encoder of a registered family. It reads the penultimate depth by default, as the authors do.
 
-    `identity` tells its features from those of all others: weights, config, depth, precision and image transform.
+    `identity` identifies its features: weights, config, depth, precision and image transform.
     """
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32, depth: int = -2) -> None:
         """`depth` counts blocks, from the end if negative: -1 is the last block's output.
 
-        Raises ValueError if there is no such depth.
+        Raises ValueError if the encoder has no such depth.
         """
         self.path = path
         self.tower = build.open_encoder(path).to(device).requires_grad_(False)
@@ -65,7 +65,9 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:
-        """uint8 images to features (B, V, C). Raises ValueError if these are not finite: they would have a score."""
+        """Encode uint8 (B, C, H, W) to features (B, V, C). Raises ValueError if any is not finite: a probe would still
+        get a score.
+        """
         seen = []
         for pixels in torch.split(pixels_BCHW, AT_ONCE):
             normal = (pixels.to(self.device).float() - self.mean) / self.std
@@ -80,7 +82,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """The images of a split at the encoder's size, by number; augmented where a draw (seed, epoch) comes with it."""
+    """Images of a split at the encoder's size, by number; augmented if a draw (seed, epoch) is given."""
 
     split: Split
     image_size: int
@@ -95,22 +97,22 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
 
 
 class Source:
-    """A split's features, by the numbers of its images."""
+    """Features of a split's images, by image number."""
 
     def __init__(self, encoder: Encoder, split: Split, workers: int) -> None:
         self.encoder, self.split, self.workers = encoder, split, workers
         self.cache: Cache | None = None
-        self._asked: list[list[tuple[int, Draw]]] = []  # the loader's list of batches: filled for every pass
+        self._asked: list[list[tuple[int, Draw]]] = []  # the loader's list of batches, refilled for every pass
 
     @cached_property
     def _loader(self) -> DataLoader[tuple[Tensor, int]]:
-        """Whose workers stay from one pass to the next."""
+        """Data loader whose workers persist between passes."""
         images = LabelledImages(self.split, self.encoder.image_size, self.encoder.mode)
         options = worker_options(self.workers)
         return DataLoader(images, batch_sampler=self._asked, generator=torch.Generator(), **options)
 
     def batches(self, groups: Sequence[Numbers], draw: Draw = None) -> Iterator[Features]:
-        """Features of each group of images, augmented by `draw` if it is given. One pass at a time."""
+        """Yield the features of each group of images, augmented by `draw` if given. Only one pass at a time."""
         if self.cache and draw is None:
             for group in groups:
                 tick()
@@ -129,13 +131,13 @@ def cut(part: Numbers, size: int) -> list[Numbers]:
 class Cache:
     """Features of a split as float16 on disk, with its labels, shared by all ranks, probes and seeds.
 
-    The file's name tells encoder, set and split: other features are never read for these.
+    The file's name identifies encoder, dataset and split, so other features are never read in their place.
     """
 
     def __init__(self, folder: Path, data: str, source: Source, numbers: Numbers, world: World) -> None:
-        """Make what is missing of those images, each rank its share. `data` identifies the set. A collective.
+        """Compute the missing features of the images `numbers`, shared among ranks. A collective.
 
-        Raises DiskError if the disk cannot take them.
+        `data` identifies the dataset. Raises DiskError if the disk cannot hold the features.
         """
         encoder, split = source.encoder, source.split
         self.source, self._told = source, False
@@ -151,7 +153,7 @@ class Cache:
         return features, torch.tensor([label for _, label in found], device=device)
 
     def _complete(self, groups: Sequence[Numbers]) -> OSError | None:
-        """Why the disk does not take the features of all groups, if it does not."""
+        """Store the features of all groups; return the OSError if the disk fails."""
         for group, (values, told) in zip(groups, self.source.batches(groups), strict=True):
             try:
                 self._put(group, values, told)
@@ -160,7 +162,7 @@ class Cache:
         return None
 
     def _make(self, number: int) -> tuple[Tensor, int]:
-        """What cannot be read, made again."""
+        """Encode one image whose stored features cannot be read."""
         if not self._told:
             logger.warning("%s: features cannot be read, or are damaged: made again", self.features.file)
             self._told = True

@@ -14,7 +14,7 @@ SOURCE = "https://huggingface.co/datasets/lmms-lab/GQA or https://cs.stanford.ed
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The hub's parquet files, or the official testdev_balanced_questions.json with images/<imageId>.jpg."""
+    """Read the hub's parquet files, or the official testdev_balanced_questions.json with images/<imageId>.jpg."""
     asked = sorted(folder.glob("testdev_balanced_instructions/*.parquet"))
     if asked:
         held = rows(sorted(folder.glob("testdev_balanced_images/*.parquet")), "image", ["id"])
@@ -38,7 +38,7 @@ def _question(id: str, asked: str, answer: str, image: ImageFile) -> Question:
 
 
 def score(answered: Answered) -> dict[str, float]:
-    """Share of answers, in percent, that equal the truth but for case and punctuation."""
+    """Percent of answers equal to the truth, ignoring case and punctuation."""
     right = [plain_normal(answer) == plain_normal(question.truth["answer"]) for question, answer in answered]
     return {"accuracy": 100.0 * sum(right) / max(1, len(right))}
 

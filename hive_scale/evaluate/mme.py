@@ -1,4 +1,4 @@
-"""MME: two yes-or-no questions an image, in fourteen subtasks (arXiv 2306.13394)."""
+"""MME: two yes-or-no questions per image, in fourteen subtasks (arXiv 2306.13394)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The hub's parquet files, or the official release: a folder per subtask, images and "question<tab>answer"."""
+    """Read the hub's parquet files, or the official release: a folder per subtask, images and "question<tab>answer"."""
     files = sorted(folder.rglob("test-*.parquet"))
     questions: list[Question] = []
     if files:
@@ -76,7 +76,8 @@ def _question(category: str, name: str, asked: str, answer: str, image: ImageFil
 def score(answered: Answered) -> dict[str, float]:
     """Sum, perception (at most 2000), cognition (800), and each subtask (200): acc + acc+, both in percent.
 
-    acc is the share of right answers, acc+ that of images with both right.
+    acc is the share of right answers, acc+ the share of images with both answers right. Raises ValueError for an image
+    without exactly two questions.
     """
     right: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for question, answer in answered:
@@ -97,7 +98,7 @@ def score(answered: Answered) -> dict[str, float]:
 
 
 def _pair(question: Question) -> tuple[str, str]:
-    """What the two questions about an image have in common."""
+    """Key shared by the two questions about an image."""
     return question.truth["category"], question.truth["image"]
 
 

@@ -1,4 +1,4 @@
-"""OK-VQA, val2014: questions that need knowledge beyond the image, ten people's answers (arXiv 1906.00067)."""
+"""OK-VQA, val2014: questions that need outside knowledge, with ten people's answers (arXiv 1906.00067)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASKED, ANSWERED = "OpenEnded_mscoco_val2014_questions.json", "mscoco_val2014_ann
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The hub's parquet files, or the official questions and annotations with COCO's val2014 images."""
+    """Read the hub's parquet files, or the official questions and annotations with COCO's val2014 images."""
     files = sorted(folder.rglob("val2014-*.parquet"))
     if files:
         found = rows(files, "image", ["question_id", "question", "answers"])
@@ -44,13 +44,13 @@ def _question(id: object, asked: str, answers: Sequence[str], image: ImageFile |
 
 
 def score(answered: Answered) -> dict[str, float]:
-    """Soft accuracy in percent: see `soft_accuracy`."""
+    """Soft accuracy in percent; see `soft_accuracy`."""
     marks = [soft_accuracy(answer, question.truth["answers"]) for question, answer in answered]
     return {"accuracy": 100.0 * sum(marks) / max(1, len(marks))}
 
 
 def soft_accuracy(answer: str, answers: Sequence[str]) -> float:
-    """min(1, matches / 3) among the other people's answers, averaged over leaving each person out."""
+    """min(1, matches / 3) among the other people's answers, averaged over leaving out each person in turn."""
     given, told = vqa_normal(answer), [vqa_normal(one) for one in answers]
     matches = [one == given for one in told]
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / max(1, len(matches))

@@ -1,4 +1,4 @@
-"""How well a frozen encoder's features classify: probes trained, chosen and tested (paper, Table 1)."""
+"""Train, select and test probes on a frozen encoder's features (paper, Table 1)."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from hive_scale.model.identity import key_of
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
-HELD_BACK = 0.1  # share of the training images on which rates are chosen, where the set has no split for it
+HELD_BACK = 0.1  # share of training images held back to choose the learning rate, if there is no validation split
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """What is asked of the encoder."""
+    """Settings of a probe evaluation."""
 
     kinds: tuple[Kind, ...]
     recipe: Recipe
     seeds: tuple[int, ...] = (0, 1, 2)
     augment: bool = True
-    neighbours: bool = False  # a vote of nearest neighbours, too: a quick look, nothing is trained
-    limit: int = 0  # use so many training images only, the same for every encoder; 0: all
+    neighbours: bool = False  # also classify by nearest neighbours, which needs no training
+    limit: int = 0  # number of training images to use, the same for every encoder; 0: all
     workers: int = 0
 
 
 class ProbeRunner:
-    """One encoder on one labelled set."""
+    """Probes of one encoder on one dataset."""
 
     def __init__(
         self, encoder: Encoder, data: ClassificationDataset, plan: ProbeConfig, world: World, cache: Path
@@ -59,7 +59,7 @@ class ProbeRunner:
         self._sources: dict[str, Source] = {}
 
     def run(self, say: Callable[[str], Any] = lambda text: None) -> dict[str, Any]:
-        """Accuracies in percent by kind: of each seed on the test split, at the rate chosen without it."""
+        """Return accuracies in percent by kind: each seed's on the test split, at the rate chosen without it."""
         results: dict[str, list[dict[str, Any]]] = {}
         for seed in self.plan.seeds if self.plan.kinds else ():
             for kind, one in self._one_seed(seed, say).items():
@@ -70,7 +70,7 @@ class ProbeRunner:
         return summary
 
     def _one_seed(self, seed: int, say: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
-        """Train the whole grid in one pass over the data, choose one rate a kind, and test that."""
+        """Train the whole grid in one pass over the data, choose one rate per kind, and test that."""
         data, recipe, kinds = self.data, self.plan.recipe, self.plan.kinds
         [grid] = self._train([self._grid(kinds, recipe, seed)], self.train_part, seed, say)
         if data.validation:
@@ -82,7 +82,7 @@ class ProbeRunner:
         if data.validation:
             tested = dict(zip(grid.keys, self._test(grid), strict=True))
             return {kind: {"accuracy": tested[kind, best[kind]["rate"]], **best[kind]} for kind in kinds}
-        # what was held back to choose by has served, and belongs to the training images again
+        # without a validation split, retrain at the chosen rates on all training images, the held-back part included
         grids = [self._grid([kind], replace(recipe, rates=(best[kind]["rate"],)), seed) for kind in kinds]
         self._train(grids, self.whole, seed, lambda text: say(f"{text}, at the rates chosen"))
         return {kind: {"accuracy": self._test(one)[0], **best[kind]} for kind, one in zip(kinds, grids, strict=True)}
@@ -91,7 +91,7 @@ class ProbeRunner:
         return ProbeGrid(kinds, self.encoder.width, self.data.num_classes, recipe, seed, self.world)
 
     def _train(self, grids: list[ProbeGrid], part: Numbers, seed: int, say: Callable[[str], Any]) -> list[ProbeGrid]:
-        """`grids`, trained on those of the training images."""
+        """Train `grids` on the images `part` of the training split."""
         recipe, world = self.plan.recipe, self.world
         batch = min(recipe.batch, len(part))
         if batch < world.size:
@@ -103,7 +103,7 @@ class ProbeRunner:
         source = self._source(self.data.train)
         for epoch in range(recipe.epochs):
             order = np.random.default_rng((seed, epoch)).permutation(part)[: per_epoch * batch]
-            # of every global batch this rank takes its share
+            # this rank's share of every global batch
             shares = [np.array_split(one, world.size)[world.rank] for one in order.reshape(per_epoch, batch)]
             for features, labels in source.batches(shares, (seed, epoch) if self.plan.augment else None):
                 for _ in range(repeats):
@@ -116,7 +116,7 @@ class ProbeRunner:
     def _source(self, split: Split) -> Source:
         if split.name not in self._sources:
             source = self._sources[split.name] = Source(self.encoder, split, self.plan.workers)
-            if not self.plan.augment:  # seen again and again unchanged, images need the encoder once
+            if not self.plan.augment:  # without augmentation, each image needs the encoder only once
                 wanted = self.whole if split is self.data.train else np.arange(split.size)
                 held = key_of(self.data.name, self.data.identity)
                 try:
@@ -126,7 +126,7 @@ class ProbeRunner:
         return self._sources[split.name]
 
     def _share_right(self, grid: ProbeGrid, split: Split, part: Numbers) -> list[float]:
-        """Percent of the images that each probe of the grid classifies rightly."""
+        """Percent of the images that each probe of the grid classifies correctly."""
         right = torch.zeros(len(grid.keys), device=self.world.device)
         for features, labels in self._source(split).batches(cut(part[self.world.rank :: self.world.size], AT_ONCE)):
             right += grid.right(features, labels)
@@ -136,14 +136,14 @@ class ProbeRunner:
         return self._share_right(grid, self.data.test, np.arange(self.data.test.size))
 
     def _vote(self) -> float:
-        """Percent of the test images whose nearest training images vote for their class."""
+        """Percent of the test images that their nearest training images classify correctly by vote."""
         known, labels = self._pooled(self.data.train, self.whole)
         asked, truth = self._pooled(self.data.test, np.arange(self.data.test.size))
         made = nearest_neighbours(known, labels, asked, self.data.num_classes)
         return 100.0 * float((made == truth).float().mean())
 
     def _pooled(self, split: Split, part: Numbers) -> tuple[Tensor, Tensor]:
-        """Mean features (N, C) and labels (N,) of all images in `part`, on every rank."""
+        """Mean features (N, C) and labels (N,) of all images in `part`, gathered on every rank."""
         pooled = torch.zeros(len(part), self.encoder.width, device=self.world.device)
         labels = torch.zeros(len(part), dtype=torch.long, device=self.world.device)
         mine = np.arange(len(part))[self.world.rank :: self.world.size]
@@ -158,9 +158,9 @@ class ProbeRunner:
 
 
 def chosen(shares: Mapping[float, float]) -> dict[str, Any]:
-    """The best rate by its percentage ("chosen"), and at which edge of the grid it lies, if it does ("edge").
+    """Return the best rate, its percentage ("chosen"), and the edge of the grid it lies on, if any ("edge").
 
-    Of rates that are equally good the middle one is taken, and none at an edge if there are others.
+    Among equally good rates the middle one is taken, and one at an edge only if there is no other.
     """
     rates, best = sorted(shares), max(shares.values())
     edges = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {}
@@ -171,7 +171,7 @@ def chosen(shares: Mapping[float, float]) -> dict[str, Any]:
 
 
 def warnings(results: Mapping[str, Any]) -> list[str]:
-    """What a reader of `results` must know of the rates that were chosen, a line per kind of probe."""
+    """Return a warning for each kind of probe whose best rate lies at an edge of the grid."""
     lines = []
     for kind, one in results.items():
         for edge, further in (("lowest", "lower"), ("highest", "higher")):
@@ -193,17 +193,17 @@ def save(path: Path, plan: ProbeConfig, encoder: Encoder, data: ClassificationDa
 
 
 def read_results(path: Path, plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset) -> dict[str, Any] | None:
-    """What `save` wrote, or None: there is nothing, or it is of another plan, set or encoder."""
+    """Return the results that `save` wrote; None if there are none, or if plan, dataset or encoder differ."""
     try:
         content: dict[str, Any] = strict_json.read(path)
         results: dict[str, Any] = content.pop("results", {})
-    except (OSError, ValueError, AttributeError):  # none, or one that was cut
+    except (OSError, ValueError, AttributeError):  # missing or truncated
         return None
     return results if content == _made_of(plan, encoder, data) else None
 
 
 def _made_of(plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset) -> dict[str, Any]:
-    """As it comes back from a file."""
+    """Return plan, dataset and encoder as they come back from a JSON file."""
     asked = {name: value for name, value in asdict(plan).items() if name != "workers"}
     what = {"set": data.where, "plan": asked, "key": key_of(encoder.identity, data.name, data.identity)}
     made: dict[str, Any] = json.loads(dumps(what))

@@ -1,4 +1,4 @@
-"""Classifiers on a frozen encoder, a whole grid of learning rates at once (paper, Table 4).
+"""Probes: classifiers on a frozen encoder, trained for a whole grid of learning rates at once (paper, Table 4).
 
 Shapes: B images, V visual tokens, C encoder width, H attention heads of h channels.
 """
@@ -18,16 +18,16 @@ from hive_scale.phase_timer import tick
 from hive_scale.schedule import lr_factor
 
 Kind = Literal["attentive", "linear"]
-RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)  # of AIMv2, whose appendix the paper's follows
+RATES = (5e-5, 1e-4, 2e-4, 3e-4, 5e-4, 1e-3, 2e-3)  # learning rates of AIMv2, whose appendix the paper's follows
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a probe is trained. The paper gives all but the rates and the epochs: 50 make its warm-up 3 %.
+    """Training recipe of a probe. The paper gives all values except rates and epochs; 50 epochs make its warm-up 3 %.
 
-    Small sets give few batches in so many epochs, and a probe that has not converged tells how far it came, not what
-    the features can tell apart: each batch is then trained on several times, until there are `min_steps`.
+    Small sets give few batches in that many epochs, and the score of a probe that has not converged measures its
+    progress instead of the features. Each batch is therefore repeated until training has `min_steps` steps.
     """
 
     rates: tuple[float, ...] = RATES
@@ -41,12 +41,12 @@ class Recipe:
 
 
 def normalised(features_BVC: Tensor) -> Tensor:
-    """LayerNorm without its gain and bias, which each probe has of its own."""
+    """LayerNorm without gain and bias; each probe has its own."""
     return F.layer_norm(features_BVC, features_BVC.shape[-1:], eps=1e-6)
 
 
 class LinearProbe(nn.Module):
-    """LayerNorm, mean over the tokens, linear classifier."""
+    """Mean over the tokens of LayerNormed features, then a linear classifier."""
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
@@ -54,16 +54,16 @@ class LinearProbe(nn.Module):
         self.classify = nn.Linear(width, num_classes)
 
     def forward(self, normal_BVC: Tensor) -> Tensor:
-        """(B, V, C) to class scores (B, classes): the mean over patches, then one linear layer."""
+        """Class scores (B, classes) of normalised features (B, V, C): mean over tokens, then one linear layer."""
         scores: Tensor = self.classify(normal_BVC.mean(1) * self.gain + self.bias)
         return scores
 
 
 class AttentiveProbe(nn.Module):
-    """LayerNorm, ``nn.MultiheadAttention`` of one learned query over the tokens, linear classifier.
+    """LayerNorm, ``nn.MultiheadAttention`` with one learned query over the tokens, linear classifier.
 
-    With one query, keys and values need not be made: the query is carried back through the key projection, and
-    values are projected after pooling. That costs 2 V C H instead of 2 V C^2 an image, for the same result.
+    With a single query, keys and values need not be materialised: the query is mapped back through the key projection,
+    and values are projected after pooling. This costs 2 V C H instead of 2 V C^2 per image, for the same result.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -74,12 +74,12 @@ class AttentiveProbe(nn.Module):
         self.classify = nn.Linear(width, num_classes)
 
     def forward(self, normal_BVC: Tensor) -> Tensor:
-        """(B, V, C) to class scores (B, classes): learned queries attend to the patches."""
+        """Class scores (B, classes) of normalised features (B, V, C): one learned query attends to the tokens."""
         heads, width = self.attention.num_heads, normal_BVC.shape[2]
         q_weight, k_weight, v_weight = self.attention.in_proj_weight.chunk(3)
         q_bias, _, v_bias = self.attention.in_proj_bias.chunk(3)
         query_Hh = (q_weight @ self.query + q_bias).view(heads, -1)
-        # what adds the same to every token's score, biases, is lost in the softmax
+        # biases add the same value to every token's score, which the softmax cancels
         back_HC = torch.einsum("Hh,HhC->HC", query_Hh, k_weight.reshape(heads, -1, width)) * self.gain
         scores_BHV = (normal_BVC @ back_HC.T).transpose(1, 2) * query_Hh.shape[1] ** -0.5
         pooled_BHC = scores_BHV.softmax(-1) @ normal_BVC * self.gain + self.bias
@@ -93,7 +93,7 @@ PROBES: dict[Kind, type[LinearProbe] | type[AttentiveProbe]] = {"attentive": Att
 
 
 class ProbeGrid:
-    """One probe for each kind and learning rate, all trained on the same features, each as if it were alone."""
+    """One probe per kind and learning rate. All train on the same features, each as if it were alone."""
 
     def __init__(
         self, kinds: Sequence[Kind], width: int, num_classes: int, recipe: Recipe, seed: int, world: World
@@ -109,7 +109,7 @@ class ProbeGrid:
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=recipe.weight_decay, foreach=True)
 
     def step(self, features_BVC: Tensor, labels_B: Tensor, count: int, step: int, num_steps: int) -> None:
-        """Optimizer step number `step` of every probe, on this rank's part of a global batch of `count`."""
+        """Take optimizer step number `step` of every probe, on this rank's part of a global batch of `count` images."""
         normal = normalised(features_BVC)
         losses = [F.cross_entropy(probe(normal), labels_B, reduction="sum") for probe in self.probes]
         self.optimizer.zero_grad()
@@ -124,9 +124,9 @@ class ProbeGrid:
 
     @torch.no_grad()
     def right(self, features_BVC: Tensor, labels_B: Tensor) -> Tensor:
-        """How many of the images each probe classifies rightly, int64 (number of probes,).
+        """Number of images that each probe classifies correctly, int64 (number of probes,).
 
-        Scores that are not finite, of a probe that has diverged, choose no class: `argmax` would take the first.
+        Non-finite scores of a diverged probe choose no class; `argmax` would choose the first.
         """
         normal = normalised(features_BVC)
         scores = torch.stack([probe(normal) for probe in self.probes])
@@ -136,7 +136,7 @@ class ProbeGrid:
 def nearest_neighbours(
     known_NC: Tensor, labels_N: Tensor, asked_MC: Tensor, num_classes: int, neighbours: int = 20
 ) -> Tensor:
-    """Classes (M,) by a vote of the nearest by cosine, weighted by exp(similarity / 0.07)."""
+    """Classes (M,) by a vote of the nearest neighbours by cosine similarity, weighted by exp(similarity / 0.07)."""
     known, asked = F.normalize(known_NC.float(), dim=1), F.normalize(asked_MC.float(), dim=1)
     voted = []
     for part in torch.split(asked, 1024):

@@ -1,4 +1,4 @@
-"""Rows and images as benchmarks publish them: parquet with images inside, JSON with images beside it."""
+"""Readers of published benchmark files: parquet with images inside, or JSON with images beside it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".JPG", ".JPEG", ".PNG")
 
 
 def published_at(source: str) -> Callable[[Reader], Reader]:
-    """For a task's `read`: files whose records are of another shape than it expects are a ValueError, too."""
+    """Decorate a task's `read`: records of an unexpected shape raise a ValueError that names `source`."""
 
     def told(read: Reader) -> Reader:
         @wraps(read)
@@ -41,10 +41,10 @@ def published_at(source: str) -> Callable[[Reader], Reader]:
 
 
 def rows(paths: Iterable[Path], image_column: str, columns: Sequence[str]) -> list[Row]:
-    """`columns` of every row of parquet files, and under "image" the row's Image, or None.
+    """Return `columns` of every row of parquet files; key "image" holds the row's ImageFile, or None.
 
-    Images are the hub's structs of bytes and path; their bytes are read a row group at a time, when asked for.
-    Raises ValueError for a file without one of the columns, or that is not parquet.
+    Images are the hub's structs of bytes and path. Their bytes are read on demand, one row group at a time. Raises
+    ValueError for a file that lacks a column or is not parquet.
     """
     found: list[Row] = []
     for path in paths:
@@ -56,7 +56,7 @@ def rows(paths: Iterable[Path], image_column: str, columns: Sequence[str]) -> li
             raise ValueError(f"{path} has no column '{missing[0]}': its columns are {', '.join(known)}")
         if image_column and not _holds_images(file.schema_arrow.field(image_column).type):
             raise ValueError(f"{path}: column '{image_column}' holds no images as the hub has them (bytes, path)")
-        # of the images only the path, which says where there is one
+        # of images read only the path, which tells whether there is one
         light = [*columns, f"{image_column}.path"] if image_column else [*columns]
         for group in range(file.num_row_groups):
             with _told(path):
@@ -72,7 +72,7 @@ def rows(paths: Iterable[Path], image_column: str, columns: Sequence[str]) -> li
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """A ValueError for the errors of its own that pyarrow raises for what is cut, damaged or no parquet."""
+    """Convert pyarrow's own exceptions for truncated, damaged or non-parquet files to ValueError."""
     try:
         yield
     except Exception as error:
@@ -104,14 +104,14 @@ def _group(path: Path, group: int, column: str) -> Any:
 
 
 def image_file(path: Path) -> ImageFile:
-    """The image at `path`. Raises ValueError if there is none, at once."""
+    """Return the image at `path`. Raises ValueError immediately if the file does not exist."""
     if not path.is_file():
         raise ValueError(f"there is no image {path}: unpack the task's images there")
     return ImageFile(str(path), partial(read_image, path))
 
 
 def images_by_stem(folder: Path) -> dict[str, Path]:
-    """Every image of a folder by its name without the ending."""
+    """Map the images of a folder by file name without ending."""
     return {path.stem: path for path in sorted(folder.glob("*")) if path.suffix in IMAGE_ENDINGS}
 
 
@@ -123,13 +123,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as the whole content of `path`: another process, or a later one, finds all of it or what was before."""
+    """Write `value` to `path` atomically: a reader finds the old content or all of the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, dumps(value, indent=1) + "\n")
 
 
 def missing_files_error(folder: Path, wanted: str, source: str) -> ValueError:
-    """The error of a folder that holds none of a task's layouts."""
+    """Return the error for a folder that holds none of a task's layouts."""
     held = sorted(path.name for path in folder.iterdir())[:6] if folder.is_dir() else []
     what = f"it holds {', '.join(held)}" if held else "it is empty" if folder.is_dir() else "there is no such folder"
     return ValueError(f"{folder}: {wanted} not found ({what}); the files are at {source}")

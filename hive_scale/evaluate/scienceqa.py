@@ -1,4 +1,4 @@
-"""ScienceQA, test split: school questions with choices, half of them about an image (arXiv 2209.09513)."""
+"""ScienceQA, test split: multiple-choice school questions, half of them about an image (arXiv 2209.09513)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 @published_at(SOURCE)
 def read(folder: Path) -> list[Question]:
-    """The hub's parquet files (ScienceQA-FULL, else ScienceQA-IMG), or the official problems.json, pid_splits.json
-    and images/test/<id>/image.png."""
+    """Read the hub's parquet files (ScienceQA-FULL, else ScienceQA-IMG), or the official release.
+
+    The official release has problems.json, pid_splits.json and images/test/<id>/image.png.
+    """
     files = sorted(folder.glob("ScienceQA-FULL/test-*.parquet")) or sorted(folder.rglob("test-*.parquet"))
     if files:
         found = rows(files, "image", ["question", "choices", "answer", "hint"])
@@ -48,9 +50,9 @@ def _question(
 
 
 def score(answered: Answered) -> dict[str, float]:
-    """Share of right letters in percent: of all questions ("full"), and of those about an image ("image").
+    """Percent of correct letters: over all questions ("full"), and over those about an image ("image").
 
-    The paper does not say which it reports; the authors' code runs the former.
+    The paper does not say which one it reports; the authors' code computes "full".
     """
     marks = [(choice_letter(answer) == q.truth["answer"], q.image is not None) for q, answer in answered]
     seen = [right for right, about_image in marks if about_image]

@@ -1,4 +1,4 @@
-"""Benchmarks by name."""
+"""Registry of the VQA benchmarks by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (mme.TASK, gqa.TASK, okvqa
 
 
 def find_task(name: str) -> Task:
-    """The task of that name. Raises ValueError with the nearest for a typo."""
+    """Return the task called `name`. Raises ValueError that suggests the nearest name."""
     if name not in TASKS:
         near = get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(TASKS)}"

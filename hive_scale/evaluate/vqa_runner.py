@@ -1,4 +1,4 @@
-"""A task's questions put to a model: in batches, over all ranks, and never twice."""
+"""Ask a model a task's questions: in batches, over all ranks, resumable, each question once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hive_scale.phase_timer import tick
 from hive_scale.strict_json import dumps, read_lines
 
 PREDICTIONS = "predictions.jsonl"
-# of a run's data: which samples there are and how they come, not what is made of an image and its prompt
+# fields of DataConfig that select and load samples; they do not affect how an image and its prompt are processed
 LOADING = {
     *(
         "train",
@@ -45,10 +45,10 @@ LOADING = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said, and whether its words were cut off."""
+    """A model's answer."""
 
     text: str
-    cut: bool  # the limit came before the end
+    cut: bool  # True if the token limit came before an end token
 
 
 class Answerer(Protocol):
@@ -56,14 +56,14 @@ class Answerer(Protocol):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What its answers depend on besides the question, each by name."""
+        """Everything besides the question that its answers depend on, by name."""
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
-        """Raises Unanswerable if one of the images cannot be decoded, or one of the texts not be put to the model."""
+        """Answer the questions. Raises Unanswerable if an image cannot be decoded or a prompt cannot be tokenized."""
 
 
 class HiveAnswerer:
-    """A model of ours, asked in its tokenizer's chat template; each image of a batch is seen once."""
+    """Answers with a HIVE in its tokenizer's chat template; each image of a batch is encoded once."""
 
     def __init__(self, model: Hive, data: DataConfig, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.model, self.data, self.dtype = model.to(device), data, dtype
@@ -78,7 +78,7 @@ class HiveAnswerer:
         return {"weights": identity(self.model), "prompts or images": asked, "precision": str(self.dtype)}
 
     def answer(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
-        """Raises ValueError for a prompt that leaves an answer no room in the LLM's context."""
+        """Answer the questions. Raises ValueError if a prompt leaves no room for an answer in the LLM's context."""
         asked = [self._prompt(one) for one in questions]
         prompts, slots = [tokens for tokens, _ in asked], [slot for _, slot in asked]
         for question, tokens in zip(questions, prompts, strict=True):
@@ -97,7 +97,7 @@ class HiveAnswerer:
         return [Answer(self.tokenizer.decode(ids).strip(), len(ids) == max_tokens) for ids in made]
 
     def _prompt(self, question: Question) -> tuple[list[int], int]:
-        """Tokens, and how many of them come before the image. Raises Unanswerable."""
+        """(tokens, number of them before the image). Raises Unanswerable."""
         turns = [{"role": "user", "content": question.prompt}]
         try:
             return prompt_with_slot(turns, self.tokenizer, self.data.image_position if question.image else None)
@@ -110,7 +110,7 @@ class HiveAnswerer:
 
 
 class LlavaAnswerer:
-    """A stock LLaVA directory, asked as its own processor asks."""
+    """Answers with a stock LLaVA directory, prompted through its own processor."""
 
     def __init__(self, model: StockLlava) -> None:
         self.model, self.max_pixels = model, DataConfig().max_pixels
@@ -138,12 +138,13 @@ def answer_all(
     batch_size: int,
     advance: Callable[[int], Any] = lambda count: None,
 ) -> None:
-    """Put to `answerer` every question that `folder`'s predictions have no answer to, and write them there.
+    """Answer every question that has no answer in `folder`'s predictions yet, and write the answers there. A
+    collective.
 
-    A collective. Ranks append to files of their own, which are joined at the end, and at the beginning if an
-    earlier attempt was stopped: nothing is asked twice, whatever the number of ranks then and now. An answer counts if
-    prompt, image and limit are the same; whose answers `folder` holds is the caller's to know. A question whose
-    image is broken gets a line that says so in place of an answer, and is tried again by the next attempt.
+    Each rank appends to its own file. The files are joined at the end, or at the next start after an interruption, so
+    nothing is asked twice for any number of ranks. A stored answer is reused if prompt, image and limit are unchanged;
+    the caller must ensure that `folder` belongs to this answerer. A question whose image is broken gets a line that
+    says so instead of an answer, and is retried by the next attempt.
     """
     asked = _Asked(max_tokens)
     if world.is_main:
@@ -169,7 +170,7 @@ def answer_all(
 def _answers(
     batch: Sequence[Question], answerer: Answerer, max_tokens: int
 ) -> Iterator[tuple[Question, dict[str, Any]]]:
-    """Each question of `batch` with its answer, or with what is wrong with it."""
+    """Yield each question of `batch` with its answer, or with the reason why it is broken."""
     left = list(batch)
     while left:
         try:
@@ -186,24 +187,24 @@ def _answers(
 
 
 class _Asked:
-    """What an answer depends on besides the model, as its line in the predictions says it."""
+    """Everything besides the model that an answer depends on, as stored in its line of the predictions."""
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._shown: dict[ImageFile | None, str] = {None: ""}  # by image, of which each is read once
+        self._shown: dict[ImageFile | None, str] = {None: ""}  # hash by image; each image is read once
 
     def of(self, question: Question) -> dict[str, Any]:
         shown = question.image
         if shown is not None and shown not in self._shown:
             try:
                 self._shown[shown] = xxhash.xxh3_64_hexdigest(shown.read())
-            except (OSError, ValueError):  # who answers will say so
+            except (OSError, ValueError):  # the answerer reports it
                 self._shown[shown] = "cannot be read"
         return {"prompt": question.prompt, "image": self._shown[shown], "max_tokens": self.max_tokens}
 
 
 def batches(questions: Sequence[Question], size: int) -> list[list[Question]]:
-    """`questions` cut into lists of at most `size`, those about one image side by side."""
+    """Split `questions` into lists of at most `size`, keeping questions about one image together."""
     first: dict[str, int] = {}
     for place, one in enumerate(questions):
         first.setdefault(_subject(one), place)
@@ -216,15 +217,15 @@ def _subject(question: Question) -> str:
 
 
 def read_predictions(folder: Path) -> dict[str, dict[str, Any]]:
-    """Question's id -> line of its answer. `folder` may be the file itself."""
+    """Return {question id: line of its answer}. `folder` may also be the file itself."""
     path = folder if folder.is_file() else folder / PREDICTIONS
     return {line["id"]: line for line in _lines([path])}
 
 
 def result(task: Task, questions: Sequence[Question], predictions: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Scores of a task, and how many answers are missing (they count as wrong) or were cut at the limit.
+    """Scores of a task, and the numbers of answers that are missing (they count as wrong) or cut at the limit.
 
-    Those that are missing for a broken image are named under "broken", where there are any.
+    Questions with broken images are listed under "broken", if there are any.
     """
     broken = {one.id: predictions[one.id]["broken"] for one in questions if "broken" in predictions.get(one.id, {})}
     answered = [(one, str(predictions.get(one.id, {}).get("answer", ""))) for one in questions]
@@ -237,9 +238,9 @@ def result(task: Task, questions: Sequence[Question], predictions: dict[str, dic
 
 
 def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
-    """One file of predictions, in the questions' order; answers to other prompts or images than today's are dropped.
+    """Join all predictions into one file in the questions' order; drop answers whose prompt or image has changed.
 
-    Questions that are not among today's keep their answers, behind the others: another day more may be asked.
+    Answers to questions that are not asked now are kept at the end, for a later run that asks more.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parts = sorted(folder.glob("predictions.*.part"))
@@ -256,5 +257,5 @@ def _join(folder: Path, questions: Sequence[Question], asked: _Asked) -> None:
 
 def _lines(paths: Iterable[Path]) -> Iterable[dict[str, Any]]:
     for path in paths:
-        lines, _ = read_lines(path)  # and those that a killed process has cut, in the middle of a letter perhaps
+        lines, _ = read_lines(path)  # the second value: lines truncated by a killed process
         yield from (line for line in lines if all(isinstance(line.get(key), str) for key in ("id", "prompt", "answer")))

@@ -1,4 +1,4 @@
-"""The nouns of a benchmark: questions about images, and what a task makes of the answers."""
+"""Data types of VQA benchmarks: images, questions and tasks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Encoded bytes that are read when they are needed. Equal keys mean equal images."""
+    """An image whose encoded bytes are read on demand. Equal keys mean equal images."""
 
     key: str
     read: Callable[[], bytes] = field(compare=False, repr=False)
 
 
 class Unanswerable(ValueError):
-    """The questions that it `concerns` stay without an answer, the others go on."""
+    """Raised if some questions cannot be answered: those that it `concerns`. The others can still be asked."""
 
     def __init__(self, reason: str, concerns: Callable[[Question], bool]) -> None:
         super().__init__(reason)
@@ -28,7 +28,7 @@ class Unanswerable(ValueError):
 
 
 def decoded(image: ImageFile, decode: Callable[[bytes], Tensor]) -> Tensor:
-    """What `decode` makes of the image's bytes. Raises Unanswerable for the ValueError of either."""
+    """Read and decode an image. Raises Unanswerable if either step raises ValueError."""
     try:
         return decode(image.read())
     except ValueError as error:
@@ -37,7 +37,7 @@ def decoded(image: ImageFile, decode: Callable[[bytes], Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Question:
-    """What a model is asked. `truth` is what scoring needs to know, and never shown to the model."""
+    """A question to a model. `truth` holds what scoring needs; the model never sees it."""
 
     id: str  # unique in its task
     prompt: str
@@ -45,25 +45,25 @@ class Question:
     truth: Mapping[str, Any]
 
 
-Answered = Sequence[tuple[Question, str]]  # every question of the task; "" where there is no answer
+Answered = Sequence[tuple[Question, str]]  # every question of the task with its answer; "" if unanswered
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark: how its files are read, and how its answers are scored.
+    """A benchmark: how to read its files and how to score answers.
 
-    `read` takes the folder of the files, and raises ValueError with what is missing and where it is to be had.
-    `score` returns named figures, the one that papers quote first. Questions with equal `group` are scored together.
+    `read` takes the folder of the files, and raises ValueError that says what is missing and where to get it. `score`
+    returns named figures, the one that papers quote first. Questions with equal `group` are scored together.
     """
 
     name: str
     read: Callable[[Path], list[Question]]
     score: Callable[[Answered], dict[str, float]]
     source: str
-    max_tokens: int = 16  # of an answer
+    max_tokens: int = 16  # limit of an answer
     group: Callable[[Question], Any] = attrgetter("id")
 
     def first(self, questions: Sequence[Question], count: int) -> list[Question]:
-        """The first `count` of all `questions`, and the others of their groups."""
+        """Return the first `count` of all `questions`, plus the other members of their groups."""
         groups = {self.group(one) for one in questions[:count]}
         return [one for one in questions if self.group(one) in groups]

@@ -105,9 +105,7 @@ def _mark(name: str, modules: Sequence[nn.Module]) -> Iterator[Any]:
         open_marks.pop().__exit__(None, None, None)
 
     for module in modules:
-        yield module.register_forward_pre_hook(
-            enter, prepend=True
-        )  # first, so that the engine's gathers are labelled, too
+        yield module.register_forward_pre_hook(enter, prepend=True)  # labels the engine's gathers, too
         yield module.register_forward_hook(leave)
 
 

@@ -46,9 +46,8 @@ class Trace:
     fixed: list[int] = field(default_factory=list)
     per_sample: list[float] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
-    flops: dict[str, float] = field(
-        default_factory=lambda: defaultdict(float)
-    )  # per sample: "forward", "backward", "recompute"
+    # FLOPs per sample by phase: "forward", "backward", "recompute"
+    flops: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     input_bytes: float = 0.0  # bytes of the batch, per sample
     traffic: float = 0.0  # bytes read and written by operators without FLOPs, per sample
     kernels: int = 0  # number of operators that compute something (views do not)
