@@ -1,4 +1,4 @@
-"""A run's stages, and what follows them, as a chain of jobs: what is left to submit, and what was submitted."""
+"""A run's stages and downstream jobs as a chain of Slurm jobs: decide what to submit, record what was submitted."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ Verb = Literal["done", "kept", "submit"]
 
 
 class Link(NamedTuple):
-    """What is to happen with a stage, or with what follows the last of them."""
+    """Decision about a stage or downstream job: done, kept, or to be submitted."""
 
     stage: str
     verb: Verb
-    after: str = ""  # the stage whose job it waits for
-    replaces: str = ""  # id of a job that waits for a predecessor which is gone
+    after: str = ""  # the stage whose job it waits for; "": none
+    replaces: str = ""  # id of a pending job to cancel, because its predecessor is resubmitted
 
 
 def decide(order: Mapping[str, str], done: Collection[str], jobs: Mapping[str, Job]) -> list[Link]:
-    """Skip what is done, keep what runs or waits rightly, submit the rest behind it.
+    """Skip finished stages, keep jobs that run or wait for the right predecessor, submit the rest behind them.
 
-    `order` names every stage, first to last, with the one it waits for. `done` are those whose weights are there:
-    that alone counts, not how a job ended. `jobs` are the last submitted jobs by stage, as Slurm knows them now.
+    `order` maps every stage, first to last, to the one it waits for. `done` are stages whose weights exist; only that
+    counts, not how a job ended. `jobs` are the last submitted jobs by stage, in their present state.
     """
     links: list[Link] = []
     fresh: set[str] = set()
@@ -60,30 +60,30 @@ def decide(order: Mapping[str, str], done: Collection[str], jobs: Mapping[str, J
 
 @dataclass
 class Record:
-    """What was submitted, in ``<run>/slurm/chain.json``."""
+    """Record of what was submitted, stored in ``<run>/slurm/chain.json``."""
 
-    cwd: str = ""  # where relative paths of the config begin
-    run: str = ""  # the run's directory then
+    cwd: str = ""  # directory that relative paths of the config refer to
+    run: str = ""  # the run's directory at submission
     code: dict[str, str] = field(default_factory=dict)  # {package: version}, ours with its commit
     cluster: str = ""
-    jobs: dict[str, str] = field(default_factory=dict)  # the last job of each stage
-    steps: dict[str, int] = field(default_factory=dict)  # optimizer steps of each stage
-    resources: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each stage
-    then: dict[str, dict[str, Any]] = field(default_factory=dict)  # what follows the last stage
+    jobs: dict[str, str] = field(default_factory=dict)  # stage -> id of its last job
+    steps: dict[str, int] = field(default_factory=dict)  # stage -> optimizer steps
+    resources: dict[str, dict[str, Any]] = field(default_factory=dict)  # stage -> fields of its Resources
+    then: dict[str, dict[str, Any]] = field(default_factory=dict)  # name -> fields of a DownstreamJob
 
     def followers(self) -> dict[str, DownstreamJob]:
         for name, fields in self.then.items():
-            config_merge.refuse_references(fields.get("words"), Path(f"after.{name}"))  # which a job would resolve
+            config_merge.refuse_references(fields.get("words"), Path(f"after.{name}"))  # a job would resolve them
         return {name: DownstreamJob(**fields) for name, fields in self.then.items()}
 
     @staticmethod
     def path(run_dir: Path) -> Path:
-        """Of the chain's record in a run directory."""
+        """Path of the chain's record in a run directory."""
         return run_dir / "slurm" / "chain.json"
 
     @classmethod
     def read(cls, run_dir: Path) -> Record | None:
-        """What `write` has written, or None. Raises ValueError if that is damaged, or not of its making."""
+        """Read the record of a run; None if there is none. Raises ValueError if it is damaged or invalid."""
         path = cls.path(run_dir)
         if not path.exists():
             return None
@@ -94,13 +94,13 @@ class Record:
             remedy = "restore it, or cancel the run's jobs and delete it"
             raise ValueError(f"{path} is not what was written ({error}): {remedy}") from None
         if record.run and not _is_same(Path(record.run), run_dir):
-            record.jobs = {}  # those of the run that this one was copied from; of a moved run, jobs find nothing
+            record.jobs = {}  # the run was copied or moved: its jobs belong to the old path
         return record
 
     def _check(self) -> None:
-        """Raises ValueError for what cannot be handed to Slurm, and TypeError, AttributeError."""
+        """Raise ValueError, TypeError or AttributeError for content that cannot be passed to Slurm."""
         for job in self.jobs.values():
-            if not re.fullmatch(r"\w+", job):  # it becomes a part of commands and file names
+            if not re.fullmatch(r"\w+", job):  # ids become parts of commands and file names
                 raise ValueError(f"{job!r} is no job's id")
         if not all(isinstance(count, int) for count in self.steps.values()):
             raise ValueError("steps that are no numbers")
@@ -122,14 +122,14 @@ class Record:
 def _is_same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
-    except OSError:  # one of them is not there
+    except OSError:  # one of them does not exist
         return False
 
 
 def recorded(
     config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int], then: Followers
 ) -> Record:
-    """The run's record, brought up to date and written, with its config beside it."""
+    """Update and write the run's record, with its config beside it, and return the record."""
     record = Record.read(config.run_dir) or Record()
     record.cwd, record.code, record.cluster, record.steps = os.getcwd(), code_version(), cluster, dict(steps)
     record.run = str(config.run_dir.resolve())
@@ -143,7 +143,7 @@ def recorded(
 
 @contextmanager
 def submitting(run_dir: Path) -> Iterator[Path]:
-    """Keep others from submitting this run meanwhile; gives ``<run>/slurm``."""
+    """Lock the run against other submissions; yields ``<run>/slurm``."""
     folder = run_dir / "slurm"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".submitting"):
@@ -151,12 +151,12 @@ def submitting(run_dir: Path) -> Iterator[Path]:
 
 
 def job_name(config: Config, stage: str) -> str:
-    """What `squeue` shows of a stage's job."""
+    """Name of a stage's job in `squeue`."""
     return slurm_cli.plain(f"{config.name}-{stage}")
 
 
 def known_jobs(config: Config) -> dict[str, Job]:
-    """The jobs submitted for this run, by stage, as Slurm knows them now. Raises SlurmError if it is silent."""
+    """Return the jobs submitted for this run, by stage, in their present state. Raises SlurmError if Slurm fails."""
     record = Record.read(config.run_dir)
     if record is None or record.cluster != "slurm":
         return {}

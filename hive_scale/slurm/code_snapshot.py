@@ -1,4 +1,4 @@
-"""The code as it is at submission: a job that starts next week, or again, runs what was submitted."""
+"""Snapshot of the code at submission: a job that starts next week, or again, runs the code that was submitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DS_CONFIG = "ds_config.json"
 
 
 def fingerprint(ds_config: str) -> str:
-    """Hash of the code and of the DeepSpeed JSON, if any."""
+    """Short SHA-256 (12 hex digits) of the code and of the DeepSpeed JSON, if any."""
     digest = sha256()
     for path in sorted(path for path in PACKAGE.rglob("*") if _is_source(path)):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes())
@@ -21,7 +21,9 @@ def fingerprint(ds_config: str) -> str:
 
 
 def take(folder: Path, ds_config: str) -> Path:
-    """Copy the code, and the DeepSpeed JSON beside it, into a folder of `folder` named by their hash."""
+    """Copy the code, and the DeepSpeed JSON beside it, to a subfolder of `folder` named by their fingerprint; return
+    it.
+    """
     target = folder / fingerprint(ds_config)
     if not target.exists():
         unnamed = target.with_suffix(".tmp")
@@ -34,6 +36,6 @@ def take(folder: Path, ds_config: str) -> Path:
 
 
 def _is_source(path: Path) -> bool:
-    """Hidden files are none: a .env has secrets."""
+    """True for files of the code. Hidden files are excluded: a .env holds secrets."""
     inside = path.relative_to(PACKAGE).parts
     return path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in inside)

@@ -1,4 +1,4 @@
-"""What may follow a run's last stage: our own launchers, each as one more job of the chain."""
+"""Downstream jobs: launchers that run after a run's last stage, each as one more job of the chain."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ TASKS = "mme,gqa,okvqa,scienceqa"  # paper, Table 2
 
 @dataclass(frozen=True)
 class DownstreamJob:
-    """A launcher that is run, on all processes of its job, once `after` has succeeded."""
+    """A launcher that runs, on all processes of its job, once `after` has succeeded."""
 
-    launcher: str  # of launchers/
+    launcher: str  # name of a script in launchers/
     after: str  # a stage, or another downstream job
-    words: list[str]  # what one would type after its name, that of its output last
+    words: list[str]  # its command line; the last word gives the output directory
 
     @property
     def output(self) -> Path:
-        """The directory in which it leaves what it makes."""
+        """Directory to which the launcher writes."""
         return Path(self.words[-1].removeprefix("output="))
 
     def check(self, config: Config, world_size: int) -> None:
-        """Raises ValueError for what the job would find wrong hours later."""
+        """Raise ValueError now for mistakes that the job would find hours later."""
         launcher = import_module(f"hive_scale.commands.{self.launcher}")
         if self.launcher == "finetune_vlm":
             launcher.check(self.words, config.model.vision, world_size)
@@ -46,16 +46,16 @@ class DownstreamJob:
             launcher.check(self.words)
 
     def run(self) -> int:
-        """The launcher's exit code. It joins the processes of its job by itself."""
+        """Run the launcher, which joins the processes of its job itself, and return its exit code."""
         code: int = import_module(f"hive_scale.commands.{self.launcher}").main(self.words)
         return code
 
     def is_done(self, run_dir: Path, name: str) -> bool:
-        """Whether it has succeeded with these very words."""
+        """True if it has succeeded with exactly these words."""
         file = _marker(run_dir, name)
         try:
             return bool(strict_json.read(file) == asdict(self))
-        except (OSError, ValueError):  # not there, or cut off
+        except (OSError, ValueError):  # missing or truncated
             return False
 
     def mark_done(self, run_dir: Path, name: str) -> None:
@@ -64,7 +64,7 @@ class DownstreamJob:
         write_text(file, dumps(asdict(self)))
 
 
-Followers = Mapping[str, DownstreamJob]  # by name, in the order in which they could run
+Followers = Mapping[str, DownstreamJob]  # by name, in an order in which they can run
 
 
 def _marker(run_dir: Path, name: str) -> Path:
@@ -72,7 +72,7 @@ def _marker(run_dir: Path, name: str) -> Path:
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words for the run, and ``after.*`` words."""
+    """Split command-line words into those of the run and ``after.*`` words."""
     of_run: list[str] = []
     of_jobs: list[str] = []
     for word in words:
@@ -87,10 +87,10 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def read(names: str, words: Sequence[str], config: Config) -> dict[str, DownstreamJob]:
-    """The downstream jobs of `config`'s run that `names` ("probe,vlm,evaluate" or a part of it) asks for.
+    """Return the downstream jobs that `names` asks for, a comma-separated subset of "probe,vlm,evaluate".
 
-    ``after.NAME=WORDS`` adds to the launcher's command line. What is evaluated is the fine-tuned model if there is to
-    be one, else the run itself. Raises ValueError with the remedy for an unknown name.
+    ``after.NAME=WORDS`` extends the launcher's command line. "evaluate" scores the fine-tuned model if "vlm" is
+    requested, else the run itself. Raises ValueError with the remedy for an unknown name.
     """
     wanted = [name for name in names.split(",") if name]
     more = {name: shlex.split(text) for name, _, text in (word.removeprefix(PREFIX).partition("=") for word in words)}
@@ -105,7 +105,7 @@ def read(names: str, words: Sequence[str], config: Config) -> dict[str, Downstre
             raise ValueError(f"--then {name}: a stage of the run has that name: call the stage something else")
     run, last = str(config.run_dir), list(config.stages)[-1]
     asked, before = f"{run}/vlm" if "vlm" in wanted else run, "vlm" if "vlm" in wanted else last
-    # the first words may be overridden, as launchers heed the last of two; the last may not, for others count on them
+    # users may override the first words, as launchers use the last of two; others rely on the final ones
     made = {
         "probe": (last, [run, "--set", SETS], ["--output", f"{run}/probes"]),
         "vlm": (last, [run], [f"output={run}/vlm"]),
@@ -123,6 +123,6 @@ def read(names: str, words: Sequence[str], config: Config) -> dict[str, Downstre
 
 
 def order(stages: Sequence[str], then: Followers) -> dict[str, str]:
-    """Every job of a run, in an order in which they can run, with the one that it waits for ("" for the first)."""
+    """Map every job of a run, in an order in which they can run, to the one it waits for ("" for the first)."""
     chained = dict(zip(stages, ["", *stages], strict=False))
     return chained | {name: follower.after for name, follower in then.items()}

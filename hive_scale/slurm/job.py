@@ -1,4 +1,4 @@
-"""What runs inside a job: a picklable callable that does one stage, or what follows them, from wherever it stands."""
+"""Code that runs inside a Slurm job: a picklable callable for one stage or downstream job, which resumes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from hive_scale.slurm.downstream import DownstreamJob, Followers
 from hive_scale.strict_json import append_line, read_lines
 
 logger = logging.getLogger(__name__)
-PATIENCE = 300.0  # seconds for the processes of an attempt before this one to die
+PATIENCE = 300.0  # seconds to wait for processes of the previous attempt to exit
 
 
 @dataclass(frozen=True)
 class ChainJob(ABC):
-    """Does one stage of a run, or what follows the last of them; what is done already costs a glance.
+    """Does one stage of a run, or a downstream job. Work that is done already is only checked.
 
-    So it does no harm that Slurm may run a job again after it has succeeded, or before its predecessor has.
+    It is therefore harmless that Slurm may run a job again after success, or before its predecessor has succeeded.
     """
 
     config: Config
@@ -43,7 +43,9 @@ class ChainJob(ABC):
     attempts: int
 
     def __call__(self) -> int:
-        """The exit code, with which it exits under Slurm: its script queues a job again that ends with TRY_AGAIN."""
+        """Run, and return the exit code. Under Slurm it exits with that code; on TRY_AGAIN the job's script requeues
+        the job.
+        """
         heartbeat.note_lost_nodes(lost_nodes(self.config.run_dir) / job_id())
         return leave(ended(self._run))
 
@@ -55,16 +57,17 @@ class ChainJob(ABC):
 
     @abstractmethod
     def position(self) -> str:
-        """Where it would begin now: attempts that begin at the same place have got nowhere."""
+        """Describe where it would start now. Attempts that begin at the same position have made no progress."""
 
     def checkpoint(self) -> DelayedSubmission:
-        """For a signal that comes before all else: the same again."""
+        """Called by submitit for a signal that arrives before anything else: requeue the same job."""
         return DelayedSubmission(self)
 
     def begin(self, began: datetime) -> None:
-        """Note this attempt, before it meets the other processes: that may be what it fails at.
+        """Record this attempt before it joins the other processes, which may be where it fails.
 
-        Raises ValueError if as many as allowed began where it does, or it cannot be noted and so not be counted.
+        Raises ValueError if `attempts` in a row began at the same position, or if the attempt cannot be recorded and
+        so not be counted.
         """
         at = self.position()
         before = [line for line in read_attempts(self.config.run_dir) if line["event"] == "begin"]
@@ -83,7 +86,7 @@ class ChainJob(ABC):
             raise ValueError(f"{path} cannot be written ({error.strerror}): see to it, then submit again") from None
 
     def end(self, code: int) -> None:
-        with suppress(OSError):  # what was done stays done
+        with suppress(OSError):  # the work is done, even if this record cannot be written
             self.note("end", datetime.now(), code=code)
 
     def note(self, event: str, when: datetime, **what: Any) -> None:
@@ -93,7 +96,7 @@ class ChainJob(ABC):
 
 
 class StageJob(ChainJob):
-    """Trains `stage` and whatever before it is unfinished."""
+    """Trains `stage` and any unfinished stage before it."""
 
     def _run(self) -> int:
         began = datetime.now()
@@ -123,7 +126,7 @@ class StageJob(ChainJob):
         return code
 
     def is_done(self) -> bool:
-        """Whether this stage and all before it are, so that not even the lock is needed."""
+        """True if this stage and all before it are done, so that not even the lock is needed."""
         names = list(self.config.stages)
         return all(is_stage_done(self.config.run_dir / name) for name in names[: names.index(self.stage) + 1])
 
@@ -144,7 +147,7 @@ class DownstreamChainJob(ChainJob):
         credentials.recall(self.config.run_dir)
         if is_main:
             self.begin(began)
-        # training heeds signals by itself; what else runs here has written all that it will not do twice
+        # training handles signals itself; other launchers have written all results they need not compute again
         with handling(lambda *_: heartbeat.leave(TRY_AGAIN)):
             code = 0 if self.is_done() else self._follow()
         if is_main:
@@ -164,7 +167,7 @@ class DownstreamChainJob(ChainJob):
         return self.follower.is_done(self.config.run_dir, self.stage)
 
     def position(self) -> str:
-        """Of a run its newest checkpoint, else how much has been written."""
+        """The newest checkpoint if the launcher trains, else the number of bytes written."""
         output = self.follower.output
         if (output / "config.yaml").is_file():
             return f"{self.stage}, {position(configs.load(output / 'config.yaml'))}"
@@ -172,12 +175,12 @@ class DownstreamChainJob(ChainJob):
 
 
 def job_of(config: Config, name: str, then: Followers, attempts: int) -> ChainJob:
-    """The job of a stage, or of one of `then`."""
+    """Return the job of a stage, or of one of the downstream jobs `then`."""
     return DownstreamChainJob(config, name, attempts, then[name]) if name in then else StageJob(config, name, attempts)
 
 
 def leave(code: int) -> int:
-    """Under Slurm exit with a `code` that its script must hear of."""
+    """Under Slurm, exit with a nonzero `code`, which the job's script must see; else return it."""
     if code and os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         sys.exit(code)
     return code
@@ -185,7 +188,7 @@ def leave(code: int) -> int:
 
 @contextmanager
 def noting() -> Iterator[list[int]]:
-    """Collect signals while libraries are read: nothing is lost then, and submitit would act on them by itself."""
+    """Collect signals while libraries are imported; no work is lost then, and submitit would act on them itself."""
     asked: list[int] = []
     with handling(lambda number, _: asked.append(number)):
         yield asked
@@ -203,7 +206,7 @@ def handling(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 
 def position(config: Config) -> str:
-    """Where a run stands: ``language:120`` is 120 steps of stage `language`, as its newest checkpoint has them."""
+    """Position of a run: ``language:120`` is 120 steps of stage `language` in its newest checkpoint; or ``end``."""
     from hive_scale.checkpoint.format import step_of, steps_in
 
     for name in config.stages:
@@ -218,7 +221,7 @@ def job_id() -> str:
 
 
 def restarts() -> int:
-    """How often Slurm has started this job again."""
+    """Number of times that Slurm has restarted this job."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -227,7 +230,7 @@ def attempts_file(run_dir: Path) -> Path:
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """Every start and end of a job of this run, oldest first. A line that was cut off is left out, and said."""
+    """Return every start and end of a job of this run, oldest first. Truncated lines are skipped with a warning."""
     path = attempts_file(run_dir)
     lines, cut = read_lines(path)
     for number in cut:
@@ -239,5 +242,5 @@ def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def lost_nodes(run_dir: Path) -> Path:
-    """The directory in which a job's own holds an empty file for each node on which it lost a task or a device."""
+    """Directory with a subdirectory per job, which holds an empty file for each node that lost a task or a device."""
     return attempts_file(run_dir).with_name("lost")

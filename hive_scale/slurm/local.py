@@ -1,4 +1,4 @@
-"""The same chain without Slurm: one stage after the other, as processes of this machine or in this very process."""
+"""Run the same chain without Slurm: stage after stage, in processes of this machine or in this process."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from hive_scale.slurm.downstream import Followers, order
 from hive_scale.slurm.job import ChainJob, job_of
 from hive_scale.slurm.resources import Resources, environment
 
-YEAR = 365 * 24 * 60.0  # minutes: nobody waits for these processors
+YEAR = 365 * 24 * 60.0  # minutes; no time limit is needed, since nobody queues for this machine
 
 
 def run(config: Config, asked: Mapping[str, Resources], cluster: str, steps: Mapping[str, int], then: Followers) -> int:
-    """Do what is left, stage by stage; 0, 1 if a stage failed, or the code of a stage that was stopped."""
+    """Run the unfinished stages in order. Returns 0, 1 if a stage failed, or the exit code of a stopped stage."""
     if cluster == "local" and any(resources.nodes > 1 for resources in asked.values()):
         raise ValueError("--cluster local has one node: give slurm.nodes=1")
     with chain.submitting(config.run_dir):
@@ -52,7 +52,7 @@ def _submit(config: Config, job: ChainJob, resources: Resources) -> submitit.Job
         stderr_to_stdout=True,
     )
     os.environ.update(environment(resources, code_snapshot.PACKAGE.parent, config.data_of(job.stage)))
-    # Ctrl-C reaches every process of a terminal: the trainers heed it, what is between them and us must not die
+    # Ctrl-C reaches every process of a terminal; trainers handle it, and submitit's process in between must survive it
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return executor.submit(job)
@@ -69,7 +69,7 @@ def _wait(job: submitit.Job[int], config: Config) -> int:
             time.sleep(0.2)
     codes: list[int] = []
     for task in range(job.num_tasks):
-        with suppress(submitit.core.utils.UncompletedJobError):  # ended by another's failure, by a kill or as hung
+        with suppress(submitit.core.utils.UncompletedJobError):  # it ended by another's failure, a kill, or as hung
             codes.append(job.task(task).result())
     if not any(codes) and len(codes) < job.num_tasks:
         print(f"stopped: a process of job {job.job_id} was lost: see {job.paths.stdout}", file=sys.stderr)

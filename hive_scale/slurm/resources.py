@@ -1,4 +1,4 @@
-"""What a stage asks of the cluster: a site's profile, `slurm.*` words over it, a stage's own over both."""
+"""Slurm resources of each stage: a site's profile, overridden by `slurm.*` words, then by words for one stage."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from hive_scale.presets import read_file
 PROFILES = Path(__file__).parent / "profiles"
 PREFIX = "slurm."
 WORDS = ("partition", "gpu", "mem", "account", "qos", "interface")
-WORD = re.compile(r"[\w.,:@%+/=^-]*")  # what clusters call things by
-CONSTRAINT = re.compile(r"[\w.,:@%+/=^&|()\[\]*!-]*")  # which combines them
+WORD = re.compile(r"[\w.,:@%+/=^-]*")  # characters in names of partitions, accounts and the like
+CONSTRAINT = re.compile(r"[\w.,:@%+/=^&|()\[\]*!-]*")  # the same with Slurm's operators
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Empty text leaves a thing to the cluster's own default."""
+    """Resources of one job. Empty text leaves a value to the cluster's default."""
 
     partition: str = ""
     nodes: int = 1
     gpus_per_node: int = 1
-    gpu: str = ""  # which, as launchers/plan.py names it: the submission then tells memory and time
-    tasks_per_node: int = 0  # processes; 0: one per GPU, or one where there is none
-    cpus_per_task: int = 8  # for one process and its data workers
-    mem: str = ""  # of each node, as sbatch takes it: 200G
-    hours: float = 24.0  # of one slice: a stage that takes longer saves, queues again and goes on
-    grace: int = 120  # seconds before the end of a slice at which it is told: a step and a save must fit
-    attempts: int = 5  # starts in a row from the same step, after which a job gives up
-    exclude_failed: bool = False  # not again on nodes on which a task was killed or aborted, or lost its device
+    gpu: str = ""  # model as launchers/plan.py names it; if given, submission reports planned memory and time
+    tasks_per_node: int = 0  # processes per node; 0: one per GPU, or one without GPUs
+    cpus_per_task: int = 8  # CPUs for one process and its data workers
+    mem: str = ""  # memory per node in sbatch's format, such as 200G
+    hours: float = 24.0  # time limit of one slice; a longer stage saves, requeues and resumes
+    grace: int = 120  # seconds of warning before the end of a slice: a step and a save must fit
+    attempts: int = 5  # consecutive starts from the same step after which a job gives up
+    exclude_failed: bool = False  # on requeue, avoid nodes on which a task was killed or aborted, or lost its device
     account: str = ""
     qos: str = ""
     constraint: str = ""
     interface: str = ""  # network interface of NCCL and gloo, such as ib0
-    # these two are shell, and run as they are in every job: take profiles from those alone whose scripts you would run
-    python: str = ""  # command that runs Python in a job: "apptainer exec --nv hive.sif python"
-    setup: list[str] = field(default_factory=list)  # lines before Python: module load cuda
+    # both are shell code that runs as is in every job: use only profiles from people whose scripts you would run
+    python: str = ""  # command that runs Python in a job, such as "apptainer exec --nv hive.sif python"
+    setup: list[str] = field(default_factory=list)  # shell lines before Python, such as "module load cuda"
 
     def __post_init__(self) -> None:
         for name, least in (("nodes", 1), ("gpus_per_node", 0), ("tasks_per_node", 0), ("cpus_per_task", 1)):
@@ -67,24 +67,25 @@ class Resources:
 
     @property
     def minutes(self) -> int:
-        """Of the time limit."""
+        """Time limit of the job in minutes, rounded up."""
         return ceil(self.hours * 60)
 
     @property
     def tasks(self) -> int:
-        """Processes on each node."""
+        """Number of processes on each node."""
         return self.tasks_per_node or max(1, self.gpus_per_node)
 
     @property
     def world_size(self) -> int:
-        """Processes of a job."""
+        """Number of processes of a job."""
         return self.nodes * self.tasks
 
 
 def read(profile: str | None, words: Sequence[str], bases: Mapping[str, Resources]) -> dict[str, Resources]:
-    """`bases` by stage, changed by `profile` (a name in slurm/profiles, or a YAML file), then by ``slurm.*`` words.
+    """Return `bases` by stage, overridden by `profile` (a name in slurm/profiles, or a YAML file), then ``slurm.*``
+    words.
 
-    A profile's `stages` and words like ``slurm.stages.joint.nodes=4`` are for one stage. Raises ValueError with
+    A profile's `stages`, and words such as ``slurm.stages.joint.nodes=4``, apply to one stage. Raises ValueError with
     the remedy for an unknown key or stage.
     """
     common = read_file(_find(profile)) if profile else {}
@@ -104,14 +105,14 @@ def read(profile: str | None, words: Sequence[str], bases: Mapping[str, Resource
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Words for the run, and ``slurm.*`` words."""
+    """Split command-line words into those of the run and ``slurm.*`` words."""
     return [w for w in words if not w.startswith(PREFIX)], [w for w in words if w.startswith(PREFIX)]
 
 
 def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after: str, notes: Path) -> dict[str, Any]:
-    """submitit's parameters of one job, named `name`, that runs `code` once job `after` (if any) has succeeded.
+    """Return submitit's parameters for a job called `name` that runs `code` once job `after` (if any) has succeeded.
 
-    `notes` is the directory in which jobs note their attempts, and lost nodes.
+    Jobs record their attempts and lost nodes in the directory `notes`.
     """
     given = {
         key: getattr(resources, key)
@@ -133,9 +134,9 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
         + resources.setup,
         "teardown": requeue(resources, notes),
         "additional_parameters": more,
-        # a process that ends leaves the others a minute to end by themselves; Slurm since 22.05 does not hand on
-        # the job's CPUs per task by itself; ranks of a node follow each other, whatever the cluster's default: a
-        # model that is sharded over some stays inside a node
+        # when one process ends, the others get a minute to end by themselves; since 22.05 srun does not inherit the
+        # job's CPUs per task; block distribution gives a node consecutive ranks, whatever the cluster's default, so
+        # that a sharding group stays inside a node
         "srun_args": [
             *("--kill-on-bad-exit=0", "--wait=60", "--distribution=block"),
             f"--cpus-per-task={resources.cpus_per_task}",
@@ -143,11 +144,11 @@ def sbatch(resources: Resources, name: str, code: Path, data: DataConfig, after:
     }
 
 
-# The end of a job's script: queue it again if that may help. It is there, since Slurm's commands are, which a container
-# may lack. What signals leave hides the other tasks' TRY_AGAIN, for srun tells the highest code: 128 and the signal's
-# number (killed: 137, aborted by NCCL: 134), or 253 where Slurm knows that memory ran out. A job that was cancelled, or
-# that Slurm has queued again already, is not RUNNING any more. One that begins counts itself (`ChainJob.begin`); starts
-# in a row that do not get so far are counted here.
+# End of a job's script: requeue the job if that may help. It runs outside the container, which may lack Slurm's
+# commands. srun reports the highest exit code, so a signal hides the other tasks' TRY_AGAIN: 128 plus the signal's
+# number (killed: 137, aborted by NCCL: 134), or 253 if Slurm knows that memory ran out. A job that was cancelled, or
+# that Slurm has already requeued, is no longer RUNNING. `ChainJob.begin` counts the attempts that get so far;
+# consecutive starts that do not are counted here.
 REQUEUE = r"""
 status=$?
 counted=$(sed -n 's/.*"job": "'$SLURM_JOB_ID'".*"restart": \([0-9]*\).*/\1/p' {notes}/attempts.jsonl | tail -n 1)
@@ -160,7 +161,7 @@ if (( (status == {try_again} || status > 128 && status <= 192 || status == 253) 
 fi
 exit $status
 """
-# The newest first, and as many as the job can do without.
+# Excludes the nodes lost most recently, at most as many as the partition can spare.
 EXCLUDE = """there=$(sinfo --noheader -N -p $SLURM_JOB_PARTITION -t idle,mix,alloc,comp -o %N | sort -u | wc -l)
   spare=$((there > SLURM_JOB_NUM_NODES ? there - SLURM_JOB_NUM_NODES : 0))
   lost=$(ls -t {notes}/lost/$SLURM_JOB_ID 2>/dev/null | head -n $spare | paste -sd,)
@@ -168,7 +169,7 @@ EXCLUDE = """there=$(sinfo --noheader -N -p $SLURM_JOB_PARTITION -t idle,mix,all
 
 
 def requeue(resources: Resources, notes: Path) -> list[str]:
-    """The last lines of a job's script, which notes its attempts and lost nodes in `notes`."""
+    """Return the last lines of a job's script. Its attempts and lost nodes are recorded in `notes`."""
     words = {
         "{exclude}": EXCLUDE if resources.exclude_failed else "",
         "{notes}": shlex.quote(str(notes)),
@@ -182,11 +183,11 @@ def requeue(resources: Resources, notes: Path) -> list[str]:
 
 
 def environment(resources: Resources, code: Path, data: DataConfig) -> dict[str, str]:
-    """Variables that every process of a job has, all of them written into its script."""
+    """Return the environment variables of every process of a job, to be exported by its script."""
     threads = max(1, resources.cpus_per_task - data.workers)
     variables = {
         "PYTHONPATH": str(code),
-        "PYTHONSAFEPATH": "1",  # else the directory one submits from would go before the snapshot
+        "PYTHONSAFEPATH": "1",  # otherwise the directory of submission would precede the snapshot
         "OMP_NUM_THREADS": str(threads),
     }
     if resources.interface:

@@ -1,4 +1,4 @@
-"""What Slurm knows of jobs. Its own commands are asked, since submitit trusts sacct alone, which may lag or lack."""
+"""Query and cancel Slurm jobs with Slurm's own commands; submitit relies on sacct alone, which may lag."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ ENDED = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("REVOKED", "TIMEOUT"),
 }
-NEVER = "DependencyNeverSatisfied"  # pending for ever
+NEVER = "DependencyNeverSatisfied"  # reason of a job that stays pending forever
 
 
 class SlurmError(ValueError):
-    """Slurm refuses."""
+    """Slurm refuses a request."""
 
 
 class Silent(TryAgain, SlurmError):
@@ -28,28 +28,28 @@ class Silent(TryAgain, SlurmError):
 
 
 class Job(NamedTuple):
-    """What Slurm says of a job."""
+    """State of a job as Slurm reports it."""
 
     id: str
-    state: str  # as Slurm calls it, such as PENDING; "" if it knows nothing of this job
-    reason: str = ""  # of waiting, or where it runs
+    state: str  # in Slurm's terms, such as PENDING; "" if Slurm does not know the job
+    reason: str = ""  # reason for waiting, or the nodes on which it runs
 
     @property
     def is_active(self) -> bool:
-        """Whether it runs or may still run."""
+        """True if it runs or may still run."""
         return bool(self.state) and self.state not in ENDED and self.reason != NEVER
 
 
-# Settings of the user's own, which a job, too, is to find Slurm by.
+# The user's own settings for reaching Slurm, which jobs need as well.
 KEPT = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
 
 
 @contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """Without the variables of the job, or the step, that this process may itself be in.
+    """Within, hide the environment variables of the Slurm job or step that this process may run in.
 
-    sbatch hands on the environment, and srun takes another job's limits, such as SLURM_MEM_PER_CPU, for options of its
-    own; a process that is no task of srun's must not be taken for one.
+    sbatch passes the environment on, and srun would read another job's limits, such as SLURM_MEM_PER_CPU, as options.
+    A process that srun did not start must not look like one of its tasks.
     """
     theirs = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_")
     taken = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(theirs) and name not in KEPT}
@@ -60,36 +60,36 @@ def outside_of_jobs() -> Iterator[None]:
 
 
 def is_here(command: str = "squeue") -> bool:
-    """Whether this machine has Slurm's commands."""
+    """True if this machine has Slurm's commands."""
     return shutil.which(command) is not None
 
 
 def look_up(jobs: Mapping[str, str]) -> dict[str, Job]:
-    """What became of `jobs`, given as {id: name}: from squeue, or once that has forgotten them from sacct.
+    """Return the states of `jobs`, given as {id: name}, from squeue, or from sacct once squeue has forgotten them.
 
-    An id under another name is some other job: a cluster that was set up anew counts from one again. Raises
-    Silent when the controller does not answer, for then nothing may be concluded.
+    An id with another name is a different job, since a reinstalled cluster counts from one again. Raises Silent if the
+    controller does not answer, because nothing can be concluded then.
     """
     if not jobs:
         return {}
     ids = ",".join(jobs)
     found = _parse(_squeue(ids), jobs)
     if lost := [job for job in jobs if job not in found]:
-        # without accounting there is nothing to add
+        # sacct prints nothing without accounting
         command = ["sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,JobName", "-j", ",".join(lost)]
         shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        # what the controller no longer knows does not run, whatever accounting believes
+        # a job that the controller has forgotten is not running, whatever accounting says
         found |= {id: job for id, job in _parse(shown, jobs).items() if not job.is_active}
     return {id: found.get(id, Job(id, "")) for id in jobs}
 
 
 def plain(name: str) -> str:
-    """`name` as Slurm gives it back, whatever is in it: a job's name goes through a script's comment and tables."""
+    """Return `name` with only characters that survive a script's comment and Slurm's tables."""
     return re.sub(r"[^A-Za-z0-9._+-]", "_", name)
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Cancel one after the other, in this order: the last of a chain first, so that none begins meanwhile."""
+    """Cancel jobs in the given order. Give the last of a chain first, so that none starts meanwhile."""
     for job in jobs:
         subprocess.run(["scancel", job], check=False)
 
@@ -97,7 +97,7 @@ def cancel(jobs: Sequence[str]) -> None:
 def _squeue(ids: str) -> str:
     command = ["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%i|%T|%R|%j"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode and "Invalid job id" not in done.stderr:  # so it answers when it has forgotten a single job
+    if done.returncode and "Invalid job id" not in done.stderr:  # it fails so if the only job is forgotten
         raise Silent(f"Slurm does not answer: {done.stderr.strip()}: try again when squeue works")
     return done.stdout
 
@@ -105,8 +105,8 @@ def _squeue(ids: str) -> str:
 def _parse(shown: str, jobs: Mapping[str, str]) -> dict[str, Job]:
     found = {}
     for line in shown.splitlines():
-        id, state, reason, name = [*line.split("|", 3), "", "", ""][:4]  # the name last: it may hold whatever it likes
+        id, state, reason, name = [*line.split("|", 3), "", "", ""][:4]  # the name may hold a "|"
         if id in jobs and plain(jobs[id]) == plain(name):
-            # "CANCELLED by 0"; "(Dependency)" or "n[1-2]"
+            # state: "CANCELLED by 0"; reason: "(Dependency)" or "n[1-2]"
             found[id] = Job(id, state.split()[0], reason.strip("()"))
     return found

@@ -1,4 +1,4 @@
-"""How the stages of a run stand: what their own files say, and beside it what Slurm says of their jobs."""
+"""Status of a run's stages: from their own files, and from Slurm's view of their jobs."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from hive_scale.slurm.downstream import Followers
 from hive_scale.slurm.job import lost_nodes, read_attempts
 from hive_scale.slurm.resources import Resources
 
-POLL = 2.0  # seconds between looks
-LONGEST = 1e9  # seconds that are worth telling
+POLL = 2.0  # seconds between updates
+LONGEST = 1e9  # seconds; longer estimates of the time left are not shown
 
 
 def show_plan(
     links: Sequence[Link], asked: Mapping[str, Resources], costs: Mapping[str, str], jobs: Mapping[str, str]
 ) -> None:
-    """What was, or would be, submitted; of each stage also its cost, as far as it is known."""
+    """Print what was, or would be, submitted, with each stage's planned cost if known."""
     planned = ("planned, per GPU",) if any(costs.values()) else ()
     table = Table("stage", "", "job", "after", "nodes x processes", "slices of", *planned)
     for link in links:
@@ -44,7 +44,7 @@ def show_plan(
 
 
 def show(config: Config, follow_jobs: bool) -> int:
-    """Print the table, or keep it up to date until no job is left; 0 if the run is done, else 1."""
+    """Print the table, or keep it updated until no job is left. Returns 0 if the run is done, else 1."""
     if follow_jobs:
         with suppress(KeyboardInterrupt):
             follow(config, until=lambda: not any(job.is_active for job in chain.known_jobs(config).values()))
@@ -56,14 +56,14 @@ def show(config: Config, follow_jobs: bool) -> int:
 
 
 def follow(config: Config, until: Callable[[], bool]) -> None:
-    """Show the table as it changes until `until` says so; where there is no terminal, a line for each change of state.
+    """Show the table as it changes until `until` returns True; without a terminal, print a line per change of state.
 
-    Raises KeyboardInterrupt.
+    Raises KeyboardInterrupt on Ctrl-C.
     """
     states: dict[str, str] = {}
     with Live(console=console, auto_refresh=False, transient=not console.is_terminal) as live:
         while True:
-            is_last = until()  # before the last look
+            is_last = until()  # asked first, so that one more update follows
             now = _states(config)
             if console.is_terminal:
                 live.update(_table(config), refresh=True)
@@ -79,14 +79,14 @@ def follow(config: Config, until: Callable[[], bool]) -> None:
 
 
 def done_stages(config: Config, then: Followers) -> list[str]:
-    """Of stages and followers."""
+    """Names of the finished stages and downstream jobs."""
     trained = [stage for stage in config.stages if is_stage_done(config.run_dir / stage)]
     return trained + [name for name, follower in then.items() if follower.is_done(config.run_dir, name)]
 
 
 def _states(config: Config) -> dict[str, str]:
     record = Record.read(config.run_dir) or Record()
-    jobs = chain.known_jobs(config) if slurm_cli.is_here() else {}  # else, what the files say
+    jobs = chain.known_jobs(config) if slurm_cli.is_here() else {}  # without Slurm, rely on files alone
     done = done_stages(config, record.followers())
     states = {}
     for stage in (*config.stages, *record.then):
@@ -101,7 +101,7 @@ def _states(config: Config) -> dict[str, str]:
 
 
 def _lost(config: Config) -> dict[str, list[str]]:
-    """Nodes on which the present jobs have lost something, by stage."""
+    """Nodes on which the present jobs have lost a task or a device, by stage."""
     jobs, folder = (Record.read(config.run_dir) or Record()).jobs, lost_nodes(config.run_dir)
     found = {stage: sorted(path.name for path in folder.glob(f"{job}/*")) for stage, job in jobs.items()}
     return {stage: nodes for stage, nodes in found.items() if nodes}
@@ -113,12 +113,12 @@ def _table(config: Config) -> Table:
     attempts = read_attempts(config.run_dir)
     for stage, state in _states(config).items():
         starts = sum(attempt["event"] == "begin" and attempt["stage"] == stage for attempt in attempts)
-        if stage not in config.stages:  # what follows the last stage counts no steps
+        if stage not in config.stages:  # downstream jobs have no steps
             table.add_row(stage, state, "", "", "", "", str(starts or ""), "")
             continue
         lines = read_metrics(config.run_dir / stage / "metrics.jsonl")
         row = _progress(lines, steps.get(stage, 0), config.stages[stage].global_batch)
-        # of the time in which the stage held its nodes: the queue's is not its own
+        # share of the time in which the stage held its nodes; time in the queue does not count
         share = f"{goodput.share(lines[-1].get('spent', {}) | {'down': 0.0}):.0%}" if lines else ""
         table.add_row(stage, state, *row, str(starts or ""), share)
     return table

@@ -1,4 +1,4 @@
-"""From a run to its jobs: check everything, take the code as it is, write each stage's script, submit."""
+"""Submit a run: validate everything, snapshot the code, write each stage's script, submit the jobs."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Asked = Mapping[str, Resources]  # by stage
 
 
 def submit(config: Config, asked: Asked, cluster: str, then: Followers, dry_run: bool = False) -> int:
-    """Submit what is left of the run, or with `dry_run` show what would be. Returns an exit code.
+    """Submit what is left of the run, or with `dry_run` print what would be submitted. Returns an exit code.
 
-    Raises ValueError for what the user must change, SlurmError if Slurm refuses or is silent.
+    Raises ValueError for mistakes of the user, SlurmError if Slurm refuses or is silent.
     """
-    with slurm_cli.outside_of_jobs():  # one may submit from a node of one's own
+    with slurm_cli.outside_of_jobs():  # the user may submit from inside a job
         return _submit_all(config, asked, cluster, then, dry_run)
 
 
@@ -54,7 +54,7 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
         for link in links:
             if link.verb == "submit":
                 record.jobs[link.stage] = _submit(config, link, asked[link.stage], code, record)
-                record.write(config.run_dir)  # each at once: the next may be refused
+                record.write(config.run_dir)  # written after each job, since Slurm may refuse the next
     status.show_plan(links, asked, costs, record.jobs)
     run = shlex.quote(str(config.run_dir))
     print(f"watch, read, stop, go on: python slurm/submit_pipeline.py status|logs|cancel|resume {run}")
@@ -62,7 +62,7 @@ def _submit_all(config: Config, asked: Asked, cluster: str, then: Followers, dry
 
 
 def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
-    """Optimizer steps of each stage. Raises ValueError for whatever a job would find wrong hours later."""
+    """Return the optimizer steps of each stage. Raises ValueError for mistakes that a job would find hours later."""
     from hive_scale.checkpoint.run_claims import check_owner
     from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights
     from hive_scale.pipeline import check_paths
@@ -70,7 +70,7 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
 
     check_place(config)
     check_owner(config)
-    if not find_weights(config.run_dir / "initial" / WEIGHTS):  # of which a run that has begun goes on
+    if not find_weights(config.run_dir / "initial" / WEIGHTS):  # a run that has begun continues from these
         check_paths(config.model)
     data = open_all(config, noted=False)
     check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
@@ -83,7 +83,7 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
 
 
 def cost(config: Config, name: str, resources: Resources, steps: int) -> str:
-    """What the planner says of a stage on the GPUs that `resources` name, if any."""
+    """Return the planned memory and hours of a stage on the GPUs that `resources` name; "" if they name none."""
     if not resources.gpu:
         return ""
     from hive_scale.plan.devices import find
@@ -106,7 +106,7 @@ def show_scripts(config: Config, links: Sequence[Link], asked: Asked) -> None:
 
 
 class Executor(submitit.SlurmExecutor):
-    """submitit's, which writes scripts without a Slurm in reach, too."""
+    """submitit's executor, which can also write scripts on machines without Slurm."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -117,8 +117,8 @@ class Executor(submitit.SlurmExecutor):
 
 
 def _submit(config: Config, link: Link, resources: Resources, code: Path, record: Record) -> str:
-    """Submit one stage's job; its id."""
-    if config.engine.ds_config:  # the snapshot's copy
+    """Submit one stage's job and return its id."""
+    if config.engine.ds_config:  # use the snapshot's copy
         config = replace(
             config, engine=replace(config.engine, ds_config=str(code.absolute() / code_snapshot.DS_CONFIG))
         )
@@ -130,7 +130,7 @@ def _submit(config: Config, link: Link, resources: Resources, code: Path, record
 
 
 def _executor(config: Config, stage: str, resources: Resources, code: Path, after: str) -> Executor:
-    # an end by time limit is no failure here, so submitit must not count them
+    # reaching the time limit is no failure here, so submitit must not limit these restarts
     notes = attempts_file(config.run_dir).parent.absolute()
     executor = Executor(notes / "logs", 10**6, python=resources.python or None)
     name = chain.job_name(config, stage)
