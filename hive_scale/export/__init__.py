@@ -1,4 +1,4 @@
-"""What a finished run gives away: directories that others load, each with a card that says what it is."""
+"""Export a finished run as directories that others can load, each with a model card."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from hive_scale.version import code_version
 
 
 def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
-    """Write `kind` (of `KINDS`) of the run in `directory` to the new directory `out`; the stage it was taken from.
+    """Export `kind` (a key of `KINDS`) of the run in `directory` to the new directory `out`; return the stage exported.
 
-    Complete or absent. Raises ValueError if no `stage` is named and the run is not finished, the stage is not done, the
-    weights are damaged, `out` exists, or the model is none of that kind.
+    `out` appears complete or not at all. Raises ValueError if no `stage` is named and the run is not finished, if the
+    stage is not done, the weights are damaged, `out` exists, or the model cannot be exported as this kind.
     """
     if out.exists():
         raise ValueError(f"{out} exists: give another --output, or remove it")
@@ -53,7 +53,7 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
 
 
 def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """A whole HIVE, with tokenizer and image processor, for `from_pretrained`; one tensor at a time is held."""
+    """Write a whole HIVE, with tokenizer and image processor, for `from_pretrained`. Holds one tensor at a time."""
     model = build.with_full_configs(config.model)
     content = {"model_type": "hive", "code": code_version(), "model": asdict(model)}
     path.mkdir(parents=True, exist_ok=True)
@@ -66,11 +66,11 @@ def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.d
 
 
 def from_pretrained(path: Path) -> Hive:
-    """The model that `save_pretrained` wrote, on the CPU, in the precision it was written in.
+    """Load the model that `save_pretrained` wrote, on the CPU, in the precision of the file.
 
-    Raises ValueError if `path` holds no HIVE, or one that is damaged.
+    Raises ValueError if `path` holds no HIVE, or a damaged one.
     """
-    checksums.check(path, weights=False)  # which bear checksums of their own
+    checksums.check(path, weights=False)  # weight files carry their own checksums
     try:
         fields = with_new_names(ModelConfig, strict_json.read(path / "config.json")["model"])
         parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}

@@ -1,4 +1,4 @@
-"""Trained parts as stock Hugging Face directories: transformers alone loads them, to the same numbers."""
+"""Export trained parts as stock Hugging Face directories, which transformers alone loads to identical outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from hive_scale.model.build import language_config, on_meta, vision_config
 from hive_scale.model.encoders import family_of
 from hive_scale.registry import FUSIONS
 
-# parameters of LlavaForConditionalGeneration, and ours
+# parameter name prefixes: LlavaForConditionalGeneration's -> ours
 LLAVA = {
     "model.vision_tower.": "vision.",
     "model.multi_modal_projector.linear_1.": "projector.0.up.",
@@ -42,7 +42,7 @@ Weights = Mapping[str, Tensor]
 def export_encoder(
     config: ModelConfig, weights: Weights, path: Path, mode: ImageMode, dtype: torch.dtype = torch.float32
 ) -> None:
-    """A directory of the encoder's own class in transformers, with its image processor."""
+    """Write the encoder as a directory of its own class in transformers, with its image processor."""
     vision = vision_config(config.vision)
     family = family_of(vision)
     _save(lambda: family.model(vision), weights, {"": "vision."}, {"": family.file_prefix}, path, dtype)
@@ -52,7 +52,7 @@ def export_encoder(
 def export_llm(
     config: ModelConfig, weights: Weights, path: Path, tokenizer: Any, dtype: torch.dtype = torch.float32
 ) -> None:
-    """The causal LM alone, with its tokenizer: what it says without an image, whatever the fusion."""
+    """Write the causal LM alone, with its tokenizer: the model without an image, for any fusion."""
     language = language_config(config.language)
     auto: Any = AutoModelForCausalLM
     ends = _generation(tokenizer, ChatTemplate(tokenizer).end_ids)
@@ -69,11 +69,11 @@ def export_llava(
     dtype: torch.dtype = torch.float32,
     position: ImagePosition = "user",
 ) -> None:
-    """The `concat` model as LlavaForConditionalGeneration, with its processor.
+    """Write the `concat` model as LlavaForConditionalGeneration, with its processor.
 
-    The token ``<image>``, which LLaVA wants in the vocabulary, gets a row of zeros unless there is one to spare,
-    and is never generated. The chat template asks as training did, with the image at `position`. Raises ValueError
-    for another fusion, and an encoder with registers.
+    LLaVA needs the token ``<image>`` in the vocabulary. It gets an embedding row of zeros unless a spare row exists,
+    and generation suppresses it. The chat template prompts as training did, with the image at `position`. Raises
+    ValueError for another fusion, and for an encoder with registers.
     """
     vision, language = vision_config(config.vision), language_config(config.language)
     num_leading = family_of(vision).num_leading
@@ -110,19 +110,19 @@ def export_llava(
         chat_template=tokenizer.chat_template,
         num_additional_image_tokens=num_leading,
     ).save_pretrained(path)
-    images.save_pretrained(path)  # in a file of its own, where version 4 of transformers looks
+    images.save_pretrained(path)  # also in a file of its own, which transformers 4 reads
     portable.mend_tokenizer(path)
 
 
 def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> Any:
-    """A copy of `tokenizer` with which others ask as training did, whichever way they take."""
+    """Return a copy of `tokenizer` that makes every tool prompt the model as training did."""
     chat_template, end = template.exported(position), tokenizer.convert_ids_to_tokens(template.end_ids[0])
     tokenizer = with_image_token(tokenizer)
     tokenizer.chat_template = chat_template
     if tokenizer.bos_token is None:
-        tokenizer.bos_token = tokenizer.eos_token  # with which captions begin then
-    tokenizer.eos_token = end  # what many tools stop at, whatever generation_config.json says
-    if tokenizer.is_fast:  # the start token is the template's to write; some tools would get two
+        tokenizer.bos_token = tokenizer.eos_token  # the start token of captions in this case
+    tokenizer.eos_token = end  # many tools stop at this token, and ignore generation_config.json
+    if tokenizer.is_fast:  # the template writes the start token; otherwise some tools would add a second one
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     for name in ("add_bos_token", "add_eos_token"):
         if hasattr(tokenizer, name):
@@ -144,7 +144,7 @@ def _save(
     dtype: torch.dtype,
     generation: GenerationConfig | None = None,
 ) -> None:
-    """Take over the tensors of a module on the meta device by name. `prefixes`: the module's to ours."""
+    """Save a module built on the meta device with tensors from `weights`. `prefixes`: the module's -> ours."""
     module: Any = on_meta(make)
     module.tie_weights()
     tensors = {}
@@ -157,7 +157,7 @@ def _save(
 
 
 def _lengthened(weights: Weights, vocab_size: int) -> Weights:
-    """With embeddings and head (where it is not tied) of `vocab_size` rows, zeros added at their ends."""
+    """Pad embeddings, and the head if it is not tied, with rows of zeros to `vocab_size` rows."""
     longer = dict(weights)
     for name in ("language.model.embed_tokens.weight", "language.lm_head.weight"):
         if name in longer:
@@ -166,7 +166,7 @@ def _lengthened(weights: Weights, vocab_size: int) -> Weights:
 
 
 def image_processor(config: PretrainedConfig, mode: ImageMode) -> Any:
-    """The stock image processor that does to an image what training did. `config`: the encoder's."""
+    """Return the stock image processor that transforms images as training did. `config` is the encoder's."""
     family, side = family_of(config), config.image_size
     square = {"height": side, "width": side}
     statistics: dict[str, Any] = {"image_mean": family.pixel_mean, "image_std": family.pixel_std}

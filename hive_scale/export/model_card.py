@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it was trained, how to load it, and what it does not say."""
+"""Model card of an export: what it is, how it was trained, how to load it, and its limits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WHAT = {
     "hive": "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
     "llava": "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
 }
-MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # what begins something in Markdown, HTML or mathematics
+MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # characters with a meaning in Markdown, HTML or mathematics
 BORDER = r"\|"
 PAPER = "[Hierarchical Pre-Training of Vision Encoders with Large Language Models](https://arxiv.org/abs/2604.00086)"
 LOAD = {
@@ -55,7 +55,7 @@ caption = processor.decode(llava.generate(**inputs)[0], skip_special_tokens=True
 
 
 def card(kind: str, run: Run, stage: str, identity: str, dtype: str) -> str:
-    """The text of an export's README.md; `identity` is the hash of the weights that it was made from."""
+    """Return the text of an export's README.md. `identity` is the hash of the weights it was made from."""
     config = run.config
     return f"""\
 ---
@@ -113,11 +113,11 @@ def _part(part: PartConfig) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` as Markdown shows it, in a heading or a table's cell: it is no markup, no HTML and no link."""
+    """Escape `text` for a Markdown heading or table cell: no markup, no HTML, no links."""
     return MARKUP.sub(r"\\\g<0>", printable(text))
 
 
 def _code(text: str) -> str:
-    """`text` in Markdown as code, in which nothing can be escaped but a table's borders."""
+    """Format `text` as inline code in Markdown, where only a table's borders can be escaped."""
     inside = printable(text).replace("`", "'").replace("|", BORDER)
     return f"`{inside}`"

@@ -1,7 +1,7 @@
-"""Directories that transformers 4 and 5, and the tools built on either, read as the same model.
+"""Write directories that transformers 4 and 5, and tools built on either, load as the same model.
 
-transformers 5 writes names and fields of its own, at which version 4 only warns: it then leaves weights at random,
-turns by another rotary base, or knows no such tokenizer. Both read what is written here.
+transformers 5 writes new names and fields, about which version 4 only warns: it then leaves weights random, uses the
+wrong rotary base, or does not find the tokenizer's class. The files written here work with both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hive_scale.shared_files import share
 
-# a tensor's name in memory begins with the first (transformers 5), in the file with the second, which both read
+# prefix of a tensor's name in memory (transformers 5) -> prefix in the file, which both versions read
 LLM_FILE = {"": ""}
 LLAVA_FILE = {
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -29,7 +29,7 @@ LLAVA_FILE = {
 
 
 def save_model(module: Any, tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> None:
-    """Write config.json and weights of `module`, a transformers model, whose parameters are `tensors` by name."""
+    """Write config.json and the weights of `module`, a transformers model; `tensors` are its parameters by name."""
     path.mkdir(parents=True, exist_ok=True)
     state = {}
     for name, tensor in tensors.items():
@@ -50,29 +50,29 @@ def save_model(module: Any, tensors: Mapping[str, Tensor], names: Mapping[str, s
 
 
 def save_tokenizer(tokenizer: Any, path: Path) -> None:
-    """Write a tokenizer that transformers 4 and 5 both read as it is."""
+    """Write a tokenizer that transformers 4 and 5 both load unchanged."""
     tokenizer.save_pretrained(path)
     mend_tokenizer(path)
 
 
 def mend_tokenizer(path: Path) -> None:
-    """Of a directory that transformers 5 has written, with a tokenizer or a processor in it."""
+    """Fix the tokenizer files in a directory that transformers 5 has written, for a tokenizer or a processor."""
     with _edited(path / "tokenizer_config.json") as fields:
-        if (path / "tokenizer.json").is_file():  # the class that takes it as it is: others would add a start token
+        if (path / "tokenizer.json").is_file():  # this class loads it as is; others would add a start token
             fields["tokenizer_class"] = "PreTrainedTokenizerFast"
-        fields.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 would add a third
+        fields.setdefault("model_input_names", ["input_ids", "attention_mask"])  # version 4 would add token_type_ids
         extra = fields.get("extra_special_tokens")
-        if isinstance(extra, list):  # which version 4 takes for a table by name
+        if isinstance(extra, list):  # version 4 expects a dict under this key
             fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
 
 
 def _old_rope(fields: dict[str, Any]) -> None:
-    """Beside ``rope_parameters`` what version 4 reads: the base, and how it is scaled."""
+    """Add the fields that version 4 reads beside ``rope_parameters``: the base and the scaling."""
     rope = fields.get("rope_parameters")
     if isinstance(rope, dict) and "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
-        if scaled.get("rope_type") == "longrope":  # whose length before scaling, and no factor, it reads elsewhere
+        if scaled.get("rope_type") == "longrope":  # version 4 reads its original length elsewhere, and no factor
             length = fields["original_max_position_embeddings"] = scaled["original_max_position_embeddings"]
             factor = scaled.get("factor") or fields["max_position_embeddings"] / length
             scaled.setdefault("attention_factor", math.sqrt(1 + math.log(max(1.0, factor)) / math.log(length)))
@@ -87,7 +87,7 @@ def _parts(fields: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[dict[str, Any]]:
-    """Within, the fields of a JSON file, which are written back at the end."""
+    """Yield the fields of a JSON file, and write them back at the end."""
     fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     yield fields
     path.write_text(json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

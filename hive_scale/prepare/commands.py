@@ -1,6 +1,6 @@
-"""The converters as subcommands of ``launchers/prepare_data.py``: arguments, progress and what came out.
+"""Subcommands of ``launchers/prepare_data.py`` that convert data sets: arguments, progress and summary.
 
-Everything heavy is imported when a command runs, so that ``--help`` answers at once.
+Heavy modules are imported when a command runs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hive_scale.strangers import printable
 if TYPE_CHECKING:
     from hive_scale.prepare.readers import Source
 
-Subparsers = Any  # argparse gives its type no public name
+Subparsers = Any  # argparse has no public name for this type
 
 
 def add_llava(subparsers: Subparsers) -> None:
@@ -95,7 +95,7 @@ def _add_column_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(arguments: argparse.Namespace, source: Source) -> None:
-    """Write `source` as tars under a progress bar, and say what came out and what was left out."""
+    """Write `source` as tars with a progress bar, then print what was written and what was left out."""
     from rich.progress import Progress
 
     from hive_scale.prepare.writer import JOURNAL, ShardLayout, convert

@@ -1,7 +1,7 @@
-"""Which emoji show the same thing: the unit by which they are split into train and held-out.
+"""Group emoji that show the same concept; the split into train and held-out keeps concepts whole.
 
-"woman farmer", "man farmer" and "farmer" are one concept, and so are the 24 clock faces: with one of them in
-the training set, another one held out would test memory. Flags of countries are a concept each.
+"woman farmer", "man farmer" and "farmer" are one concept, and so are the 24 clock faces: with one of them in the
+training set, a held-out one would test memory. Each country's flag is a concept of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _STATE = "open closed lowered raised done not low high volume muted increasing d
 _VARIANT = frozenset(f"{_GENDER} {_COLOUR} {_SIZE} {_DIRECTION} {_STATE}".split())
 
 _PLAIN_QUOTES = str.maketrans("\u201c\u201d\u2018\u2019", "\"\"''")
-_WHOLE = {  # a pattern anywhere in the label decides alone
+_WHOLE = {  # a pattern found anywhere in the label determines the concept
     r"o'clock|-thirty": "clock face",
     r"^(family|families)\b": "family",
     r"^kiss(:|$)": "kiss",
@@ -44,19 +44,19 @@ _WHOLE = {  # a pattern anywhere in the label decides alone
     r"^grinning (squinting )?face": "grinning face",
     r"^(slightly )?frowning face|^(anguished|worried|confused) face": "frowning face",
 }
-_TAIL_IS_DETAIL = frozenset(  # "umbrella with rain drops" is an umbrella, "face with tongue" is its own
+_TAIL_IS_DETAIL = frozenset(  # "umbrella with rain drops" is an umbrella, but "face with tongue" is its own concept
     {"animals & nature", "food & drink", "travel & places", "activities", "objects", "symbols"}
 )
 
 
 def normalise(label: str) -> str:
-    """`label` in lower case, composed, with typographic quotes made plain and spaces single."""
+    """Return `label` in lower case, NFC-composed, with plain quotes and single spaces."""
     text = unicodedata.normalize("NFC", label).lower()
     return " ".join(text.translate(_PLAIN_QUOTES).split())
 
 
 def concept_of(label: str, category: str) -> str:
-    """The concept that a normalised `label` shows; a variant (gender, colour, direction ...) shares it."""
+    """Return the concept of a normalised `label`; variants (gender, colour, direction ...) share it."""
     if label.startswith("flag: "):
         return label
     for pattern, concept in _WHOLE.items():
@@ -70,9 +70,9 @@ def concept_of(label: str, category: str) -> str:
 
 
 def merge(concepts: Iterable[str], images: Iterable[bytes]) -> dict[str, str]:
-    """Concept -> the concept it belongs to once those that share an identical image are one.
+    """Map each concept to its representative, after merging concepts that share an identical image.
 
-    The flags of Norway and of Bouvet Island are the same image under two names.
+    The flags of Norway and of Bouvet Island, for example, are the same image under two names.
     """
     parent: dict[str, str] = {}
     first_with: dict[bytes, str] = {}
@@ -91,13 +91,13 @@ def merge(concepts: Iterable[str], images: Iterable[bytes]) -> dict[str, str]:
 
 
 def fraction(name: str) -> float:
-    """A number in [0, 1) that depends on `name` alone: the same on any machine, in any order, for ever."""
-    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # file names may be of any bytes
+    """Map `name` to a number in [0, 1) that depends on nothing else: the same on any machine, in any version."""
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).digest()  # file names may be any bytes
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def split_of(concept: str, heldout: float = 0.15) -> str:
-    """``"heldout"`` for about that share of all concepts, else ``"train"``."""
+    """Return "heldout" for about a share `heldout` of all concepts, else "train"."""
     return "heldout" if fraction(concept) < heldout else "train"
 
 

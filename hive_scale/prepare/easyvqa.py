@@ -1,4 +1,4 @@
-"""easy-vqa as its package carries it, and its training questions as a set of tars with conversations."""
+"""Prepare easy-vqa: the package's own files, and its training questions as tars of conversations."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ROOT = "easy_vqa/data/"
 
 
 def prepare(output: Path, cache: Path, overwrite: bool = False) -> dict[str, int]:
-    """Write ``train/`` and ``test/`` as the package has them, and the tars of `conversations`.
+    """Write ``train/`` and ``test/`` as in the package, and the tars of `conversations`; return samples per split.
 
     Raises what `conversations` and `fetch` raise.
     """
@@ -28,9 +28,10 @@ def prepare(output: Path, cache: Path, overwrite: bool = False) -> dict[str, int
 
 
 def conversations(folder: Path, overwrite: bool = False) -> dict[str, int]:
-    """The questions of ``train/`` as ``train-*.tar`` and ``heldout-*.tar``, one a conversation; samples of each.
+    """Write the questions of ``train/`` to ``train-*.tar`` and ``heldout-*.tar``, one per conversation.
 
-    Images are held out with all their questions. Raises ValueError if `folder` holds another set of tars.
+    Returns the number of samples per split. Each image is held out with all its questions. Raises ValueError if
+    `folder` holds another set of tars.
     """
     asked = json.loads((folder / "train" / "questions.json").read_text())
     records = [

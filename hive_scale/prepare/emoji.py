@@ -1,7 +1,7 @@
 """Emoji in three drawing styles, with their Unicode names: 5,663 images of 1,906 signs.
 
-The captions read "mammal: tiger face": what kind of thing it is, then its name. The kind can be seen in an
-image of a concept never met before, the name mostly not. (Emoji names do so themselves: "flag: Andorra".)
+Captions such as "mammal: tiger face" name the kind of thing first, then its name. A model can recognise the kind of a
+concept it has never seen, but mostly not its name. (Some Unicode names have this form already: "flag: Andorra".)
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ STYLES = {
 }
 _FOLDER = {"noto": "package/img/google/64/", "twemoji": "package/img/twitter/64/", "fluent": "package/assets/"}
 
-_MISDRAWN = {"noto-1f1e8-1f1f6"}  # as Sark's flag this package draws Saudi Arabia's
+_MISDRAWN = {"noto-1f1e8-1f1f6"}  # the package draws Saudi Arabia's flag as Sark's
 
-# The shipped sample: one image a concept, classes of about one size. Of symbols and flags there are fewer,
-# because their names cannot be read from an image of another one.
+# The shipped sample: one image per concept, classes of similar size. Symbols and flags are fewer, because their
+# names cannot be inferred from images of others.
 _SAMPLE_LIMIT = {"symbols": 60, "flags": 60}
 _SAMPLE_LIMIT_ELSEWHERE = 135
 
@@ -99,7 +99,7 @@ _KIND_OF = {subcategory: kind for kind, group in _KINDS.items() for subcategory 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One sign of the catalogue: `code` is its code points as `_code` writes them."""
+    """One sign of the catalogue. `code` holds its code points in the format of `_code`."""
 
     code: str
     label: str
@@ -109,7 +109,7 @@ class Emoji:
 
 
 def caption_of(label: str, subcategory: str) -> str:
-    """``"mammal: tiger face"``; a label that names its kind already ("flag: andorra") stays as it is."""
+    """Return a caption such as "mammal: tiger face". A label that names its kind ("flag: andorra") is unchanged."""
     if ": " in label:
         return label
     kind = _KIND_OF.get(subcategory, subcategory.rpartition("-")[2])
@@ -117,7 +117,7 @@ def caption_of(label: str, subcategory: str) -> str:
 
 
 def sample(cache: Path) -> list[Record]:
-    """The records of the shipped sample: Noto drawings, one a concept, about 1,000. See `records` for errors."""
+    """Return the records of the shipped sample: about 1,000 Noto drawings, one per concept. Raises as `records`."""
     chosen: dict[str, Record] = {}
     for record in sorted(records(["noto"], cache), key=lambda r: (len(r.metadata["label"]), r.key)):
         chosen.setdefault(record.concept, record)  # the shortest label is the plainest variant
@@ -132,7 +132,7 @@ def sample(cache: Path) -> list[Record]:
 
 
 def records(styles: Sequence[str], cache: Path) -> list[Record]:
-    """Every sign in each of `styles` (keys of `STYLES`), skin tones left out; raises what `fetch` raises."""
+    """Return every sign without skin tone in each of `styles` (keys of `STYLES`). Raises what `fetch` raises."""
     noto = _drawings("noto", cache, with_catalogue=True)
     catalogue = _catalogue(json.loads(noto.pop("emoji.json")), cache)
     images = {_code(name): data for name, data in noto.items()}
@@ -182,6 +182,6 @@ def _with_concepts(signs: list[Emoji], images: dict[str, bytes]) -> list[Emoji]:
 
 
 def _code(name: str) -> str:
-    """Code points of a file name or hexcode, comparable among packages: no FE0F, no leading zeros."""
+    """Normalise a file name or hexcode to code points comparable among packages: no FE0F, no leading zeros."""
     stem = name.partition(".")[0].lower()
     return "-".join(part.lstrip("0") for part in stem.split("-") if part != "fe0f")

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as Debian packages it, laid out as torchvision's own download would be."""
+"""Prepare Fashion-MNIST from its Debian package, in the layout of torchvision's download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = Package("debian", "dataset-fashion-mnist")
 def prepare(output: Path, cache: Path) -> list[Path]:
     """Write ``FashionMNIST/raw/*-ubyte`` below `output`: 70,000 grey images of 28 x 28 pixels in ten classes.
 
-    Raises ValueError if the package does not hold the four files, and what `fetch` raises.
+    Returns the files. Raises ValueError if the package does not hold the four files, and what `fetch` raises.
     """
     found = members(fetch(PACKAGE, cache), lambda name: name.endswith("-ubyte.gz"))
     if len(found) != 4:

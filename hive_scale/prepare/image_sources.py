@@ -1,4 +1,4 @@
-"""Where an encoded image lies, as a plain value that a worker process turns into bytes."""
+"""Location of an encoded image (folder, zip, parquet) as a plain value from which a worker reads the bytes."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hive_scale.data.parquet import check_row_group, parquet_error
 if TYPE_CHECKING:
     pass
 
-LOCAL_HEADER = 30  # bytes before the name, of a file inside a zip
+LOCAL_HEADER = 30  # fixed bytes of a zip member's local header, before its name
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
 
 
 class Place(Protocol):
-    """Where an image lies."""
+    """Location of an encoded image."""
 
     def read(self) -> bytes:
-        """The image's bytes. Raises ValueError if it cannot be had."""
+        """Return the image's bytes. Raises ValueError if it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class InFile:
 
 @dataclass(frozen=True)
 class InZip:
-    """A member of a zip by its place, so that no worker reads the archive's directory of a million names again."""
+    """A member of a zip by offset, so that workers need not read the archive's directory, perhaps a million names."""
 
     archive: Path
     name: str
@@ -50,7 +50,7 @@ class InZip:
     def read(self) -> bytes:
         if self.method not in METHODS:
             raise ValueError(f"{self.name} is packed in a way that is not supported: use stored or deflated members")
-        if max(self.size, self.raw_size) > LARGEST_FILE:  # packed zeros are a thousandth of their size
+        if max(self.size, self.raw_size) > LARGEST_FILE:  # compressed zeros expand a thousandfold
             raise ValueError(f"{self.name} has {self.raw_size:,} bytes, more than the {LARGEST_FILE:,} of an image")
         with self.archive.open("rb") as file:
             if not 0 <= self.offset < self.offset + self.size + LOCAL_HEADER <= os.fstat(file.fileno()).st_size:
@@ -80,7 +80,7 @@ class InParquet:
     def read(self) -> bytes:
         try:
             cell = _column(self.file, self.column, self.group)[self.row].as_py()
-        except Exception as error:  # pyarrow has errors of its own for what is damaged
+        except Exception as error:  # pyarrow raises its own types for damaged files
             raise ValueError(f"the images of row group {self.group} of {parquet_error(self.file, error)}") from None
         if isinstance(cell, list) and len(cell) == 1:
             cell = cell[0]
@@ -93,7 +93,7 @@ class InParquet:
         return data
 
 
-@lru_cache(maxsize=1)  # a shard's rows are neighbours
+@lru_cache(maxsize=1)  # consecutive rows of a shard share a row group
 def _column(file: Path, column: str, group: int) -> Any:
     from pyarrow.parquet import ParquetFile
 
@@ -103,9 +103,10 @@ def _column(file: Path, column: str, group: int) -> Any:
 
 
 class ImageSource:
-    """The images of a folder or a zip by the names that records give them.
+    """Images in a folder or zip, looked up by the names in records.
 
-    Raises ValueError for what is neither, and for a name that points out of it: no set that means well has one.
+    Raises ValueError if `root` is neither, and for a name that points outside of it, which only a malicious set would
+    contain.
     """
 
     def __init__(self, root: Path) -> None:
@@ -116,11 +117,11 @@ class ImageSource:
         self.root = root
 
     def find(self, name: str) -> Place | None:
-        """Where `name` is, if it is there."""
+        """Return the location of image `name`, or None if it does not exist."""
         inside(name, self.root)
         if self.root.is_dir():
             path = self.root / name
-            return InFile(path) if os.path.isfile(path) else None  # which takes names that no file can have
+            return InFile(path) if os.path.isfile(path) else None  # os.path accepts names that no file can have
         info = self._members.get(name) or self._members.get(self._top + name)
         if info is None:
             return None
@@ -132,9 +133,9 @@ class ImageSource:
         try:
             with zipfile.ZipFile(self.root) as archive:
                 files = [info for info in archive.infolist() if not info.is_dir()]
-                # what macOS adds of its own beside the files
+                # macOS adds resource forks under this prefix
                 members = {info.filename: info for info in files if not info.filename.startswith("__MACOSX/")}
-        except Exception as error:  # zipfile raises what it likes on a directory that is damaged
+        except Exception as error:  # zipfile raises any exception on a damaged directory
             raise ValueError(f"{self.root} is cut short or damaged ({error}): fetch it again") from None
         for name in members:
             inside(name, self.root)
@@ -142,7 +143,7 @@ class ImageSource:
 
     @cached_property
     def _top(self) -> str:
-        """The one folder that all members lie in, if it is one: people zip folders as often as what is in them."""
+        """The single folder that holds all members, or "": people zip a folder as often as its contents."""
         tops = {name.partition("/")[0] + "/" if "/" in name else "" for name in self._members}
         return tops.pop() if len(tops) == 1 else ""
 

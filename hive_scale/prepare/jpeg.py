@@ -1,4 +1,4 @@
-"""Any image -> a square JPEG on white, with nothing decoded before its size is known to be sane."""
+"""Convert any image to a square JPEG on white; its size is checked before it is decoded."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hive_scale.data.images import FORMATS, upright_rgb
 
 @dataclass(frozen=True)
 class Jpeg:
-    """How images are stored.
+    """Format of stored images.
 
-    The bytes depend on the JPEG library: Pillow 10.4, 11.3, 12.0 and 13.0 (libjpeg-turbo 3.0 to 3.2) were
-    compared and write the same. The defaults are the recipe of the shipped sample.
+    The bytes depend on the JPEG library. Pillow 10.4, 11.3, 12.0 and 13.0 (libjpeg-turbo 3.0 to 3.2) write identical
+    files. The defaults are the recipe of the shipped sample.
     """
 
-    size: int = 64  # pixels a side
+    size: int = 64  # pixels per side
     quality: int = 65
     max_pixels: int = 50_000_000
 
@@ -30,9 +30,9 @@ class Jpeg:
 
 
 def to_jpeg(data: bytes, recipe: Jpeg) -> bytes:
-    """`data` (PNG, JPEG or WebP) whole inside a white square of ``recipe.size``, encoded as JPEG.
+    """Fit `data` (PNG, JPEG or WebP) uncropped into a white square of ``recipe.size`` and encode it as JPEG.
 
-    Raises ValueError for what is no such image and, before decoding, for one above ``recipe.max_pixels``.
+    Raises ValueError if it is not such an image and, before decoding, if it has more than ``recipe.max_pixels``.
     """
     image = on_white(data, recipe.max_pixels)
     if image.size != (recipe.size, recipe.size):
@@ -43,14 +43,14 @@ def to_jpeg(data: bytes, recipe: Jpeg) -> bytes:
 
 
 def on_white(data: bytes, max_pixels: int) -> Image.Image:
-    """The RGB image in `data`, upright, transparent parts white. Raises ValueError as `to_jpeg` does."""
+    """Return the image in `data` as upright RGB, transparent parts white. Raises ValueError as `to_jpeg` does."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:  # reads the header only
             width, height = opened.size
             if width * height > max_pixels:
                 raise ValueError(f"{width}x{height} pixels are more than the {max_pixels} allowed")
             return upright_rgb(opened)
-    except Image.DecompressionBombError:  # Pillow's own limit, at the header too
+    except Image.DecompressionBombError:  # Pillow's own limit, also checked at the header
         raise ValueError(f"more pixels than the {max_pixels} allowed") from None
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise ValueError(f"not a readable {', '.join(FORMATS)} image ({error})") from None

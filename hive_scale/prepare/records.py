@@ -1,4 +1,4 @@
-"""Records -> WebDataset tars whose bytes depend on the records alone, split by concept."""
+"""Write records as WebDataset tars, split by concept; the bytes depend on the records alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hive_scale.prepare.jpeg import Jpeg, to_jpeg
 
 Split = Literal["train", "heldout"]
 SPLITS: tuple[Split, ...] = ("train", "heldout")
-OWNER = "hive"  # of every member of a shard that is written here
+OWNER = "hive"  # owner of every tar member, by which shards made here are recognised
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image with its text, as a source yields it. `image` is encoded (PNG, WebP or JPEG)."""
+    """One image with its text, as produced by a source. `image` is encoded (PNG, WebP or JPEG)."""
 
     key: str  # unique in its set, no dots: it becomes a file name in the tar
     image: bytes
@@ -34,7 +34,7 @@ class Record:
 
 @dataclass
 class Summary:
-    """What was written: samples and bytes per split, and every record left out, with the reason."""
+    """Samples and bytes written per split, and every skipped record with the reason."""
 
     samples: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     num_bytes: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -51,8 +51,9 @@ def write(
 ) -> Summary:
     """Write ``train-00000.tar ...`` and ``heldout-00000.tar ...`` of `shard_size` samples into `output`.
 
-    Samples lie in an order that looks random but depends on their keys alone. An image that cannot be used is
-    skipped and named. `advance` is called once a record. Raises ValueError if `output` holds shards already.
+    Samples are in a pseudo-random order that depends on their keys alone. Unusable images are skipped and listed.
+    `advance` is called once per record. Raises ValueError if `output` already holds shards and `overwrite` is not set,
+    or `shard_size` is below 1.
     """
     old = shards_in(output, overwrite)
     if shard_size < 1:
@@ -75,7 +76,7 @@ def write(
 
 
 def shards_in(output: Path, overwrite: bool) -> list[Path]:
-    """The shards that `write` would replace. Raises ValueError if there are any and `overwrite` is not set."""
+    """Return the shards that `write` would replace. Raises ValueError if there are any and `overwrite` is not set."""
     old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
     if old and not overwrite:
         raise ValueError(f"{output} holds shards already: choose another --output, or say --overwrite")
@@ -84,7 +85,7 @@ def shards_in(output: Path, overwrite: bool) -> list[Path]:
 
 
 def check_made_here(shards: Iterable[Path]) -> None:
-    """Raises ValueError if one of `shards`, which are to be replaced, was not written by `write_shard`."""
+    """Raise ValueError if any of `shards`, which are about to be replaced, was not written by `write_shard`."""
     for shard in shards:
         try:
             with tarfile.open(shard) as tar:
@@ -118,10 +119,10 @@ def _samples(
 
 
 def write_shard(samples: Iterable[dict[str, str | bytes]], path: Path) -> int:
-    """Write `samples` as a tar at `path`; its bytes depend on them alone. Returns its size."""
-    part = path.with_suffix(".part")  # a shard is there whole or not at all
+    """Write `samples` as a tar at `path`, with bytes that depend on them alone. Returns its size in bytes."""
+    part = path.with_suffix(".part")  # renamed when complete, so that no partial shard appears
     with part.open("wb") as stream:
-        # owner and time are fixed, the format is ustar: nothing of this machine or day gets in
+        # fixed owner, time and format (ustar) keep machine and date out of the bytes
         with webdataset.TarWriter(stream, user=OWNER, group=OWNER, mtime=0, encoder=False) as tar:
             for sample in samples:
                 tar.write(sample)

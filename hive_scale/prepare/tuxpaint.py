@@ -1,4 +1,4 @@
-"""Tux Paint's stamps: images, many of them cut-out photographs, with an English sentence each."""
+"""Tux Paint's stamps: images, many of them cut-out photographs, each with an English sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROOT = "usr/share/tuxpaint/stamps/"
 
 
 def records(cache: Path) -> list[Record]:
-    """The stamps that are PNG (785 of 950; the others are SVG and would need a renderer) and have a sentence.
+    """Return the stamps that are PNG (785 of 950; the others are SVG, which needs a renderer) and have a sentence.
 
     Raises what `fetch` raises.
     """
@@ -28,7 +28,7 @@ def records(cache: Path) -> list[Record]:
 
 
 def concept_of(sentence: str) -> str:
-    """`sentence` without case, articles, digits and punctuation: "A tiger." and "Tiger!" are one concept."""
+    """Strip case, articles, digits and punctuation: "A tiger." and "Tiger!" are one concept."""
     words = re.findall(r"[^\W\d_]+", normalise(sentence))
     return " ".join(word for word in words if word not in {"a", "an", "the"}) or normalise(sentence)
 
@@ -45,6 +45,6 @@ def _record(path: PurePosixPath, image: bytes, sentence: str) -> Record:
 
 
 def _sentence(text: bytes) -> str:
-    """The first line: English; translations follow it."""
+    """Return the first line, which is English; translations follow it."""
     lines = text.decode(errors="replace").splitlines()
     return " ".join(lines[0].split()) if lines else ""

@@ -1,6 +1,6 @@
-"""Items to shards: by several processes, each shard whole or not there, and a run that was stopped goes on.
+"""Convert items to shards with several processes; shards appear whole, and an interrupted run resumes.
 
-Which items a shard holds depends on the source alone, so that a repeated run knows what is done.
+The items of each shard depend on the source alone, so that a repeated run knows what is done.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from hive_scale.shared_files import locked
 from hive_scale.strict_json import dumps
 
 JOURNAL = "conversion.jsonl"
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # MPO: a phone's JPEG with more behind it
+# MPO is a phone's JPEG with further images behind it.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 SPLITS = ("train", "heldout")
 
 Numbered = tuple[int, Item]
@@ -36,7 +37,7 @@ Numbered = tuple[int, Item]
 
 @dataclass(frozen=True)
 class Shard:
-    """What came of one shard; also a line of the journal."""
+    """Result of writing one shard; also a line of the journal."""
 
     name: str
     samples: int
@@ -46,7 +47,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How a set is cut: about `heldout` of the groups (see `Item.group`) go to a split of their own."""
+    """Layout of a set: samples per shard, and the share `heldout` of groups (see `Item.group`) that are held out."""
 
     shard_size: int = 1000
     heldout: float = 0.002
@@ -66,12 +67,12 @@ def convert(
     overwrite: bool = False,
     advance: Callable[[int, int], object] = lambda done, samples: None,
 ) -> list[Shard]:
-    """Write `source` as ``train-00000.tar ...`` and ``heldout-00000.tar ...`` into `output`; what came of each.
+    """Write `source` as ``train-00000.tar ...`` and ``heldout-00000.tar ...`` into `output`; return the shards.
 
-    Images keep their bytes. Records whose image or text cannot be used are left out, and named in
-    ``conversion.jsonl``. The same call again goes on after the shards that are whole. `advance` hears how far the
-    source is and how many samples have been written. Raises ValueError if `output` holds another set, if there is no
-    record, and if the first shard comes out empty.
+    Images keep their bytes. Records with an unusable image or text are skipped, and listed in ``conversion.jsonl``.
+    The same call resumes after the complete shards. `advance` receives the position in the source and the number of
+    samples written. Raises ValueError if `output` holds another set, if the source has no record, if the first shard
+    is empty, or if a worker dies.
     """
     output.mkdir(parents=True, exist_ok=True)
     with locked(output / ".lock"):
@@ -84,7 +85,7 @@ def convert(
                         advance(items[-1][1].done, journal.samples)
                         continue
                     waiting.append((items[-1][1].done, pool.submit(_write, output / name, items)))
-                    while len(waiting) > 2 * workers:  # no more of the source in memory than keeps all busy
+                    while len(waiting) > 2 * workers:  # just enough in memory to keep all workers busy
                         advance(_finish(waiting, journal), journal.samples)
                 while waiting:
                     advance(_finish(waiting, journal), journal.samples)
@@ -95,7 +96,7 @@ def convert(
                 ) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
-                for _, future in waiting:  # what was under way is whole by now
+                for _, future in waiting:  # shards in progress are complete by now
                     if not future.cancelled() and not future.exception():
                         journal.add(future.result())
                 raise
@@ -111,7 +112,7 @@ def _finish(waiting: deque[tuple[int, Future[Shard]]], journal: _Journal) -> int
 
 
 def _cut(items: Iterable[Item], layout: ShardLayout) -> Iterator[tuple[str, list[Numbered]]]:
-    """(name of a shard, its items) in the order in which they fill up."""
+    """Yield (shard name, its items), in the order in which shards fill up."""
     full, open_ = Counter[str](), dict[str, list[Numbered]]({split: [] for split in SPLITS})
     for number, item in enumerate(items):
         split = split_of(item.group, layout.heldout)
@@ -144,7 +145,7 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
                 "__key__": f"{number:09d}",
                 _extension(content): content,
                 "txt": item.caption.encode(),
-                # of what is no text, escapes: JSON has one for half a character
+                # write lone surrogates as escapes, which JSON allows
                 "json": dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
             }
         except (ValueError, RecursionError) as error:
@@ -152,24 +153,24 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
 
 
 def _extension(content: bytes) -> str:
-    """By the content, whatever the name said. Raises ValueError for what training would not open."""
-    # PIL raises what it likes on broken input
+    """Return the extension by content, ignoring the name. Raises ValueError for what training cannot open."""
+    # PIL raises any exception on broken input
     with suppress(Exception), Image.open(BytesIO(content), formats=FORMATS) as image:
         return EXTENSIONS[image.format or ""]
     raise ValueError("the image is no JPEG, PNG or WebP, or is damaged")
 
 
 def _leave_signals() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's matter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C
 
 
 class _Journal:
-    """The shards that are done, each a line written after its tar was put in place."""
+    """File of the finished shards, one line each, written after its tar is in place."""
 
     def __init__(self, output: Path, identity: dict[str, Any], overwrite: bool) -> None:
         self.path = output / JOURNAL
         for split in SPLITS:
-            for part in output.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].part"):  # of a run that was killed
+            for part in output.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].part"):  # left by a killed run
                 part.unlink()
         old = [path for split in SPLITS for path in output.glob(f"{split}-*.tar")]
         identity, lines = json.loads(dumps(identity)), self._read()
@@ -203,6 +204,6 @@ class _Journal:
         lines = []
         if self.path.is_file():
             for text in self.path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # cut in its middle by a kill
+                with suppress(json.JSONDecodeError):  # truncated by a kill
                     lines.append(json.loads(text))
         return lines

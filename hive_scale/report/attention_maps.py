@@ -1,4 +1,4 @@
-"""Which patches a word attends to, layer by layer (paper, figure 3).
+"""Attention of words to image patches, layer by layer (paper, figure 3).
 
 Shapes: T text tokens, V patches.
 """
@@ -18,14 +18,15 @@ from hive_scale.model.encoders import covered
 from hive_scale.model.hive import Hive
 from hive_scale.report.svg import draw, image, overlay
 
-MOST = 8  # words shown when none are named
+MOST = 8  # number of words shown by default
 
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """`maps` by LLM layer (from 1), then word: (V,) shares of attention to the patches, which cover `pixels`.
+    """Attention maps of some words of a text.
 
-    `pixels` is uint8 (3, H, W).
+    `maps` maps an LLM layer (from 1) to one (V,) tensor per word: shares of attention to the patches, which cover
+    `pixels`, uint8 (3, H, W).
     """
 
     pixels: Tensor
@@ -35,7 +36,7 @@ class AttentionMaps:
 
 
 def words_at(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[tuple[str, list[int]]]:
-    """Each word of the text that `ids` (start and end included) stand for, with the tokens that make it up."""
+    """Return each word of the text encoded in `ids` (start and end included), with the positions of its tokens."""
     ends = [len(decode(ids[: index + 1])) for index in range(len(ids))]
     found = []
     for match in re.finditer(r"[^\W_]+", decode(ids)):
@@ -46,7 +47,7 @@ def words_at(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list
 
 
 def choose(words: Sequence[tuple[str, list[int]]], wanted: Sequence[str]) -> list[tuple[str, list[int]]]:
-    """The first of `words` for each of `wanted`. Raises ValueError that lists those there are."""
+    """Return the first of `words` for each of `wanted`. Raises ValueError that lists the words of the text."""
     if not wanted:
         return list(words[:MOST])
     by_name = {word.lower(): (word, tokens) for word, tokens in reversed(words)}
@@ -67,10 +68,11 @@ def attention_maps(
     layers: Sequence[int] = (),
     head: int | None = None,
 ) -> AttentionMaps:
-    """Mean over the word's tokens and over heads, or one `head`, of what each asks of the patches.
+    """Return attention weights over patches, averaged over each word's tokens and over heads (or of one `head`).
 
-    Args: `pixels` uint8 (3, H, W); `layers` of the LLM, counted from 1. Raises ValueError for a layer that does not
-    look at the image, no such head, or a fusion without attention over patches.
+    Args: `pixels` uint8 (3, H, W); `layers` of the LLM, counted from 1, default all that attend to patches. Raises
+    ValueError for a layer that does not attend to patches, an unknown head, or a fusion without attention over
+    patches.
     """
     there = [layer + 1 for layer in model.visual_layers()]
     if not there:
@@ -94,7 +96,7 @@ def attention_maps(
 
 
 def attention_figure(shown: AttentionMaps) -> str:
-    """Words across, layers down; each map spread from its least to its greatest weight over the image."""
+    """Draw words across and layers down; each map is scaled from its minimum to its maximum and laid over the image."""
     pixels = shown.pixels.permute(1, 2, 0).numpy()
     columns = 1 + len(shown.words)
 

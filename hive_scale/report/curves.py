@@ -1,4 +1,4 @@
-"""What `metrics.jsonl` tells, as curves: one run or several, side by side by the samples they had seen."""
+"""Curves of `metrics.jsonl`, for one run or several, aligned by the number of samples seen."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from matplotlib.figure import Figure
 from hive_scale.report.svg import FAINT, SERIES, draw
 
 Line = Mapping[str, Any]
-SIZE = 3.7, 2.4  # inches: about a phone's width
-POINTS = 400  # drawn of a curve, at most: longer ones are averaged
+SIZE = 3.7, 2.4  # inches, about the width of a phone
+POINTS = 400  # most points per curve; longer curves are averaged
 DASHES = ("-", "--", ":", "-.")
 COMPONENTS = ("vision", "projector", "fusion", "language")
 
 
 @dataclass(frozen=True)
 class History:
-    """The lines of each stage of a run, in order."""
+    """Metrics of a run: the lines of each stage, in order."""
 
     name: str
     stages: Mapping[str, Sequence[Line]]
 
     def points(self) -> Iterator[tuple[int, Line]]:
-        """(samples seen in the whole run, line)."""
+        """Yield (samples seen in the whole run, line)."""
         for start, lines in self._starts():
             for line in lines:
                 yield start + line.get("samples", 0), line
 
     def borders(self) -> list[int]:
-        """Samples seen when each stage ended."""
+        """Number of samples seen at the end of each stage but the last."""
         return [start for start, _ in self._starts()][1:]
 
     def _starts(self) -> Iterator[tuple[int, Sequence[Line]]]:
@@ -45,7 +45,7 @@ class History:
 
 
 class Curve(NamedTuple):
-    """One line of a plot."""
+    """One curve of a plot."""
 
     label: str
     xs: Sequence[float]
@@ -55,8 +55,8 @@ class Curve(NamedTuple):
 
 
 def curves(runs: Sequence[History]) -> dict[str, str]:
-    """Plots by title, as <svg> elements; those without anything to show are left out."""
-    # a line may lack what was not finite, or was not recorded by an older version
+    """Return plots as <svg> elements by title; plots without data are left out."""
+    # a line lacks values that were not finite, or that older versions did not record
     pace = _with_fresh(runs)
     plots = {
         "Training loss": _each(runs, lambda line: line.get("loss")),
@@ -86,7 +86,7 @@ def curves(runs: Sequence[History]) -> dict[str, str]:
 
 
 def layer_norms(runs: Sequence[History]) -> dict[str, str]:
-    """Gradient norm of every encoder layer over training, a plot per run that has trained its encoder."""
+    """Plot the gradient norm of every encoder layer over training, one plot per run that trained its encoder."""
     plots = {}
     for run in runs:
         points = [(x, _layers(line)) for x, line in run.points() if _layers(line)]
@@ -105,7 +105,7 @@ def layer_norms(runs: Sequence[History]) -> dict[str, str]:
 
 
 def time_bars(runs: Sequence[History]) -> str:
-    """Hours by account, a bar per run: the run's own ledger, or data wait against the rest where it kept none."""
+    """Plot the share of time by account, one bar per run; without recorded accounts, data wait against the rest."""
     accounts = [_spent(run) for run in runs]
     names = list(dict.fromkeys(name for spent in accounts for name, seconds in spent.items() if seconds > 0))
 
@@ -128,7 +128,7 @@ def time_bars(runs: Sequence[History]) -> str:
 
 
 def by_component(norms: Mapping[str, float]) -> dict[str, float]:
-    """Norms of layers, root of their summed squares, by component."""
+    """Norm of each component: the root of the summed squares of its layers' norms."""
     squares: dict[str, float] = {}
     for layer, norm in norms.items():
         component = layer.split(".")[0]
@@ -137,7 +137,7 @@ def by_component(norms: Mapping[str, float]) -> dict[str, float]:
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> tuple[list[float], list[float]]:
-    """x and y of at most `most` points: means of equally many neighbours."""
+    """Return x and y of at most `most` points, by averaging groups of neighbours."""
     size = max(1, math.ceil(len(points) / most))
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     xs, ys = ([sum(point[axis] for point in group) / len(group) for group in groups] for axis in (0, 1))
@@ -145,7 +145,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = POINTS) -> tuple[lis
 
 
 def _each(runs: Sequence[History], value: Callable[[Line], Any]) -> list[Curve]:
-    """A curve per run, a colour per run."""
+    """One curve per run, in one colour per run."""
     found = []
     for run, colour in zip(runs, cycle(SERIES), strict=False):
         points = [(x, value(line)) for x, line in run.points() if value(line) is not None]
@@ -155,7 +155,7 @@ def _each(runs: Sequence[History], value: Callable[[Line], Any]) -> list[Curve]:
 
 
 def _by_key(runs: Sequence[History], values: Callable[[Line], Mapping[str, float]]) -> list[Curve]:
-    """A curve per run and key: a colour per key, a dash per run."""
+    """One curve per run and key, in one colour per key and one dash per run."""
     keys = list(dict.fromkeys(key for run in runs for _, line in run.points() for key in values(line)))
     found = []
     for run, dash in zip(runs, cycle(DASHES), strict=False):
@@ -168,7 +168,7 @@ def _by_key(runs: Sequence[History], values: Callable[[Line], Mapping[str, float
 
 
 def _with_fresh(runs: Sequence[History]) -> list[History]:
-    """Each line with the samples of its own step."""
+    """Add to each line the number of samples of its own step, as "fresh"."""
     return [History(run.name, {name: list(_freshened(lines)) for name, lines in run.stages.items()}) for run in runs]
 
 
@@ -195,14 +195,14 @@ def _plot(found: Sequence[Curve], unit: str, logarithmic: bool, borders: Sequenc
         if len(found) > 1:
             legend = figure.legend(loc="outside lower center", ncols=min(3, len(found)))
             for text, curve in zip(legend.get_texts(), found, strict=True):
-                text.set_text(curve.label)  # not before: labels that begin with "_" have no place in a legend
+                text.set_text(curve.label)  # legends omit labels that begin with "_"
 
     rows = math.ceil(len(found) / 3) if len(found) > 1 else 0
     return draw(SIZE[0], SIZE[1] + 0.16 * rows, paint)
 
 
 def _layers(line: Line) -> dict[int, float]:
-    """Encoder layer (from 0) to norm."""
+    """Map encoder layer (from 0) to gradient norm."""
     parts = ((name.partition("."), norm) for name, norm in line.get("grad_rms", {}).items())
     return {int(layer): norm for (room, _, layer), norm in parts if room == "vision" and layer.isdecimal()}
 
@@ -224,7 +224,7 @@ def _ledger(lines: Sequence[Line]) -> Mapping[str, float]:
 
 
 def _shade(share: float) -> str:
-    """From blue to red: first to last layer, on light pages and dark ones."""
+    """Colour from blue (first layer) to red (last), readable on light and dark pages."""
     return f"#{round(60 + 180 * share):02x}{round(140 - 40 * share):02x}{round(230 - 160 * share):02x}"
 
 

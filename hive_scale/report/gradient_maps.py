@@ -1,4 +1,4 @@
-"""Where the loss pulls at the encoder: the gradient of every layer's output, patch by patch (paper, figure 2).
+"""Gradient of the loss with respect to every encoder layer's output, patch by patch (paper, figure 2).
 
 Shapes: B images, L encoder layers, V patches.
 """
@@ -19,13 +19,13 @@ from hive_scale.model.encoders import covered, patches
 from hive_scale.model.hive import Hive
 from hive_scale.report.svg import draw, image, overlay
 
-PER_ROW = 6  # layers beside each other
+PER_ROW = 6  # layers per row
 TENTH = 0.1
 
 
 @dataclass(frozen=True)
 class GradientMaps:
-    """What one model says of some images: `norms` (B, L, V), layer 1 first, on `pixels` uint8 (B, 3, H, W)."""
+    """Gradient norms of one model on some images: `norms` (B, L, V), layer 1 first; `pixels` uint8 (B, 3, H, W)."""
 
     name: str
     pixels: Tensor
@@ -33,11 +33,11 @@ class GradientMaps:
 
 
 def gradient_maps(name: str, model: Hive, batch: Batch) -> GradientMaps:
-    """Channel norms of d loss / d hidden state, the loss summed over each caption's tokens.
+    """Return channel norms of d loss / d hidden state, with the loss summed over each caption's tokens.
 
-    Of layers that the model reads: above the deepest tapped one there is no gradient.
+    Covers the layers that the model reads: above the deepest tapped layer there is no gradient.
     """
-    model.requires_grad_(True)  # else there may be no graph to walk
+    model.requires_grad_(True)  # otherwise there may be no autograd graph
     states = model.encode(batch.pixels)
     hidden = model.language_forward(model.project(states), batch.tokens, None if batch.all_images else batch.has_image)
     loss = model.token_loss(hidden.flatten(0, 1)[batch.target_rows], batch.target_ids).sum()
@@ -48,10 +48,10 @@ def gradient_maps(name: str, model: Hive, batch: Batch) -> GradientMaps:
 
 
 def concentration(norms: Tensor) -> dict[str, list[float]]:
-    """By layer, over all images of `norms` (B, L, V): how evenly the gradient is spread.
+    """Statistics by layer of how evenly the gradient is spread, averaged over the images of `norms` (B, L, V).
 
-    `entropy` is 1 for an even spread and 0 for a single patch; `top_tenth` the share of the strongest tenth of
-    the patches; `norm` the mean over images of the whole gradient's norm.
+    `entropy` is 1 for an even spread and 0 for a single patch; `top_tenth` is the share of the strongest tenth of the
+    patches; `norm` is the norm of the whole gradient.
     """
     num_patches = norms.shape[-1]
     shares = norms / norms.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -62,7 +62,7 @@ def concentration(norms: Tensor) -> dict[str, list[float]]:
 
 
 def gradient_figure(runs: Sequence[GradientMaps]) -> str:
-    """For each image, and each run below the other: the original, then first to last layer, min-max per layer."""
+    """Draw for each image one block per run: the original, then its layers from first to last, scaled per layer."""
     depth = max(run.norms.shape[1] for run in runs)
     rows_each, columns = math.ceil(depth / PER_ROW), 1 + min(depth, PER_ROW)
     blocks = [(run, index) for index in range(len(runs[0].pixels)) for run in runs]

@@ -1,4 +1,4 @@
-"""The run report: one HTML file that needs no network and no script, light or dark, on a desk or a phone."""
+"""HTML report in one file: no network, no scripts; light and dark themes, for desktop and phone."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from hive_scale.report.svg import THEME, in_xml
 
 @dataclass(frozen=True)
 class Report:
-    """All that goes onto the page. `maps` and `plots` are <svg> elements by title; texts are plain."""
+    """Content of the page. `maps` and `plots` are <svg> elements by title; texts are plain."""
 
     title: str
     notes: Sequence[str]
-    runs: Sequence[Mapping[str, str]]  # a row each
+    runs: Sequence[Mapping[str, str]]  # one row per run
     recipe: Sequence[Mapping[str, str]]
     plots: Mapping[str, str]
-    captions: Sequence[tuple[Tensor, Mapping[str, str]]] = ()  # uint8 (3, H, W), and what was or should be written
+    captions: Sequence[tuple[Tensor, Mapping[str, str]]] = ()  # image uint8 (3, H, W), and its captions by source
     maps: Mapping[str, str] = field(default_factory=dict)
     memory: Mapping[str, str] = field(default_factory=dict)
     faults: Sequence[Mapping[str, str]] = ()
 
 
 def page(report: Report) -> str:
-    """The page's text."""
+    """Render the page as HTML text."""
     drawn = {"plots": _elements(report.plots), "maps": _elements(report.maps)}
     captions = [{"": _image(pixels), **texts} for pixels, texts in report.captions]
     return _template().render(report={**vars(report), **drawn}, captions=captions, theme=Markup(THEME))
@@ -54,12 +54,12 @@ def _template() -> Template:
 
 
 def _plain(value: Any) -> Any:
-    """What is written of a value: a text without the characters that no page may have. Escaping comes after it."""
+    """Replace characters of a text that HTML forbids; escaping follows."""
     return value if isinstance(value, Markup) else in_xml(str(value))
 
 
 def _elements(drawn: Mapping[str, str]) -> dict[str, Markup]:
-    return {title: Markup(svg) for title, svg in drawn.items()}  # of our own making: `svg` has escaped what is in them
+    return {title: Markup(svg) for title, svg in drawn.items()}  # safe: `svg` has escaped all texts
 
 
 def _image(pixels: Tensor) -> Markup:

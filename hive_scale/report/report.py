@@ -1,4 +1,4 @@
-"""All there is to say of some runs, gathered for one page."""
+"""Gather metrics, captions and maps of some runs for one page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ def attention(
     head: int | None = None,
     stage: str = "",
 ) -> AttentionMaps:
-    """Of the caption given, or of what the model itself writes of the image."""
+    """Return attention maps of the given caption, or of the one that the model writes for the image.
+
+    Raises ValueError if the caption has no words.
+    """
     tokenizer, model = run.tokenizer(), run.model(stage)
     caption = caption or write(model, tokenizer, [pixels])[0]
     ids = tokenizer.encode(caption, run.config.data.max_tokens)
@@ -55,7 +58,7 @@ def attention(
 
 
 def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], path: Path) -> list[Path]:
-    """The maps, the numbers of their spread beside them, and the norms over training where runs have logged them."""
+    """Write the maps, their concentration as JSON beside them, and gradient norms over training, if logged."""
     save(gradient_figure(runs), path)
     numbers = path.with_suffix(".json")
     write_text(numbers, dumps({run.name: concentration(run.norms) for run in runs}, indent=1) + "\n")
@@ -66,11 +69,11 @@ def save_gradients(runs: Sequence[GradientMaps], histories: Sequence[History], p
     return written
 
 
-Captioned = tuple[Tensor, Mapping[str, str]]  # an image, and texts by whose they are
+Captioned = tuple[Tensor, Mapping[str, str]]  # an image, and its captions by author
 
 
 def report(runs: Sequence[RunView], look: bool = True, images: int = 4) -> Report:
-    """What there is to say of `runs`. Without `look` no model is loaded: no captions, no maps."""
+    """Gather the report of `runs`. With `look` False no model is loaded: no captions and no maps."""
     histories = [run.history() for run in runs]
     notes = _holes(runs) + _other_recipes(runs)
     captions: list[Captioned] = []
@@ -94,7 +97,7 @@ def report(runs: Sequence[RunView], look: bool = True, images: int = 4) -> Repor
 
 
 def save_report(found: Report, path: Path, plots: Path | None = None) -> None:
-    """The page; and, where `plots` names a folder, each figure as a file of its own."""
+    """Write the page; if `plots` names a folder, also write each figure to a file of its own."""
     write_text(path, page(found))
     for title, svg in found.plots.items() if plots else ():
         assert plots is not None
@@ -106,7 +109,7 @@ def _looks(runs: Sequence[RunView], images: int, notes: list[str]) -> tuple[list
     first = pairs[runs[0].name]
     written: dict[str, list[str]] = {}
     for run in runs:
-        run.stage()  # or say that none is finished
+        run.stage()  # raises ValueError if none is finished
         for stage in run.finished() if len(runs) == 1 else run.finished()[-1:]:
             title = stage if len(runs) == 1 else f"{run.name}: {stage}"
             written[title] = write(run.model(stage), run.tokenizer(), [pixels for pixels, _ in pairs[run.name]])
@@ -172,7 +175,7 @@ def _memory(run: RunView, several: bool) -> dict[str, str]:
 
 def _faults(run: RunView) -> list[dict[str, str]]:
     faults = read_faults(run.dir / "bad_samples.jsonl")
-    # a run of an earlier version noted its shards as they were given
+    # earlier versions logged shards as given, perhaps with credentials
     first = {fault.reason: f"{public(fault.shard)}: {fault.key}" for fault in reversed(faults)}
     counts = Counter(fault.reason for fault in faults)
     return [

@@ -1,4 +1,4 @@
-"""A run directory opened for looking at: its numbers, its model at the end of a stage, images for it."""
+"""Read-only view of a run directory: its metrics, its model after a stage, and images for it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hive_scale.preflight import open_data
 from hive_scale.report.curves import History
 from hive_scale.run import read_model
 
-Pair = tuple[Tensor, str]  # an image, uint8 (3, H, W), and its caption
+Pair = tuple[Tensor, str]  # (image uint8 (3, H, W), caption)
 
 
 class RunView(run_reader.Run):
-    """A run that is looked at where it lies now, and may be unfinished."""
+    """A run at its present location, which may be unfinished."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -34,7 +34,7 @@ class RunView(run_reader.Run):
         return self.dir.name
 
     def model(self, stage: str = "") -> Hive:
-        """The model at the end of `stage`, by default the last finished one, on a GPU if there is one."""
+        """Return the model after `stage` (default: the last finished one), on a GPU if there is one."""
         return read_model(self, stage).to(this_device())
 
     def tokenizer(self) -> Tokenizer:
@@ -45,7 +45,7 @@ class RunView(run_reader.Run):
         return History(self.name, {stage: found for stage, found in lines.items() if found})
 
     def read_image(self, path: Path) -> Tensor:
-        """As the model sees it. Raises ValueError for what is not an image."""
+        """Return the image at `path` as the model sees it. Raises ValueError if it is not an image."""
         data, model = self.config.data, self.config.model
         size, colour = build.image_size(model), build.pad_colour(model)
         try:
@@ -54,7 +54,7 @@ class RunView(run_reader.Run):
             raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
 
     def heldout(self, count: int) -> list[Pair]:
-        """Held-out pairs, evenly spaced through the set."""
+        """Return up to `count` held-out pairs, evenly spaced through the set. Raises ValueError if none can be read."""
         pairs = list(open_data(self.config).heldout.spread(count))
         if not pairs:
             raise ValueError(f"no held-out image of {self.dir} can be read: give --images")
@@ -62,9 +62,9 @@ class RunView(run_reader.Run):
 
 
 def pairs_of(run: RunView, images: Sequence[Path], captions: Sequence[str], count: int) -> list[Pair]:
-    """Images with their captions: those given, or some held-out ones.
+    """Return the given images with their captions, or `count` held-out pairs if no images are given.
 
-    A caption that is not given is the image's .txt. Raises ValueError if there is none.
+    A missing caption is read from the .txt beside the image. Raises ValueError if there is none.
     """
     if not images:
         return run.heldout(count)

@@ -1,4 +1,4 @@
-"""What a finished run has to show, as a person would ask: did it learn, does it look, where is it, what next?"""
+"""Outcome of a finished run: did it learn, does it use the image, where are the files, what comes next?"""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ from hive_scale.preflight import open_data
 from hive_scale.registry import FUSIONS
 from hive_scale.strangers import printable
 
-PAIRS = 512  # held-out pairs that are looked at, at most
+PAIRS = 512  # most held-out pairs to evaluate
 BATCH = 32
 
 
 def blank_image_control(config: Config) -> Config:
-    """The same run on blank images: what can be learned of the captions without seeing."""
+    """Return the config of the same run on blank images: what can be learned from the captions without seeing."""
     data, log = replace(config.data, blank_images=True), replace(config.log, wandb="off", tensorboard=False)
-    # only its last loss is asked for
+    # only its last held-out loss is used
     return replace(
         config, output=str(config.run_dir / "blank"), data=data, log=log, blank_image_control=False, eval_interval=0
     )
 
 
 def show(config: Config, device: torch.device) -> None:
-    """Print the outcome of a finished run, and keep it in `<output>/outcome.txt`. Works on this process alone.
+    """Print the outcome of a finished run, and save it to `<output>/outcome.txt`. Needs no other process.
 
-    The run is trained and saved by then: what cannot be shown of it is said in a line, and raises nothing.
+    The run is trained and saved by then, so a part that cannot be shown is reported in a line, and nothing is raised.
     """
     kept = config.run_dir / "outcome.txt"
     if not kept.exists():
         with console.capture() as text:
             whole = all([_losses(config), _looks(config, device), _files(config)])
-        if not whole:  # the next start tries again
+        if not whole:  # not saved, so that the next start tries again
             console.out(text.get(), end="")
             return
         kept.write_text(text.get())
@@ -58,7 +58,7 @@ def show(config: Config, device: torch.device) -> None:
 
 
 def _told(what: Callable[..., None]) -> Callable[..., bool]:
-    """A part of the outcome that says in a line why it is missing. Returns whether it is there."""
+    """Wrap a part of the outcome: on an exception, print the reason in a line. Returns True if the part was shown."""
 
     @wraps(what)
     def part(*arguments: Any) -> bool:
@@ -82,7 +82,7 @@ def _losses(config: Config) -> None:
 
 @_told
 def _looks(config: Config, device: torch.device) -> None:
-    """Does the model use the image? Its captions beside the true ones."""
+    """Show whether the model uses the image, with some of its captions beside the true ones."""
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
     model = build.load_model(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
@@ -98,7 +98,7 @@ def _looks(config: Config, device: torch.device) -> None:
 
 
 def _got_on(batch: Batch) -> Batch:
-    tick()  # the other ranks wait
+    tick()  # keeps the watchdog quiet, while the other ranks wait
     return batch
 
 
@@ -123,13 +123,13 @@ def _files(config: Config) -> None:
 
 
 def heldout_losses(config: Config) -> dict[str, list[float]]:
-    """Every held-out loss that each stage recorded, in order, in nats per token."""
+    """Return every held-out loss of each stage, in order, in nats per token."""
     lines = {name: read_metrics(config.run_dir / name / "metrics.jsonl") for name in config.stages}
     return {name: [line["eval_loss"] for line in stage if "eval_loss" in line] for name, stage in lines.items()}
 
 
 def _time(config: Config) -> str:
-    """Where the time has gone, over all stages and restarts, until the last step."""
+    """Summarise where the time went, over all stages and restarts."""
     last = [lines[-1] for name in config.stages if (lines := read_metrics(config.run_dir / name / "metrics.jsonl"))]
     return goodput.summary(*goodput.added(last))
 

@@ -1,4 +1,4 @@
-"""Figures as SVG whose text is text and whose colours are the page's: light and dark are one drawing."""
+"""SVG figures with real text and theme variables for colours, so that one drawing serves light and dark pages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from matplotlib.text import Text
 
 from hive_scale.atomic import write_text
 
-# Stand-ins that matplotlib draws with; the page's variables take their place.
+# Placeholder colours for matplotlib, which are replaced by the page's CSS variables.
 INK, FAINT = "#010101", "#020202"
 SERIES = tuple(f"#0101{number:02x}" for number in range(16, 24))
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)"} | {
     colour: f"var(--s{number})" for number, colour in enumerate(SERIES)
 }
-# Okabe and Ito's colours, which the colour-blind can tell apart, the darkest lightened for a dark page.
+# Okabe and Ito's palette, safe for colour-blind readers; the darkest colours are lightened for dark pages.
 LIGHT = "--ink:#1c2126;--faint:#c9ced4;--page:#ffffff;--card:#f6f7f9;" + (
     "--s0:#0072b2;--s1:#d55e00;--s2:#009e73;--s3:#b35a8c;--s4:#b58900;--s5:#3f9bd0;--s6:#666b70;--s7:#7a4fb5;"
 )
@@ -33,7 +33,7 @@ DARK = "--ink:#e4e7ea;--faint:#4a5058;--page:#14171a;--card:#1d2125;" + (
 THEME = f":root{{{LIGHT}}}@media (prefers-color-scheme:dark){{:root{{{DARK}}}}}"
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "hive_scale",  # the same image is the same file
+    "svg.hashsalt": "hive_scale",  # makes files reproducible
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -54,7 +54,7 @@ _numbers = count()
 
 
 def draw(width: float, height: float, paint: Callable[[Figure], None]) -> str:
-    """`paint` a figure of that size in inches, to be put into a page: an <svg> element."""
+    """Let `paint` draw a figure of this size in inches; return it as an <svg> element for a page."""
     with matplotlib.rc_context(cast(Any, STYLE)):
         figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure)
@@ -66,15 +66,15 @@ def draw(width: float, height: float, paint: Callable[[Figure], None]) -> str:
     for stand_in, variable in VARIABLES.items():
         svg = svg.replace(stand_in, variable)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px system-ui, sans-serif", svg)
-    own = f"f{next(_numbers)}-"  # several figures share a page, and their names must not
+    own = f"f{next(_numbers)}-"  # figures on one page need distinct ids
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\1{own}", svg)
     return re.sub(r'<svg ([^>]*?)width="[^"]*pt" ', r"<svg \1", re.sub(r' height="[^"]*pt"', "", svg, count=1), count=1)
 
 
 def _set_as_written(figure: Figure) -> None:
-    """Captions, words and names may hold any character: two $ are no mathematics, and what XML forbids is replaced.
+    """Show all texts literally: disable mathematics between $ signs, and replace characters that XML forbids.
 
-    The ticks of logarithmic axes are mathematics.
+    Tick labels of logarithmic axes keep their mathematics.
     """
     ticks = {label for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for label in _labels(axis)}
     for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist not in ticks):
@@ -84,7 +84,7 @@ def _set_as_written(figure: Figure) -> None:
 
 
 def in_xml(text: str) -> str:
-    """`text` without the characters that no SVG, HTML or other XML may hold."""
+    """Replace the characters of `text` that XML, and thus SVG and HTML, forbids."""
     return NO_XML.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -93,19 +93,19 @@ def _labels(axis: Axis) -> list[Text]:
 
 
 def save(svg: str, path: Path) -> None:
-    """A file of its own, light or dark as its reader is."""
+    """Write `svg` as a standalone file that follows the reader's light or dark theme."""
     head, rest = svg.split(">", 1)
     write_text(path, f"{head}><style>{THEME}svg{{background:var(--page)}}</style>{rest}")
 
 
 def image(axes: Axes, pixels: Any, title: str = "") -> None:
-    """An image, uint8 or float (H, W, 3), without ticks."""
+    """Show an image, uint8 or float (H, W, 3), without ticks."""
     axes.imshow(pixels, interpolation="none")
     bare(axes, title)
 
 
 def overlay(axes: Axes, pixels: Any, values: Any, title: str = "", opacity: float = 0.6) -> None:
-    """`values` (side, side), 0 to 1, spread over an image (H, W, 3): dark is 0, bright is 1."""
+    """Show `values` (side, side), 0 to 1, over an image (H, W, 3): dark is 0, bright is 1."""
     height, width = pixels.shape[:2]
     axes.imshow(pixels, interpolation="none")
     axes.imshow(
