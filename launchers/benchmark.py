@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure hive_scale beside its peers, on this machine. Each subcommand prints one table of docs/benchmarks.md."""
+"""Benchmarks of hive_scale and its peers on this machine. Each subcommand prints one table of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-# for the benchmarks beside this file, and for the package where it is not installed
+# finds the benchmarks beside this file, and the package if it is not installed
 sys.path[:0] = [str(parent) for parent in Path(__file__).resolve().parents[:2]]
 
 EXAMPLES = """\
@@ -20,7 +20,7 @@ examples:
   python launchers/benchmark.py data                        our loader and others': per sample, resumed, other ranks
   python launchers/benchmark.py padding                     what dealing by length saves
 """
-# a module of launchers/benchmarks each, with HELP, configure(parser) and run(arguments); it imports torch late
+# modules of launchers/benchmarks with HELP, configure(parser) and run(arguments); they import torch late
 BENCHMARKS = (
     *("engines", "checkpoint", "loss", "data", "padding", "memory", "efficiency", "gains", "start", "chain"),
     "all",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Base, self-attention and HIVE side by side: the same encoder pre-trained, probed and given to an LLM."""
+"""Reproduce the paper's comparison of Base, self-attention and HIVE: pre-train, probe, fine-tune with an LLM."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _paper(arguments: argparse.Namespace) -> int:
-    """Every command, under the planner's hours for what it trains."""
+    """Print every command, with the planner's hours of what it trains."""
     from hive_scale.plan.devices import find
     from hive_scale.plan.run import Machine
     from launchers.reproduction.paper import ROWS, hours
@@ -68,7 +68,7 @@ def _paper(arguments: argparse.Namespace) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    """Hand every run to Slurm; the code of the first that is refused."""
+    """Submit every run to Slurm; stop at the first that is refused and return its exit code."""
     from launchers.reproduction.paper import ROWS
 
     more = ["--dry_run"] * arguments.dry_run + ["--profile", arguments.profile] * bool(arguments.profile)
@@ -111,7 +111,7 @@ def _reproduce(arguments: argparse.Namespace) -> int:
 
 
 def _check(scale: Scale, data: Path) -> None:
-    """Meet what is missing now, not after an hour."""
+    """Raise ValueError now for missing data, instead of after an hour."""
     paths = [Path(words[1]) for words in scale.probe.values()] + [data / "easyvqa"]
     tokenizer = scale.pretrain["data"]["tokenizer"]["path"]
     paths += [] if tokenizer == "bytes" else [Path(tokenizer)]

@@ -1,4 +1,4 @@
-"""The commands: each module has `main`, and imports torch no earlier than it must, so that `--help` answers at once."""
+"""The commands. Each module has `main` and imports torch as late as possible, so that `--help` answers at once."""
 
 COMMANDS = {
     "pretrain": "train every stage of a run",

@@ -34,10 +34,11 @@ know (WARN), 2 something to change (FAIL, or the processes have not met). torchr
 """
 
 MB = 1 << 20
-SEEN = 10.0  # seconds in which a change of a shared folder must reach every node
-PART = 64 * 1024  # bytes of each rank in a file that all write
-FRESH, SKEW, WRONG = 0.5, 1.0, 60.0  # seconds: of a change's way to other nodes; between clocks, to know, to change
-SLOW = 1e9  # bytes a second between GPUs of several nodes, below which something is wrong
+SEEN = 10.0  # seconds within which a change in a shared folder must reach every node
+PART = 64 * 1024  # bytes that each rank writes in the shared test file
+# Seconds: delay of a change on other nodes above which to warn; clock skew above which to warn, and to fail.
+FRESH, SKEW, WRONG = 0.5, 1.0, 60.0
+SLOW = 1e9  # bytes/s of an all-reduce on GPUs, below which the network is suspect
 Verdict = Literal["ok", "WARN", "FAIL"]
 VERDICTS: tuple[Verdict, ...] = ("ok", "WARN", "FAIL")  # by exit code
 
@@ -51,7 +52,7 @@ class Line(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    return min(2, ended(lambda: _examine(arguments)))  # that the others have not come is something to change, too
+    return min(2, ended(lambda: _examine(arguments)))  # processes that did not meet count as FAIL
 
 
 def _examine(arguments: argparse.Namespace) -> int:
@@ -76,7 +77,7 @@ def _examine(arguments: argparse.Namespace) -> int:
 
 
 def _told(world: World, topic: str, own: Sequence[Line]) -> list[Line]:
-    """The lines of all ranks, which rank 0 prints: equal ones once, with where they are from."""
+    """Exchange the lines of all ranks and return them; rank 0 prints equal ones once, with their hosts."""
     from hive_scale.observability.console import console
     from hive_scale.placement import ranks_of
 
@@ -161,7 +162,7 @@ def _interfaces(world: World) -> list[Line]:
 
 
 def _ports(world: World) -> list[Line]:
-    """gloo and NCCL connect any two ranks, at ports that the system chooses."""
+    """Check that neighbours can connect: gloo and NCCL connect any two ranks, at ports chosen by the system."""
     from hive_scale import placement
 
     if world.size == 1:
@@ -195,7 +196,7 @@ def _port_range() -> tuple[str, str]:
 
 
 def _clocks(world: World) -> list[Line]:
-    """Each rank asks rank 0 for the time, which is that of the middle of its waiting."""
+    """Compare clocks: each rank asks rank 0 for its time, and compares it with the midpoint of its wait."""
     worst = 0.0
     for rank in range(1, world.size):
         if world.rank == 0:
@@ -223,7 +224,7 @@ def _skew(world: World, number: int) -> float:
 
 
 def _folder(world: World, folder: Path) -> list[Line]:
-    """What runs and caches need of a file system: that each node sees what others write, and locks hold against all."""
+    """Check a shared folder as runs and caches use it: other nodes' writes become visible, and locks hold."""
     name, error = world.exchange("folder", _made(world, folder))[0]
     path = Path(name)
     if error:
@@ -241,7 +242,7 @@ def _folder(world: World, folder: Path) -> list[Line]:
 
 
 def _made(world: World, folder: Path) -> tuple[str, str]:
-    """A new folder in `folder`, of rank 0, and why there is none."""
+    """Create a new folder in `folder`, on rank 0; return its path and the error, if any."""
     path = folder.expanduser().absolute() / f".doctor-{secrets.token_hex(8)}"
     try:
         if world.is_main:
@@ -277,7 +278,7 @@ def _locks(world: World, path: Path) -> Line:
 
 
 def _parts(world: World, path: Path) -> Line:
-    """Each rank writes its pages of a file that all have read before, as kept features are written."""
+    """Let each rank write its pages of a file that all have read before, as feature stores do."""
     from hive_scale.placement import ranks_of
 
     held: list[int] = []
@@ -320,7 +321,7 @@ def _parts(world: World, path: Path) -> Line:
 
 
 def _replaced(world: World, path: Path) -> Line:
-    """A small file takes the place of another, as state files do: how long until every rank sees it?"""
+    """Replace a small file, as state files are: how long until every rank sees the new one?"""
     from hive_scale.atomic import write_text
 
     for content in ("before", "after"):
@@ -345,20 +346,20 @@ def _wrote(write: Callable[[Path, str], Any], world: World, path: Path, content:
 
 
 def _waited(is_there: Callable[[], bool]) -> float | None:
-    """Seconds until `is_there`, None if it takes too long."""
+    """Seconds until `is_there` returns True; None after `SEEN` seconds."""
     began = time.monotonic()
     while time.monotonic() - began < SEEN:
         try:
             if is_there():
                 return time.monotonic() - began
-        except OSError:  # between two states
+        except OSError:  # the file is just being replaced
             pass
         time.sleep(0.02)
     return None
 
 
 def _safely(work: Callable[[], str]) -> str:
-    """What `work` returns, or the system's error: the other ranks wait for either."""
+    """Return the result of `work`, or an OSError as text: the other ranks wait for either."""
     try:
         return work()
     except OSError as error:
@@ -369,7 +370,7 @@ def _safely(work: Callable[[], str]) -> str:
 
 
 def _all_reduce(world: World, seconds: float) -> list[Line]:
-    """Sums over all ranks, as of gradients, for some `seconds`."""
+    """Run all-reduces like those of gradients for `seconds`, and check their sums."""
     import torch
     import torch.distributed as dist
 
@@ -396,12 +397,12 @@ def _all_reduce(world: World, seconds: float) -> list[Line]:
         over, failed = world.sum(world.is_main and time.monotonic() - began > seconds, wrong)
         if over or failed:
             break
-    speed, told = _speed(world.size, size, rounds[1:])  # the first one connects
+    speed, told = _speed(world.size, size, rounds[1:])  # without the first, which sets up connections
     return [_judged(world.of_main(told), speed, bool(failed), is_accelerator(world.device))]
 
 
 def _speed(ranks: int, size: int, rounds: Sequence[float]) -> tuple[float, str]:
-    """Bytes a second that each rank sends in sums of `size` bytes, and what to tell of `rounds`, in seconds."""
+    """(bytes/s that each rank sends in all-reduces of `size` bytes, summary text); `rounds` are in seconds."""
     middle, slowest = sorted(rounds)[len(rounds) // 2], max(rounds)
     speed = 2 * (ranks - 1) / ranks * size / middle
     told = f"{speed / 1e9:.2f} GB/s on the bus with {size // MB} MiB, {len(rounds)} times"

@@ -1,4 +1,4 @@
-"""Put a benchmark's questions to a model, and score the answers as the benchmark's own scorer does."""
+"""Ask a model a benchmark's questions, and score its answers as the benchmark's own scorer does."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ examples:
 Files are read from --data/<task>, in the layout of the hub's lmms-lab sets or of the official release. The same
 command again goes on where it stopped. Exit codes: 0 done, 2 something to change.
 """
-PARTS = ("vision", "language", "connector")  # of ModelConfig: where weights come from
-# others of its tasks are asked for by its own names
+PARTS = ("vision", "language", "connector")  # fields of ModelConfig that say where weights come from
+# lmms-eval's names of our tasks; its other tasks go by its own names
 LMMS_TASKS = {"mme": "mme", "gqa": "gqa", "okvqa": "ok_vqa_val2014", "scienceqa": "scienceqa,scienceqa_img"}
 LMMS_RESULTS = "*_results.json"
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Meet now what would end the command `argv`, though its model is still to come. Raises ValueError."""
+    """Raise ValueError now for mistakes in the command `argv`, though its model does not exist yet."""
     _questions(_parse(argv))
 
 
@@ -79,7 +79,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     with session() as world, watching(world):
         output, answerer, identity = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-        # of two at once, each would take the other's answers away half written
+        # two evaluations at once would take away each other's half-written answers
         with locked(output, world) as lock, Progress(*columns, disable=not world.is_main) as bar:
             _claim(output / "model.json", identity, world)
             lock.stay()
@@ -90,7 +90,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
                 advance = partial(bar.advance, shown)
                 answer_all(questions, answerer, limit, folder, world, arguments.batch, advance)
                 results[task.name] = result(task, questions, read_predictions(folder))
-                if world.is_main:  # now: what comes may fail
+                if world.is_main:  # saved after each task, since the next may fail
                     _save(output / "results.json", results)
         if world.is_main:
             _show(results)
@@ -107,7 +107,7 @@ def _questions(arguments: argparse.Namespace) -> list[tuple[Task, list[Question]
 
 
 def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer, dict[str, str]]:
-    """Where answers go, who gives them, and what they depend on besides the questions."""
+    """(output directory, answerer, everything besides the questions that its answers depend on)."""
     from hive_scale.device import choose_precision
     from hive_scale.evaluate.vqa_runner import HiveAnswerer, LlavaAnswerer
     from hive_scale.model.identity import key_of
@@ -121,7 +121,7 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer, 
         print(told)
     dtype = DTYPES[precision]
     answerer: Answerer
-    built: dict[str, Any] = {}  # how parts are joined, as far as no weight and no config of theirs says it
+    built: dict[str, Any] = {}  # settings that join the parts, which neither weights nor configs of the parts contain
     if (path / "config.json").is_file():
         answerer = LlavaAnswerer(StockLlava(path, world.device, dtype))
     else:
@@ -134,7 +134,7 @@ def _open(arguments: argparse.Namespace, world: World) -> tuple[Path, Answerer, 
 
 
 def _claim(path: Path, identity: dict[str, str], world: World) -> None:
-    """Answers of another model, or of the same in other circumstances, must not pass for this one's."""
+    """Raise ValueError if the directory holds answers of another model, or of other settings."""
     from hive_scale.evaluate.readers import write_json
 
     if world.is_main and not path.exists():
@@ -147,15 +147,15 @@ def _claim(path: Path, identity: dict[str, str], world: World) -> None:
 
 
 def _save(path: Path, results: dict[str, Any]) -> None:
-    """Put `results` beside those of other tasks."""
+    """Merge `results` with those of other tasks."""
     from hive_scale.evaluate.readers import write_json
 
-    # of one that is damaged the answers that it was made of are there
+    # a damaged file may be replaced: its answers still exist
     write_json(path, _object_in(path) | results)
 
 
 def _object_in(path: Path) -> dict[str, Any]:
-    """What the JSON file `path` says; nothing if it is not there, damaged, or no object."""
+    """The object in the JSON file `path`; {} if the file is missing, damaged, or not an object."""
     found: Any = None
     with suppress(OSError, ValueError):
         found = strict_json.read(path)
@@ -187,7 +187,7 @@ def _tasks(names: str) -> list[Task]:
 
 
 def _lmms_eval(arguments: argparse.Namespace) -> int:
-    """Hand the model to lmms-eval, which fetches the sets itself. Its exit code, or 1 if it left no results."""
+    """Run lmms-eval on the model; it downloads the sets itself. Returns its exit code, or 1 if it left no results."""
     if missing := [name for name in ("lmms_eval", "decord") if find_spec(name) is None]:
         raise ValueError(
             f"{missing[0]} is not installed: pip install lmms-eval decord 'filelock<3.24', or leave --backend out"
@@ -205,7 +205,7 @@ def _lmms_eval(arguments: argparse.Namespace) -> int:
     before = set(output.rglob(LMMS_RESULTS))
     command = [sys.executable, "-m", "lmms_eval", "--model", "llava_hf", "--tasks", tasks, "--batch_size", "1"]
     command += ["--model_args", f"pretrained={model},device_map={device}", "--device", device]
-    # with other levels it says what went wrong and ends with 0
+    # at other levels lmms-eval prints errors but exits with 0
     command += ["--verbosity", "DEBUG", "--output_path", str(output), "--log_samples"]
     command += ["--limit", str(arguments.limit)] if arguments.limit else []
     code = subprocess.run([*command, *shlex.split(arguments.lmms_args)], check=False).returncode

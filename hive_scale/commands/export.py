@@ -1,4 +1,4 @@
-"""Give away what a run has learned: stock Hugging Face directories with a model card; or see that a run is sound."""
+"""Export a run as stock Hugging Face directories with a model card, or verify the checksums of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Give an encoder to a chat LLM, after LLaVA: the connector first, then connector and LLM (paper, Table 5)."""
+"""Give an encoder to a chat LLM, as in LLaVA: train the connector first, then connector and LLM (paper, Table 5)."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _finetune(arguments: argparse.Namespace) -> int:
 
 
 def check(argv: Sequence[str], vision: PartConfig, world_size: int) -> None:
-    """Meet now what would end the command `argv`, though its encoder, of the shape of `vision`, is still to come.
+    """Raise ValueError now for mistakes in the command `argv`, though its encoder does not exist yet.
 
-    Raises ValueError.
+    `vision` has the shape of that encoder.
     """
     from hive_scale.preflight import check, open_all
 
@@ -81,7 +81,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _give(config: Config) -> None:
-    """The finished run as a LLaVA directory, if it is one, and what to do with it."""
+    """Export the finished run as a LLaVA directory, if it is one, and print the next command."""
     from hive_scale.export import export_run
     from hive_scale.observability.console import console
     from hive_scale.registry import FUSIONS
@@ -102,4 +102,4 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
     add_run_arguments(parser, default="vlm")
     add_training_arguments(parser)
-    return parser.parse_intermixed_args(argv)  # the encoder first, keys after it, options anywhere
+    return parser.parse_intermixed_args(argv)  # options may come anywhere between encoder and overrides

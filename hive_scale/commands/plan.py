@@ -1,4 +1,4 @@
-"""What a run will cost before it is launched: memory, FLOPs, time. Needs no GPU, no weights and no data."""
+"""Plan a run before it is launched: memory, FLOPs and time. Needs no GPU, no weights and no data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ examples:
 
 Exit codes: 0 planned (and fits), 1 planned and does not fit, 2 something to change.
 """
-CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K, the set of the paper
+CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K, the paper's training set
 
 
 def main() -> int:
@@ -76,7 +76,7 @@ def _keys(words: list[str]) -> set[str]:
 
 
 def _report(plans: list[StagePlan], machine: Machine, arguments: argparse.Namespace) -> str:
-    """A table with a column per stage, as Markdown: it reads in a terminal and in a README."""
+    """Format a Markdown table with one column per stage, readable in a terminal and in a README."""
     rows = [["", *(plan.stage for plan in plans)], ["---", *("---:" for _ in plans)]]
     for component in plans[0].components:
         rows.append([f"{component}: trained / frozen, M", *(_pair(plan.components[component]) for plan in plans)])
@@ -184,4 +184,4 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
     parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
     parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
-    return parser.parse_intermixed_args()  # words anywhere among the options
+    return parser.parse_intermixed_args()  # overrides may come anywhere among the options

@@ -1,6 +1,6 @@
-"""Real data, made ready: public packages and the layouts of public sets into WebDataset tars; what is in such tars.
+"""Prepare data: convert public packages and data sets to WebDataset tars, or describe existing tars.
 
-One subcommand per source. Each is a function that adds its arguments and one that does the work.
+Each subcommand (source) has two functions: one adds its arguments, the other does the work.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.exit_codes import code_of
-from hive_scale.prepare.commands import CONVERTERS  # which imports as late as this file
+from hive_scale.prepare.commands import CONVERTERS  # imports heavy modules late, as this file does
 from hive_scale.strangers import printable
 
-if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
+if TYPE_CHECKING:  # imported late at run time, so that --help answers at once
     from hive_scale.prepare.records import Record
 
-Subparsers = Any  # argparse gives its type no public name
+Subparsers = Any  # argparse has no public name for this type
 
 EXAMPLES = """examples:
   python launchers/prepare_data.py emoji --output data/sample            the sample that ships with the package
@@ -40,7 +40,7 @@ img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 for what the user can mend, 75 for what may pass, said in one line; 130 for Ctrl-C."""
+    """Run a subcommand. Returns 0 if done, 2 for user errors, 75 for temporary failures, 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(
         description="Turn public packages and sets into WebDataset tars of image, caption and record.",
         epilog=EXAMPLES,
@@ -185,14 +185,14 @@ def _add_image_arguments(parser: argparse.ArgumentParser, size: int) -> None:
 
 
 def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notice: str) -> None:
-    """Load records, write them as shards with `notice` beside them, and say what came out."""
+    """Load records, write them as shards with `notice` beside them, and print a summary."""
     from rich.progress import Progress
 
     from hive_scale.prepare.jpeg import Jpeg
     from hive_scale.prepare.records import shards_in, write
 
     recipe = Jpeg(arguments.size, arguments.quality)
-    shards_in(arguments.output, arguments.overwrite)  # refused before anything is downloaded
+    shards_in(arguments.output, arguments.overwrite)  # raises before anything is downloaded
     start = time.monotonic()
     with _waiting(f"fetching and reading {arguments.source}"):
         records = load()

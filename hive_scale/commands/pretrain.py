@@ -1,4 +1,4 @@
-"""Pre-train HIVE: every stage of a preset, from wherever the run stands."""
+"""Pre-train HIVE: every stage of a preset, resuming where the run stands."""
 
 from __future__ import annotations
 
@@ -69,4 +69,4 @@ def _parse() -> argparse.Namespace:
     )
     add_run_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_intermixed_args()  # words anywhere among the options
+    return parser.parse_intermixed_args()  # overrides may come anywhere among the options

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Meet now what would end the command `argv`, though its encoder is still to come. Raises ValueError."""
+    """Raise ValueError now for mistakes in the command `argv`, though its encoder does not exist yet."""
     arguments = _parse(argv)
     _plan(arguments)
     _sets(arguments)
@@ -62,10 +62,10 @@ def _probe(arguments: argparse.Namespace) -> int:
         encoder = Encoder(path, world.device, DTYPES[precision], arguments.depth)
         for data in sets:
             file = output / f"{data.name}.json"
-            # copies of a set on each node have files of their own times
+            # copies of a set on several nodes differ in file times, so all ranks use rank 0's identity
             data = replace(data, identity=world.of_main(data.identity))
             results = read_results(file, plan, encoder, data)
-            world.barrier()  # before the first of us writes what the last is still to look for
+            world.barrier()  # no rank may write results before all have looked for them
             if results is None:
                 sizes = f"{data.train.size} images to train, {data.test.size} to test"
                 say(f"{data.name}: {data.num_classes} classes, {sizes}")
@@ -124,7 +124,7 @@ def _plan(arguments: argparse.Namespace) -> ProbeConfig:
 
 
 def _say_nothing(text: str) -> None:
-    """What all ranks but the first say."""
+    """Stands in for printing on all ranks but the first."""
 
 
 def _show(results: dict[str, Any]) -> None:

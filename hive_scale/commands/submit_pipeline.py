@@ -1,6 +1,6 @@
-"""Pre-train HIVE on Slurm: every stage a job of its own, each behind the one before.
+"""Pre-train HIVE on Slurm: one job per stage, each waiting for the one before.
 
-Submit again at any time: finished stages are skipped, queued and running ones kept, failed ones started again.
+Submit again at any time: finished stages are skipped, queued and running ones kept, failed ones submitted again.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def resume(words: list[str]) -> int:
 
 
 def _read(run: Path) -> tuple[Config, Record]:
-    """The run in directory `run`, as submitted; enters the directory that its relative paths begin in."""
+    """Return (config, record) of the run as submitted; changes to the directory that its relative paths refer to."""
     from hive_scale import config as configs
     from hive_scale import credentials
     from hive_scale.slurm.chain import Record

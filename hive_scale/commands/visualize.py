@@ -1,4 +1,4 @@
-"""Look at a run: gradient maps, attention maps, a report in one file; or give its numbers to wandb."""
+"""Visualise a run: gradient maps, attention maps, a report in one file; or send its metrics to wandb."""
 
 from __future__ import annotations
 

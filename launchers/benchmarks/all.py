@@ -1,7 +1,7 @@
-"""Run every command whose table docs/benchmarks.md shows, and put the new table in its place.
+"""Run every command whose table docs/benchmarks.md shows, and replace the table by the new one.
 
 A table stands between ``<!-- benchmark WORDS; quick: WORDS -->`` and ``<!-- end -->``. WORDS are those of this
-launcher; the second, if there are any, come on top with --quick.
+launcher; the second group, if any, is added with --quick.
 """
 
 from __future__ import annotations
@@ -32,8 +32,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """With --quick: two rounds each, in 15 minutes. None may take more than a third of what is left of them, or the
-    rest would starve: a table whose command does stays as it is."""
+    """Run all benchmarks; with --quick, two rounds each within 15 minutes in total.
+
+    No command may take more than a third of the remaining time, or the rest would starve; the table of one that does
+    stays as it is.
+    """
     text = arguments.page.read_text()
     places = list(TABLE.finditer(text))
     if not places:
@@ -54,16 +57,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _table(words: list[str], seconds: float) -> str | None:
-    """What a command prints as Markdown; None if it fails, or has not ended in time."""
+    """Return the Markdown that a command prints; None if it fails or exceeds its time."""
     command = [sys.executable, str(LAUNCHER), *words, "--markdown"]
     limit = None if seconds == float("inf") else max(0.0, seconds)
-    # a group of its own, so that none of its ranks outlives it and disturbs the next
+    # a process group of its own, so that no rank outlives it and disturbs the next benchmark
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as running:
         try:
             made, _ = running.communicate(timeout=limit)
             reason = f"it ended with code {running.returncode}" if running.returncode else ""
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGTERM)  # which torchrun passes on to its ranks
+            os.killpg(running.pid, signal.SIGTERM)  # torchrun passes it on to its ranks
             running.communicate()
             reason = f"{seconds:.0f} seconds were not enough"
     if reason:

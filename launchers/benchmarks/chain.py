@@ -68,7 +68,7 @@ def empty_chain(nodes: int) -> list[str]:
 
 
 def stages(output: Path, nodes: int) -> dict[str, str]:
-    """The debug preset's three stages, a few steps each; their jobs."""
+    """Submit the debug preset's three stages, a few steps each; return their jobs."""
     words = ["--preset", "debug", f"output={output}", "blank_image_control=false", "eval_interval=0"]
     words += [f"stages.{stage}.max_steps={STEPS}" for stage in ("projector", "language", "joint")]
     words += [f"slurm.nodes={nodes}", "slurm.cpus_per_task=1", "slurm.mem=2G"]
@@ -80,13 +80,13 @@ def stages(output: Path, nodes: int) -> dict[str, str]:
 
 
 def gaps(jobs: Sequence[str]) -> list[float]:
-    """Seconds from the end of each job to the start of the next, when all have ended."""
+    """Seconds from the end of each job to the start of the next, once all have ended."""
     spans = [times(job) for job in jobs]
     return [after[0] - before[1] for before, after in pairwise(spans)]
 
 
 def times(job: str) -> tuple[float, float]:
-    """Start and end of a job, seconds since 1970, once it has ended. Raises ValueError if it ended badly."""
+    """Start and end of a job in seconds since 1970, once it has ended. Raises ValueError if it failed."""
     command = ["sacct", "-X", "-n", "-P", "-o", "State,Start,End", "-j", job]
     while True:
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,9 @@
-"""Saving and loading a stage's state, ours and others': seconds blocked, seconds until durable, bytes, memory.
+"""Saving and loading a stage's state, with hive_scale and others: seconds blocked, seconds until durable, bytes,
+memory.
 
-Contenders save the same weights and moments of the same engine, in turns. Durable means that every file has reached the
-disk: ours syncs and checks sums itself, for the others all files are synced afterwards. Loading comes from the page
-cache, once in the same processes and once in another number of them.
+Contenders take turns and save the same weights and moments of the same engine. Durable means that every file has
+reached the disk: hive_scale syncs and verifies checksums itself; for the others all files are synced afterwards.
+Loading reads from the page cache, once with the same number of processes and once with another.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.task import CASES, Task, make_task
 from benchmarks.workers import launch
 from hive_scale.strict_json import dumps
 
-if TYPE_CHECKING:  # the real import is late, so that --help answers at once
+if TYPE_CHECKING:  # imported late at run time, so that --help answers at once
     from torch import Tensor
 
 HELP = "saving and loading, ours and others'"
@@ -37,8 +38,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--others", type=int, default=3, help="processes that load it, too (default 3)")
     parser.add_argument("--cases", nargs="+", choices=SHARDINGS, default=list(SHARDINGS), help="default: all")
     parser.add_argument("--directory", type=Path, help="on the disk to measure (default: the temporary one)")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # one rank of one case, and its result
-    parser.add_argument("--load_only", action="store_true", help=argparse.SUPPRESS)  # what another world has saved
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # internal: the result of one rank
+    parser.add_argument("--load_only", action="store_true", help=argparse.SUPPRESS)  # loads what another world saved
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,7 +80,7 @@ def row(title: str, name: str, here: dict[str, Any], other: dict[str, Any]) -> l
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Time the contenders of one case in turn, and write what rank 0 found."""
+    """Time the contenders of one case in turn, and write rank 0's figures."""
     from hive_scale.distributed import session
 
     with session() as world:
@@ -89,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> None:
         if arguments.load_only:
             found = {name: {"load": load_elsewhere(task, saver)} for name, saver in savers.items()}
         else:
-            for _ in range(arguments.rounds + 1):  # the first, in which buffers are made, does not count
+            for _ in range(arguments.rounds + 1):  # one extra: the first round, which allocates buffers, does not count
                 for name, saver in savers.items():
                     figures = found.setdefault(name, {"blocked": [], "durable": [], "load": [], "peak": 0})
                     time_once(task, saver, figures)
@@ -107,7 +108,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def time_once(task: Task, saver: Saver, figures: dict[str, Any]) -> None:
-    """Save, anew, and load; what was loaded must be what was saved."""
+    """Save to a fresh place, load, and check that the loaded state equals the saved one."""
     world = task.world
     if world.is_main:
         rmtree(saver.path, ignore_errors=True)
@@ -144,7 +145,7 @@ def load_elsewhere(task: Task, saver: Saver) -> str:
     try:
         saver.load()
         task.world.barrier()
-    except Exception as error:  # whatever a peer raises for a world it does not know
+    except Exception as error:  # peers raise anything for an unexpected world size
         return f"refused ({type(error).__name__})"
     return f"{perf_counter() - began:.2f}"
 
@@ -164,7 +165,7 @@ def sync(path: Path) -> None:
 
 
 def larger(task: Task, quick: bool) -> Task:
-    """The same task with about 100 M parameters, all trained, bf16 compute over fp32 masters."""
+    """Return the same task with about 100 M parameters, all trained; bf16 compute over fp32 masters."""
     from hive_scale.config import PartConfig
     from hive_scale.model.build import init_model
 

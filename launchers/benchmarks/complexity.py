@@ -1,4 +1,4 @@
-"""Counted FLOPs of HIVE and of self-attention against image size and text length, with the paper's formulas."""
+"""Counted FLOPs of HIVE and of self-attention by image size and text length, beside the paper's formulas."""
 
 from __future__ import annotations
 

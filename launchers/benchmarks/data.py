@@ -1,4 +1,4 @@
-"""Our loader beside others' on the same images: what a sample costs, raw and decoded, and what resuming costs."""
+"""Data loaders compared on the same images: cost of a sample, raw and decoded, and cost of resuming."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    torch.set_num_threads(1)  # a core per process
-    number = 1200  # of stamps: for resuming, places matter, not images
+    torch.set_num_threads(1)  # one core per process
+    number = 1200  # small images; resuming depends on positions, not on content
     if arguments.quick:
         number = 240
         arguments.images, arguments.samples, arguments.workers, arguments.positions = 96, 64, [0, 1], [200]
@@ -58,12 +58,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def make_set(folder: Path, count: int, size: tuple[int, int], detail: int) -> list[Path]:
-    """Tars of images with texture and noise, by a fixed seed, if they are not there yet."""
+    """Write tars of images with texture and noise, from a fixed seed, if they do not exist."""
     import webdataset
 
     if not folder.exists():
         folder.mkdir(parents=True)
-        rng = random.Random(0)  # nosec B311 # texture, no secret
+        rng = random.Random(0)  # nosec B311 # for texture only, nothing secret
         for shard in range(SHARDS):
             with webdataset.TarWriter(str(folder / f"{shard:05d}.tar")) as tar:
                 for i in range(shard, count, SHARDS):
@@ -96,14 +96,14 @@ def open_peers(tars: list[Path], folder: Path) -> list[Peer]:
 
 
 def state_row(peer: Peer, positions: list[int], number: int) -> list[str]:
-    """Seconds to the first sample after each position; of `number` samples, those lost and repeated in an epoch."""
+    """Seconds to the first sample after each position; and of `number` samples, those lost or repeated in an epoch."""
     row = [peer.name, *(_seconds_to_first(peer, position) for position in positions), *_exact(peer, number)]
     print(" | ".join(row), file=sys.stderr, flush=True)
     return row
 
 
 def _seconds_to_first(peer: Peer, position: int) -> str:
-    """The median of three, of one if that takes long."""
+    """Median of three runs, or a single run if it takes long."""
     found: list[float] = []
     try:
         peer.save(position)
@@ -128,7 +128,7 @@ def _exact(peer: Peer, number: int) -> list[str]:
             keys += seen
     except NotImplementedError:
         return ["-", "-"]
-    except Exception as error:  # a peer's, of any kind: what it says is the result
+    except Exception as error:  # a peer may raise anything; its message is shown as the result
         return [type(error).__name__, "-"]
     counts = Counter(keys)
     return [str(number - len(counts)), str(sum(counts.values()) - len(counts))]

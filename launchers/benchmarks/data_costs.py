@@ -1,4 +1,4 @@
-"""What a sample costs a loader: raw beside webdataset's, decoded beside a loop that does nothing else."""
+"""Cost of a sample: raw, beside webdataset; decoded, beside a loop that does nothing but decode."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from benchmarks.data_peers import Peer, Raw
 
 BARE = "bare decode loop"
-Cost = tuple[float, float]  # seconds and processor seconds per sample
+Cost = tuple[float, float]  # (wall seconds, processor seconds) per sample
 
 
 def raw_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]]:
-    """Processor time beside webdataset's: bytes found, read and shuffled in one process."""
+    """Processor time beside webdataset's to find, read and shuffle bytes in one process."""
     costs: dict[str, list[Cost]] = {peer.name: [] for peer in peers}
     for _ in range(arguments.rounds):
         for peer in peers:
@@ -38,10 +38,10 @@ def raw_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]
 
 
 def decoded_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[str]]:
-    """Throughput beside that of as many processes that do nothing but decode what they hold in memory.
+    """Throughput relative to the same number of processes that only decode images from memory.
 
-    Each loader takes turns with those, since a machine's speed changes from one second to the next, and in a process
-    of its own, since some leave threads behind.
+    Loader and bare loop take turns, since a machine's speed changes from second to second. Each loader runs in a
+    process of its own, since some leave threads behind.
     """
     rows = []
     for workers in arguments.workers:
@@ -59,7 +59,7 @@ def decoded_rows(peers: list[Peer], arguments: argparse.Namespace) -> list[list[
 
 
 def _turns(peer: Peer, workers: int, count: int, rounds: int) -> list[tuple[Cost, Cost]]:
-    """What `count` samples cost the loader and the bare loop, `rounds` times."""
+    """Costs of `count` samples in the loader and in the bare loop, `rounds` times."""
     held = list(islice(peer.raw(), count))
     turns = []
     for cost in islice(_decoded(peer, workers, count), rounds):
@@ -91,7 +91,7 @@ def _decoded(peer: Peer, workers: int, count: int) -> Iterator[Cost]:
 
 
 def _await_rest() -> None:
-    """Until the workers have fetched ahead what they may, or seem to do something else."""
+    """Wait until the workers have prefetched what they may, or are idle."""
     used = -1.0
     for _ in range(60):
         now = _workers_seconds()
@@ -102,7 +102,7 @@ def _await_rest() -> None:
 
 
 def _bare(held: list[Raw], processes: int) -> Cost:
-    """In processes of their own if in any, as workers are."""
+    """Decode the images `held` in memory, in `processes` processes; 0: in this one."""
     count = len(held)
     if not processes:
         return _cost(_decode(held), count)
@@ -146,7 +146,7 @@ def _cost(samples: Iterator[object], count: int) -> Cost:
 
 
 def _processor_seconds() -> float:
-    """Of this process and its workers so far, those that have ended included."""
+    """Processor seconds of this process and all its workers so far, ended ones included."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     return process_time() + ended.ru_utime + ended.ru_stime + _workers_seconds()
 

@@ -1,4 +1,4 @@
-"""Loaders for `benchmark.py data` that have a format or an index of their own and are installed for it alone."""
+"""Loaders for `benchmark.py data` with a format or an index of their own, installed only for the benchmark."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Streaming(Peer):
         return (one for batch in loader for one in batch["batch"])
 
     def part(self, state: Any, world: int, steps: int) -> tuple[list[str], Any]:
-        """Its ranks find each other through shared memory and the launcher's variables, so they are processes."""
+        """Its ranks find each other through shared memory and the launcher's variables, so each is a process."""
         context = get_context("fork")
         found = [context.Queue() for _ in range(world)]
         ranks = [

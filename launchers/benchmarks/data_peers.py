@@ -1,7 +1,7 @@
-"""Loaders that `benchmark.py data` sets beside ours, each used as its own documentation does.
+"""Loaders that `benchmark.py data` compares with ours, each used as its own documentation shows.
 
-All shuffle, all bring the same samples, and all decode with our transform: what differs is how samples are found,
-moved between processes and resumed.
+All shuffle, return the same samples and decode with our transform. They differ in how they find samples, move them
+between processes and resume.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hive_scale.batch import Batch, Sample
 
-IMAGE_SIZE, BATCH, SHUFFLED = 384, 32, 1000  # pixels a side, samples of a micro-batch and of a shuffle buffer
+IMAGE_SIZE, BATCH, SHUFFLED = 384, 32, 1000  # pixels per side, samples of a micro-batch, samples of a shuffle buffer
 Raw = tuple[str, bytes, bytes]  # key, image, caption
 
 
 class Peer(ABC):
-    """One loader of the shards `tars`; `folder` is its own, for what it must make of them first."""
+    """One loader of the shards `tars`; `folder` is its own, for files it must create first."""
 
     name: str
 
@@ -30,35 +30,37 @@ class Peer(ABC):
         self.folder = folder
         self.prepare()
 
-    def prepare(self) -> None:  # noqa: B027 what reads the tars as they are has nothing to do
-        """Bring the set into the loader's own form if it is not there yet; not timed. Raises ImportError."""
+    def prepare(self) -> None:  # noqa: B027 loaders that read the tars directly have nothing to prepare
+        """Convert the set to the loader's own format if necessary; not timed. Raises ImportError if it is not
+        installed.
+        """
 
     @abstractmethod
     def raw(self) -> Iterator[Raw]:
-        """Samples as they lie, found and read in this process, endlessly."""
+        """Yield undecoded samples, found and read in this process, endlessly."""
 
     @abstractmethod
     def batches(self, workers: int) -> Iterator[Batch]:
-        """Decoded and collated batches, endlessly."""
+        """Yield decoded and collated batches, endlessly."""
 
-    def save(self, position: int) -> None:  # noqa: B027 most find any position
-        """Leave in the folder what `resumed` needs, as a run does that has come to `position`; not timed."""
+    def save(self, position: int) -> None:  # noqa: B027 most loaders can seek to any position
+        """Write to the folder the state that `resumed` needs, as a run at `position` would; not timed."""
 
     def resumed(self, position: int) -> Iterator[Raw]:
-        """What comes after `position` samples, to a fresh process that knows what was saved there."""
+        """Yield the samples after `position`, in a fresh process that knows what was saved there."""
         raise NotImplementedError
 
     def part(self, state: Any, world: int, steps: int) -> tuple[list[str], Any]:
-        """(keys that `world` ranks see in `steps` global batches of `GLOBAL` after `state`, the state then)."""
+        """Return (keys that `world` ranks see in `steps` global batches of `GLOBAL` after `state`, the state then)."""
         raise NotImplementedError
 
 
-GLOBAL = 24  # of `Peer.part`: divides among one, two and three ranks
+GLOBAL = 24  # global batch of `Peer.part`: divisible among one, two and three ranks
 
 
 @cache
 def tokenizer() -> Any:
-    """The one tokenizer of this process, which workers are forked with."""
+    """The single tokenizer of this process, which forked workers inherit."""
     from hive_scale.config import TokenizerConfig
     from hive_scale.data.tokenizer import open_tokenizer
 
@@ -121,7 +123,7 @@ class Ours(Peer):
 
 
 class WebDataset(Peer):
-    """It has no state: a run that goes on reads again what it has read, or begins anew."""
+    """webdataset keeps no state: a resumed run rereads what it has read, or starts over."""
 
     name = "webdataset"
 
@@ -155,7 +157,7 @@ class WebDataset(Peer):
 
 
 class ImageFolder(Peer):
-    """torchvision's, with its shuffling sampler; it knows no captions."""
+    """torchvision's ImageFolder with its shuffling sampler; it has no captions."""
 
     name = "ImageFolder"
 

@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     for stage in arguments.stages:
         for tokens in arguments.tokens:
             rows += (found := _compare(contenders, stage, tokens, arguments))
-            print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later one fail
+            print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # a later one may fail
     columns = ("stage", "tokens", "fusion", "GFLOP/sample", "of the baseline", "without encoder", "s/sample")
     columns += ("times as fast", "quartiles", "FLOP limit", "of the limit", "memory, GB", "less memory")
     columns += ("MFU",) if _peak() else ()
@@ -65,14 +65,14 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _peak() -> float | None:
-    """FLOP/s of the GPU at hand, if it is one that the planner knows."""
+    """Peak FLOP/s of the GPU, if the planner knows it."""
     from hive_scale.plan.devices import peak_flops
 
     return peak_flops(this_device(), "bf16")
 
 
 def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, StageConfig], int]:
-    """A model of the preset's size in bf16, its stages, and its image's side."""
+    """(model of the preset's size in bf16, its stages, its image size in pixels)."""
     import torch
 
     from hive_scale.engine.activation_checkpointing import blocks_of
@@ -97,7 +97,7 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
     if arguments.compile:
         import torch
 
-        torch.compiler.reset()  # or it would run the graphs made for what the stage before froze
+        torch.compiler.reset()  # drops graphs compiled for the previous stage's frozen parts
     batch = arguments.micro_batch
     work: dict[str, dict[str, Flops]] = {}
     runs, peaks = {}, {}
@@ -106,7 +106,7 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
         counter = count(model).without("vision") if arguments.features else count(model)
         work[fusion] = counter.components(1, tokens, tokens - 1)
         runs[fusion] = _step(model, _batch(batch, tokens, side, model, arguments.features))
-        runs[fusion]()  # the first of its kind allocates what stays
+        runs[fusion]()  # warm-up: the first run allocates memory that stays
         peaks[fusion] = peak_bytes(runs[fusion], model.pixel_mean.device)
     seconds: dict[str, list[float]] = {fusion: [] for fusion in runs}
     for _ in range(arguments.rounds):

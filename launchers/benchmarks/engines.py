@@ -1,7 +1,7 @@
-"""Seconds of one optimizer step, ours and others'.
+"""Seconds of one optimizer step, with hive_scale and others.
 
-Contenders take turns, round by round, in the same processes: whatever else the machine does meets them all
-alike, and ratios hold where seconds do not. Before any timing they must agree on the loss.
+Contenders take turns, round by round, in the same processes: other load on the machine affects all alike, so ratios
+are reliable where seconds are not. Before any timing they must agree on the loss.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes of every case but the first (default 2)")
     parser.add_argument("--steps", type=int, default=2, help="steps per contender and round (default 2)")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # one rank of one case, and its result
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)  # internal: the result of one rank
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -51,11 +51,11 @@ def run(arguments: argparse.Namespace) -> None:
         words = ["engines", "--cases", case, "--rounds", str(arguments.rounds), "--steps", str(arguments.steps)]
         words += ["--quick"] if arguments.quick else []
         with TemporaryDirectory() as folder:
-            # one arena: a thread of its own (Trainer's) would else get memory of its own, and faults of its own
+            # one malloc arena: otherwise Trainer's thread would get its own memory, with its own page faults
             result = launch(words, ranks, Path(folder, "result.json"), MALLOC_ARENA_MAX="1")
         machine = result.get("machine", machine)
         rows += (found := compare(title, result["seconds"], result["reasons"]))
-        print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # should a later case fail
+        print("\n".join(" | ".join(row) for row in found), file=sys.stderr, flush=True)  # a later case may fail
     columns = ("sharding", "ours, s", "peer", "peer, s", "ours / peer", "quartiles")
     show(columns, rows, f"{machine}; {arguments.rounds} rounds of {arguments.steps} steps", arguments.markdown)
 
@@ -72,7 +72,7 @@ def compare(title: str, seconds: Mapping[str, Sequence[float]], reasons: Mapping
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    """Time the contenders of one case in turn, and write what rank 0 found."""
+    """Time the contenders of one case in turn, and write rank 0's figures."""
     import torch
 
     from hive_scale.distributed import session
@@ -91,7 +91,7 @@ def measure(arguments: argparse.Namespace) -> None:
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         names = list(steps)
         for index in range(arguments.rounds):
-            first = index % len(names)  # so that nobody always follows the same
+            first = index % len(names)  # rotate, so that no contender always follows the same other
             for name in names[first:] + names[:first]:
                 world.barrier()
                 began = perf_counter()
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace) -> None:
             arguments.worker.write_text(dumps(result))
         world.barrier()
     sys.stdout.flush()
-    os._exit(0)  # Trainer's loop waits for a step that will not come
+    os._exit(0)  # Trainer's thread still waits for another step
 
 
 def agree(losses: Mapping[str, float]) -> None:

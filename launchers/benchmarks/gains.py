@@ -1,4 +1,4 @@
-"""What each thing that makes a step fast is worth, tried alone: with it and without it, in turns."""
+"""Effect of each optimisation of a step, tried alone: with it and without it, in turns."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from hive_scale.config import ModelConfig
 
 HELP = "each means to a fast step, with it and without it"
-TEXT, SHORT = 77, 20  # tokens: the longest caption, and CC3M's usual one
-SIDE = 128  # of an image
+TEXT, SHORT = 77, 20  # tokens: the longest caption, and a typical one of CC3M
+SIDE = 128  # pixels per side of an image
 Step = Callable[[], None]
 
 
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name in arguments.only:
         for gain in GAINS[name](size):
             rows.append(_time(gain, arguments.rounds))
-            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)  # should a later one fail
+            print(" | ".join(rows[-1]), file=sys.stderr, flush=True)  # printed now, in case a later one fails
             gc.collect()
     columns = ("what", "without, s", "with, s", "times as fast", "quartiles", "without, MB", "with, MB")
     what = f"{size.layers} layers of width {size.width}, micro-batch {size.micro_batch}, {size.precision}"
@@ -59,7 +59,7 @@ def _time(gain: Gain, rounds: int) -> list[str]:
     device = this_device()
     peaks = []
     for step in (gain.without, gain.having):
-        step()  # the first of its kind allocates what stays
+        step()  # warm-up: the first run allocates memory that stays
         peaks.append(peak_bytes(step, device))
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
@@ -85,7 +85,7 @@ class Size:
 
     @property
     def precision(self) -> str:
-        """As a GPU's users run it; CPUs have no matrix products in bf16 to speak of."""
+        """bf16 on GPUs, as users run it; fp32 on CPUs, whose bf16 matrix products are slow."""
         return "bf16" if this_device().type == "cuda" else "fp32"
 
     def config(self) -> ModelConfig:
@@ -103,7 +103,7 @@ class Size:
         return ModelConfig(*parts, encoder_layer_ratio=0.5 if self.layers < 4 else 0.25)
 
     def model(self, stage: str) -> Any:
-        """A model on the device, frozen as `stage` says."""
+        """A model on the device, frozen as in `stage`."""
         from hive_scale.config import StageConfig
         from hive_scale.model.build import init_model
         from hive_scale.param_groups import apply_trainable_groups
@@ -118,7 +118,7 @@ class Size:
         return model
 
     def batch(self, lengths: list[int] | None = None) -> Batch:
-        """One micro-batch, of captions as long as `lengths`, else of TEXT tokens."""
+        """One micro-batch of captions with these `lengths`, by default TEXT tokens each."""
         import torch
 
         from hive_scale.batch import Sample, collate
@@ -148,7 +148,7 @@ class Size:
 
 
 def frozen_parts(size: Size) -> Iterator[Gain]:
-    """Both sides train the connector alone; on the left, gradients of what is frozen are made and thrown away."""
+    """Train only the connector, both ways; the first also computes gradients of frozen parts and discards them."""
     graph = size.model("projector")
     for name, parameter in graph.vision.named_parameters():
         parameter.requires_grad_(f"vision.{name}" not in graph.unused_parameters())
@@ -177,7 +177,7 @@ def encoder_depth(size: Size) -> Iterator[Gain]:
 
 
 def kept(size: Size) -> Iterator[Gain]:
-    """The connector on images, and on features that the loader has read from disk; reading is not in it."""
+    """Connector on images, or on stored features in memory; the time to read them from disk is not included."""
     import torch
 
     model = size.model("projector")
@@ -190,7 +190,7 @@ def kept(size: Size) -> Iterator[Gain]:
 
 
 def decoding(size: Size) -> Iterator[Gain]:
-    """Text written token by token: everything computed again for each, and keys and values kept."""
+    """Generate token by token: recompute everything for each token, or use a KV cache."""
     import torch
 
     from hive_scale.model.generate import generate
@@ -211,7 +211,7 @@ def decoding(size: Size) -> Iterator[Gain]:
 
 
 def lengths(size: Size) -> Iterator[Gain]:
-    """Four micro-batches of one global batch, as drawn and sorted; then captions that are all short."""
+    """Four micro-batches of one global batch, as drawn or sorted by length; then with only short captions."""
     import torch
 
     model = size.model("projector")
@@ -250,7 +250,7 @@ def optimizer(size: Size) -> Iterator[Gain]:
     import torch
 
     def adamw(fused: bool) -> Step:
-        model = size.model("joint").float()  # as the masters are
+        model = size.model("joint").float()  # like the master weights
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.full_like(parameter, 1e-3)
@@ -281,7 +281,7 @@ def compiled(size: Size) -> Iterator[Gain]:
 
 
 def copies(size: Size) -> Iterator[Gain]:
-    """Only where there is a device to copy to: four micro-batches of a step, as it copies them."""
+    """Copy four micro-batches of a step to the device; only if there is a device."""
     import torch
 
     if this_device().type == "cpu":

@@ -1,4 +1,4 @@
-"""Head and cross-entropy, each way from hidden states to the loss: time, peak memory, and what is lost of the loss."""
+"""Implementations of head and cross-entropy, from hidden states to the loss: time, peak memory, error of the loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 HELP = "head and cross-entropy: time and peak memory"
-ROWS_PER_TARGET = 2  # of the "all rows" that a head over everything meets: padding and prompts carry no target
+ROWS_PER_TARGET = 2  # rows per target row for a head over all rows: padding and prompts have no target
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
 def time_losses(
     number: int, vocabulary: int, width: int, dtype: Any, device: Any, rounds: int
 ) -> dict[str, tuple[list[float], int, float]]:
-    """By way: seconds of each round, the most memory that one forward and backward adds, the loss's relative error."""
+    """Return by implementation: seconds of each round, peak memory added by forward and backward, relative error."""
     import torch
 
     torch.manual_seed(0)
@@ -68,7 +68,7 @@ def time_losses(
 
     peaks, losses = {}, {}
     for way in ways:
-        run(way)  # the first of its kind allocates what stays
+        run(way)  # warm-up: the first run allocates memory that stays
         peaks[way] = peak_bytes(lambda way=way: losses.update({way: run(way)}), device)  # type: ignore[misc]
     errors = {way: abs(loss / losses["target rows"] - 1) for way, loss in losses.items()}
     assert dtype != torch.float32 or max(errors.values()) < 1e-4, losses
@@ -76,7 +76,7 @@ def time_losses(
     for _ in range(rounds):
         for way in ways:
             began = perf_counter()
-            run(way)  # ends with the loss on the host, and backward comes before that
+            run(way)  # ends by copying the loss to the host, after backward
             seconds[way].append(perf_counter() - began)
     return {way: (seconds[way], peaks[way], errors[way]) for way in ways}
 

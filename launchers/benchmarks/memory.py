@@ -1,7 +1,8 @@
-"""The planner's peak beside the real one, and beside what DeepSpeed and Accelerate estimate.
+"""The planner's peak memory beside the real one, and beside the estimates of DeepSpeed and Accelerate.
 
-On a GPU the real peak is torch's own count, and the time of a step is compared, too. On a CPU a preloaded counter
-follows every block that torch allocates; batch and first weights, which were there before the engine, are not counted.
+On a GPU the real peak is torch's own count, and the time of a step is compared as well. On a CPU a preloaded counter
+follows every block that torch allocates; the batch and the initial weights, which exist before the engine, are not
+counted.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 HELP = "the planner's peak beside the real one"
 SOURCE = Path(__file__).with_name("allocations.c")
 TOKENS, MICRO_BATCH, VOCABULARY = 48, 4, 8192
-TIMED = 6  # steps
+TIMED = 6  # number of timed steps
 FUSIONS, STAGES, RECOMPUTED = ("cross_attention", "concat"), ("projector", "language", "joint"), ("none", "full")
 
 
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _stages(arguments: argparse.Namespace) -> list[str]:
-    """Those asked for. Raises ValueError if there is none such, or none that takes kept features."""
+    """Return the requested stages. Raises ValueError for an unknown one, or if none can use stored features."""
     stages = from_scratch(arguments.preset, arguments.set).stages if arguments.preset else dict.fromkeys(STAGES)
     asked: list[str] = arguments.stages or list(stages)
     for name in asked:
@@ -110,7 +111,7 @@ def _ratio(estimate: float | None, real: float) -> str:
 
 
 def _launch(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one way to shard, from processes of its own."""
+    """Return the rows of one way to shard, measured in processes of their own."""
     ranks = 1 if case == "one" else arguments.ranks
     with TemporaryDirectory() as folder:
         library, result = Path(folder, "allocations.so"), Path(folder, "rows.json")
@@ -136,7 +137,7 @@ def _launch(case: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class _Meter:
-    """Bytes that torch has allocated on the device, now and at most since `reset`."""
+    """Bytes that torch has allocated on the device: now, and the peak since `reset`."""
 
     def __init__(self, device: Any) -> None:
         import torch
@@ -177,13 +178,13 @@ def _measure(arguments: argparse.Namespace) -> None:
 
 
 def _configs(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
-    cache = "features" * arguments.features  # nothing is read from it here
+    cache = "features" * arguments.features  # only planned with: nothing is read from it here
     for config in (_of_preset if arguments.preset else _small)(arguments, world_size):
         yield replace(config, feature_cache=cache)
 
 
 def _of_preset(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
-    """The preset's model from random weights, one stage each; of a global batch, `accumulation` micro-batches."""
+    """The preset's model from random weights, one stage each; `accumulation` micro-batches per global batch."""
     title, shard, json_file = CASES[arguments.cases[0]]
     for fusion in arguments.fusions:
         config = from_scratch(arguments.preset, [f"fusion={fusion}", *arguments.set])
@@ -195,7 +196,7 @@ def _of_preset(arguments: argparse.Namespace, world_size: int) -> Iterator[Confi
 
 
 def _small(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
-    """A model of some 20 M parameters whose activations weigh about as much as its states."""
+    """A model of about 20 M parameters whose activations take about as much memory as its states."""
     from hive_scale.config import (
         CheckpointingConfig,
         Config,
@@ -225,7 +226,9 @@ def _small(arguments: argparse.Namespace, world_size: int) -> Iterator[Config]:
 
 
 def _real(config: Config, world: World) -> tuple[int, float | None]:
-    """Most bytes of the third step: by then everything that is made once is there; a GPU's seconds of a later one."""
+    """Measure the peak bytes of the third step, when all lasting memory exists; on GPUs also the seconds of later
+    steps.
+    """
     import torch
 
     from hive_scale.batch import Sample, collate
@@ -253,7 +256,7 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
     batches = [collate(part, 0, size, room) for part in samples]
     first = build.init_model(config.model, seed=0)
     weights = dict(first.named_parameters())
-    # what kernels keep for themselves from their first call on (oneDNN 20 MB, in bf16) is not the model's
+    # exclude memory that kernels keep from their first call on (oneDNN: 20 MB in bf16)
     plain = deepcopy(first)
     apply_trainable_groups(plain, stage, plain.unused_parameters())
     plain.to(world.device, dtype)
@@ -272,7 +275,7 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
     seconds = []
     for _ in range(TIMED if meter.cuda else 0):
         began = perf_counter()
-        engine.step(batches, 1.0)  # its loss and norm wait for the GPU
+        engine.step(batches, 1.0)  # reading loss and norm waits for the GPU
         seconds.append(perf_counter() - began)
     del model, engine, batches
     release()
@@ -308,20 +311,20 @@ def _planned(config: Config, world: World) -> dict[str, Any]:
 
 
 def _deepspeed(facts: StageProfile, zero: dict[str, Any], ranks: int) -> float | None:
-    """DeepSpeed's own estimator, which is told numbers of parameters and no more."""
+    """Estimate of DeepSpeed's own estimator, which knows only numbers of parameters."""
     if not zero:
         return None
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     numel = facts.numel()
     if zero["stage"] == 3:
-        largest = max(param.numel for param in facts.params)  # it asks for the largest layer's
+        largest = max(param.numel for param in facts.params)  # its estimator needs the largest layer's parameters
         return float(stage3.estimate_zero3_model_states_mem_needs(numel, largest, ranks, cpu_offload=False)[1])
     return float(stage_1_and_2.estimate_zero2_model_states_mem_needs(numel, ranks, cpu_offload=False)[1])
 
 
 def _accelerate(config: Config) -> float:
-    """``accelerate estimate-memory``: training with Adam on one device."""
+    """Estimate of ``accelerate estimate-memory``: training with Adam on one device."""
     from accelerate.commands.estimate import estimate_training_usage
     from accelerate.utils import calculate_maximum_sizes
 

@@ -1,7 +1,7 @@
-"""What dealing a global batch by length saves: padding, and seconds of the same optimizer step.
+"""Savings from splitting a global batch by length: padding, and seconds of the same optimizer step.
 
-Captions have the lengths of CC3M's alt texts (log-normal, about ten words), the model is an LLM with hardly any
-encoder: what a large encoder takes, dealing cannot save.
+Captions have the lengths of CC3M's alt texts (log-normal, about ten words). The model is an LLM with almost no
+encoder, since the split cannot save a large encoder's time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def measure(engine: Engine, global_batch: int, micro_batch: int, rounds: int) -> list[list[str]]:
-    """Both ways by turns, on the same samples; the first round warms up."""
+    """Time both ways in turns, on the same samples; the first round is a warm-up."""
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     padding: dict[str, list[float]] = {way: [] for way in WAYS}
     for number in range(rounds + 1):
@@ -65,7 +65,7 @@ def measure(engine: Engine, global_batch: int, micro_batch: int, rounds: int) ->
 
 
 def make_batches(number: int, global_batch: int, micro_batch: int, way: str) -> list[Batch]:
-    """The same samples for both ways: global batch `number` in one rank's micro-batches."""
+    """Global batch `number` as one rank's micro-batches; both ways get the same samples."""
     import numpy as np
     import torch
 

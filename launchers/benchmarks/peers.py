@@ -1,4 +1,4 @@
-"""The contenders that step in the caller's thread: ours, a bare loop, Accelerate."""
+"""Contenders that step in the caller's thread: hive_scale, a bare loop, Accelerate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ours(task: Task) -> Step:
 
 
 def bare(task: Task) -> Step:
-    """What one writes by hand: plain PyTorch, or DeepSpeed's own engine."""
+    """A loop as one would write it by hand: plain PyTorch, or DeepSpeed's own engine."""
     from contextlib import nullcontext
 
     import torch
@@ -87,7 +87,7 @@ def bare_deepspeed(task: Task) -> Step:
         total = torch.zeros((), device=world.device)
         for batch in batches:
             loss = engine(**batch.to(world.device).inputs())
-            engine.backward(loss * (world.size * ACCUMULATION / num_tokens))  # it divides by the accumulation
+            engine.backward(loss * (world.size * ACCUMULATION / num_tokens))  # DeepSpeed divides by the accumulation
             engine.step()
             total += loss.detach()
         return world.sum(total.item())[0] / num_tokens
@@ -106,11 +106,11 @@ def deepspeed_settings(task: Task) -> dict[str, Any]:
 
 
 def open_accelerator(task: Task, model: Any) -> Any:
-    """An Accelerator for the task's sharding. Its state is the process's: Trainer finds it and does the same."""
+    """Return an Accelerator for the task's sharding. Its state is global to the process, so Trainer uses it as well."""
     from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-    PartialState(cpu=task.world.device.type == "cpu")  # unless told, it takes CPU ranks for strangers
+    PartialState(cpu=task.world.device.type == "cpu")  # must be told that the ranks run on CPUs
     if task.engine.ds_config:
         return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(task)))
     if not is_fsdp(task):
@@ -125,7 +125,7 @@ def open_accelerator(task: Task, model: Any) -> Any:
     )
     accelerator = Accelerator(fsdp_plugin=plugin)
     if task.world.device.type == "cpu":
-        # Accelerate offers FSDP on accelerators only, though nothing in its loop needs one
+        # Accelerate offers FSDP only on accelerators, though its loop does not need one
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = plugin
     assert accelerator.is_fsdp2
@@ -133,7 +133,7 @@ def open_accelerator(task: Task, model: Any) -> Any:
 
 
 def accelerate(task: Task) -> Step:
-    """The loop of Accelerate's guide to accumulation, its loss scaled by tokens instead of a mean of means."""
+    """The loop of Accelerate's guide to accumulation, with the loss scaled by tokens instead of a mean of means."""
     from contextlib import nullcontext
 
     import torch
@@ -152,7 +152,7 @@ def accelerate(task: Task) -> Step:
         total = torch.zeros((), device=world.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            # Trainer, which counts micro-batches itself, has set the state they share to 1 per step: do likewise
+            # Trainer counts micro-batches itself and has set the shared state to 1 per step; set it likewise
             accelerator.gradient_state._set_sync_gradients(last)
             with nullcontext() if last else accelerator.no_sync(model):
                 loss = model(**batch.to(world.device).inputs())

@@ -1,4 +1,4 @@
-"""Those who save and load one stage's state: ours, DeepSpeed, torch.distributed.checkpoint, Accelerate."""
+"""Savers of one stage's state: hive_scale, DeepSpeed, torch.distributed.checkpoint, Accelerate."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.peers import open_accelerator
 from benchmarks.task import Task
 
-if TYPE_CHECKING:  # the real import is late, so that --help answers at once
+if TYPE_CHECKING:  # imported late at run time, so that --help answers at once
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Saver:
-    """`save` returns when training may go on, `finish` when the write is over; `load` fills `state` again."""
+    """`save` returns when training may continue, `finish` when the write is complete; `load` restores `state`."""
 
     path: Path
-    state: Callable[[], Iterator[Tensor]]  # this rank's masters and moments
+    state: Callable[[], Iterator[Tensor]]  # yields this rank's master weights and moments
     save: Callable[[], object]
     finish: Callable[[], object]
     load: Callable[[], object]
 
 
 def compete(task: Task, folder: Path) -> dict[str, Saver]:
-    """Savers of one engine's state, which is random; Accelerate's is of a model of its own."""
+    """Return savers of one engine's random state; Accelerate's saves a model of its own."""
     import torch
 
     from hive_scale.engine import open_engine
@@ -63,7 +63,7 @@ def ours(task: Task, engine: Any, path: Path) -> Saver:
     store, steps = Checkpointer(path, task.world, KeepConfig(1)), count(1)
 
     def load() -> None:
-        fresh = Checkpointer(path, task.world)  # which trusts nothing
+        fresh = Checkpointer(path, task.world)  # a new object, which verifies everything
         newest = fresh.latest()
         assert newest is not None
         engine.after_load(fresh.load(newest, engine.fragments())["step"])
@@ -121,7 +121,7 @@ def checkpointed(engine: Any, path: Path, asynchronous: bool) -> Saver:
 
 
 def accelerate(task: Task, path: Path) -> Saver:
-    """An FSDP2 copy of the model, prepared by Accelerate, whose moments one step has made."""
+    """An FSDP2 copy of the model, prepared by Accelerate; one step has created its moments."""
     import torch
 
     from hive_scale.engine.optimizer import AdamW, make_optimizer

@@ -1,4 +1,4 @@
-"""From the command to its first word, and to the first optimizer step of the debug preset."""
+"""Time from the command to its first output, and to the first optimizer step of the debug preset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every benchmark prints: a table with the command, the machine and the spread, and what they measure by."""
+"""Output of all benchmarks: a table with command, machine and spread; and shared ways to measure."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def this_device() -> Any:
 
 
 def peak_bytes(run: Callable[[], None], device: Any) -> int:
-    """The most that `run` adds to the memory of this process: torch's on a GPU, else what Linux counts."""
+    """Peak memory that `run` adds to this process: torch's count on a GPU, otherwise Linux's."""
     import torch
 
     if device.type == "cuda":
@@ -59,8 +59,8 @@ def peak_bytes(run: Callable[[], None], device: Any) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what others have freed is given back
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = _status("VmRSS")
     run()
     return _status("VmHWM") - before

@@ -1,4 +1,4 @@
-"""One case of the engines' comparison: the model, its data, and the step that every contender is to take."""
+"""One case of the engine comparison: the model, its data, and the step that every contender takes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-if TYPE_CHECKING:  # the real imports are late, so that --help answers at once
+if TYPE_CHECKING:  # imported late at run time, so that --help answers at once
     from hive_scale.batch import Batch
     from hive_scale.config import Config, EngineConfig, ModelConfig, StageConfig
     from hive_scale.distributed import World
     from hive_scale.param_groups import ParamGroup
 
 JSONS = Path(__file__).resolve().parents[2] / "ds_configs"
-# by case: the row's title, engine.shard_size, the DeepSpeed JSON. ZeRO-3 replaces F.linear for good: each case has
-# processes of its own
+# case -> (title of the row, engine.shard_size, DeepSpeed JSON). ZeRO-3 replaces F.linear permanently, so each case
+# runs in processes of its own
 CASES = {
     "one": ("one process", 0, ""),
     "fsdp": ("FSDP2", 0, ""),
@@ -25,29 +25,29 @@ CASES = {
     "zero3": ("ZeRO-3", 0, str(JSONS / "zero3.json")),
 }
 ACCUMULATION, CLIP = 2, 0.05
-Step = Callable[[Sequence["Batch"]], float]  # one optimizer step; the mean loss over all ranks' target tokens
+Step = Callable[[Sequence["Batch"]], float]  # one optimizer step; returns the mean loss over all ranks' target tokens
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender is to do."""
+    """What every contender has to do."""
 
     config: ModelConfig
     stage: StageConfig
     engine: EngineConfig
     world: World
-    model: Any  # with its first weights, for copies
+    model: Any  # with its initial weights; contenders copy it
 
     def build(self) -> tuple[Any, list[ParamGroup]]:
-        """A copy of the model, frozen and grouped as the stage says."""
+        """Return a copy of the model, frozen and grouped as the stage specifies."""
         from hive_scale.param_groups import apply_trainable_groups
 
-        model = deepcopy(self.model)  # not made anew: Transformers would cut it up once it has heard of ZeRO-3
+        model = deepcopy(self.model)  # copied, since Transformers would partition a new one after a ZeRO-3 config
         return model, apply_trainable_groups(model, self.stage, model.unused_parameters())
 
 
 def from_scratch(preset: str, words: Sequence[str]) -> Config:
-    """The preset's config with `words` (key=value), its model from random weights."""
+    """Return the preset's config with `words` (key=value), and its model from random weights."""
     from hive_scale import presets
 
     config = presets.load(preset, None, list(words))
@@ -58,8 +58,8 @@ def from_scratch(preset: str, words: Sequence[str]) -> Config:
 def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
     """Stage `joint` of a HIVE whose step takes a core about a second.
 
-    What sharding costs goes with parameters, what it is paid from goes with tokens: so the model is small, and
-    a micro-batch has 2,048 visual tokens, which is still less than a GPU would be given.
+    Sharding costs time per parameter, and computation hides it per token. The model is therefore small, and a
+    micro-batch has 2,048 visual tokens, which is still less than a GPU would get.
     """
     import torch
 
@@ -78,17 +78,17 @@ def make_task(case: tuple[str, int, str], world: World, quick: bool) -> Task:
     )
     groups = three_stages("cross_attention", (1e-2, 1e-2, 1e-2), llm=["language.*"])["joint"]
     global_batch = ACCUMULATION * micro_batch * world.size
-    # with so large an eps a gradient of another size or clipped otherwise shows in the next loss
+    # so large an eps that a wrongly scaled or clipped gradient changes the next loss
     stage = StageConfig(groups, global_batch, micro_batch, max_grad_norm=CLIP, eps=1e-4)
     first = init_model(model, seed=0).to(world.device)
     with torch.no_grad():
         for fusion in cast(Any, first.fusion.layers):
-            fusion.gate.fill_(0.5)  # so that images count from the first step
+            fusion.gate.fill_(0.5)  # so that images affect the loss from the first step
     return Task(model, stage, EngineConfig(shard_size=case[1], ds_config=case[2]), world, first)
 
 
 def make_data(task: Task) -> list[list[Batch]]:
-    """This rank's micro-batches of four steps: random images and ragged captions."""
+    """This rank's micro-batches of four steps: random images and captions of various lengths."""
     import torch
 
     from hive_scale.batch import Sample, collate

@@ -1,4 +1,4 @@
-"""HF Trainer as a contender: its loop owns the thread it runs in, so it gets one."""
+"""HF Trainer as a contender. Its loop owns the thread it runs in, so it runs in one of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def trainer(task: Task) -> Step:
-    """HF Trainer's own loop, in a thread that waits at each step for its data; it counts ``labels`` itself."""
+    """HF Trainer's own loop, in a thread that waits for the data of each step; Trainer counts ``labels`` itself."""
     from queue import Queue
     from threading import Thread
 
@@ -33,7 +33,7 @@ def trainer(task: Task) -> Step:
     class Feed:
         def __iter__(self) -> Iterator[dict[str, Any]]:
             while True:
-                done.put(None)  # asked for a step's data: the step before is over
+                done.put(None)  # the request for a step's data means that the previous step is over
                 for batch in turns.get():
                     yield batch.inputs() | {"labels": batch.target_ids}
 
@@ -52,7 +52,7 @@ def trainer(task: Task) -> Step:
     def train() -> None:
         try:
             if task.world.device.type == "cuda":
-                torch.cuda.set_device(task.world.device)  # which is each thread's own
+                torch.cuda.set_device(task.world.device)  # the current device is per thread
             loop.train()
         except BaseException as error:
             done.put(error)
@@ -73,7 +73,7 @@ def trainer(task: Task) -> Step:
         disable_tqdm=True,
     )
 
-    arguments.deepspeed_plugin = None  # the state has it already
+    arguments.deepspeed_plugin = None  # already in the shared state
 
     def wait() -> None:
         if error := done.get():

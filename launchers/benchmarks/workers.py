@@ -1,4 +1,4 @@
-"""A part of a benchmark in fresh processes that form a world, since what one contender leaves behind stays."""
+"""Run a part of a benchmark in fresh processes that form a world, free of what other contenders leave behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LAUNCHER = Path(__file__).resolve().parents[1] / "benchmark.py"
 
 
 def launch(words: Sequence[str], ranks: int, result: Path, **environment: str) -> dict[str, Any]:
-    """What ``benchmark.py WORDS``, in `ranks` processes of one thread each, writes into the new file `result`."""
+    """Return what ``benchmark.py WORDS``, in `ranks` single-threaded processes, writes to the new file `result`."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(LAUNCHER), *words, "--worker", str(result)]
     print(f"{' '.join(words)} ...", file=sys.stderr, flush=True)

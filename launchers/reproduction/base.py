@@ -1,7 +1,7 @@
-"""An encoder to begin with: a ViT from scratch that has learned to predict hidden patches from the others.
+"""Pre-train a starting encoder: a ViT from scratch that predicts hidden patches of an image from the others.
 
-Half the patches of an image are greyed, and a linear layer on the last block's output predicts their pixels. No label
-and no caption is used, so that what pre-training adds can be told from what was there.
+Half the patches of an image are greyed out, and a linear layer on the last block's output predicts their pixels. No
+labels or captions are used, so that the effect of pre-training can be told from the starting point.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def train(encoder: Path, shards: list[str], steps: int, seed: int, output: Path)
 
 
 def _patches(pixels_BCHW: Tensor, patch: int) -> Tensor:
-    """(B, V, 3 * patch * patch), in the order of the encoder's tokens."""
+    """Split images into patches (B, V, 3 * patch * patch), in the order of the encoder's tokens."""
     return F.unfold(pixels_BCHW, patch, stride=patch).transpose(1, 2)
 
 

@@ -1,4 +1,4 @@
-"""The paper's Tables 1 and 2 at full size: commands, jobs, and what the planner makes of them."""
+"""The paper's Tables 1 and 2 at full size: commands, Slurm jobs, and the planner's estimates."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 FAMILIES = {"siglip": "models/siglip-large-patch16-384", "clip": "models/clip-vit-large-patch14-336"}
 CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K
-# samples of LCS-558K and of LLaVA-NeXT-Data with an image, and the tokens of a text that is planned for: a caption's
-# limit in pre-training, and a guess at conversations, whose lengths are not known here
+# Samples with an image of LCS-558K and LLaVA-NeXT-Data, and the tokens per text to plan with: the caption limit in
+# pre-training, and a guess for conversations, whose lengths are not known here
 VLM = {"connector": (558_128, 77), "language": (738_601, 512)}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One encoder of the tables: what makes it, and what is asked of it."""
+    """One encoder of the tables: how it is trained, and how it is evaluated."""
 
     family: str
     method: str  # base, sa or hive
 
     @property
     def encoder(self) -> str:
-        """Base as published, the others as trained."""
+        """Path of the encoder: as published for Base, as trained for the others."""
         return FAMILIES[self.family] if self.method == "base" else f"runs/paper_{self.family}_{self.method}"
 
     @property
     def vlm(self) -> str:
-        """Its fine-tuned model; "" where Table 2 has none."""
+        """Path of its fine-tuned model; "" if Table 2 has none."""
         if self.family == "clip":
             return ""
         return "runs/vlm_base" if self.method == "base" else f"{self.encoder}/vlm"
 
     def commands(self, launch: str) -> Iterator[tuple[str, str]]:
-        """(what is run, command), in their order. `launch` starts a program on all GPUs."""
+        """Return (description, command) pairs in order. `launch` starts a program on all GPUs."""
         if self.method != "base":
             words = f"--preset paper_{self.family} fusion={FUSIONS[self.method]} output={self.encoder}"
             yield "pre-training", f"{launch} launchers/pretrain.py {words}"
@@ -52,14 +52,14 @@ class Row:
             yield "Table 2", f"{launch} launchers/evaluate.py {self.vlm} --tasks {TASKS} --precision bf16"
 
     def submission(self) -> list[str]:
-        """The same as words for submit_pipeline.py; none for an encoder that is only probed."""
+        """Return the same as words for submit_pipeline.py; empty for an encoder that is only probed."""
         table_2 = ["after.evaluate=--precision bf16"] if self.vlm else []
         if self.method != "base":
             run = ["--preset", f"paper_{self.family}", f"fusion={FUSIONS[self.method]}", f"output={self.encoder}"]
             return [*run, "--then", "probe,vlm,evaluate" if self.vlm else "probe", "after.probe=--workers 8", *table_2]
         if not self.vlm:
             return []
-        # fine-tuning leaves the encoder as it was, so that probing it there is probing the published one
+        # fine-tuning leaves the encoder frozen, so this probes the published one
         run = ["--preset", "vlm", f"encoder={self.encoder}", f"output={self.vlm}"]
         return [*run, "--then", "probe,evaluate", "after.probe=--workers 8", *table_2]
 
@@ -68,7 +68,7 @@ ROWS = [Row(family, method) for family in FAMILIES for method in ENCODERS]
 
 
 def hours(row: Row, machine: Machine) -> dict[str, float]:
-    """The planner's hours of what `row` trains, by the names that `commands` gives; estimates (see plan/time.py)."""
+    """Planned hours of everything that `row` trains, by the names of `commands`; estimates (see plan/time.py)."""
     found = {}
     if row.method != "base":
         found["pre-training"] = _pretraining(row, machine)
@@ -83,14 +83,14 @@ def _pretraining(row: Row, machine: Machine) -> float:
     return total(config, dict.fromkeys(config.stages, (CC3M, 77)), machine)
 
 
-@cache  # whoever trained the encoder, what follows costs the same
+@cache  # the cost does not depend on how the encoder was trained
 def _finetuning(family: str, machine: Machine) -> float:
     config, encoder = presets.load("vlm", None, []), presets.load(f"paper_{family}", None, []).model.vision
     return total(replace(config, model=replace(config.model, vision=encoder)), VLM, machine)
 
 
 def total(config: Config, sizes: Mapping[str, tuple[int, int]], machine: Machine) -> float:
-    """Hours of all stages of `config`; `sizes` has the samples of each and the tokens of their texts."""
+    """Planned hours of all stages of `config`; `sizes` gives each stage's samples and tokens per text."""
     from hive_scale.plan.run import plan_run
 
     hours = 0.0

@@ -1,4 +1,4 @@
-"""A reproduction as commands: bases, pre-training, probes, fine-tuning, answers, each for every encoder and seed."""
+"""A reproduction as commands: base encoders, pre-training, probes, fine-tuning, answers; per encoder and seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ENCODERS = ("base", *FUSIONS)
 
 @dataclass(frozen=True)
 class Phases:
-    """The steps of `scale`; those of one phase do not wait for one another. `output` holds the scale's settings."""
+    """Phases of `scale`. Steps within a phase are independent. `output` holds the scale's settings."""
 
     scale: Scale
     data: Path
@@ -26,7 +26,7 @@ class Phases:
             yield [step for seed in range(seeds) for step in phase(seed)]
 
     def _base(self, seed: int) -> Iterator[Step]:
-        """The encoder that all three of a seed have in common."""
+        """The starting encoder that all three methods share for a seed."""
         words = ["--encoder", str(self.output / "encoder.json"), "--steps", str(self.scale.base_steps)]
         words += ["--seed", str(seed), "--output", self._encoder("base", seed)]
         shards = self.scale.pretrain["data"]["train"]

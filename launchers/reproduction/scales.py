@@ -1,4 +1,4 @@
-"""What is run at each scale, as data: encoder, LLM, sets, steps."""
+"""Settings of each scale, as data: encoder, LLM, sets, steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ENCODER: dict[str, Any] = {
     "num_attention_heads": 4,
     "vision_use_head": False,
 }
-# SmolLM2-135M cut after its sixth layer of thirty: answering thirteen words about shapes needs no more of it
+# SmolLM2-135M cut after six of its thirty layers, which suffice to answer with thirteen words about shapes
 SHORT_SMOLLM2: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -33,20 +33,20 @@ SHORT_SMOLLM2: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 BYTES: dict[str, Any] = {"path": "bytes", "pad_token": ""}
-LEAN = {"log": {"wandb": "off"}, "keep": {"last": 1}}  # of so many runs a table is drawn, and disks are full
+LEAN = {"log": {"wandb": "off"}, "keep": {"last": 1}}  # many runs: keep one checkpoint each, no wandb
 
 
 @dataclass(frozen=True)
 class Scale:
-    """`pretrain` and `vlm` are what presets `demo` and `vlm_small` are overridden with."""
+    """Settings of one scale. `pretrain` and `vlm` override the presets `demo` and `vlm_small`."""
 
-    note: str  # what a reader of the figures must know
+    note: str  # caveats for readers of the figures
     encoder: dict[str, Any]
-    base_steps: int  # of masked prediction, which makes the encoder that all three begin with
+    base_steps: int  # steps of masked prediction, which trains the common starting encoder
     pretrain: dict[str, Any]
     vlm: dict[str, Any]
-    probe: dict[str, list[str]]  # set -> words of probe.py
-    questions: int  # of easy-vqa's test, the first so many
+    probe: dict[str, list[str]]  # set -> command-line words of probe.py
+    questions: int  # number of easy-vqa's test questions to ask
     seeds: int = 3
 
 
@@ -87,7 +87,7 @@ def small(data: Path) -> Scale:
 
 
 def smoke(data: Path) -> Scale:
-    """The same path with toys: does it run? Its figures mean nothing."""
+    """The same path with toy sizes, to see that it runs. Its figures mean nothing."""
     from hive_scale.presets import debug
 
     language = {"path": "", "config": debug().model.language.config}
@@ -106,7 +106,8 @@ def smoke(data: Path) -> Scale:
         },
         vlm={
             "model": {"language": language},
-            "data": {**_questions(data, "bytes", heldout="train"), "max_tokens": 200},  # too few to hold any out
+            # too few samples to hold any out
+            "data": {**_questions(data, "bytes", heldout="train"), "max_tokens": 200},
             "stages": {name: {"steps": 2, **few} for name in ("connector", "language")},
             **LEAN,
         },

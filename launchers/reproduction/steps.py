@@ -1,4 +1,4 @@
-"""Commands of our own launchers, each in a process of its own, some at a time, none twice."""
+"""Run commands of our launchers, each in a process of its own, several at a time, none twice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-# the server imports these once, and each step is a cheap fork of it; transformers reads the last when it saves
+# the server imports these once, and each step is a cheap fork of it; transformers reads the last one when saving
 PRELOADED = ["hive_scale.pipeline", "hive_scale.evaluate.probe_runner", "hive_scale.evaluate.vqa_runner", "deepspeed"]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
@@ -24,19 +24,19 @@ CONTEXT.set_forkserver_preload(PRELOADED)
 
 @dataclass(frozen=True)
 class Step:
-    """`words` is what one would type after ``python``; `name` is that of its log and of its record."""
+    """One command. `words` follow ``python`` on its command line; `name` names its log and its record."""
 
     name: str
     words: tuple[str, ...]
 
 
 def run(steps: Sequence[Step], folder: Path, jobs: int) -> None:
-    """Run those of `steps` that have no record of their command in `folder` yet, `jobs` at a time.
+    """Run those of `steps` whose command has no record in `folder` yet, `jobs` at a time.
 
-    Raises ValueError with the log of a step that failed; finished steps stay finished.
+    Raises ValueError with the log of a failed step; finished steps stay finished.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # where Python 3.11's server looks for what it is to import
+    # where Python 3.11's fork server looks for modules to preload
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     due = [step for step in steps if not _is_done(step, folder)]
@@ -46,7 +46,7 @@ def run(steps: Sequence[Step], folder: Path, jobs: int) -> None:
 
 
 def record(folder: Path, name: str) -> dict[str, Any]:
-    """Seconds, of them its processor's, and peak memory (1e9 bytes) of a step that is done."""
+    """Wall seconds, processor seconds, and peak memory (1e9 bytes) of a finished step."""
     content: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return content
 
@@ -90,8 +90,7 @@ def _work(step: Step, folder: Path, jobs: int) -> None:
         "cpu_seconds": before.get("cpu_seconds", 0.0) + time.process_time(),
         "peak_gb": max(before.get("peak_gb", 0.0), peak),
     }
-    (stopped if code else done).write_text(
-        json.dumps(content, allow_nan=False) + "\n"
-    )  # what was spent on it so far counts
+    # a failed attempt is recorded as well, since its time and memory count
+    (stopped if code else done).write_text(json.dumps(content, allow_nan=False) + "\n")
     sys.stdout.flush()
-    os._exit(code)  # some libraries take seconds to tidy up
+    os._exit(code)  # skips cleanup, which takes some libraries seconds

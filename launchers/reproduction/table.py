@@ -1,4 +1,4 @@
-"""The figures of a reproduction in one table, beside the paper's."""
+"""Figures of a reproduction in one table, beside the paper's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAPER = {"base": ("90.08", "82.27", "57.74"), "sa": ("89.97", "82.46", "57.69"),
 
 
 def collect(output: Path, seeds: int, sets: list[str]) -> dict[str, Any]:
-    """Every figure by encoder: lists over seeds, in percent, minutes of a core and 1e9 bytes."""
+    """Return every figure by encoder, as lists over seeds: percent, core minutes, and peak memory in 1e9 bytes."""
     made: dict[str, Any] = {}
     for key in ENCODERS:
         rows: dict[str, list[float]] = {}
@@ -28,14 +28,14 @@ def collect(output: Path, seeds: int, sets: list[str]) -> dict[str, Any]:
             rows.setdefault("easy-vqa", []).append(scores["accuracy"])
             rows.setdefault("easy-vqa, named", []).append(scores["named"])
             of = record(output / "steps", f"pretrain-{key}-{seed}" if key != "base" else f"base-{seed}")
-            rows.setdefault("core minutes", []).append(of["cpu_seconds"] / 60)  # which others at work change least
+            rows.setdefault("core minutes", []).append(of["cpu_seconds"] / 60)  # least affected by other load
             rows.setdefault("peak GB", []).append(of["peak_gb"])
         made[key] = rows
     return made
 
 
 def markdown(made: dict[str, Any], note: str) -> str:
-    """Mean and standard deviation over seeds; the paper's figures of other sets in the last columns."""
+    """Format mean and standard deviation over seeds, with the paper's figures of other sets in the last columns."""
     columns = list(made["base"])
     lines = [
         f"{note}.",
