@@ -1,4 +1,4 @@
-"""Real processes for the checkpoint tests: ranks that hold a state which knows itself, and die on cue."""
+"""Real processes for the checkpoint tests: ranks that hold a self-checking state, and die on cue."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What all tests share: hundreds of small runs, none of which need be drawn by wandb unless a test says so.
+"""Fixtures shared by all tests. Their hundreds of small runs log to no wandb unless a test asks for it.
 
-Whatever they start, a whole Slurm or a browser, ends with them, however they end.
+Everything that tests start, such as a Slurm or a browser, ends with them, however they end.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""Ends what a process has started, however that process ends: by itself, by Ctrl-C, or killed.
+"""Ends everything that a process has started, however that process ends: by itself, by Ctrl-C, or killed.
 
-Daemons leave their parent and its session, so that nobody finds them by descent; but what is started inherits the
-environment. `watch` puts a mark there, and starts ``guardian.py PID``, which waits for the end of process PID. What
-then bears the mark still gets a moment to end by itself, then SIGTERM, and at last SIGKILL.
+Daemons leave their parent and its session, so they cannot be found by descent; but children inherit the environment.
+`watch` puts a mark there and starts ``guardian.py PID``, which waits until process PID has ended. Processes that still
+bear the mark get a moment to end by themselves, then SIGTERM, and at last SIGKILL.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Real processes that form a world, as a launcher would start them: one start, many checks."""
+"""Real processes that form a world, as a launcher would start them; one start serves many checks."""
 
 from __future__ import annotations
 

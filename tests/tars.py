@@ -1,4 +1,4 @@
-"""Small tars for the data room's tests, written by webdataset as a user's would be."""
+"""Small tars for the data tests, written by webdataset as a user's would be."""
 
 from __future__ import annotations
 

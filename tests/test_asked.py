@@ -1,7 +1,8 @@
-"""An exported model is asked in the very tokens that it was trained on, whichever way others take to ask it.
+"""An exported model is prompted with exactly the tokens it was trained on, whichever way other tools prompt it.
 
-Why: templates name dates and hidden thoughts, tokenizers add a start token or have none, and tools pass text, content
-parts, or text with the image's token in it. Each way must come to what training made of the same conversation.
+Why: templates contain dates and hidden thoughts, tokenizers add a start token or have none, and tools pass text,
+content parts, or text with the image's token in it. Each way must give the tokens that training made of the same
+conversation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Why: labels off by one, or of the wrong sample, train a model to say something else, and nothing fails.
+"""Why: labels that are off by one, or of the wrong sample, train a wrong model without any error.
 
-The expectations are written by hand, so that they share nothing with `collate`.
+The expected values are written by hand, so that they share nothing with `collate`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The benchmark is run by hand, on machines of its own: that it still runs, and that contenders agree, is seen here."""
+"""Why: benchmarks are run by hand on machines of their own; here we see that they still run and contenders agree."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A run in two parts is the run in one, bit by bit, under every engine: weights, losses, samples and random numbers.
+"""A run in two parts equals the run in one, bit for bit, under every engine: weights, losses, samples, random state.
 
-And what one stage held is free when the next begins.
+And the memory that one stage held is free when the next begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A checkpoint must come back bit for bit on any number of ranks, or be refused; and no fault may cost a good one.
+"""A checkpoint is restored bit for bit on any number of ranks, or refused; and no fault may cost a good one.
 
-Losing a week of training to a half-written file, or silently loading garbage, is what this room exists to
-prevent, so the faults here are real ones: processes killed in mid-write, disks that are full, flipped bits.
+Why: the checkpoint code exists so that a half-written file does not cost a week of training, and garbage is never
+loaded silently. The faults here are therefore real ones: processes killed in mid-write, full disks, flipped bits.
 """
 
 from __future__ import annotations

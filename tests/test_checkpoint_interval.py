@@ -1,5 +1,6 @@
-"""Checkpoints come as often as failures demand, in time before an allocation ends, and a stop is told to take too
-long before it is needed."""
+"""Checkpoints come as often as failures demand, and in time before an allocation ends; a warning says early if a stop
+would take too long.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labelled sets as they are published: a set read wrongly gives figures that look like any others."""
+"""Labelled sets are read as they are published. Why: a set read wrongly gives plausible figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often ranks wait for each other in a step is counted, since on one machine nothing else would tell."""
+"""The number of times that ranks wait for each other in a step is counted, since one machine would not show it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run is data: it survives saving, and a typo is answered before anything is spent."""
+"""A run is data: it survives saving and loading, and a typo is reported before any work is done."""
 
 from __future__ import annotations
 

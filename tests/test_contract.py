@@ -1,7 +1,7 @@
-"""What the project needs of its dependencies, in a minute: run with the newest and the oldest that it admits.
+"""The project's requirements on its dependencies, tested in a minute with the newest and the oldest versions allowed.
 
-Why: a minor release of one of them has broken both commands of the README before. `make test-newest` and
-`make test-oldest` run every test marked `contract` in environments of their own.
+Why: a minor release of one of them has broken both commands of the README before. `make test-newest` and `make
+test-oldest` run every test marked `contract` in environments of their own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why: a mask that is off by a token teaches the model to ask, or never to stop; and templates differ in every way."""
+"""Why: a mask that is off by one token teaches the model to ask, or never to stop; and every template is different."""
 
 from __future__ import annotations
 

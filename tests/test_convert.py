@@ -1,4 +1,4 @@
-"""Why: a conversion of hours must survive interruption, believe no name in an archive, and lose no record unsaid."""
+"""Why: a conversion of hours must survive interruption, trust no name in an archive, and report every lost record."""
 
 from __future__ import annotations
 

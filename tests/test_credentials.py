@@ -1,7 +1,7 @@
-"""A credential is used where a shard is opened and is written nowhere: its public form is all that a config has.
+"""A credential is used to open a shard and is written nowhere: configs contain only its public form.
 
 Why: secrets that a run resolved have been published with its model card, and signed URLs stood in every log. That no
-output of a real run has any is in test_security.
+output of a real run contains any is tested in test_security.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Why: GPUs that wait for their data are paid for nothing, and from the loss alone nobody sees it; on a cluster one
-slow node holds up all the others, which look as if they were at work."""
+"""Why: GPUs that wait for data are wasted, and the loss does not show it. On a cluster one slow node holds up all the
+others, which seem to be busy.
+"""
 
 from __future__ import annotations
 

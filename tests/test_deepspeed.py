@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON brings ZeRO and nothing else: forms are filled in, contradictions refused by name."""
+"""A DeepSpeed JSON configures ZeRO and nothing else: missing fields are filled in, contradictions refused by name."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A device is found, seeded and measured in one place, so that what is no CUDA GPU works or is refused in a line.
+"""Devices are found, seeded and measured in one place, so that a device other than a CUDA GPU works or is refused in a
+line.
 
-No GPU is here: torch is told which one there would be, and what its own words would say.
+No GPU is needed: torch is patched to report one, with torch's own messages.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every launcher's environment means the same world, and a rank that fails ends the job at once, told first."""
+"""Every launcher's environment gives the same world, and a failing rank ends the job at once, reported first."""
 
 from __future__ import annotations
 

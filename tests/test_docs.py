@@ -1,6 +1,6 @@
-"""The documentation builds without a broken link, knows every option and command, and its commands work.
+"""The documentation builds without a broken link, covers every option and command, and its commands work.
 
-Why: pages that nobody runs are the first to become untrue.
+Why: documentation that nobody runs becomes untrue first.
 """
 
 from __future__ import annotations

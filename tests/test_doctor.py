@@ -1,6 +1,6 @@
-"""The doctor calls a healthy cluster healthy, and names each illness with its remedy; two processes are its cluster.
+"""The doctor calls a healthy cluster healthy, and names each fault with its remedy; two processes serve as cluster.
 
-Why: a user runs it once before weeks of GPUs. What it overlooks costs these, and what it makes up costs him a day.
+Why: a user runs it once before weeks of GPU time. A fault that it overlooks costs these weeks, a false alarm a day.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""torchrun's restarts and our own resume go together: a dead rank, or node, costs the steps since the last save."""
+"""torchrun's restarts work with our own resume: a dead rank, or node, costs only the steps since the last save."""
 
 from __future__ import annotations
 

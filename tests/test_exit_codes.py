@@ -1,6 +1,7 @@
-"""Why: a script that starts a run again knows nothing of how it ended but its exit code; a wrong one stops a chain for
-good, or starts what cannot succeed for ever. And whatever ends one rank must end the others soon. docs/stops.md has
-the table, of which every row names a test."""
+"""Why: a script that restarts a run knows only its exit code. A wrong code stops a chain for good, or restarts forever
+what cannot succeed. And whatever ends one rank must soon end the others. Every row of the table in docs/stops.md names
+a test.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What leaves the house must be what was trained: others' classes load it, without ours, to the same numbers."""
+"""Exports equal what was trained: other libraries' classes load them, without ours, to the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A part of the fault sweep that is small enough for every commit; `make faults` runs the whole."""
+"""Part of the fault sweep, small enough for every commit; `make faults` runs all of it."""
 
 from __future__ import annotations
 

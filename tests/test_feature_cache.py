@@ -1,4 +1,4 @@
-"""Features that are kept train a stage to the losses of images, are made once, and serve their own encoder alone."""
+"""Cached features train a stage to the losses of images, are computed once, and serve only their own encoder."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Whatever bytes a file holds, its reader raises ValueError alone, soon, and in little memory.
+"""Whatever bytes a file holds, its reader raises only ValueError, quickly and in little memory.
 
-Why: shards, configs, weights and run directories come from strangers, and a reader's traceback ends a run of days. Each
-target feeds one reader bytes, and sound files changed at random: bytes of any kind, and for JSON and arrays values of
-any kind in any place, with checksums made anew, so that what lies behind them is reached. docs/fuzz.md has the table.
+Why: shards, configs, weights and run directories come from strangers, and a reader's traceback ends a run of days.
+Each target feeds one reader random bytes and randomly changed sound files: any bytes, and for JSON and arrays any
+values in any place, with recomputed checksums, so that the code behind them is reached. docs/fuzz.md has the table.
 
-A target runs `FUZZ_SECONDS` (5 by default; CI: 60; `make fuzz`: 600), in rounds whose seeds count up from 0: a fault
-found is found again.
+A target runs `FUZZ_SECONDS` (5 by default; CI: 60; `make fuzz`: 600), in rounds whose seeds count up from 0, so that
+every fault found can be reproduced.
 """
 
 from __future__ import annotations

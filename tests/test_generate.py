@@ -1,4 +1,4 @@
-"""Decoding with a cache writes what running every text anew would write, and looks at each image once."""
+"""Decoding with a KV cache writes the same text as recomputing every token, and encodes each image once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every second of a stage is in one account, also over restarts and after work that was in vain."""
+"""Every second of a stage is in exactly one account, also over restarts and after discarded work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests start daemons, browsers and launchers: none may be left running, however the tests themselves end."""
+"""Why: tests start daemons, browsers and launchers; none may be left running, however the tests end."""
 
 from __future__ import annotations
 

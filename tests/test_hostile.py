@@ -1,8 +1,8 @@
-"""Files and names by people who mean harm: refused, bounded or spelled out, each in one place.
+"""Files and names by malicious people are refused, bounded or escaped, each in one place.
 
 Why: shards, zips, benchmarks, weights, configs and whole run directories are passed around. A few megabytes must not
-become gigabytes, a name must not steer a terminal, and to look at a run must not write outside of it. `test_fuzz.py`
-looks for more of the kind.
+become gigabytes, a name must not control a terminal, and viewing a run must not write outside of it. `test_fuzz.py`
+searches for more such cases.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""What is kept for one model must never be read for another: the same function in any files has one identity, any
-other function, of weights, config, tokenizer or template, has another."""
+"""A cache of one model is never read for another: the same function has one identity in any files, and any other
+function, of weights, config, tokenizer or template, has another.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Why: an image shown white, sideways or on another ground trains beside a caption of what is not to be seen. Held
-against references of their own: formulas of the colour spaces, Pillow's and transformers' own handling."""
+"""Why: an image that is shown white, sideways or on another background trains with a caption of something not visible.
+
+References are independent: formulas of the colour spaces, Pillow's and transformers' own handling.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why: the index is what order, dealing and reading trust; a stale, damaged or wrong one trains on the wrong bytes."""
+"""Why: order, split and reading rely on the index; a stale, damaged or wrong one trains on the wrong bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each launcher's command, exactly as the README gives it, trains the same run: on CPU, over gloo."""
+"""Each launcher's command, exactly as in the README, trains the same run on CPUs over gloo."""
 
 from __future__ import annotations
 

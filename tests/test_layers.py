@@ -1,4 +1,4 @@
-"""The laws of the house hold: arrows point down, each framework has one door, and the front door is quick."""
+"""The rules of the architecture hold: imports point down, each framework has one entry, the command line is fast."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """lmms-eval itself, in an environment of its own, asks an exported model and gets the answers of the run.
 
-Why: others compare by its numbers. Its environment has this one's packages and what it needs besides: two minutes and
-a gigabyte, so these tests are marked slow: `pytest -m slow tests/test_lmms_eval.py`.
+Why: others compare by its numbers. Its environment shares this one's packages and adds its own: two minutes and a
+gigabyte, so these tests are marked slow: `pytest -m slow tests/test_lmms_eval.py`.
 """
 
 from __future__ import annotations

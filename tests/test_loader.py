@@ -1,4 +1,4 @@
-"""Why: what reaches the model must be the same samples whatever the ranks, workers, stops and broken images."""
+"""Why: the model must see the same samples for any ranks, workers, stops and broken images."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The account of a run outlives it: one line per step whatever happened, wandb and TensorBoard drawn from that and
-harmless when they fail, and a screen that tells each thing once."""
+"""The log of a run outlives it: one line per step whatever happens, wandb and TensorBoard drawn from it and harmless
+when they fail, and a screen that shows each message once.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A bad batch leaves no trace: weights and moments are, bit for bit, those of a run that never saw it. Bad weights
-send the run back to its last checkpoint, and not for ever."""
+"""A bad batch leaves no trace: weights and moments equal, bit for bit, those of a run that never saw it. Bad weights
+send the run back to its last checkpoint, but not forever.
+"""
 
 from __future__ import annotations
 

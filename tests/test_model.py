@@ -1,5 +1,6 @@
-"""The model is the paper's: pairing of depths, an untouched LLM behind shut gates, causality, gradients
-where they belong, and the sizes of the published parts."""
+"""The model is the paper's: pairing of depths, an unchanged LLM behind closed gates, causality, gradients where they
+belong, and the sizes of the published parts.
+"""
 
 from __future__ import annotations
 

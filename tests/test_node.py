@@ -1,4 +1,4 @@
-"""What ranks of one machine share: they divide its cores, and one of them reads for all what all would read alike."""
+"""Ranks of one machine share its cores, and one of them reads for all what all need."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A run that an older version began, under other names, resumes, exports and reports as it would have then.
+"""A run begun by an older version, with older names, resumes, exports and reports as it would have then.
 
-`old_run.tar.gz` was stopped by a signal in its second stage, at commit 537feeb; so the keys of its config, its
-checkpoint, checksums and metrics are what that version wrote. The losses are of the same run, ended by that version.
+`old_run.tar.gz` was stopped by a signal in its second stage, at commit 537feeb, so its config keys, checkpoint,
+checksums and metrics are those of that version. The expected losses are of the same run, finished by that version.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The package works without its checkout: built, installed into an environment of its own, run from elsewhere.
 
-Why: data files are forgotten in wheels, and a checkout on the path hides it. The environment has this one's
-dependencies, by a path file, and of ours only the wheel.
+Why: data files are easily missing from wheels, and a checkout on the path hides it. The environment has this one's
+dependencies, by a path file, and of our code only the wheel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The trainable set is what the globs say, no more and no less, and decays as the paper's optimizer does."""
+"""The trainable set is exactly what the globs say, with weight decay as in the paper's optimizer."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whatever cuts a stage over ranks must not change it: every engine against a bare loop on the whole batch.
+"""Splitting a stage over ranks does not change it: every engine against a bare loop on the whole batch.
 
-The oracle is twenty lines of PyTorch that share nothing with the engines but the model. DeepSpeed's ZeRO-3
-replaces `torch.nn.functional.linear` for the whole process, so its cells have processes of their own.
+The oracle is twenty lines of PyTorch that share only the model with the engines. DeepSpeed's ZeRO-3 replaces
+`torch.nn.functional.linear` for the whole process, so its cases have processes of their own.
 """
 
 from __future__ import annotations

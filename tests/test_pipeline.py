@@ -1,4 +1,4 @@
-"""A run begins with what it was told to begin with: any part from any source, and every difference is named."""
+"""A run starts from what it was told to: any part from any source, and every difference is named."""
 
 from __future__ import annotations
 

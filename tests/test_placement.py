@@ -1,7 +1,8 @@
-"""Whatever a launcher shows of devices, each rank has one alone; and ranks reach each other whatever their names mean.
+"""However a launcher exposes devices, each rank gets one of its own; and ranks reach each other whatever host names
+resolve to.
 
-Why: launchers show a process all GPUs, those near its cores, or one; Debian says that a machine's name is 127.0.1.1;
-ports are in use. NCCL and gloo meet all this with messages that name nothing, or wait for half an hour.
+Why: launchers show a process all GPUs, those near its cores, or one; Debian resolves a machine's name to 127.0.1.1;
+ports are in use. NCCL and gloo answer with unhelpful messages, or wait for half an hour.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A plan is worth what its predictions are: FLOPs against torch's counter, bytes against the real peak."""
+"""Why: a plan is only as good as its predictions. FLOPs are compared with torch's counter, bytes with the real peak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that is asked to stop, on whichever rank and in whichever way, saves its last step and says how it ended."""
+"""A run that is asked to stop, on any rank and in any way, saves its last step and reports how it ended."""
 
 from __future__ import annotations
 

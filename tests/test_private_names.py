@@ -1,7 +1,7 @@
-"""Names of dependencies that no documentation promises: all that are used, in one table, each held by a contract.
+"""Private names of dependencies: all that are used are in one table, each covered by a contract.
 
-Why: a minor release may change them. What could be said in public names has been; for what is left, the contract
-fails with the name, the file that needs it and the versions in which it was tried, before a run does.
+Why: a minor release may change them. Whatever could use public names does; for the rest, the contract fails before a
+run does, and shows the name, the file that needs it and the versions in which it was tried.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A probe says something of the encoder only if it is the probe it claims to be: attention as PyTorch's, each rate
-of the grid as if alone, settings chosen without the test images, the same on any number of processes."""
+"""A probe says something about the encoder only if it is what it claims to be: attention as in PyTorch, each rate of
+the grid as if alone, settings chosen without the test images, the same on any number of processes.
+"""
 
 from __future__ import annotations
 

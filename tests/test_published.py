@@ -1,4 +1,4 @@
-"""What a run has published is read as it was written or not at all: disks flip bits, copies end early."""
+"""Published files are read as they were written, or not at all. Why: disks flip bits, copies end early."""
 
 from __future__ import annotations
 

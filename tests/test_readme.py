@@ -1,4 +1,4 @@
-"""The README is read in one sitting, and the tree in docs/design.md names every file, and none that is not there."""
+"""The README can be read in one sitting, and the tree in docs/design.md names exactly the files that exist."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The formulas written a second time, by others or plainly, so that no error is on both sides of a test.
+"""Formulas implemented a second time, by others or plainly, so that no error is on both sides of a test.
 
-Why: labels, masks, depths and rotations that training and its tests share would be wrong in both. HIVE is written here
-in plain PyTorch from the paper, sample by sample without padding; the baseline is Hugging Face's own LLaVA.
+Why: if training and its tests share labels, masks, depths and rotations, both can be wrong. HIVE is written here in
+plain PyTorch from the paper, sample by sample without padding; the baseline is Hugging Face's own LLaVA.
 """
 
 from __future__ import annotations

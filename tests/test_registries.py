@@ -1,4 +1,4 @@
-"""What a user registers from outside the package trains, is resumed, planned, checked and exported like our own."""
+"""Classes that a user registers from outside the package train, resume, plan, verify and export like our own."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Figures say what the numbers say, bad requests are answered with what there is, and the report is read in a real
-browser: every plot there, text that can be selected, light, dark, and on a phone."""
+"""Figures show the right numbers, bad requests are answered with the valid choices, and the report works in a real
+browser: every plot present, text selectable, light, dark, and on a phone.
+"""
 
 from __future__ import annotations
 

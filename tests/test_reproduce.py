@@ -1,5 +1,6 @@
-"""The whole path, from an encoder from scratch to the table: Base, SA and HIVE pre-trained, probed, given to an LLM,
-asked; and that a second call repeats nothing."""
+"""The whole path, from an encoder trained from scratch to the table: Base, SA and HIVE pre-trained, probed, fine-tuned
+with an LLM, and asked; a second call repeats nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A wrong environment is told in one line that says what to change, not by a traceback from deep inside.
+"""A wrong environment is reported in one line that says what to change, not by a traceback from deep inside.
 
-Why: a Python or torch outside the range, or a package that is not there, is the first thing a newcomer meets.
+Why: a Python or torch outside the range, or a missing package, is the first problem of a newcomer.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What one engine saved on n ranks another goes on from on m: with the same bits, and to the same losses.
+"""A save by one engine on n ranks resumes in another on m ranks: with the same bits, and to the same losses.
 
-Every pair is tried, but processes are started once per world: sources train and save, then each target loads all
-of them in turn, each time into an engine that holds the state of another. ZeRO-3 replaces
-`torch.nn.functional.linear` for the whole process, so its cells have processes of their own.
+Every pair is tried, but processes are started once per world: sources train and save, then each target loads all of
+them in turn, each time into an engine that holds the state of another. ZeRO-3 replaces `torch.nn.functional.linear`
+for the whole process, so its cases have processes of their own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
-"""A run's directory is the only copy of days of work, and a wrong one is somebody's thesis. So each row of the table
-in docs/runs.md is shown here: what is begun, gone on with, moved aside, removed or refused by name."""
+"""Each row of the table in docs/runs.md is shown here: what is started, resumed, moved aside, removed or refused by
+name.
+
+Why: a run's directory is the only copy of days of work, and a mix-up ends in somebody's thesis.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why: exact, elastic resume rests on the order being a pure function; a repeated or lost sample is silent."""
+"""Why: exact, elastic resume relies on the order being a pure function; a repeated or lost sample gives no error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes from strangers runs no code and exhausts no memory, and a run writes down no secret."""
+"""Input from strangers runs no code and exhausts no memory, and a run writes no secret to any file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why: networks fail halfway; a shard must arrive whole or not at all, and the cache must keep to its size."""
+"""Why: downloads fail halfway; a shard must arrive whole or not at all, and the cache must keep to its size."""
 
 from __future__ import annotations
 

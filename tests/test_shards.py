@@ -1,4 +1,4 @@
-"""Why: a set named wrongly must fail at once with the remedy, and no name may run a command."""
+"""Why: a wrong name of a set must fail at once with the remedy, and no name may run a command."""
 
 from __future__ import annotations
 

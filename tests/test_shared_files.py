@@ -1,6 +1,6 @@
-"""Why: on a cluster the data, the caches and what is exported belong to several people, on file systems of any kind.
+"""Why: on a cluster the data, caches and exports belong to several people, on file systems of any kind.
 
-One must not lock the others out, nor be led by a link to write where he may and others wanted to.
+One user must not lock the others out, nor be led by a link to write to a place that only he may write to.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""The shipped sample is evidence in every debug run: what it holds, how it is split and that anyone can make it
-again must not drift. And sources read archives from outside: bad ones must be refused, not unpacked or decoded.
+"""Why: the shipped sample is the data of every debug run, so its content, its split and its reproducibility must not
+drift. And sources read archives from outside: bad ones must be refused, not unpacked or decoded.
 """
 
 from __future__ import annotations

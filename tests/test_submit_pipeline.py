@@ -1,5 +1,6 @@
-"""The chain without a Slurm: what is submitted, kept or skipped, the scripts as written, and the same run as local
-processes. tests/cluster has the real one."""
+"""The chain without Slurm: what is submitted, kept or skipped, the scripts, and the same run as local processes.
+tests/cluster tests with a real Slurm.
+"""
 
 from __future__ import annotations
 

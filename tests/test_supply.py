@@ -1,6 +1,6 @@
-"""What is given away is known: the wheel is the same bytes from one commit, and each dependency's licence is listed.
+"""What is released is known: one commit gives the same bytes of the wheel, and each dependency's licence is listed.
 
-Why: only then can anyone else build what was published, and compare.
+Why: only then can anyone else rebuild what was published, and compare.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A score is only worth something if it is the one that others report: readers against each official layout,
-metrics against examples worked out by hand."""
+"""Scores equal those that others report: readers are tested against each official layout, metrics against examples
+worked out by hand.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A run does what it says: it trains what each stage names and nothing else, goes on where it stopped,
-does nothing when done, and refuses bad input before any training."""
+"""A run does what it says: it trains what each stage names and nothing else, resumes where it stopped, does nothing
+when done, and refuses bad input before any training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why: pixels must be those of the model's own processor, and hostile or odd bytes must not stop or swamp a run."""
+"""Why: pixels must equal those of the model's own processor, and hostile bytes must not stop or overload a run."""
 
 from __future__ import annotations
 

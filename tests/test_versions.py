@@ -1,7 +1,7 @@
-"""What is exported means the same to transformers 4, which many tools are built on, as to the version that wrote it.
+"""Exports mean the same to transformers 4, on which many tools are built, as to the version that wrote them.
 
-Why: version 4 only warns of names it does not know, and goes on with random weights, another rotary base or no
-tokenizer. The last release of it is installed beside this environment's packages, without its dependencies.
+Why: version 4 only warns about names it does not know, and continues with random weights, another rotary base or no
+tokenizer. Its last release is installed beside this environment's packages, without its dependencies.
 """
 
 from __future__ import annotations

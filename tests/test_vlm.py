@@ -1,5 +1,6 @@
-"""An encoder given to a chat LLM by the command: both stages, the stock directory that comes of them, its answers; and
-that what is wrong is said before training, not between its stages."""
+"""The command that gives an encoder to a chat LLM: both stages, the resulting stock directory, its answers; and
+mistakes are reported before training, not between its stages.
+"""
 
 from __future__ import annotations
 

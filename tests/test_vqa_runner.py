@@ -1,5 +1,6 @@
 """Answers are the same in any batch and on any number of processes, no question is asked twice, none is lost; and a
-score can be had again without the model."""
+score can be computed again without the model.
+"""
 
 from __future__ import annotations
 

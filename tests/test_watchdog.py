@@ -1,4 +1,4 @@
-"""A rank that stands still or vanishes is named, with what it was doing, and the job ends to be tried again."""
+"""A rank that hangs or vanishes is named, with what it was doing, and the job ends so that it can be tried again."""
 
 from __future__ import annotations
 

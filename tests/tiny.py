@@ -1,4 +1,4 @@
-"""Small models and samples that tests share: real modules, a few thousand parameters."""
+"""Small models and samples shared by tests: real modules with a few thousand parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module as a user would write it beside his runs: a fusion, an encoder family and an optimizer of his own."""
+"""A user's extension module: a fusion, an encoder family and an optimizer of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What wandb's own client needs of its server: who asks, what a run has, and lines that are appended to it."""
+"""A server with just what wandb's client needs: who asks, what a run has, and lines appended to it."""
 
 from __future__ import annotations
 
