@@ -41,7 +41,7 @@ Numbers = list[int] | NDArray[np.integer]  # image numbers
 Shape = tuple[int, int, int]
 MADE, BROKEN = 1, 2
 NEIGHBOURS, PAGE = 32, 4096
-STATE = struct.Struct("<qq")  # label and status
+STATE = struct.Struct("<qq")  # layout of label and status
 DIGEST = 16  # bytes of an xxh3-128
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ def decoded(image: ImageFile, decode: Callable[[bytes], Tensor]) -> Tensor:
 class Question:
     """A question to a model. `truth` holds what scoring needs; the model never sees it."""
 
-    id: str  # unique in its task
+    id: str  # unique within its task
     prompt: str
     image: ImageFile | None
     truth: Mapping[str, Any]

@@ -185,7 +185,7 @@ class Zero3:
         self.available.add(name)
         group.waiting.remove(name)
         if len(group.names) == 1:
-            return  # gathered in place
+            return  # a single parameter is gathered in place
         if not group.copied:
             group.copied = True
             self.line.hold(at, "gathered", self._size(group.names))

@@ -1,4 +1,4 @@
-"""What lies between the stages of a chain on Slurm, beside a chain of jobs that do nothing: Slurm's own share.
+"""Time between the stages of a chain on Slurm, beside a chain of jobs that do nothing: Slurm's own share.
 
 Needs a Slurm of two nodes in reach; ``tests/cluster/cluster.sh start DIR`` makes one.
 """

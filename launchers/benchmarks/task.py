@@ -30,7 +30,7 @@ Step = Callable[[Sequence["Batch"]], float]  # one optimizer step; returns the m
 
 @dataclass(frozen=True)
 class Task:
-    """What every contender has to do."""
+    """Work of one case, the same for every contender."""
 
     config: ModelConfig
     stage: StageConfig
