@@ -126,9 +126,7 @@ class _Watch:
         self.others = range(1, size) if rank == 0 else [0]  # ranks whose heartbeats are checked
         self.failure = ""  # the first failure, to be passed to the rank; "": none
         self.node, self.node_of_main = this_node(), ""
-        self.heard = self.resumed = (
-            time.monotonic()
-        )  # when the store last answered; when a suspension last ended
+        self.heard = self.resumed = time.monotonic()  # when the store last answered; when a suspension last ended
         self.counts = dict.fromkeys(self.others, 0)
         self.since = dict.fromkeys(self.others, self.heard)
         self._said: Any = None
