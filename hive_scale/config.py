@@ -74,7 +74,7 @@ class ModelConfig:
     encoder_layers: Depths = "uniform"  # which encoder layers feed the LLM: evenly spaced ones, or the "later" ones
     encoder_layer_ratio: float = 0.25  # share of encoder layers that feed the LLM (paper 3.2); 1: all but the last
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
-    positions: Positions = "grid"  # rotary positions of visual keys in joint_attention
+    positions: Positions = "grid"  # rotary positions of visual keys (joint_attention): row and column, or index
 
     def __post_init__(self) -> None:
         if not 0 < self.encoder_layer_ratio <= 1:
@@ -91,7 +91,7 @@ class DataConfig:
     """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges, globs or URLs; ``sample:train`` is the shipped set.
 
     ``3 x small/*.tar`` reads a set three times per epoch of the mixture, ``0.5 x large/*.tar`` half of it. Credentials
-    in a URL are removed from the config and kept in memory only: see `credentials`.
+    in a URL are removed from the config and kept apart: see `credentials`.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
@@ -109,7 +109,7 @@ class DataConfig:
     # where a conversation has its image: before the first question (user, as LLaVA), or after the start token (start)
     image_position: ImagePosition = "user"
     max_tokens: int = 77  # texts are truncated to this many tokens, start and end included (paper, appendix 7)
-    image_transform: ImageMode = "resize"
+    image_transform: ImageMode = "resize"  # to a square: stretch (SigLIP), crop the middle (CLIP), or pad (LLaVA)
     blank_images: bool = False  # replace all images by blank ones: the control that shows what the images add
     shuffle_window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
     workers: int = 0  # data-loading processes per rank; 0: load in the training process
@@ -139,8 +139,8 @@ class GroupConfig:
     """A group of trainable parameters: `parameters` are globs over their names, `lr` is the peak learning rate."""
 
     parameters: list[str]
-    lr: float
-    weight_decay: float = 0.0
+    lr: float  # peak learning rate
+    weight_decay: float = 0.0  # not applied to vectors (norms, biases, gates)
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
@@ -165,12 +165,12 @@ class StageConfig:
     }
 
     groups: dict[str, GroupConfig]
-    global_batch: int = 256
+    global_batch: int = 256  # samples per optimizer step, over all processes
     micro_batch: int = 32  # most samples per process and forward pass; the rest is gradient accumulation
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the training data; may be a fraction
     max_steps: int = 0  # optimizer steps; overrides epochs if positive
     drop_last: bool = False  # the stage's last batch, if incomplete: true drops it, false fills it from the next epoch
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # gradients are clipped to this L2 norm; .inf: no clipping
     warmup_ratio: float = 0.03  # linear warmup, as a share of the steps
     min_lr: float = 0.1  # learning rate at the end of the cosine, as a share of the peak
     optimizer: str = "adamw"  # name of a registered optimizer: see docs/extending.md
@@ -179,7 +179,7 @@ class StageConfig:
     # true: parameters that the previous stage trained too keep their AdamW moments; false: all moments start at zero
     carry_optimizer_state: bool = False
     decoupled_weight_decay: bool = True  # weight decay does not scale with the peak learning rate (paper, Table 3)
-    seed: int = 0
+    seed: int = 0  # of data order and step randomness; the first stage's also of newly drawn weights
     # keys of `DataConfig` that this stage overrides in the run's `data`
     data: dict[str, Any] | None = field(default=None, metadata={"overrides": DataConfig})
 
@@ -265,11 +265,11 @@ class EngineConfig:
 
     precision: Precision = "fp32"  # of compute; master weights and moments are always fp32
     shard_size: int = 0  # ranks that share one copy of the state; 0: all (FSDP), 1: replicated (DDP), between: HSDP
-    reshard_after_forward: bool = True
-    reshard_after_backward: bool = True
-    sync_each_micro_batch: bool = False
+    reshard_after_forward: bool = True  # false: blocks stay unsharded until the backward (more memory, fewer gathers)
+    reshard_after_backward: bool = True  # false: parameters stay unsharded between micro-batches of a step
+    sync_each_micro_batch: bool = False  # true: reduce-scatter gradients after each micro-batch, not once per step
     cpu_offload: bool = False  # keep master weights and moments in host memory
-    compile: bool = False
+    compile: bool = False  # torch.compile each block; needs a C++ compiler
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     ds_config: str = ""  # DeepSpeed JSON file; if given, ZeRO replaces FSDP2
     ds_config_owned: Owned = "refuse"  # if that JSON contradicts a stage: refuse it, or ignore it and use the stage
@@ -279,7 +279,7 @@ class EngineConfig:
 class KeepConfig:
     """Retention of a stage's step checkpoints. Corrupt ones do not count; the newest intact one is always kept."""
 
-    last: int = 2
+    last: int = 2  # number of newest checkpoints to keep
     every: int = 0  # also keep checkpoints whose step is a multiple of this; 0: none
     best: bool = False  # also keep the one with the lowest held-out loss, of those saved at an evaluation step
 
@@ -323,7 +323,7 @@ class GuardConfig:
 
     spike: float = 20.0  # skip a loss this many robust standard deviations above the median; 0: skip no spikes
     window: int = 128  # number of recent losses that the median and deviation are taken over
-    patience: int = 3  # this many bad steps in a row roll back to the last checkpoint; its next batches are others
+    patience: int = 3  # this many bad steps in a row: roll back to the last checkpoint, and go on with new batches
     rollbacks: int = 2  # this many rollbacks at most; one more ends the run
 
     def __post_init__(self) -> None:
@@ -344,7 +344,7 @@ class Config:
     }
 
     name: str = "run"
-    output: str = "runs/{name}"
+    output: str = "runs/{name}"  # run directory; {name} stands for the run's name
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
@@ -358,7 +358,7 @@ class Config:
     max_failed_saves: int = 3  # this many failed checkpoint writes in a row stop the run
     # expected failures of the whole job per day (86400 / MTBF): sets the checkpoint interval (Daly 2006)
     expected_failures_per_day: float = 2.0
-    grace_seconds: float = 30.0  # seconds between a stop request and the kill (30 is Slurm's default KillWait)
+    grace_seconds: float = 30.0  # seconds from a stop request to the kill; 30 is Slurm's and many launchers' default
     # seconds without progress after which the job ends, to be restarted; outside of steps at least 60; 0: never
     watchdog_seconds: float = 480.0
     guard: GuardConfig = field(default_factory=GuardConfig)

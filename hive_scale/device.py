@@ -62,8 +62,8 @@ def this_device(local_rank: int = 0, processes: int = 1) -> torch.device:
 def visible() -> list[tuple[str, str]]:
     """(unique id, card id) of each device that this process sees, by index.
 
-    The unique id is the device's UUID if torch has one. The card id is its PCI address, by which NCCL tells ranks
-    apart, or "" on ROCm, where nothing uses it.
+    The unique id is the MIG instance's or the device's UUID, if there is one. The card id is its PCI address, by which
+    NCCL tells ranks apart, or "" on ROCm, where nothing uses it.
     """
     found = []
     for index in range(torch.accelerator.device_count()):

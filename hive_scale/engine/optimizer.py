@@ -31,7 +31,7 @@ class OptimizerKind(ABC):
         """Make the optimizer over torch parameter groups, each with ``lr`` and ``weight_decay``."""
 
     def first_state(self, tensor: Tensor, steps: int) -> dict[str, Tensor]:
-        """The state of `tensor` before the optimizer's next step, zero moments, after `steps` steps."""
+        """Initial optimizer state of `tensor`: zero moments, and `steps` steps counted if the optimizer counts."""
         return {state: torch.zeros_like(tensor, requires_grad=False) for state in self.states}
 
 
