@@ -1,21 +1,21 @@
-"""`python -m hive_scale COMMAND`, which is also what every file in launchers/ calls."""
+"""Entry point of `python -m hive_scale COMMAND`, which the files in launchers/ call, too."""
 
 from __future__ import annotations
 
 import sys
 
-OLDEST, NEWEST = (3, 11), (3, 13)  # requires-python of pyproject.toml
+OLDEST, NEWEST = (3, 11), (3, 13)  # as requires-python in pyproject.toml
 INSTALL = "pip install -r requirements.lock (make install) gives versions that were tried together"
 
 
 def main() -> int:
-    """Run the command that the first word names, on the words behind it.
+    """Run the command named by the first word, with the remaining words as its arguments.
 
     Returns:
-        The command's exit code; 2 for an unknown command, or where this environment cannot run it.
+        The command's exit code; 2 for an unknown command, or if this environment cannot run it.
     """
     words = sys.argv[1:]
-    # the deepspeed launcher puts its own option before the command: --local_rank=0 pretrain ...
+    # the deepspeed launcher inserts its own option before the command: --local_rank=0 pretrain ...
     own = [word for word in words[:1] if word.startswith("--local_rank")]
     words = words[len(own) :]
     if not words or words[0] in ("-h", "--help"):
@@ -25,7 +25,7 @@ def main() -> int:
 
 
 def run(command: str, words: list[str] | None = None, program: str | None = None) -> int:
-    """Check the environment, then run `command` on `words` (default: those of this process)."""
+    """Check the environment, then run `command` with `words` (default: sys.argv). Returns the exit code."""
     if code := check_python():
         return code
     from hive_scale.commands import COMMANDS
@@ -48,12 +48,12 @@ def run(command: str, words: list[str] | None = None, program: str | None = None
 
 
 def check_environment() -> int:
-    """0 where this environment can run the package; otherwise 2, and a line that says what to change."""
+    """Return 0 if this environment can run the package; else print what to change, and return 2."""
     return check_python() or check_packages()
 
 
 def check_python() -> int:
-    """As `check_environment`, of the interpreter alone."""
+    """Check the Python version, as `check_environment` does."""
     if OLDEST <= sys.version_info[:2] <= NEWEST:
         return 0
     version = ".".join(map(str, sys.version_info[:2]))
@@ -61,7 +61,7 @@ def check_python() -> int:
 
 
 def check_packages() -> int:
-    """As `check_environment`, of what is installed."""
+    """Check the installed packages, as `check_environment` does."""
     try:
         from hive_scale.requirements import problem
 

@@ -1,4 +1,4 @@
-"""A small text file that is whole or as it was before: a full disk, or a kill, leaves no half of one."""
+"""Write a small text file by atomic rename: after a full disk or a kill it is complete or as before, never half."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put `text` into `path`, down to the disk, for one process at a time; never through a link that lies there.
+    """Write `text` to `path` by atomic rename, synced to disk; a link at `path` is replaced, not followed.
 
-    Raises OSError, and then changes nothing.
+    Only one process at a time may write `path`. Raises OSError, and then leaves `path` unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unnamed = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""The nouns that travel from the data room to the model."""
+"""Samples and batches: the data that pass from the data pipeline to the model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLANK = 127  # the grey of an image that tells nothing
+BLANK = 127  # grey value of a blank image
 
 
 @dataclass(frozen=True)
 class Sample:
     """One image with its text.
 
-    `pixels` is uint8 (3, H, W), or floating (S, V, C) where a frozen encoder has seen the image already (S depths, V
-    visual tokens of width C), or None for text alone. `tokens` begin with the start token; token *i* is a
-    target, that is, predicted from those before it, where ``is_target[i]``. The first token never is one.
+    `pixels` is uint8 (3, H, W); or floating point features (S, V, C) of a frozen encoder (S depths, V visual tokens
+    of width C); or None for text alone. `tokens` begin with the start token. Token *i* is a target, predicted from
+    the tokens before it, where ``is_target[i]``; the first token never is.
     """
 
     key: str
@@ -34,8 +34,8 @@ class Sample:
 class Batch:
     """Samples padded on the right to one length T. Pixels stay uint8 until the device normalises them.
 
-    Only N of the B*T positions predict a token that counts: `target_rows` holds their indices into the
-    flattened (B*T) positions, `target_ids` the token each must predict. Text alone has blank pixels and
+    Only N of the B*T positions predict a target token: `target_rows` holds their indices into the flattened (B*T)
+    positions, `target_ids` the token that each must predict. A sample without image has blank pixels and
     ``has_image`` False, so that every rank runs the same modules.
     """
 
@@ -45,19 +45,19 @@ class Batch:
     tokens: Tensor  # int64 (B, T)
     target_rows: Tensor  # int64 (N,)
     target_ids: Tensor  # int64 (N,)
-    all_images: bool  # has_image.all(), known without asking the device
+    all_images: bool  # has_image.all(), computed on the host to avoid a device synchronisation
     image_slots: Tensor | None = None  # int64 (B,), number of tokens before each image; None: 1
 
     @property
     def num_tokens(self) -> int:
-        """Target tokens of all its texts."""
+        """Number of target tokens in the batch."""
         return self.target_ids.numel()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def inputs(self) -> dict[str, Tensor | None]:
-        """What the model's forward takes."""
+        """Keyword arguments of the model's forward."""
         return {
             "pixels": self.pixels,
             "tokens": self.tokens,
@@ -68,11 +68,11 @@ class Batch:
         }
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; copies from pinned memory do not wait."""
+        """The same batch on `device`; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The same batch in pinned memory, which `DataLoader` asks for by this name."""
+        """The same batch in pinned memory. `DataLoader` calls this method by its name."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -81,9 +81,10 @@ class Batch:
 
 
 def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Tensor | None = None) -> Batch:
-    """Pad `samples` to their longest; causal attention makes the pad token's value irrelevant.
+    """Pad `samples` to the longest, and stack them. Causal attention makes the pad token's value irrelevant.
 
-    `pixels`, as `Batch` has them, is where their images go, or where they lie already.
+    `pixels`, shaped as in `Batch`, is the buffer for the images. It may be the one that the samples' pixels are views
+    of; None allocates one.
     """
     lengths = np.array([len(sample.tokens) for sample in samples])
     is_text = np.arange(lengths.max()) < lengths[:, None]
@@ -93,7 +94,7 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
     targets = np.flatnonzero(is_target)
     if pixels is None:
         shape = len(samples), 3, image_size, image_size
-        # decoded images are channels-last: the same layout makes the copy below a plain one
+        # decoded images are channels-last: with the same layout the copy below needs no transposition
         pixels = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
     for sample, place in zip(samples, pixels, strict=True):
         if sample.pixels is None:
@@ -107,7 +108,7 @@ def collate(samples: Sequence[Sample], pad_id: int, image_size: int, pixels: Ten
         pixels=pixels,
         has_image=has_image,
         tokens=torch.from_numpy(tokens),
-        target_rows=torch.from_numpy(targets - 1),  # each is predicted at the position before it
+        target_rows=torch.from_numpy(targets - 1),  # a target is predicted at the position before it
         target_ids=torch.from_numpy(tokens.flatten()[targets]),
         all_images=all(sample.pixels is not None for sample in samples),
         image_slots=torch.tensor(slots) if set(slots) != {1} else None,

@@ -1,7 +1,7 @@
-"""The chat template of a tokenizer: what training, generation and every export make of a conversation.
+"""The chat template of a tokenizer, as used by training, generation and every export.
 
-Training finds answers and their ends in what the tokenizer's own template renders; an exported model is asked by
-others, with their messages. `exported` therefore wraps that template, so that the same text comes out.
+Training locates answers and their ends in the output of the tokenizer's own template. An exported model gets other
+programs' messages, so `exported` wraps the template such that it renders the text that training saw.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from tokenizers import AddedToken
 
 from hive_scale.config import ImagePosition
 
-IMAGE = "<image>"  # where a text has its image, in LLaVA's records and in every prompt
+IMAGE = "<image>"  # placeholder for the image in a text, in LLaVA's records and in every prompt
 Messages = Sequence[Mapping[str, str]]  # {"role": "system", "user" or "assistant", "content": text}
 
-# for tokenizers that come without a chat template: base models, bytes
+# used for tokenizers without a chat template: base models, bytes
 CHAT_TEMPLATE = (
     "{{ bos_token | default(eos_token) }}{% for message in messages %}"
     "{% if message.role == 'assistant' %}ASSISTANT: {{ message.content }}{{ eos_token }}"
     "{% else %}{{ 'USER: ' if message.role == 'user' }}{{ message.content }}\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-# what templates ask for besides the turns: no hidden thoughts, and no date of today, which would change the prompt
+# variables that templates ask for: no hidden reasoning, and no current date, which would change the prompt
 DAY = datetime(2024, 7, 26)
 VARIABLES = {"enable_thinking": False, "date_string": DAY.strftime("%d %b %Y")}
-ANSWER = "\ue000{}\ue001"  # stands for an answer while a template is rendered; private use, so no text holds it
+ANSWER = "\ue000{}\ue001"  # marks an answer during rendering; private-use characters, which no text holds
 
-# Around the tokenizer's template: content parts become text, the image stands where training had it, and what is asked
-# ends where an answer began. SETTINGS, TEMPLATE and the like are filled in.
+# Wrapper around the tokenizer's template: it turns content parts into text, puts the image where training had it, and
+# ends a generation prompt where an answer began. `exported` fills in SETTINGS, TEMPLATE and the other capital words.
 WRAPPER = """\
 {#- Written by hive_scale around the tokenizer's own chat template: the text is the one that was trained on. -#}
 SETTINGS
@@ -81,39 +81,39 @@ AT_START_END = """\
 
 
 def without_image(text: str, token: str = IMAGE) -> str:
-    """`text` without `token`, which would be an image of its own; also where leaving one out spells another."""
+    """Remove `token` from `text`, where it would stand for an image, until removing spells no new one."""
     while token in text:
         text = text.replace(token, "")
     return text
 
 
 def with_image_token(tokenizer: Any) -> Any:
-    """A copy of a Hugging Face tokenizer that has IMAGE as a special token."""
+    """Copy a Hugging Face tokenizer, and add IMAGE to the copy as a special token."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     return tokenizer
 
 
 class ChatTemplate:
-    """`tokenizer` is a Hugging Face tokenizer, with a chat template or without."""
+    """The chat template of a Hugging Face tokenizer, or `CHAT_TEMPLATE` if it has none."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         own = tokenizer.chat_template
-        if isinstance(own, dict):  # several by name
+        if isinstance(own, dict):  # a tokenizer may have several templates, by name
             own = own.get("default")
         self.source: str = _without_today(own or CHAT_TEMPLATE)
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         names = {*tokenizer.all_special_tokens, *(token.content for token in added)} - {IMAGE}
-        self.specials = sorted(names, key=len, reverse=True)  # longest first
+        self.specials = sorted(names, key=len, reverse=True)  # longest first, so that a regex prefers the longest
         self.special = _any_of(self.specials)
         self._normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
-        # some are sought in the text's normal form, in a normal form of their own
+        # a tokenizer may match special tokens after normalising both text and token
         normal = {self._normal(token.content) for token in added if token.normalized}
         self._normal_special = _any_of([*self.specials, *(normal - {""})])
 
     def special_in(self, text: str) -> str:
-        """The first special token that `text` spells, or that the tokenizer's normal form of it does, or nothing."""
+        """The first special token that occurs in `text` or in its normalised form; "" if none does."""
         found = self.special.search(text) or self._normal_special.search(self._normal(text))
         return found[0] if found else ""
 
@@ -121,7 +121,7 @@ class ChatTemplate:
         return self._normalizer.normalize_str(text) if self._normalizer else text
 
     def render(self, turns: Messages) -> str:
-        """The text of a conversation; a template that knows no system role gets its text before the first question.
+        """Render a conversation as text. For a template without system role, the first question gets its text.
 
         Raises ValueError if the template refuses the conversation.
         """
@@ -131,10 +131,10 @@ class ChatTemplate:
         return text
 
     def around_answers(self, turns: Messages) -> list[str]:
-        """What stands before, between and behind the answers of `turns`, one text more than there are answers.
+        """The texts before, between and after the answers of `turns`: one more than there are answers.
 
-        Found by rendering with marks in the answers' place: some templates drop, trim or add to earlier turns, so
-        that the text of fewer turns need not begin the text of more.
+        Marks are rendered in place of the answers. Rendering growing prefixes would not do: some templates drop, trim
+        or add to earlier turns. Raises ValueError if the template does not show each answer once.
         """
         count = sum(turn["role"] == "assistant" for turn in turns)
         left = iter([ANSWER.format(i) for i in range(count)])
@@ -145,9 +145,9 @@ class ChatTemplate:
         return between
 
     def end_of_turn(self, text: str) -> int:
-        """Where the special token ends that `text`, what stands behind an answer, begins with.
+        """Index after the special token that starts `text`, which is what follows an answer.
 
-        Raises ValueError if there is none: who has learned from such turns never stops.
+        Raises ValueError if there is none: a model trained on such turns would never stop.
         """
         blank = len(text) - len(text.lstrip())
         found = self.special.match(text, blank)
@@ -157,36 +157,36 @@ class ChatTemplate:
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """Tokens that end an answer: the one behind answers in the template first, then the end of text."""
+        """Ids of tokens that end an answer: those of the template, then the end-of-text token."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2
-        try:  # some templates end the last answer otherwise than those before it
+        try:  # some templates end the last answer with another token than earlier ones
             behind = self.around_answers(turns)[:0:-1]
             tokens = [text[: self.end_of_turn(text)].strip() for text in behind]
-        except ValueError:  # conversations are refused where they are read
+        except ValueError:  # the template cannot render conversations; that is reported where they are read
             tokens = []
         ids: list[int] = [self._tokenizer.convert_tokens_to_ids(token) for token in tokens]
         return list(dict.fromkeys([*ids, self._tokenizer.eos_token_id]))
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether a system turn's text comes out of the template."""
+        """True if the template renders the text of a system turn."""
         system = {"role": "system", "content": ANSWER.format(0)}
         text = self._render([system, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}])
         return text is not None and system["content"] in text
 
     def exported(self, position: ImagePosition) -> str:
-        """A template for others' messages, of text or of content parts, that renders what training saw.
+        """A template that renders other programs' messages (text or content parts) to the text that training saw.
 
-        Raises ValueError if an image at the "start" has no start token before it.
+        Raises ValueError for `position` "start" if the template renders no start token for the image to follow.
         """
         settings: dict[str, Any] = dict(VARIABLES)
-        for name in ("bos_token", "eos_token"):  # the exported tokenizer's may be others
+        for name in ("bos_token", "eos_token"):  # pinned, since the exported tokenizer may define others
             if value := getattr(self._tokenizer, name):
                 settings[name] = str(value)
         start = self.special.match(self.render([{"role": "user", "content": "?"}]))
         if position == "start" and not start:
             raise ValueError("the chat template begins without a special token: set data.image_position=user")
-        source = self.source.removesuffix("\n")  # jinja drops one at a template's end
+        source = self.source.removesuffix("\n")  # Jinja drops one line break at a template's end
         filled = {
             "SETTINGS": "".join(f"{{%- set {name} = {_literal(value)} %}}" for name, value in settings.items()),
             "AT_USER": _literal(position == "user"),
@@ -213,24 +213,24 @@ def _any_of(words: Sequence[str]) -> re.Pattern[str]:
 
 
 def _without_today(source: str) -> str:
-    """`source` with a date of its own for each that it asks today's clock for."""
+    """Replace the current date in a template by a fixed one, by defining `strftime_now` for each format it uses."""
     formats = dict.fromkeys(found[2] for found in re.finditer(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", source))
     if not formats:
         return source
     dates = ", ".join(f"{_literal(one)}: {_literal(DAY.strftime(one))}" for one in formats)
-    # the line break behind it is Jinja's to drop, so that the template begins a line as before
+    # Jinja drops the line break after this macro, so the template still starts at the beginning of a line
     return f"{{%- macro strftime_now(format) %}}{{{{ {{{dates}}}[format] }}}}{{%- endmacro %}}\n{source}"
 
 
 def _merged(turns: Messages) -> Messages:
-    """`turns` with the text of leading system turns at the head of the first question."""
+    """Move the text of leading system turns to the start of the first question."""
     system = [turn["content"] for turn in turns if turn["role"] == "system"]
     first, *rest = turns[len(system) :]
     return [{**first, "content": "\n\n".join([*system, first["content"]])}, *rest]
 
 
 def _literal(value: str | bool) -> str:
-    """As Jinja writes it."""
+    """`value` as a Jinja literal."""
     if isinstance(value, bool):
         return str(value).lower()
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

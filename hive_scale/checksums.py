@@ -1,7 +1,7 @@
-"""Checksums of what is published: one file per directory, which `sha256sum -c hive_scale.sha256` checks, too.
+"""Checksums of published files: one list per directory, in the format of `sha256sum -c hive_scale.sha256`.
 
-A directory with such a file is ours, and is checked by whoever reads it. One without is others', or was written by
-an older version: it is read as it is.
+A directory with such a list was written by this package, and is verified when it is read. A directory without one
+comes from elsewhere or from an older version, and is read unverified.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from typing import NamedTuple
 from hive_scale.atomic import write_text
 
 SUMS = "hive_scale.sha256"
-SEALED = ".safetensors"  # the suffix of files that are large, and may carry a checksum of their own
+SEALED = ".safetensors"  # suffix of large files, which may hold a checksum of their own
 REMEDY = f"get it again from where it came, or, if you changed it yourself, remove {SUMS}"
 _HEADER = "# hive_scale 1, {count} files. Check them with: sha256sum -c " + SUMS
 _ENTRY = re.compile(r"# (?P<size>\d+) bytes\n(?P<digest>[0-9a-f]{64})  (?P<name>[^\n]+)\n")
-_seen: dict[tuple[Path, bool], list[tuple[int, ...]]] = {}  # directories that were sound, and the stat of their files
+_seen: dict[tuple[Path, bool], list[tuple[int, ...]]] = {}  # verified directories, with the stat of their files
 
 
 class CorruptFile(ValueError):
-    """What is on disk is not what was written; the message says what and where."""
+    """A file on disk is not what was written; the message says which and how."""
 
 
 class Entry(NamedTuple):
-    """What is noted of a file that was published."""
+    """Size and digest recorded for a published file."""
 
     size: int  # bytes
     digest: str  # SHA-256, in hex
 
 
 def write_sums(directory: Path) -> None:
-    """List every file below `directory` in its `SUMS`. Call it before the directory gets its name. Raises OSError."""
+    """List every file below `directory` in its `SUMS`. Call it before the directory is published. Raises OSError."""
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != SUMS)
     _write(directory, {path.relative_to(directory).as_posix(): _entry_of(path) for path in files})
 
 
 @contextmanager
 def listing(path: Path) -> Iterator[None]:
-    """Within, write `path` anew, complete or absent. It is listed in its directory's `SUMS` afterwards.
+    """Context in which `path` is rewritten by atomic rename; afterwards it is listed in its directory's `SUMS`.
 
-    A process that dies within leaves it without a checksum, not with a wrong one. Raises CorruptFile, OSError.
+    If the process dies inside, the file has no checksum rather than a wrong one. Raises CorruptFile, OSError.
     """
     directory = path.parent
     before = dict(read_sums(directory)) if is_listed(directory) else {}
@@ -57,12 +57,12 @@ def listing(path: Path) -> Iterator[None]:
 
 
 def is_listed(directory: Path) -> bool:
-    """Whether `directory` bears checksums of ours."""
+    """True if `directory` has a list of checksums."""
     return (directory / SUMS).is_file()
 
 
 def read_sums(directory: Path) -> Mapping[str, Entry]:
-    """{name: entry} of a directory that is listed. Raises CorruptFile."""
+    """The entries of a directory's list, by file name. Raises CorruptFile if the list itself is not intact."""
     try:
         header, _, rest = (directory / SUMS).read_text(encoding="utf-8").partition("\n")
     except (OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def read_sums(directory: Path) -> Mapping[str, Entry]:
 
 
 def faults(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[str]:
-    """What is missing of a listed directory or is not as it was written; of all files those `wanted` are read."""
+    """Faults of a listed directory: files missing or changed. Only files for which `wanted` are read and hashed."""
     try:
         listed = read_sums(directory)
     except CorruptFile as error:
@@ -85,7 +85,7 @@ def faults(directory: Path, wanted: Callable[[str], bool] = lambda name: True) -
 
 
 def unexpected(directory: Path) -> list[str]:
-    """Files beside those that are listed. What lies in folders without a listed file is others', and not looked at."""
+    """Files beside the listed ones. Folders without a listed file are not looked at: they belong to others."""
     listed = read_sums(directory)
     folders = {directory, *((directory / name).parent for name in listed)}
     there = {
@@ -95,10 +95,10 @@ def unexpected(directory: Path) -> list[str]:
 
 
 def check(directory: Path, weights: bool = True, remedy: str = REMEDY) -> None:
-    """See that a directory that is about to be read is what was written, if it bears checksums.
+    """Verify a directory before it is read, if it has checksums. Raises CorruptFile, with the `remedy`.
 
-    Without `weights` their files, which are large, need only be there. Within a process each directory is read once,
-    unless a file of it changes. Raises CorruptFile.
+    Without `weights`, the large weight files are checked for presence and size only. Each directory is hashed once
+    per process, unless one of its files changes.
     """
     if not is_listed(directory):
         return
@@ -111,18 +111,18 @@ def check(directory: Path, weights: bool = True, remedy: str = REMEDY) -> None:
 
 
 def check_file(path: Path, remedy: str = REMEDY) -> None:
-    """As `check`, of one file alone."""
+    """Verify one file as `check` does a directory. Raises CorruptFile."""
     if fault := _fault_of(path):
         raise CorruptFile(f"{path.parent}: {fault}: {remedy}")
 
 
 def is_changed(path: Path) -> bool:
-    """Whether a file that is listed is not what was written. Raises CorruptFile if the list itself is."""
+    """True if a listed file is not what was written. Raises CorruptFile if the list itself is corrupt."""
     return bool(_fault_of(path))
 
 
 def _fault_of(path: Path) -> str:
-    """What is wrong with one file, if it is listed."""
+    """The fault of one listed file; "" if it is intact or not listed."""
     entry = read_sums(path.parent).get(path.name) if is_listed(path.parent) else None
     return _fault(path.parent, path.name, entry, True) if entry else ""
 
@@ -150,7 +150,7 @@ def _entry_of(path: Path) -> Entry:
 
 
 def _stats(directory: Path) -> list[tuple[int, ...]]:
-    """Of the listed files, by which a change is seen; nothing where the list, or one of them, cannot be read."""
+    """Stat values of the list and its files, to detect changes; empty if one of them cannot be read."""
     try:
         found = [(directory / name).stat() for name in (SUMS, *read_sums(directory))]
     except (OSError, CorruptFile):

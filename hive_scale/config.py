@@ -1,7 +1,7 @@
-"""What a run is, as frozen data: read it top to bottom and you know every switch.
+"""The configuration of a run as frozen dataclasses: every option with its default and its meaning.
 
-A preset (see ``presets``) builds a `Config`; a YAML file and ``key=value`` words override it. The resolved
-config is written beside the run and reloads to the same run. This module imports no torch.
+A preset (see ``presets``) builds a `Config`; a YAML file and ``key=value`` words override it. Each run saves its
+resolved config in its directory, and loading that file gives the same run. This module imports no torch.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ Wandb = Literal["online", "offline", "off"]
 
 @dataclass(frozen=True)
 class PartConfig:
-    """One half of the model: pretrained weights at `path`, or `config` built from scratch.
+    """One pretrained component of the model (encoder or LLM): weights at `path`, or `config` built from scratch.
 
-    `path` is a local Hugging Face directory, a hub name, another run's directory (its last stage that is done) or
-    one stage of it, or a safetensors file or index; `config` is what ``config.json`` would say (``model_type``
-    included), which weights alone do not. Given both, the weights come from `path`, and `config` may shape what is
-    built of them but not compute otherwise than they were trained for: `model.build` refuses it by name. A config of
-    another `model_type`, or an empty one, takes the place of one that stood there before.
+    `path` is a local Hugging Face directory, a hub name, the directory of another run (its last finished stage is
+    used) or of one of its stages, or a safetensors file or index. `config` has the keys of ``config.json``, including
+    ``model_type``; weights in a bare safetensors file need it. If both are given, the weights come from `path`, and
+    `config` may change how the model is built but not what it computes: `model.build` refuses such keys by name. A
+    `config` with another `model_type`, or an empty one, replaces the `config` of an earlier layer; any other is merged
+    into it.
     """
 
     path: str = ""
@@ -50,15 +51,15 @@ class PartConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`path` is a Hugging Face directory, a hub name, or "bytes": UTF-8 bytes, no file needed."""
+    """The tokenizer: `path` is a Hugging Face directory, a hub name, or "bytes" (UTF-8 bytes, needs no file)."""
 
     path: str = "bytes"
-    pad_token: str = ""  # for tokenizers that come without one (Llama, MobileLLM)
+    pad_token: str = ""  # padding token, for tokenizers that define none (Llama, MobileLLM)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which parts are joined, and how."""
+    """The vision encoder, the LLM, and how they are fused."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "connector": "connector_weights",
@@ -68,12 +69,12 @@ class ModelConfig:
 
     vision: PartConfig = field(default_factory=PartConfig)
     language: PartConfig = field(default_factory=PartConfig)
-    connector_weights: str = ""  # projectors and fusion layers from this run, stage or safetensors; else drawn anew
-    fusion: str = "cross_attention"  # one of those that there are: see docs/extending.md
-    encoder_layers: Depths = "uniform"  # which encoder depths feed the LLM
-    encoder_layer_ratio: float = 0.25  # share of the encoder's depths that do (paper 3.2); 1: all below the last block
+    connector_weights: str = ""  # run, stage or safetensors to load projectors and fusion from; "": random init
+    fusion: str = "cross_attention"  # name of a registered fusion: see docs/extending.md
+    encoder_layers: Depths = "uniform"  # which encoder layers feed the LLM: evenly spaced ones, or the "later" ones
+    encoder_layer_ratio: float = 0.25  # share of encoder layers that feed the LLM (paper 3.2); 1: all but the last
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
-    positions: Positions = "grid"  # rotary positions of visual keys in joint_attention
+    positions: Positions = "grid"  # rotary positions of visual keys (joint_attention): row and column, or index
 
     def __post_init__(self) -> None:
         if not 0 < self.encoder_layer_ratio <= 1:
@@ -82,15 +83,15 @@ class ModelConfig:
             )
 
 
-SHARDS = ("train", "heldout")  # keys of the patterns of shards
+SHARDS = ("train", "heldout")  # keys of DataConfig that hold shard patterns
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges, globs or URLs; ``sample:train`` is the shipped set.
 
-    ``3 x small/*.tar`` reads a set three times in each epoch of the whole, ``0.5 x large/*.tar`` half of it. What is
-    secret of a URL is taken out of it and kept apart: see `credentials`.
+    ``3 x small/*.tar`` reads a set three times per epoch of the mixture, ``0.5 x large/*.tar`` half of it. Credentials
+    in a URL are removed from the config and kept apart: see `credentials`.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
@@ -104,19 +105,19 @@ class DataConfig:
     train: list[str] = field(default_factory=lambda: ["sample:train"])
     heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    format: TextMode = "caption"  # or the record's conversation in the LLM's chat template, its answers as targets
-    # of a conversation: at the head of the first question, as LLaVA and its users ask, or behind the start token
+    format: TextMode = "caption"  # caption, or conversation: the LLM's chat template, with the answers as targets
+    # where a conversation has its image: before the first question (user, as LLaVA), or after the start token (start)
     image_position: ImagePosition = "user"
-    max_tokens: int = 77  # texts are cut here, start and end included (paper, appendix 7)
-    image_transform: ImageMode = "resize"
-    blank_images: bool = False  # feed blank images: the control that shows what the images add
+    max_tokens: int = 77  # texts are truncated to this many tokens, start and end included (paper, appendix 7)
+    image_transform: ImageMode = "resize"  # to a square: stretch (SigLIP), crop the middle (CLIP), or pad (LLaVA)
+    blank_images: bool = False  # replace all images by blank ones: the control that shows what the images add
     shuffle_window: int = 16384  # samples shuffled together: larger mixes more, smaller reads fewer shards at once
-    workers: int = 0  # processes that load data; 0: the training process does
-    decode_threads: int = 1  # that decode, in each of them
-    cache_gb: float = 100.0  # disk for shards fetched from URLs, under $XDG_CACHE_HOME or ~/.cache
-    retry_seconds: float = 300.0  # in which nothing of such a shard has come: then the run ends, to be tried again
-    max_bad_samples: int = 1000  # broken samples are skipped and named; more than this many stop the run
-    max_pixels: int = 50_000_000  # larger images are refused before they are decoded
+    workers: int = 0  # data-loading processes per rank; 0: load in the training process
+    decode_threads: int = 1  # image-decoding threads in each data worker
+    cache_gb: float = 100.0  # disk space in GB for shards fetched from URLs, in $XDG_CACHE_HOME or ~/.cache
+    retry_seconds: float = 300.0  # a shard's download may stall this many seconds; then the run stops, to be restarted
+    max_bad_samples: int = 1000  # broken samples are skipped and logged; more than this many stop the run
+    max_pixels: int = 50_000_000  # images with more pixels are refused before decoding
 
     def __post_init__(self) -> None:
         if self.max_tokens < 3:
@@ -129,17 +130,17 @@ class DataConfig:
             raise ValueError(
                 f"data.shuffle_window={self.shuffle_window} must be at least 1; 1 keeps the order inside shards"
             )
-        for name in SHARDS:  # however a config is made, no credential is in it
+        for name in SHARDS:  # strip credentials here, so that no way of making a config lets one in
             object.__setattr__(self, name, [credentials.take(pattern) for pattern in getattr(self, name)])
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Parameters that train together. `parameters` are globs over names; `lr` is the peak."""
+    """A group of trainable parameters: `parameters` are globs over their names, `lr` is the peak learning rate."""
 
     parameters: list[str]
-    lr: float
-    weight_decay: float = 0.0
+    lr: float  # peak learning rate
+    weight_decay: float = 0.0  # not applied to vectors (norms, biases, gates)
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay"):
@@ -150,9 +151,10 @@ class GroupConfig:
 
 @dataclass(frozen=True)
 class StageConfig:
-    """One stage of training. Whatever no group names is frozen.
+    """One stage of training. Parameters that no group names are frozen.
 
-    `global_batch` is science and `micro_batch` is hardware: accumulation is arithmetic.
+    `global_batch` sets what is learned and `micro_batch` only what fits the device: gradient accumulation follows
+    from the two and the number of processes.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
@@ -163,27 +165,26 @@ class StageConfig:
     }
 
     groups: dict[str, GroupConfig]
-    global_batch: int = 256
-    micro_batch: int = 32  # per process, at most
-    epochs: float = 1.0
-    max_steps: int = 0  # overrides epochs when positive
-    drop_last: bool = False  # a fraction of a batch at the very end: leave out, or fill from the next epoch
-    max_grad_norm: float = 1.0
-    warmup_ratio: float = 0.03  # share of the steps
-    min_lr: float = 0.1  # where the cosine ends, as a share of the peak
-    optimizer: str = "adamw"  # one of those that there are: see docs/extending.md
+    global_batch: int = 256  # samples per optimizer step, over all processes
+    micro_batch: int = 32  # most samples per process and forward pass; the rest is gradient accumulation
+    epochs: float = 1.0  # passes over the training data; may be a fraction
+    max_steps: int = 0  # optimizer steps; overrides epochs if positive
+    drop_last: bool = False  # the stage's last batch, if incomplete: true drops it, false fills it from the next epoch
+    max_grad_norm: float = 1.0  # gradients are clipped to this L2 norm; .inf: no clipping
+    warmup_ratio: float = 0.03  # linear warmup, as a share of the steps
+    min_lr: float = 0.1  # learning rate at the end of the cosine, as a share of the peak
+    optimizer: str = "adamw"  # name of a registered optimizer: see docs/extending.md
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    carry_optimizer_state: bool = (
-        False  # of AdamW, for parameters that the stage before trained too; else all start fresh
-    )
-    decoupled_weight_decay: bool = True  # decay independent of the peak learning rate (paper, Table 3)
-    seed: int = 0
-    # keys of `DataConfig` in which the stage differs from the run's `data`
+    # true: parameters that the previous stage trained too keep their AdamW moments; false: all moments start at zero
+    carry_optimizer_state: bool = False
+    decoupled_weight_decay: bool = True  # weight decay does not scale with the peak learning rate (paper, Table 3)
+    seed: int = 0  # of data order and step randomness; the first stage's also of newly drawn weights
+    # keys of `DataConfig` that this stage overrides in the run's `data`
     data: dict[str, Any] | None = field(default=None, metadata={"overrides": DataConfig})
 
     def __post_init__(self) -> None:
-        if isinstance(self.data, DataConfig):  # given in Python: all of its keys
+        if isinstance(self.data, DataConfig):  # given in Python: it overrides every key
             object.__setattr__(self, "data", asdict(self.data))
         if self.data:
             object.__setattr__(self, "data", _without_credentials(self.data))
@@ -205,7 +206,10 @@ class StageConfig:
                 raise ValueError(f"{name}={getattr(self, name):g} is a share: set it from 0 to 1")
 
     def num_steps(self, num_samples: int) -> int:
-        """Optimizer steps of this stage on a set of `num_samples`; the data stream runs on over epochs."""
+        """Optimizer steps of this stage on a set of `num_samples`; batches run across the ends of epochs.
+
+        Raises ValueError if there are none, because the data do not fill one global batch.
+        """
         if self.max_steps > 0:
             return self.max_steps
         exact = self.epochs * num_samples / self.global_batch
@@ -218,7 +222,10 @@ class StageConfig:
         return steps
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches per process and step: the fewest of at most `micro_batch` that cut a batch evenly."""
+        """Micro-batches per process and optimizer step: the fewest equal ones of at most `micro_batch` samples.
+
+        Raises ValueError if `global_batch` cannot be divided so.
+        """
         per_rank, rest = divmod(self.global_batch, world_size)
         if rest:
             raise ValueError(
@@ -236,7 +243,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class CheckpointingConfig:
-    """Activation checkpointing by component: recompute nothing, all, or all but attention and matmuls."""
+    """Activation checkpointing by component: none, full (recompute all), selective (all but attention and matmuls)."""
 
     vision: Checkpointing = "none"
     language: Checkpointing = "none"
@@ -245,36 +252,36 @@ class CheckpointingConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a step is carried out; none of it changes what is learned.
+    """How a step is executed: precision, sharding and memory. None of it changes what is learned.
 
-    Two switches are for steps of several micro-batches on FSDP2, and do nothing elsewhere. With
-    `reshard_after_backward` false what a backward has gathered stays for the next forward: a gather less for every
-    further micro-batch, where the whole model's compute copy fits. With `sync_each_micro_batch` gradients are
-    reduced after each backward and wait cut: for models whose whole float32 gradients do not fit. Under HSDP copies are
-    still reduced over once a step.
+    `reshard_after_backward` and `sync_each_micro_batch` matter only under gradient accumulation on FSDP2. With
+    `reshard_after_backward` false, parameters stay unsharded between a backward and the next forward: one all-gather
+    less for each further micro-batch, if the whole model's compute copy fits. With `sync_each_micro_batch`, gradients
+    are reduce-scattered after each backward and accumulate sharded: for models whose unsharded float32 gradients do
+    not fit. Under HSDP the all-reduce over replicas still happens once per step.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"shard": "shard_size", "offload": "cpu_offload"}
 
-    precision: Precision = "fp32"  # of compute; master weights and moments are fp32 always
-    shard_size: int = 0  # ranks that share one copy: 0 all (FSDP), 1 none (DDP), between: HSDP
-    reshard_after_forward: bool = True
-    reshard_after_backward: bool = True
-    sync_each_micro_batch: bool = False
-    cpu_offload: bool = False  # masters and moments in host memory
-    compile: bool = False
+    precision: Precision = "fp32"  # of compute; master weights and moments are always fp32
+    shard_size: int = 0  # ranks that share one copy of the state; 0: all (FSDP), 1: replicated (DDP), between: HSDP
+    reshard_after_forward: bool = True  # false: blocks stay unsharded until the backward (more memory, fewer gathers)
+    reshard_after_backward: bool = True  # false: parameters stay unsharded between micro-batches of a step
+    sync_each_micro_batch: bool = False  # true: reduce-scatter gradients after each micro-batch, not once per step
+    cpu_offload: bool = False  # keep master weights and moments in host memory
+    compile: bool = False  # torch.compile each block; needs a C++ compiler
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
-    ds_config: str = ""  # a DeepSpeed JSON: ZeRO instead of FSDP2
-    ds_config_owned: Owned = "refuse"  # what that JSON fixes otherwise than a stage does: refuse it, or go by the stage
+    ds_config: str = ""  # DeepSpeed JSON file; if given, ZeRO replaces FSDP2
+    ds_config_owned: Owned = "refuse"  # if that JSON contradicts a stage: refuse it, or ignore it and use the stage
 
 
 @dataclass(frozen=True)
 class KeepConfig:
-    """Which step checkpoints of a stage stay. Damaged ones do not count, and the newest sound one always stays."""
+    """Retention of a stage's step checkpoints. Corrupt ones do not count; the newest intact one is always kept."""
 
-    last: int = 2
-    every: int = 0  # and those whose step is a multiple of this
-    best: bool = False  # and, of those saved at a step that looked at held-out data, the one with the lowest loss
+    last: int = 2  # number of newest checkpoints to keep
+    every: int = 0  # also keep checkpoints whose step is a multiple of this; 0: none
+    best: bool = False  # also keep the one with the lowest held-out loss, of those saved at an evaluation step
 
     def __post_init__(self) -> None:
         if self.last < 1 or self.every < 0:
@@ -285,23 +292,23 @@ class KeepConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """What is drawn besides `metrics.jsonl`, and from it."""
+    """Where metrics are shown, besides `metrics.jsonl`."""
 
-    wandb: Wandb = "offline"  # the variable WANDB_MODE, where set, is the last word
+    wandb: Wandb = "offline"  # Weights & Biases mode; the environment variable WANDB_MODE overrides it
     tensorboard: bool = False  # event files under <output>/tensorboard
 
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """Which steps are traced."""
+    """Which steps the profiler traces."""
 
-    steps: str = ""  # of each stage, such as 10:13 for steps 10, 11 and 12
+    steps: str = ""  # FIRST:END in each stage, END excluded: 10:13 traces steps 10, 11 and 12; "": none
 
     def __post_init__(self) -> None:
         self.window()
 
     def window(self) -> tuple[int, int]:
-        """First step and the one after the last; (0, 0) for none."""
+        """The first traced step and the one after the last; (0, 0) for none. Raises ValueError for a bad `steps`."""
         if not self.steps:
             return 0, 0
         first, _, end = self.steps.partition(":")
@@ -312,12 +319,12 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """Batches that are left out. A step whose loss or gradient is not finite never is taken."""
+    """Which batches are skipped as bad. A step whose loss or gradient is not finite is always skipped."""
 
-    spike: float = 20.0  # a loss so many robust standard deviations above the median is left out; 0: none is
-    window: int = 128  # the losses of so many last steps say what is usual
-    patience: int = 3  # so many bad steps in a row, and the run goes back to its last checkpoint, on other batches
-    rollbacks: int = 2  # more of them end the run
+    spike: float = 20.0  # skip a loss this many robust standard deviations above the median; 0: skip no spikes
+    window: int = 128  # number of recent losses that the median and deviation are taken over
+    patience: int = 3  # this many bad steps in a row: roll back to the last checkpoint, and go on with new batches
+    rollbacks: int = 2  # this many rollbacks at most; one more ends the run
 
     def __post_init__(self) -> None:
         least = {"spike": 0, "window": 16, "patience": 1, "rollbacks": 0}
@@ -328,7 +335,7 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """A whole run: model, data, stages and how they are executed."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "hang_seconds": "watchdog_seconds",
@@ -337,24 +344,25 @@ class Config:
     }
 
     name: str = "run"
-    output: str = "runs/{name}"
+    output: str = "runs/{name}"  # run directory; {name} stands for the run's name
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stages: dict[str, StageConfig] = field(default_factory=dict)
     engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
-    feature_cache: str = ""  # a directory that keeps what a frozen encoder makes of each image: it is run once only
-    eval_interval: int = 0  # steps between held-out losses; 0: at the end of each stage only
-    save_interval: int = 0  # steps between checkpoints; 0: by the measured cost of a save and the next line
+    feature_cache: str = ""  # directory for features of frozen encoders: each image is encoded once; "": no cache
+    eval_interval: int = 0  # optimizer steps between evaluations on held-out data; 0: only at the end of each stage
+    save_interval: int = 0  # steps between checkpoints; 0: from the cost of a save and expected_failures_per_day
     keep: KeepConfig = field(default_factory=KeepConfig)
-    max_failed_saves: int = 3  # that many checkpoints in a row that cannot be written stop the run
-    # of the whole job (86400 / mean seconds between failures): sets the interval between checkpoints (Daly 2006)
+    max_failed_saves: int = 3  # this many failed checkpoint writes in a row stop the run
+    # expected failures of the whole job per day (86400 / MTBF): sets the checkpoint interval (Daly 2006)
     expected_failures_per_day: float = 2.0
-    grace_seconds: float = 30.0  # between a request to stop and the kill: many launchers' and Slurm's KillWait
-    watchdog_seconds: float = 480.0  # without progress, in a step or (at least 60) outside: try the job again; 0: never
+    grace_seconds: float = 30.0  # seconds from a stop request to the kill; 30 is Slurm's and many launchers' default
+    # seconds without progress after which the job ends, to be restarted; outside of steps at least 60; 0: never
+    watchdog_seconds: float = 480.0
     guard: GuardConfig = field(default_factory=GuardConfig)
-    extensions: list[str] = field(default_factory=list)  # modules of your own, which register fusions and the like
+    extensions: list[str] = field(default_factory=list)  # your own modules to import, which register fusions and such
     blank_image_control: bool = False  # afterwards train the same stages on blank images, to show what the images add
 
     def __post_init__(self) -> None:
@@ -371,19 +379,19 @@ class Config:
             if not STAGE_NAME.fullmatch(name) or len(name) > 100 or name in TAKEN:
                 why = "the run directory has a file of its own of that name" if name in TAKEN else NAMING
                 raise ValueError(f"stages.{name!r} cannot name a stage, which has a folder of that name: {why}")
-            self.data_of(name)  # a typo in what a stage overrides is answered at once
+            self.data_of(name)  # resolve each stage's overrides now, so that a typo is reported at once
             OPTIMIZERS.check(self.stages[name].optimizer, f"stages.{name}.optimizer", self.extensions)
         FUSIONS.check(self.model.fusion, "model.fusion", self.extensions)
 
     @property
     def run_dir(self) -> Path:
-        """Where it lives: `output` with its name filled in."""
+        """The run's directory: `output` with the run's name filled in."""
         return Path(os.path.expanduser(self.output.replace("{name}", self.name)))
 
     def data_of(self, stage: str) -> DataConfig:
-        """The data that `stage` reads: the run's, with the stage's own keys over it. Raises ValueError for a typo.
+        """The data config of `stage`: the run's, with the stage's own keys over it. Raises ValueError for a typo.
 
-        What is no stage, such as the weights a run begins with, has the run's.
+        For a name that is no stage, it is the run's.
         """
         own = self.stages[stage].data if stage in self.stages else None
         if not own:
@@ -395,14 +403,14 @@ class Config:
 
 
 def _without_credentials(data: dict[str, Any]) -> dict[str, Any]:
-    """A stage's `data`, whose values may be of a wrong type still."""
+    """Strip credentials from a stage's `data`. Its values are not yet checked, so they may have a wrong type."""
     lists = {name: data[name] for name in SHARDS if isinstance(data.get(name), list)}
     return data | {
         name: [credentials.take(one) if isinstance(one, str) else one for one in value] for name, value in lists.items()
     }
 
 
-# What a run directory holds besides its stages: no stage can have these names.
+# File names that a run directory uses itself: no stage may be called so.
 TAKEN = frozenset(
     [
         *(
@@ -424,19 +432,19 @@ NAMING = "begin with a letter or digit, go on with letters, digits, '_', '-', '+
 
 
 def save(config: Config, path: Path) -> None:
-    """Complete or absent: who reads `path` meanwhile finds what was there before. Raises OSError."""
+    """Write `config` to `path` by atomic rename, so that readers never see half a file. Raises OSError."""
     write_text(path, to_yaml(config))
 
 
 def load(path: Path) -> Config:
-    """The very config that `save` wrote."""
+    """Read a config that `save` wrote. Raises ValueError for a bad file."""
     return resolve(Config(), path)
 
 
 def run_of(path: str) -> Config | None:
-    """The config of the run whose directory, or stage's directory, `path` is; None if it is neither."""
+    """The config of the run at `path`, which is a run directory or a stage directory; None if it is neither."""
     place = Path(path).expanduser()
-    if (place / "config.json").is_file():  # a Hugging Face directory, wherever it is
+    if (place / "config.json").is_file():  # a Hugging Face directory is no run, even inside of one
         return None
     saved = [found for found in (place / "config.yaml", place.parent / "config.yaml") if found.is_file()]
     if not (place.is_dir() and saved):
@@ -446,12 +454,12 @@ def run_of(path: str) -> Config | None:
 
 
 def holds_weights_alone(path: str) -> bool:
-    """Whether `path` names a safetensors file, or the index of several."""
+    """True if `path` names a safetensors file or a safetensors index."""
     return path.endswith((".safetensors", ".safetensors.index.json"))
 
 
 EDITED = "restore it; or, if you changed it yourself, go on with the run by --config, which takes the change up"
-# What may change between two parts of one run: the hardware's side, and how often one looks.
+# Keys that may change when a run is resumed: how it uses the hardware, intervals and limits.
 FREE = (
     *(
         "output",
@@ -471,11 +479,11 @@ PLACES = ("data.train", "data.heldout")
 
 
 def differences(one: Config, other: Config, moved: bool = False) -> list[str]:
-    """Keys whose change makes it another run. `moved`: the folders of its shards may be others."""
+    """Keys that make `other` a different run than `one`. With `moved`, the folders of shards may differ."""
     special = {name for run in (one, other) for name, stage in run.stages.items() if stage.data}
     flat, wanted = (flatten(_with_data(run, special)) for run in (one, other))
     keys = [key for key in sorted(flat.keys() | wanted.keys()) if flat.get(key) != wanted.get(key)]
-    if moved:  # what lies there is compared when it is opened
+    if moved:  # the shards themselves are compared by fingerprint when they are opened
         keys = [
             key
             for key in keys
@@ -485,14 +493,14 @@ def differences(one: Config, other: Config, moved: bool = False) -> list[str]:
 
 
 def without_folders(patterns: Any) -> Any:
-    """Patterns of shards without their folders: ``2 x /old/set/*.tar`` is ``2 x *.tar``."""
+    """Shard patterns without their folders: ``2 x /old/set/*.tar`` becomes ``2 x *.tar``."""
     if not isinstance(patterns, list):
         return patterns
     return [re.sub(r"^((?:[\d.]+ x )?).*/", r"\1", str(pattern)) for pattern in patterns]
 
 
 def _with_data(config: Config, stages: Collection[str]) -> dict[str, Any]:
-    """`config` as plain data, each of `stages` with all that it reads: one value may be given in two ways."""
+    """`config` as plain data, with the full data config of each of `stages`, so that overrides compare by value."""
     plain = asdict(config)
     for name, stage in plain["stages"].items():
         stage["data"] = asdict(config.data_of(name)) if name in stages else None
@@ -500,5 +508,5 @@ def _with_data(config: Config, stages: Collection[str]) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The config as a run saves it."""
+    """The config as YAML, in the form that a run saves."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

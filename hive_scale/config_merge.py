@@ -1,6 +1,6 @@
-"""Layers of a config merged over each other: files, words and mappings, with typos answered by the nearest key.
+"""Merge the layers of a config: YAML files, ``key=value`` words and mappings. A typo is answered by the nearest key.
 
-This module imports no torch, and knows no key of ours but those of shards.
+This module imports no torch. The only keys of `Config` that it knows are those of shards and of model components.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")  # Config, or another dataclass of settings
-# YAML would take 10:13 for 613, as minutes and seconds, off for false, and nothing at all for null
+# words that YAML would change: 10:13 becomes 613 (base 60), off becomes false, and an empty value becomes null
 LITERAL = re.compile(r"\d+:\d+|on|off|")
-RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # of shards, or a variable; to YAML a brace begins a mapping
+RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # a shard range or a variable: YAML would read its brace as a mapping
 IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
 QUOTED = re.compile(IN_QUOTES)
-ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # of a list
-RESOLVER = re.compile(r"\$\{[^}]*:")  # reads the environment or runs code; ${another.key} does not
+ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # one item of a list
+RESOLVER = re.compile(r"\$\{[^}]*:")  # a resolver, which reads the environment or runs code; not ${another.key}
 SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
 SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|AKIA[A-Z0-9]{16})\b")  # Hugging Face, GitHub, AWS
 
 
 def resolve(base: T, *layers: Any) -> T:
-    """`base` overridden by each layer in turn: a mapping, the path of a saved YAML, or a list of ``key=value`` words.
+    """Merge `layers` over `base`, in order: each is a mapping, the path of a saved YAML, or ``key=value`` words.
 
-    Mappings and words are the user's own: ``${another.key}`` is filled in, and patterns of shards may name variables.
-    A saved config refers to nothing. Raises ValueError that names the nearest key for a typo, and the remedy for a bad
-    value.
+    Mappings and words are the user's own input: ``${another.key}`` is interpolated, and shard patterns may name
+    environment variables. A saved config may hold no references. Raises ValueError: for a typo it names the nearest
+    key, for a bad value the remedy.
     """
     try:
         node = cast(DictConfig, OmegaConf.structured(base))
-        _own(OmegaConf.to_container(node))  # a preset's arguments are words, too
+        _own(OmegaConf.to_container(node))  # the base may hold user input too: a preset's arguments are words
         for layer in layers:
-            _unlock(node)  # frozen dataclasses make read-only nodes
+            _unlock(node)  # omegaconf makes frozen dataclasses read-only nodes
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
             read = _with_new_names(_read(layer, type(base)), type(base), is_users=not isinstance(layer, Path))
@@ -65,12 +65,12 @@ def resolve(base: T, *layers: Any) -> T:
     except TypeError:
         raise ValueError("config: a list stands where keys are wanted, or keys where a list is") from None
     except OmegaConfBaseException as error:
-        # the first line is the message; the rest is omegaconf's own bookkeeping
+        # omegaconf's first line is the message, the rest is its own bookkeeping
         message = next(iter(str(error).splitlines()), type(error).__name__)
         if "is not a ListConfig" in message:
             message = "a list is wanted here: [a, b]"
         raise ValueError(f"config: {error.full_key or ''}: {credentials.hide(message)}") from None
-    except (AttributeError, LookupError, RecursionError) as error:  # omegaconf's, of a value of another kind
+    except (AttributeError, LookupError, RecursionError) as error:  # omegaconf's, for a value of the wrong kind
         raise ValueError(
             f"config: a value is of another kind than its key takes, or nested too deeply: {error}"
         ) from None
@@ -81,9 +81,10 @@ def resolve(base: T, *layers: Any) -> T:
 
 
 def refuse_references(content: Any, file: Path | None) -> None:
-    """Raises ValueError if a value of `content`, which a run or a stranger wrote into `file`, refers to anything.
+    """Raises ValueError if a value in `content` holds a reference (``${...}``). `content` was read from `file`.
 
-    A reference may read any variable of whoever opens the file, and what it stands for would be written on.
+    `file` was written by a run or a stranger. A reference could read any variable of the user who opens the file, and
+    its value would then be written into the new run.
     """
     for key, text in _strings(content):
         if "${" in text:
@@ -94,7 +95,7 @@ def refuse_references(content: Any, file: Path | None) -> None:
 
 
 def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every text in a config as plain data."""
+    """Yield (dotted key, text) for every string in a config given as plain data."""
     if isinstance(node, str):
         yield key, node
     elif isinstance(node, Mapping | list | tuple):
@@ -103,9 +104,9 @@ def _strings(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> Any:
-    """A config of the user's own as plain data, each variable that a pattern of shards names being but its name.
+    """Check a user's own config, and return it as plain data, with variables in shard patterns replaced by their names.
 
-    Raises ValueError for other references to the environment, files or code, and for a secret.
+    Raises ValueError for any other reference to the environment, files or code, and for a secret.
     """
     secrets = credentials.secret_variables() if secrets is None else secrets
     if isinstance(node, Mapping):
@@ -136,7 +137,7 @@ def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> 
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted keys; tuples become lists."""
+    """Flatten nested mappings into one with dotted keys; tuples become lists."""
     if not isinstance(node, dict):
         return {prefix: list(node) if isinstance(node, tuple) else node}
     dotted = prefix and prefix + "."
@@ -144,9 +145,9 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
-    """Empty the config of a model's part in `node` where `layer` brings one of another family, or an empty one.
+    """Clear a component's config in `node` if `layer` brings one of another model family, or an empty one.
 
-    Key by key, the one family's sizes would be taken for the other's.
+    Merging key by key would mix the sizes of two families.
     """
     for role in ("vision", "language"):
         place = f"model.{role}.config"
@@ -160,7 +161,7 @@ def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
         if new is None:
             OmegaConf.update(layer, place, {}, merge=False)
             continue
-        for name in new:  # how positions are scaled: the one type's numbers are not the other's
+        for name in new:  # RoPE scaling: numbers of one rope_type mean nothing to another
             parts = [OmegaConf.select(one, f"{place}.{name}") for one in (node, layer)]
             types = [part.get("rope_type") for part in parts if isinstance(part, DictConfig)]
             if len(types) == 2 and None not in types and types[0] != types[1]:
@@ -169,9 +170,9 @@ def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
 
 
 def _check_kinds(old: Any, new: Any, key: str = "") -> None:
-    """Raises ValueError where `new`, plain data, has something else than a list, or than keys, that `old` has."""
+    """Raises ValueError where `old` has a list or a mapping and `new` (plain data) has something else."""
     if isinstance(new, str) and new.startswith("${"):
-        return  # what it stands for is known later
+        return  # an interpolation: its value is checked once it is resolved
     if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
         some = f", such as {key}.{next(iter(old))}=..." if old and key else ""
         raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
@@ -183,7 +184,7 @@ def _check_kinds(old: Any, new: Any, key: str = "") -> None:
 
 
 def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
-    """A word changes stages that exist; only a file adds new ones."""
+    """Raises ValueError if a word names a stage that does not exist: only a file may add stages."""
     for word in words:
         parts = word.split("=")[0].split(".")
         if parts[0] == "stages" and len(parts) > 1 and parts[1] not in node.stages:
@@ -201,19 +202,19 @@ def _read(layer: Any, kind: type) -> DictConfig | ListConfig:
 
 
 def read_yaml(file: Path) -> DictConfig | ListConfig:
-    """Raises ValueError that names file and line if it is no YAML.
+    """Read a YAML file. Raises ValueError with file and line if it is not YAML.
 
-    What a run saved before a key existed keeps that key's old meaning.
+    A config saved before a key existed gets the value that matches the behaviour of that time.
     """
     text = read_yaml_text(file)
     try:
         read = OmegaConf.load(StringIO(text))
-    except Exception as error:  # PyYAML raises what it likes on tags that do not fit their values
+    except Exception as error:  # PyYAML raises many types, for instance for tags that do not fit their values
         raise ValueError(f"{file}: not YAML: {_in_a_line(error)}") from None
     try:
         if isinstance(read, DictConfig):
             _with_old_defaults(read)
-    except OmegaConfBaseException as error:  # of an interpolation
+    except OmegaConfBaseException as error:  # a bad interpolation
         raise ValueError(f"{file}: {_in_a_line(error)}") from None
     return read
 
@@ -223,15 +224,16 @@ def _with_old_defaults(read: DictConfig) -> None:
     of_stages = stages.values() if isinstance(stages, DictConfig) else ()
     for part in (read, *of_stages):
         data = OmegaConf.select(part, "data") if isinstance(part, DictConfig) else None
-        # a saved config has every key of its time
+        # keys that saved configs of that time had: a saved config is complete, so these mark one without the new key
         if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
             data.setdefault("image_position", "start")
 
 
 def with_new_names(kind: Any, node: Any, is_users: bool = False, key: str = "") -> Any:
-    """A config as plain data, of type `kind`, with the names that older versions gave to its keys made today's.
+    """Rename old keys in a config of type `kind`, given as plain data, to their present names.
 
-    An old name in what is the user's own is answered with the new one. Raises ValueError where both are given.
+    In a user's own config (`is_users`) each old name is answered with a warning. Raises ValueError if both the old and
+    the new name are given.
     """
     if not isinstance(node, Mapping):
         return node
@@ -257,13 +259,13 @@ def _with_new_names(layer: DictConfig | ListConfig, kind: type, is_users: bool) 
 
 
 def read_words(words: Sequence[str], kind: type) -> DictConfig:
-    """``key=value`` words as one layer over a config of type `kind`. Raises ValueError for one that is none."""
+    """Merge ``key=value`` words into one layer for a config of type `kind`. Raises ValueError for a bad word."""
     read = [_read_word(word, kind) for word in words]
     return cast(DictConfig, OmegaConf.merge(*read) if read else OmegaConf.create())
 
 
 def _read_word(word: str, kind: type) -> DictConfig:
-    """`word` as a layer over a config of type `kind`."""
+    """Parse one ``key=value`` word into a layer for a config of type `kind`."""
     key, is_one, value = word.partition("=")
     if not is_one:
         raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
@@ -271,13 +273,13 @@ def _read_word(word: str, kind: type) -> DictConfig:
         quoted = _quoted(value, _type_of(kind, key.split("."), old=True))
         check_yaml(quoted)
         return OmegaConf.from_dotlist([f"{key}={quoted}"])
-    except Exception as error:  # as in a file
+    except Exception as error:  # PyYAML and omegaconf raise many types, as in read_yaml
         told = credentials.hide(f"{key}={value}: not YAML: {_in_a_line(error)}")
         raise ValueError(f"config: {told}: put it in quotation marks") from None
 
 
 def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
-    """The declared type of what `keys` lead to from dataclass `kind`, by `old` names, too, else Any."""
+    """The declared type at the path `keys` below dataclass `kind`, or Any. With `old`, old key names count too."""
     for key in keys:
         key = getattr(kind, "OLD_NAMES", {}).get(key, key) if old else key
         if is_dataclass(kind):
@@ -289,7 +291,7 @@ def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
 
 
 def _check_text(kind: Any, value: Any, key: str = "") -> None:
-    """Raises ValueError where a file has yes, or 1.10, in the place of text: nobody meant True, or 1.1."""
+    """Raises ValueError where a text option got an unquoted yes or 1.10, which YAML reads as True or 1.1."""
     if isinstance(value, dict):
         for name, child in value.items():
             _check_text(_type_of(kind, [str(name)]), child, f"{key}.{name}" if key else str(name))
@@ -301,10 +303,10 @@ def _check_text(kind: Any, value: Any, key: str = "") -> None:
 
 
 def _quoted(value: str, kind: Any) -> str:
-    """`value` such that YAML takes it for what it says.
+    """Quote `value` so that YAML reads it as it was typed.
 
-    What is text by its type stays as it was typed: YAML would make 20240501 of 2024_05_01, true of yes, and cut
-    "a #1" short. Elsewhere the items of a list that hold braces are quoted, as shards' names do.
+    For options of type text: YAML would read 2024_05_01 as 20240501, yes as true, and cut "a #1" at the hash. For
+    others: list items with braces, such as shard ranges, are quoted.
     """
     if value == "null":
         return value
@@ -334,9 +336,9 @@ def _unlock(node: DictConfig | ListConfig) -> None:
 
 
 def without_credentials(word: str, kind: type) -> str:
-    """A word for another command of the user's, over a config of type `kind`, as it may be written down.
+    """Rewrite a ``key=value`` word, for a config of type `kind`, without credentials, so that it may be written down.
 
-    Raises ValueError for a secret.
+    It is for another command of the same user. Raises ValueError for a secret.
     """
     key, _, value = word.partition("=")
     if not re.fullmatch(r"[\w.]+", key) or ("://" not in value and "${" not in value):

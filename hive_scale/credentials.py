@@ -1,10 +1,10 @@
-"""Credentials of shards: usable in a run, and never in what it writes.
+"""Credentials in shard patterns: usable by the run, but never written by it.
 
-A pattern as a user gives it, ``https://me:password@host/{0000..0099}.tar?sig=...`` or ``${oc.env:BASE}/*.tar``, has a
-public form: without user and password, without the query's credentials, and with ``$BASE`` for the variable. That form
-alone is in a `Config`, so it is what configs, pickles, logs, cards, caches and messages hold, and what tells one set
-from another: a new signature is no new set. What was given stays in this process, under its public form, and is asked
-for where a shard is opened. A job on another machine finds it in a file of the user's own, outside of the run.
+A user may give a pattern such as ``https://me:password@host/{0000..0099}.tar?sig=...`` or ``${oc.env:BASE}/*.tar``. Its
+public form has no user, password or query credentials, and ``$BASE`` for the variable. A `Config` has only public
+forms, and so do configs on disk, pickles, logs, model cards, caches and messages. Shard sets are told apart by it, too:
+a new signature is no new set. The original stays in this process, keyed by its public form, and is looked up when a
+shard is opened. Jobs on other machines read it from a private file of the user, outside of the run directory.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from hive_scale.strict_json import dumps
 VARIABLE = re.compile(r"\$\{oc\.env:\s*(\w+)\s*\}")
 SECRET_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)(?:_|$)")
 URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s\"'<>]+")
-# In these schemes what comes before an @ is part of the place.
+# In URLs of these schemes, text before an @ belongs to the address (a container, a branch) and is no user.
 NO_USER = "".join(f"(?<!{scheme}://)" for scheme in ("abfs", "abfss", "wasb", "wasbs", "github", "oci"))
-# up to the last @ before the path; a password with a slash in it is told by what is no port
+# Everything up to the last @ before the path. A password may hold a slash; then no port number precedes that slash.
 USER = re.compile(rf"(?<=://){NO_USER}(?:[^/\"'<>]*|(?!\[)[^/:@\"'<>]+:(?!:|\d*(?:/|$))[^\"'<>]*)@")
-# names of a query's credentials: of the signed URLs of object stores and CDNs, and what servers commonly call a token
+# Names of query parameters that hold credentials: in signed URLs of object stores and CDNs, and common token names.
 PARAMETER = re.compile(
     r"x-(?:amz|goog|oss|cos|obs|tos|bce|ms)-.*|q-.*|google_?access_?id|key-pair-id|"
     r".*(?:token|secret|passw(?:or)?d|signature|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?)|"
@@ -35,23 +35,23 @@ PARAMETER = re.compile(
     re.IGNORECASE,
 )
 MATRIX = re.compile(r";([^/;=]+)=[^/;]*")
-# Azure's signed URLs have these beside `sig`
+# Parameters of Azure's signed URLs, which accompany `sig`.
 AZURE = {
     *("sv", "ss", "srt", "sp", "se", "st", "spr", "sr", "sip", "si", "sdd", "ses"),
     *("skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid", "scid"),
 }
-SHORT = 6  # characters: what is shorter cannot be looked for in a text
+SHORT = 6  # characters; a shorter secret is not searched for in texts, where it would match by chance
 
-_given: dict[str, str] = {}  # pattern as it was given, by its public form
-_hidden: dict[str, str] = {}  # credentials of those patterns, and what is shown in their place
-_places: dict[str, str] = {}  # where a shard lies, by its public name
+_given: dict[str, str] = {}  # original pattern, by its public form
+_hidden: dict[str, str] = {}  # replacement text, by credential found in those patterns
+_places: dict[str, str] = {}  # address of a shard, by its public name
 
 
 def take(pattern: str, own: bool = False) -> str:
-    """The public form of a `pattern` of shards; what it was given as is remembered in this process.
+    """Return the public form of a shard `pattern`, and remember the original in this process.
 
-    Only a pattern of the user's `own` may name a variable. Raises ValueError for another that does, for a variable
-    that is not set, and for one that stands for several shards.
+    Only a pattern of the user's `own` may name a variable. Raises ValueError for any other that does, for a variable
+    that is not set, and for one whose value holds ranges or globs.
     """
     if "${" in VARIABLE.sub("", pattern) if own else "${" in pattern:
         raise ValueError(
@@ -67,12 +67,12 @@ def take(pattern: str, own: bool = False) -> str:
 
 
 def public(pattern: str) -> str:
-    """`pattern`, a path or URL, without credentials."""
+    """`pattern`, a path or URL, with its credentials removed."""
     before, scheme, _ = pattern.partition("://")
     if not scheme:
         return pattern
     address, mark, query = USER.sub("", pattern).partition("?")
-    if before.endswith(("http", "https")):  # what is behind a # is never sent, and may hold a token
+    if before.endswith(("http", "https")):  # a fragment (#...) is never sent, and may hold a token
         address, query = (address if mark else address.partition("#")[0]), query.partition("#")[0]
     address = MATRIX.sub(lambda match: "" if PARAMETER.fullmatch(match[1]) else match[0], address)
     parts = _parts(query)
@@ -86,24 +86,24 @@ def _parts(query: str) -> list[str]:
 
 
 def _credentials(query: str) -> list[str]:
-    """Those parts of a query that are. What names a tar says which file is meant, whatever it is called."""
+    """Parts of a URL query that hold credentials. A part that names a .tar selects the file, so it is never one."""
     parts = {part: unquote(part.partition("=")[0]) for part in _parts(query) if ".tar" not in part.lower()}
     is_azure = any(name.lower() == "sig" for name in parts.values())
     found = []
     for part, name in parts.items():
         is_named = PARAMETER.fullmatch(name) is not None or (is_azure and name.lower() in AZURE)
-        is_token = "=" not in part and len(part) > 15  # unlike ?download
+        is_token = "=" not in part and len(part) > 15  # a bare long word; ?download and the like are shorter
         found += [part] if (is_named and "=" in part) or is_token else []
     return found
 
 
 def private(pattern: str) -> str:
-    """What `take` was given for a public form, its variables filled in; or `pattern`, of which nothing is hidden."""
+    """The original of a public form, with variables filled in; `pattern` itself if nothing was hidden."""
     return VARIABLE.sub(lambda match: _value(match[1]), _given.get(pattern, pattern))
 
 
 def name(pattern: str, place: str) -> str:
-    """The public name of a shard at `place`, which is one of those that the public `pattern` stands for."""
+    """The public name of the shard at the address `place`, which the public `pattern` expands to."""
     shown = place
     for variable in VARIABLE.findall(_given.get(pattern, "")):
         shown = shown.replace(_value(variable), f"${variable}")
@@ -114,17 +114,17 @@ def name(pattern: str, place: str) -> str:
 
 
 def place(shard: str) -> str:
-    """Where the shard of that public name lies, with all that is needed to get it."""
+    """The address of the shard with this public name, including credentials."""
     return _places.get(shard, shard)
 
 
 def identity(shard: str) -> str:
-    """What tells the shard of that public name from others: a variable may come to mean another place."""
+    """An identity of the shard with this public name: its address, variables filled in, without credentials."""
     return public(place(shard))
 
 
 def hide(text: str) -> str:
-    """`text`, such as another library's message, without the credentials of any URL, or of this process."""
+    """`text`, such as another library's message, with all credentials replaced: in URLs, patterns and variables."""
     found = {os.environ[name]: f"${name}" for name in variables() if name in os.environ} | _hidden
     found |= {value: f"${name}" for name, value in secret_variables().items()}
     for secret in sorted(found, key=len, reverse=True):
@@ -134,21 +134,21 @@ def hide(text: str) -> str:
 
 
 def secret_variables() -> dict[str, str]:
-    """The environment variables whose names say that they are secret, with their values."""
+    """Environment variables whose names suggest a secret, with their values."""
     return {
         name: value for name, value in os.environ.items() if SECRET_VARIABLE.search(name) and len(value) > SHORT + 1
     }
 
 
 def variables() -> list[str]:
-    """The environment variables that patterns of this process name."""
+    """Names of the environment variables in this process's shard patterns."""
     return sorted({name for given in _given.values() for name in VARIABLE.findall(given)})
 
 
 def keep(run_dir: Path) -> None:
-    """Keep what patterns were given as for the jobs of the run in `run_dir`, where only this user can read it.
+    """Write the original patterns to a private file of the user, for the jobs of the run in `run_dir`.
 
-    Variables stay names. Raises ValueError if the file cannot be written.
+    Variables stay unresolved. Raises ValueError if the file cannot be written.
     """
     if not _given:
         return
@@ -167,7 +167,7 @@ def keep(run_dir: Path) -> None:
 
 
 def recall(run_dir: Path) -> None:
-    """Take in what was kept for the run in `run_dir`, if anything; what this process was given itself goes first."""
+    """Read what `keep` wrote for the run in `run_dir`, if anything; patterns given to this process take precedence."""
     with suppress(OSError, ValueError):
         for form, given in json.loads(store(run_dir).read_text()).items():
             if form not in _given:
@@ -175,7 +175,7 @@ def recall(run_dir: Path) -> None:
 
 
 def store(run_dir: Path) -> Path:
-    """The file in which credentials for the jobs of a run are kept."""
+    """Path of the private file with the credentials of a run's jobs."""
     config_home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     digest = sha256(os.path.realpath(run_dir).encode()).hexdigest()[:16]
     return config_home / "hive_scale" / "credentials" / f"{digest}.json"

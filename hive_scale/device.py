@@ -1,6 +1,6 @@
-"""What a process computes on, known in this place alone: any maker's GPU that `torch.accelerator` finds, or the CPU.
+"""All that depends on the kind of device: any GPU that `torch.accelerator` finds, or the CPU.
 
-ROCm's GPUs call themselves CUDA's to torch. What was tried on which is in docs/devices.md.
+To torch, ROCm's GPUs are of type CUDA. docs/devices.md says what was tried on which device.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 
 CPU = torch.device("cpu")
-# with those of these names training over several processes was tried, over NCCL or, on ROCm, RCCL
+# device types on which multi-process training was tried, with NCCL or, on ROCm, RCCL
 DISTRIBUTED = ("cuda",)
-SINGLE = ("xpu", "mps")  # in one process each
+SINGLE = ("xpu", "mps")  # device types tried with one process only
 
 
 def kind() -> str:
-    """`torch.device.type` of what this machine computes on: cuda (ROCm's, too), xpu, mps, or cpu.
+    """`torch.device.type` of this machine's accelerator: cuda (also for ROCm), xpu or mps; else cpu.
 
-    Raises ValueError for an accelerator that was never thought of.
+    Raises ValueError for an accelerator of any other type.
     """
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
@@ -35,14 +35,14 @@ def kind() -> str:
 
 
 def this_device(local_rank: int = 0, processes: int = 1) -> torch.device:
-    """The device of the process `local_rank` of its node, which torch uses by default from now on.
+    """The device of this process, which becomes torch's default device.
 
     Args:
-        local_rank: counts the devices that this process sees.
-        processes: of the whole job.
+        local_rank: index among the devices that this process sees.
+        processes: number of processes of the whole job.
 
     Raises:
-        ValueError: there are fewer devices, or those here have not been tried by more than one process.
+        ValueError: There are too few devices, or devices of this type are tried with one process only.
     """
     of = kind()
     if of == CPU.type:
@@ -60,10 +60,10 @@ def this_device(local_rank: int = 0, processes: int = 1) -> torch.device:
 
 
 def visible() -> list[tuple[str, str]]:
-    """Of each device that this process sees, by index: what tells it from all others, and the card it is on.
+    """(unique id, card id) of each device that this process sees, by index.
 
-    The first is its UUID where torch gives one. The second is the card's place on the machine's bus, by which NCCL
-    tells ranks apart, or "" where nothing goes by that.
+    The unique id is the MIG instance's or the device's UUID, if there is one. The card id is its PCI address, by which
+    NCCL tells ranks apart, or "" on ROCm, where nothing uses it.
     """
     found = []
     for index in range(torch.accelerator.device_count()):
@@ -75,19 +75,19 @@ def visible() -> list[tuple[str, str]]:
 
 
 def _mig_instance(index: int) -> str:
-    """The MIG instance that CUDA shows this process at `index`, as it was given: its UUID may be the card's."""
+    """The MIG instance at `index` of CUDA_VISIBLE_DEVICES, or "". torch's UUID may be the whole card's."""
     words = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     return words[index] if index < len(words) and words[index].startswith("MIG-") else ""
 
 
 def library_version(device: torch.device) -> str:
-    """Of what connects devices: NCCL's, or RCCL's; "" where gloo does."""
+    """Version of NCCL, or RCCL; "" on devices that communicate by gloo."""
     library: Any = torch.cuda.nccl
     return ".".join(map(str, library.version())) if device.type == "cuda" else ""
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes of the device's memory that are free, and all."""
+    """(free, total) bytes of the device's memory."""
     free, total = torch.accelerator.get_memory_info(device)
     return int(free), int(total)
 
@@ -97,24 +97,24 @@ def is_accelerator(device: torch.device) -> bool:
 
 
 def pins_memory(device: torch.device) -> bool:
-    """Whether copies to `device` are faster from pages of the host that stay where they are. A Mac has one memory."""
+    """True if copies to `device` are faster from pinned host memory. A Mac has unified memory."""
     return device.type in ("cuda", "xpu")
 
 
 def pinned_bytes(size: int) -> int:
-    """What torch takes for `size` bytes of pinned memory: the next power of two."""
+    """Bytes of pinned memory that torch allocates for `size` bytes: the next power of two."""
     return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 def default_precision(device: torch.device) -> str:
-    """What a model that is only asked computes in where nobody has said so: bf16 where `device` has units for it."""
+    """The default compute precision for inference: bf16 if `device` supports it in hardware, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if device.type == "xpu" else "fp32"
 
 
 def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]:
-    """The precision `asked` for, or the default of `device`, set up in this process; and what to tell of it."""
+    """The precision `asked` for, or the default of `device`, and a line that reports it. Turns TF32 off for fp32."""
     precision = asked or default_precision(device)
     if precision == "fp32":
         exact_fp32()
@@ -124,34 +124,34 @@ def choose_precision(device: torch.device, asked: str | None) -> tuple[str, str]
 
 
 def exact_fp32() -> None:
-    """From now on float32 means IEEE float32 in this process: no product or convolution of a GPU is rounded to TF32.
+    """Make float32 mean IEEE float32 in this process: no TF32 in matrix products or convolutions.
 
-    torch's own default is that for products, but TF32 for convolutions, as of patch embeddings.
+    torch's default is IEEE for products, but TF32 for convolutions, such as patch embeddings.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for all that was given to `device` to do."""
+    """Wait until `device` has finished all its queued work."""
     if is_accelerator(device):
         torch.accelerator.synchronize(device)
 
 
 def free_unused() -> None:
-    """Give back what torch keeps of the device's memory for later, and count peaks anew."""
+    """Return torch's cached device memory to the system, and reset the peak counters."""
     if kind() != CPU.type:
         torch.accelerator.empty_cache()
         torch.accelerator.reset_peak_memory_stats()
 
 
 def peaks(device: torch.device) -> dict[str, int]:
-    """Bytes that this process has held at most so far.
+    """Peak memory of this process so far, in bytes.
 
-    "memory" is what tensors had of the device's memory and "reserved" what torch had taken of it for them, so what
-    other programs miss and what runs out first; "host" is resident on the host, and "pinned" what torch has pinned
-    there, which the system may or may not count as resident. Without a memory of the device's own, as on a CPU and a
-    Mac, "memory" is resident on the host, and there is nothing else.
+    "memory" is the device memory of tensors. "reserved" is what torch had allocated for them from the device: this is
+    what other programs cannot use, and what runs out first. "host" is resident host memory, and "pinned" is host memory
+    that torch has pinned, which the system may or may not count as resident. On devices without memory of their own (a
+    CPU, a Mac), "memory" is resident host memory, and the other keys are absent.
     """
     if not pins_memory(device):
         return {"memory": _resident()}
@@ -171,19 +171,19 @@ def _resident() -> int:
 
 
 def name_of(device: torch.device) -> str:
-    """What the driver calls `device`; "" for those without a driver that says."""
+    """Model name of `device` from its driver; "" for any but CUDA devices."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def seed_accelerator(number: int) -> None:
-    """Seed the generator of the device that is in use. One that nobody has used yet stays as it is.
+    """Seed the generator of the device in use, unless nothing has used the device yet.
 
-    `torch.manual_seed` would queue a call, each time, for a GPU that never comes.
+    `torch.manual_seed` would add a pending call each time for a GPU that is never initialised.
     """
     of = torch.accelerator.current_accelerator()
     if of is None:
         return
     module = torch.get_device_module(of)
-    # MPS has no lazy start, and says nothing of one
+    # torch.mps has no is_initialized
     if getattr(module, "is_initialized", torch.accelerator.is_available)():
         module.manual_seed(number)

@@ -1,4 +1,7 @@
-"""One process is a world of one: a process group always exists, so nothing asks whether it does."""
+"""The process group: ranks, collectives on the host, and the end of all ranks when one fails.
+
+A single process is a world of size one with a process group of its own, so no caller checks for one.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +28,30 @@ from hive_scale.rendezvous import Meeting, stores
 from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps, loads
 
-TOLD = 2.0  # seconds in which the others hear of a failure, as a rule
+TOLD = 2.0  # seconds that this process waits for the others to hear of its failure
 
 
 class Fragment(NamedTuple):
-    """A range of one flattened parameter, or of its optimizer moment, that this rank owns.
+    """A contiguous range of one flattened parameter, or of its optimizer moment, that this rank owns.
 
-    Every sharding owns contiguous ranges of flattened parameters; so one list of fragments describes them all.
+    Every kind of sharding owns such ranges, so a list of fragments describes the state of any engine.
     """
 
-    name: str  # of the parameter, as in model.named_parameters()
+    name: str  # parameter name, as in model.named_parameters()
     kind: str  # "master" (fp32 weight), "exp_avg" or "exp_avg_sq"
-    shape: tuple[int, ...]  # of the whole parameter
-    offset: int  # of this range in the flattened parameter
-    data: Tensor  # 1-D fp32: a view of the very memory the optimizer uses
+    shape: tuple[int, ...]  # shape of the whole parameter
+    offset: int  # start of this range in the flattened parameter, in elements
+    data: Tensor  # 1-D fp32 view of the memory that the optimizer itself uses
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its fellows."""
+    """This process's rank, the number of ranks, its device and the store that ranks share."""
 
     rank: int
     size: int
     device: torch.device
-    store: Any = None  # what every rank reads and writes without the others' help; a world of one has none
+    store: Any = None  # key-value store shared by all ranks, usable without collectives; None in a world of one
     timer: PhaseTimer = field(default_factory=PhaseTimer, compare=False)
 
     @property
@@ -56,14 +59,14 @@ class World:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """Each value added up over all ranks, in double precision. A collective, on the host: no device waits."""
+        """Sum each value over all ranks, in double precision. A collective on the host: it waits for no device."""
         total = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(total)
         return [float(value) for value in total]
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Put into each tensor its sum over all ranks. A collective, on the tensors' device, and a single one."""
+        """Sum each tensor over all ranks, in place. One collective for all, on the tensors' device."""
         if self.size > 1 and tensors:
             flat = torch.cat([tensor.flatten() for tensor in tensors])
             dist.all_reduce(flat)
@@ -71,16 +74,16 @@ class World:
                 tensor.copy_(part.view_as(tensor))
 
     def of_main(self, text: str) -> str:
-        """Rank 0's `text`, on every rank. A collective, on the host."""
+        """Broadcast rank 0's `text` to every rank. A collective on the host."""
         held = [text]
         if self.size > 1:
             dist.broadcast_object_list(held, device=torch.device("cpu"))
         return held[0]
 
     def exchange(self, topic: str, own: Any) -> list[Any]:
-        """What each rank has given as its `own`, JSON's types, by rank. It needs the store alone, and no group.
+        """All ranks' values of `own` (JSON types), ordered by rank. Uses the store, so it needs no process group.
 
-        A collective; each `topic` serves once.
+        A collective; each `topic` can be used once.
         """
         return exchange(self.store, self.rank, self.size, topic, own)
 
@@ -90,11 +93,11 @@ class World:
 
 
 def exchange(store: Any, rank: int, size: int, topic: str, own: Any) -> list[Any]:
-    """As `World.exchange`, through `store`."""
+    """Implement `World.exchange` through `store`."""
     if size == 1:
         return [own]
     store.set(f"exchange/{topic}/{rank}", dumps(own))
-    if rank == 0:  # else all would read all
+    if rank == 0:  # rank 0 gathers for all: size reads instead of size squared
         found = [loads(store.get(f"exchange/{topic}/{other}")) for other in range(size)]
         store.set(f"exchange/{topic}", dumps(found))
     heard: list[Any] = loads(store.get(f"exchange/{topic}"))
@@ -102,21 +105,23 @@ def exchange(store: Any, rank: int, size: int, topic: str, own: Any) -> list[Any
 
 
 def rank() -> int:
-    """This process's, as its launcher says, before and after a session, too."""
+    """This process's rank as its launcher gives it; works outside of a `session`, too."""
     return place_of(os.environ).rank
 
 
 @contextmanager
 def session(before: Callable[[World], None] | None = None) -> Iterator[World]:
-    """Join the group that the launcher's environment describes, or found a world of one.
+    """Join the process group that the launcher's environment describes; without a launcher, a world of one.
 
     torchrun, accelerate and the deepspeed launcher set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT; srun, submitit and mpirun say the same in words of their own. gloo serves CPUs, NCCL GPUs. The first
-    rank that raises ends all others within seconds, with its own exit code, and only its error is shown; one that
-    is killed, or whose node is, ends them to be tried again.
+    MASTER_PORT; srun, submitit and mpirun have variables of their own. CPUs use gloo, GPUs NCCL. The first rank that
+    raises ends all others within seconds, with its own exit code, and only its error is shown. If a rank or its node
+    is killed, the others end with the exit code for "try again".
 
     Args:
-        before: what is to be done once all have met, and before they connect to each other.
+        before: called once all ranks have met, and before they connect to each other.
+
+    Raises ValueError if the environment is incomplete, devices do not suffice or other ranks do not come.
     """
     place = place_of(os.environ)
     phase_timer.begin()
@@ -133,7 +138,7 @@ def _alone(place: Place, before: Callable[[World], None] | None) -> Iterator[Wor
     device = _device(place)
     if before:
         before(World(0, 1, device))
-    # a HashStore needs neither port nor launcher
+    # a HashStore needs neither a port nor a launcher
     dist.init_process_group(_backend(device), store=stores.HashStore(), rank=0, world_size=1)
     try:
         yield World(0, 1, device)
@@ -144,7 +149,7 @@ def _alone(place: Place, before: Callable[[World], None] | None) -> Iterator[Wor
 @contextmanager
 def _among_others(place: Place, before: Callable[[World], None] | None) -> Iterator[World]:
     guard, device = _meet(place), torch.device("cpu")
-    guard.watch()  # before there is a device, which a fork is not to share
+    guard.watch()  # it forks, so it must come before the device is initialised
     try:
         device = _device(place, guard.store)
         if before:
@@ -154,12 +159,12 @@ def _among_others(place: Place, before: Callable[[World], None] | None) -> Itera
             _backend(device), store=guard.store, rank=place.rank, world_size=place.size, device_id=on
         )
         yield World(place.rank, place.size, device, guard.store)
-        dist.barrier()  # else the store may go before all have stopped looking at it
+        dist.barrier()  # the store ends with rank 0, so all ranks must be done with it first
     except BaseException as error:
         if code := guard.led_by_another(error):
             leave(code)
         if device.type == "cuda":
-            raise  # what is left of NCCL may wait for the others: it goes with the process
+            raise  # destroying an NCCL group may wait for the other ranks; the end of the process frees it
         if dist.is_initialized():
             dist.destroy_process_group()
         raise
@@ -169,9 +174,9 @@ def _among_others(place: Place, before: Callable[[World], None] | None) -> Itera
 
 
 def tell_others(error: BaseException, code: int) -> None:
-    """Where `error` ends this process before it has joined the others: join them, to say so.
+    """Report `error`, which ends this process before it has met the other ranks, to them: join them to do so.
 
-    torchrun's agent ends them by itself.
+    Under torchrun this is not needed: its agent ends the others.
     """
     with suppress(Exception):
         place = place_of(os.environ)
@@ -179,7 +184,7 @@ def tell_others(error: BaseException, code: int) -> None:
             _meet(place).led_by_another(error, code)
 
 
-_tried = False  # whether this process has ever gone to meet others
+_tried = False  # True once this process has tried to meet the others
 
 
 def _meet(place: Place) -> _Guard:
@@ -194,11 +199,11 @@ def _backend(device: torch.device) -> str:
 
 
 class _Guard:
-    """Ends this process when another rank has failed or gone, for its collectives would wait for minutes."""
+    """Ends this process when another rank has failed or gone; otherwise its collectives would hang for minutes."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         self.store, self.rank, self.size = store, rank, size
-        self._said = store.clone()  # a connection of its own: a wait in the other's would block it
+        self._said = store.clone()  # a connection of its own, since a blocking wait on the other would block it too
         self._stopped = threading.Event()
         self._companion: Companion | None = None
         self._heard = ""
@@ -208,10 +213,10 @@ class _Guard:
         threading.Thread(target=self._wait_for_word, args=(self._companion,), daemon=True).start()
 
     def led_by_another(self, error: BaseException, code: int | None = None) -> int:
-        """Tell all ranks of `error` and its exit code.
+        """Publish `error` and its exit code as the job's first failure, unless another rank failed before.
 
         Returns:
-            0, or the exit code of another rank that came first, and which this rank's error then follows from.
+            0 if this failure is the first, else the exit code of the first: this error is then a consequence.
         """
         _blame(error)
         told = printable(f"{type(error).__name__}: {error}")
@@ -220,14 +225,14 @@ class _Guard:
         try:
             first = self._said.compare_set(FAILURE, "", mine).decode()
         except RuntimeError:
-            first = self._heard or ORPHANED  # rank 0 may have gone since it has said why
+            first = self._heard or ORPHANED  # the store is gone with rank 0, which may have published its failure
         if first != mine:
             self._say(first)
         self._let_hear()
         return 0 if first == mine else _code(first)
 
     def _let_hear(self) -> None:
-        """Stay until the others know, for with rank 0 the store goes, and torchrun ends all as soon as one has gone."""
+        """Wait until the others have heard: the store ends with rank 0, and torchrun ends all when one has gone."""
         time.sleep(TOLD)
         others = self.size - 1 if self.rank == 0 else 0
         ends = time.monotonic() + GRACE
@@ -244,14 +249,14 @@ class _Guard:
         self._heard = companion.wait()
         if not self._stopped.wait(GRACE):
             self._say(self._heard)
-            leave(_code(self._heard))  # the main thread waits in a collective, out of the reach of exceptions
+            leave(_code(self._heard))  # the main thread may hang in a collective, where no exception reaches it
 
     def _say(self, failure: str) -> None:
         say(f"rank {self.rank} stops: {failure.partition(' ')[2]}")
 
 
 def _blame(error: BaseException) -> None:
-    """This node, if `error` says that a device of it is lost."""
+    """Note this node as lost if `error` says that one of its devices failed."""
     if is_device_failure(error):
         note_lost(this_node())
 
@@ -261,7 +266,7 @@ def _code(failure: str) -> int:
 
 
 def _device(place: Place, store: Any = None) -> torch.device:
-    """The device that no other process has, from what all see; and the interface that gloo and NCCL are to take."""
+    """Choose this process's device, from what all ranks see, and set the network interface for gloo and NCCL."""
     meeting = os.environ["MASTER_ADDR"] if place.size > 1 else ""
     found = exchange(store, place.rank, place.size, "views", placement.look(place.local_rank, meeting))
     views = [View(*one) for one in found]
@@ -271,8 +276,11 @@ def _device(place: Place, store: Any = None) -> torch.device:
 
 
 def _use_interface(name: str) -> None:
-    """Where nobody has named another. gloo would take the one of this machine's name, which Debian calls 127.0.1.1."""
+    """Set the network interface for gloo and NCCL, unless the user has.
+
+    By default gloo takes the interface of the host name, which Debian resolves to 127.0.1.1.
+    """
     if name:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    if name and not placement.is_loopback_interface(name):  # within a machine NCCL finds its way
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # exactly this, not all that begin so
+    if name and not placement.is_loopback_interface(name):  # within one machine NCCL needs no interface
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": this exact name, not a prefix

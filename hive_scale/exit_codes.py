@@ -1,4 +1,4 @@
-"""How a process ends: the exit codes, which of them an error has, and the line that tells it. Nobody else knows.
+"""Exit codes: which one each error maps to, and the line printed for it. No other module decides this.
 
 docs/stops.md has every kind of stop with its code and its remedy.
 """
@@ -18,54 +18,54 @@ from urllib.error import HTTPError, URLError
 from hive_scale import credentials
 from hive_scale.strangers import printable
 
-FAULT = 1  # of this program: the only end with a traceback
-REFUSED = 2  # something to change in command, config, data or machine
-TRY_AGAIN = 75  # the same command goes on from the last checkpoint (EX_TEMPFAIL of sysexits.h)
-HALTED = 76  # somebody asked for it with a file STOP: it stays down until that is removed
+FAULT = 1  # a bug in this program: the only exit with a traceback
+REFUSED = 2  # the user must change the command, config, data or machine
+TRY_AGAIN = 75  # the same command resumes from the last checkpoint (EX_TEMPFAIL of sysexits.h)
+HALTED = 76  # a user asked for the stop by a file STOP: the run does not restart until that is removed
 
-# of an OSError: what the same command meets again, until somebody changes something
+# errno values of an OSError that would recur until somebody changes something
 LASTING = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
 }
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# what of CUDA and the libraries on it ends in plain RuntimeErrors, where it is not the numbers they were given
+# messages of plain RuntimeErrors by which CUDA and its libraries report a failing device, not bad inputs
 NO_DEVICE = re.compile(
     r"CU(BLAS|DNN|SOLVER|SPARSE|FFT)_(STATUS_)?(EXECUTION_FAILED|EXEC_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
     r"|NCCL Error|CUDA driver error|CUDA unknown error|Triton Error \[CUDA\]|NVML_SUCCESS|from cudaGetDeviceCount"
 )
 NO_MEMORY = re.compile(r"(CUDA|HIP) error: out of memory|_STATUS_ALLOC_FAILED")
 OUR_FAULT = re.compile(r"device-side assert|no kernel image|invalid (argument|configuration|device function)")
-LAUNCHED = (  # set where there may be several processes
+LAUNCHED = (  # variables that show that this process may be one of several
     *("WORLD_SIZE", "SLURM_STEP_ID", "SUBMITIT_LOCAL_GLOBALID"),
     *("OMPI_COMM_WORLD_SIZE", "JSM_NAMESPACE_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "FLUX_JOB_SIZE"),
 )
 
 
 class TryAgain(RuntimeError):
-    """What may pass by itself. The message is a line with the reason."""
+    """An error that may pass by itself, so that a restart can succeed. The message is one line with the reason."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved what it needs to go on."""
+    """The run stopped on request, after saving what it needs to resume."""
 
 
 def ended(work: Callable[[], int]) -> int:
-    """Do `work`, and tell on stderr in a line what ends it before its time.
+    """Call `work`, and print one line on stderr if an error ends it.
 
-    An error of a process that has not met the others yet is told to these, too, who would wait for it in vain.
+    If the process has not met the other ranks yet, it reports its error to them, since they would wait for it.
 
     Args:
-        work: what a command does; returns its exit code.
+        work: the body of a command; returns its exit code.
 
     Returns:
-        The exit code of `work`, or of what it raised.
+        The exit code of `work`, or the one for the error that it raised.
     """
     try:
         return work()
     except (Exception, KeyboardInterrupt) as error:
         code = code_of(error)
-        with suppress(OSError):  # what is said may go to the disk that is full
+        with suppress(OSError):  # stderr may be a file on the disk that is full
             print(printable(credentials.hide(line_of(error, code))), file=sys.stderr, flush=True)
             if code == FAULT:
                 traceback.print_exception(error)
@@ -77,13 +77,13 @@ def ended(work: Callable[[], int]) -> int:
 
 
 def say(text: str) -> None:
-    """To stderr, wherever training is: between two writes of another, or with no room left for it."""
+    """Write `text` to stderr in one system call, so that no other output splits it; errors (full disk) are ignored."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode(errors="replace"))
 
 
 def code_of(error: BaseException) -> int:
-    """The exit code of a process that `error` ends."""
+    """The exit code for a process that ends by `error`."""
     if isinstance(error, TryAgain | BrokenProcessPool | KeyboardInterrupt) or is_worker_death(error):
         return TRY_AGAIN
     if is_loss_of_contact(error) or is_device_failure(error):
@@ -94,7 +94,7 @@ def code_of(error: BaseException) -> int:
 
 
 def line_of(error: BaseException, code: int) -> str:
-    """What to tell a person of `error`."""
+    """The message for the user about `error`: its first line with the remedy, all its text for a refused ValueError."""
     if isinstance(error, KeyboardInterrupt):
         return "stopped: the same command goes on with what is left to do"
     said = str(error).strip() or type(error).__name__
@@ -114,9 +114,9 @@ def line_of(error: BaseException, code: int) -> str:
 
 
 def is_loss_of_contact(error: BaseException | None) -> bool:
-    """Whether this is how torch tells that another rank has gone, or follows from it.
+    """True if torch reports by `error`, or by its cause, that another rank has gone.
 
-    gloo raises plain RuntimeErrors.
+    gloo raises plain RuntimeErrors, which are known by their text.
     """
     if error is None:
         return False
@@ -126,12 +126,12 @@ def is_loss_of_contact(error: BaseException | None) -> bool:
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether a data worker was killed, or crashed: torch raises a plain RuntimeError, wherever training is then."""
+    """True if a data worker was killed or crashed. torch raises a plain RuntimeError, anywhere in the main process."""
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
 def is_device_failure(error: BaseException) -> bool:
-    """Whether a device is lost (ECC, Xid, NVLink), and was not just given wrong numbers or too many."""
+    """True if a device failed (ECC, Xid, NVLink); False for bad inputs or out of memory."""
     torch = sys.modules.get("torch")
     if torch is None or _is_out_of_memory(error) or OUR_FAULT.search(str(error)):
         return False
@@ -150,11 +150,11 @@ def _lasts(error: BaseException) -> bool:
         return 400 <= error.code < 500 and error.code not in (408, 429)
     if number := _errno(error):
         return number in LASTING
-    return not isinstance(error, URLError | TimeoutError | ConnectionError)  # else a library's own words
+    return not isinstance(error, URLError | TimeoutError | ConnectionError)  # others are a library's own OSErrors
 
 
 def _errno(error: BaseException) -> int:
-    """The system's number of an error, 0 if it has none; libraries in Rust, such as safetensors, put it into words."""
+    """The errno of `error`, or 0. Libraries in Rust, such as safetensors, have it only in their message."""
     if isinstance(error, OSError):
         return error.errno or 0
     told = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None

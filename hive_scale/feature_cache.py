@@ -1,4 +1,4 @@
-"""A frozen encoder need see each image only once: the pass that makes its features and keeps them."""
+"""Build the feature cache: a pass that runs a frozen encoder once per image, and stores its features on disk."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from hive_scale.model.identity import identity, key_of
 from hive_scale.phase_timer import tick
 from hive_scale.precision import DTYPES
 
-AT_ONCE = 32  # images that run through the encoder together
+AT_ONCE = 32  # images per forward pass of the encoder
 logger = logging.getLogger(__name__)
 Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
 
@@ -44,11 +44,11 @@ Seen = tuple[list[int], list[int], Tensor | None, Exception | None]
 def cached_features(
     config: Config, stage: Hive, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
 ) -> FeatureStore | None:
-    """What `config.feature_cache` has of `loader`'s set, completed; None where the encoder of `stage` learns.
+    """The complete feature cache of `loader`'s samples, or None if the encoder of `stage` is trained.
 
-    A collective; each rank makes its share. `stop` on any rank ends it before all are there. The file's name tells
-    weights, config, depths, precision, transform and set: other features are never read for these. None, too, if the
-    disk cannot take them: the stage then trains on images, which is said.
+    A collective; each rank encodes its share, until `stop` on any rank ends the pass. The file's name is a hash of
+    weights, config, depths, precision, transform and samples, so stale features are never read. If the disk cannot
+    hold the features, it logs a warning and returns None: the stage then trains on images.
     """
     if not _are_kept(config, stage, loader):
         return None
@@ -64,7 +64,7 @@ def cached_features(
 def _completed(
     config: Config, loader: Loader, weights: Mapping[str, Tensor], world: World, stop: Callable[[], bool]
 ) -> FeatureStore:
-    """Raises DiskError."""
+    """Fill and open the cache. Raises DiskError if a disk cannot hold it."""
     dtype = DTYPES[config.engine.precision]
     make = partial(build.encoder_only, config.model, weights, world.device, dtype)
     model = make()
@@ -77,7 +77,7 @@ def _completed(
     try:
         settle(world, kept, failed)
     except DiskError:
-        if world.is_main and len(missing) == len(numbers):  # all of it is of this pass: checkpoints may need the room
+        if world.is_main and len(missing) == len(numbers):  # nothing in it is older: free the room for checkpoints
             kept.file.unlink(missing_ok=True)
         raise
     return kept
@@ -91,9 +91,9 @@ def _fill(
     world: World,
     stop: Callable[[], bool],
 ) -> OSError | None:
-    """Make this rank's share of the `missing` parts; why its disk does not take them, if it does not. A collective."""
+    """Encode this rank's share of the `missing` parts. Returns the error if the disk cannot take them. A collective."""
     mine = [part.tolist() for part in missing[world.rank :: world.size]]
-    mine += [[] for _ in range(-(-len(missing) // world.size) - len(mine))]  # as many for each: they meet at every one
+    mine += [[] for _ in range(-(-len(missing) // world.size) - len(mine))]  # equal counts: each part has a collective
     options = worker_options(loader.config.workers)
     images = DataLoader(_Images(loader), batch_size=None, sampler=mine, generator=torch.Generator(), **options)
     world.timer.enter("features")
@@ -118,7 +118,7 @@ def _fill(
 
 
 class _Eyes:
-    """The encoder for images whose features cannot be read in training: not there before the first of them."""
+    """Encodes images whose features cannot be read during training. The encoder is loaded on first use."""
 
     def __init__(self, make: Callable[[], Hive]) -> None:
         self.model = cache(make)
@@ -129,18 +129,18 @@ class _Eyes:
 
 @torch.no_grad()
 def _features(model: Hive, pixels_BCHW: Tensor) -> Tensor:
-    """(B, S, V, C) of images, uint8."""
+    """Features (B, S, V, C) of uint8 images (B, 3, H, W): S depths, V visual tokens, width C."""
     states = model.encode(pixels_BCHW.to(model.pixel_mean.device))
     return torch.stack(model.features(states), dim=1)
 
 
 def check_disk(config: Config, stage: Hive, loader: Loader) -> None:
-    """Raises ValueError if what `cached_features` would keep is more than the disk can hold, and the run is a new one.
+    """Raises ValueError if a new run's feature cache would not fit on the disk.
 
-    One that has begun goes on without, since nobody may be there to name another disk.
+    A run that has begun trains without the cache instead, since nobody may be there to choose another disk.
 
-    Features that are there may be those wanted: only the stage's weights, which a stage before may yet have to make,
-    tell which.
+    Space of existing features counts as free: they may be the ones that this stage needs. Only the stage's initial
+    weights can tell, and a previous stage may have yet to train these.
     """
     if not _are_kept(config, stage, loader) or (config.run_dir / "config.yaml").exists():
         return
@@ -158,9 +158,9 @@ def _are_kept(config: Config, stage: Hive, loader: Loader) -> bool:
 
 
 def _digest(model: Hive) -> str:
-    """Of what the features depend on in the model: depths, and the encoder but for weights that it never reads.
+    """Hash of what features depend on in the model: depths, normalisation, encoder weights except those never read.
 
-    The precision of compute is that of the weights.
+    The weights' dtype is the compute precision.
     """
     unread = {name.removeprefix("vision.") for name in model.unused_parameters()}
     statistics = model.pixel_mean.tolist(), model.pixel_std.tolist()
@@ -168,15 +168,15 @@ def _digest(model: Hive) -> str:
 
 
 def _digest_of_set(loader: Loader) -> tuple[object, ...]:
-    """Of what they depend on in the data, whose fingerprint knows every byte."""
-    data = loader.config  # too large an image counts as broken, and that is kept, too
+    """Values that features depend on in the data: fingerprint (which covers every byte) and image transform."""
+    data = loader.config  # max_pixels counts too, since too large an image is stored as broken
     return loader.fingerprint, loader.image_size, data.image_transform, data.max_pixels
 
 
 class _Images(Dataset[Seen]):
-    """By a list of numbers: those of images that can be used, of those that cannot, and the first as (B, 3, H, W).
+    """Images by lists of sample numbers, as (readable numbers, broken numbers, pixels (B, 3, H, W), error).
 
-    And, as in `batches.Loaded`, why there are none.
+    `error` is set, as in `workers.WorkerResult`, if reading failed for another reason than a broken sample.
     """
 
     def __init__(self, loader: Loader) -> None:
@@ -193,6 +193,6 @@ class _Images(Dataset[Seen]):
         for number in numbers:
             try:
                 pixels[number] = self.loader.pixels(number)
-            except ValueError:  # told when its turn comes in training
+            except ValueError:  # training reports the broken sample when its turn comes
                 broken.append(number)
         return list(pixels), broken, torch.stack(list(pixels.values())) if pixels else None, None

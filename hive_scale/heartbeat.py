@@ -1,16 +1,16 @@
-"""A small process beside each rank tells the others when its rank has gone, and ends its rank when another has.
+"""Heartbeats between ranks: a companion process of each rank reports its rank's death and ends it after another's.
 
-A thread could do neither: a killed process has none left, and one that is in a C call which holds Python's lock
-(importing a library, a kernel being compiled, a deadlock) runs none. So each rank forks a companion that shares nothing
-with it but the store's address. It says once a second through the store that it is there; rank 0's companion listens to
-all, every other one to rank 0's. What is noticed, and how soon:
+A thread could do neither: none survives in a killed process, and none runs while a C call holds the GIL (an import, a
+kernel compilation, a deadlock). So each rank forks a companion that shares only the store's address with it. Each
+companion sends a heartbeat through the store every second. Rank 0's companion listens to all others, every other one
+to rank 0's. Failures are noticed as follows:
 
-- a rank that is killed or aborts: by its own companion, in LOOK;
-- a node that is gone or cut off, with its companions: by their silence, in SILENT;
-- a rank that does not end by itself GRACE + STUCK after another has failed: its companion kills it.
+- a rank is killed or aborts: by its own companion, within LOOK;
+- a node with its companions dies or is cut off: by their silence, after SILENT;
+- a rank does not exit by itself within GRACE + STUCK after another failed: its companion kills it.
 
-A rank that stands still is none of these: see `watch.hang`. A companion that was itself stopped meanwhile (Slurm's
-suspend stops a whole job) begins to count anew. All times are of the monotonic clock.
+A rank that hangs is none of these: see `resilience.watchdog`. If a companion was itself suspended (Slurm suspends
+whole jobs), it restarts its timeouts. All times are of the monotonic clock.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from typing import Any, NoReturn
 
 from hive_scale.exit_codes import TRY_AGAIN, say
 
-LOOK, BEAT = 0.25, 1.0  # seconds between looks at one's own rank, and between words to the others
-SILENT = 15.0  # seconds without a word after which a node is taken for gone: switches and file servers pause, too
-GRACE = 5.0  # seconds to leave by oneself after another rank has failed
-STUCK = 10.0  # seconds more, after which a rank is killed
-FAILURE = "hive_scale/failure"  # key of the store: the exit code, which rank failed first, and how
-HEARD = "hive_scale/heard"  # how many ranks, beside rank 0, know of it
-ALIVE, NODE = "hive_scale/alive", "hive_scale/node"
+LOOK, BEAT = 0.25, 1.0  # seconds between checks of one's own rank, and between heartbeats
+SILENT = 15.0  # seconds without heartbeat after which a node counts as dead; switches and file servers may pause
+GRACE = 5.0  # seconds that a rank has to exit by itself after another has failed
+STUCK = 10.0  # further seconds, after which a rank is killed
+FAILURE = "hive_scale/failure"  # store key of the first failure: exit code, rank and reason
+HEARD = "hive_scale/heard"  # store key: how many ranks other than 0 have read FAILURE
+ALIVE, NODE = "hive_scale/alive", "hive_scale/node"  # store keys of each rank's heartbeat count and node name
 ORPHANED = f"{TRY_AGAIN} rank 0, which holds the job together, has gone"
 ASKED = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP}
 
-_companion = 0  # process id of this process's, if it has one
+_companion = 0  # process id of this process's companion; 0: none
 _lost_nodes: Path | None = None
 
 
 class Companion:
-    """Of this process, from now on until `stop`, or until this process ends."""
+    """The companion process of this rank. It runs from construction until `stop`, or until this process ends."""
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
-        """To be made before a device is in use: what is forked from a process is not to share that."""
+        """Fork the companion. Do so before a device is initialised: a forked process must not share one."""
         global _companion
         self.rank, parent = rank, os.getpid()
         self._reads, writes = os.pipe()
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # for good in the companion
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the companion keeps this mask
         self._pid = os.fork()
         if self._pid == 0:
             _accompany(store, rank, size, parent, writes)
@@ -59,7 +59,7 @@ class Companion:
         os.close(writes)
 
     def wait(self) -> str:
-        """Blocks until another rank has failed or gone; says how, with the exit code in front."""
+        """Block until another rank fails or dies; return its exit code and the reason, as one text."""
         try:
             told = os.read(self._reads, 1 << 16).decode()
         finally:
@@ -75,7 +75,7 @@ class Companion:
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once with `code`, as it has decided: it is not lost, and its node is not to blame."""
+    """Exit at once with `code`. The companion is told, so that it does not report this rank, or its node, as lost."""
     if _companion:
         with suppress(OSError):
             os.kill(_companion, signal.SIGTERM)
@@ -83,13 +83,13 @@ def leave(code: int) -> NoReturn:
 
 
 def note_lost_nodes(folder: Path) -> None:
-    """From now on the node of a rank that is lost, or whose device is, leaves its name in `folder`."""
+    """Set the folder in which `note_lost` leaves names of lost nodes."""
     global _lost_nodes
     _lost_nodes = folder
 
 
 def note_lost(node: str) -> None:
-    """That a rank was lost on `node`, if anybody wants to know."""
+    """Record that a rank or a device on `node` was lost: a file of that name, if `note_lost_nodes` set a folder."""
     if _lost_nodes is not None and re.fullmatch(r"[\w.-]+", node):
         with suppress(OSError):
             _lost_nodes.mkdir(parents=True, exist_ok=True)
@@ -97,14 +97,14 @@ def note_lost(node: str) -> None:
 
 
 def this_node() -> str:
-    """The name by which Slurm calls it, if it does."""
+    """This node's name: Slurm's, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _accompany(store: Any, rank: int, size: int, parent: int, writes: int) -> NoReturn:
-    """All that the companion ever does."""
+    """The companion's main function; never returns."""
     try:
-        _close_all_but({0, 1, 2, writes})  # connections and locks are to end with the rank
+        _close_all_but({0, 1, 2, writes})  # connections and file locks must not outlive the rank
         _Watch(store, rank, size, parent, writes).run()
     except BaseException as error:
         say(f"the process that watches over rank {rank} ends: {type(error).__name__}: {error}")
@@ -119,14 +119,14 @@ def _close_all_but(kept: Iterable[int]) -> None:
 
 
 class _Watch:
-    """Runs in the companion. Its main thread never waits for the store, which may be gone without an answer."""
+    """The companion's loop. Its main thread never calls the store, which may block for good; a second thread does."""
 
     def __init__(self, store: Any, rank: int, size: int, parent: int, writes: int) -> None:
         self.store, self.rank, self.parent, self.writes = store, rank, parent, writes
-        self.others = range(1, size) if rank == 0 else [0]  # whom to listen to
-        self.failure = ""  # of which the rank is to be told
+        self.others = range(1, size) if rank == 0 else [0]  # ranks whose heartbeats are checked
+        self.failure = ""  # the first failure, to be passed to the rank; "": none
         self.node, self.node_of_main = this_node(), ""
-        self.heard = self.resumed = time.monotonic()  # the last answer of the store; when a suspension ended
+        self.heard = self.resumed = time.monotonic()  # when the store last answered; when a suspension last ended
         self.counts = dict.fromkeys(self.others, 0)
         self.since = dict.fromkeys(self.others, self.heard)
         self._said: Any = None
@@ -158,7 +158,7 @@ class _Watch:
 
     def _talk(self) -> None:
         try:
-            store, self._said = self.store.clone(), self.store.clone()  # connections of its own
+            store, self._said = self.store.clone(), self.store.clone()  # separate connections for separate threads
             store.set(f"{NODE}/{self.rank}", self.node)
             while not self.failure:
                 store.add(f"{ALIVE}/{self.rank}", 1)
@@ -185,16 +185,16 @@ class _Watch:
                 note_lost(node)
 
     def _gone(self) -> None:
-        """The rank is: whether it has said so or not, the others are to know."""
+        """Report to the other ranks that this companion's rank has gone."""
         if self.failure:
             return
-        was_asked = bool(signal.sigpending() & ASKED)  # to end, as a rule with all others, or by `leave`
+        was_asked = bool(signal.sigpending() & ASKED)  # it was told to end: by the job's end, by a user, or by `leave`
         how = "has ended" if was_asked else "has gone without a word (killed, aborted or crashed)"
         word = f"{TRY_AGAIN} rank {self.rank} on {self.node} {how}"
         try:
             is_first = self._said is not None and self._said.compare_set(FAILURE, "", word).decode() == word
         except RuntimeError:
-            is_first = self.rank == 0  # with the store
+            is_first = self.rank == 0  # the store ended with rank 0, so nobody can have reported before
         if is_first and not was_asked:
             note_lost(self.node)
 

@@ -1,4 +1,4 @@
-"""What every launcher that trains has around its work: the group of processes, their noise, and how they end."""
+"""Run a training command's work inside its process group, with library logs captured and stops turned into codes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World], None]) -> int:
-    """Do `work` among the processes of this launch. The exit code: 0, or that of a stop after which it can go on.
+    """Run `work` on every rank of this launch. Returns the exit code: 0, or that of a stop that can be resumed.
 
-    `arguments` are those of `command.add_training_arguments`. Raises ValueError if the run directory cannot be one.
+    `arguments` are those of `cli.add_training_arguments`. Raises ValueError if the run directory is unsuitable.
     """
     check_place(config)
     folder, has_begun = config.run_dir / "logs", (config.run_dir / MARKER).exists
@@ -30,13 +30,13 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
         except Stopped as stopped:
             return end_of_stop(stopped, config.run_dir, world)
         except Exception:
-            logger.info("what ended it", exc_info=True)  # in the log: the screen gets a line
+            logger.info("what ended it", exc_info=True)  # the traceback goes to the log, the screen gets one line
             raise
     return 0
 
 
 def by_main(config: Config, world: World, what: Callable[[], None]) -> None:
-    """Do `what` on rank 0, for which the others wait as long as it gets on. A collective."""
+    """Run `what` on rank 0 while the other ranks wait, for as long as it makes progress. A collective."""
     with Watchdog(world, config.watchdog_seconds):
         world.timer.enter("handoff")
         if world.is_main:

@@ -1,4 +1,4 @@
-"""The machine that some ranks share: what one of them does for all, and the cores that each has."""
+"""Work that one rank does for all ranks of its node, and the CPU cores that each rank may use."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch.distributed as dist
 from hive_scale.distributed import World
 from hive_scale.placement import machine
 
-Cores = tuple[str, tuple[int, ...]]  # a machine's name, and the cores on which a process of it may run
+Cores = tuple[str, tuple[int, ...]]  # (machine id, CPU cores that a process there may run on)
 
 
 def once_per_node(world: World, make: Callable[[], str]) -> str:
-    """What `make` returns, which the first rank of each node calls and no other. A collective.
+    """Call `make` on the first rank of each node, and return its result on every rank. A collective.
 
-    Raises ValueError if it returns something else on another node.
+    Raises ValueError if the results of two nodes differ.
     """
     nodes = _gather(world, _node())
-    first = [nodes.index(node) for node in nodes]  # by rank: of its node
+    first = [nodes.index(node) for node in nodes]  # for each rank, the first rank of its node
     made = _gather(world, make() if first[world.rank] == world.rank else None)
     for rank in sorted(set(first)):
         if made[rank] != made[0]:
@@ -35,10 +35,10 @@ def once_per_node(world: World, make: Callable[[], str]) -> str:
 
 
 def use_cores(world: World) -> None:
-    """Let torch compute on all of this process's share of the node's cores. A collective.
+    """Set torch's CPU threads to this process's share of the node's cores. A collective.
 
-    torchrun gives each process one thread where nobody has said how many; with optimizer states in host memory AdamW
-    runs there, and a core fills a fraction of the memory's bandwidth. OMP_NUM_THREADS above 1 is somebody's word.
+    torchrun sets one thread per process by default. With CPU offload AdamW runs on the CPU, where a single core uses
+    only a fraction of the memory bandwidth. An OMP_NUM_THREADS above 1 is the user's choice, and is kept.
     """
     everyone: list[Cores] = _gather(world, (_node(), _cores()))
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
@@ -46,10 +46,9 @@ def use_cores(world: World) -> None:
 
 
 def share(everyone: Sequence[Cores], rank: int) -> int:
-    """How many cores are `rank`'s, of those that each rank may run on.
+    """Number of cores for `rank`, given the cores that each rank may run on (`everyone`, by rank).
 
-    Slurm binds processes to cores of their own, and torchrun lets all run on all: those that may run on the same ones
-    share them evenly.
+    Slurm binds processes to disjoint cores, torchrun lets all run on all. Ranks with the same set share it evenly.
     """
     return max(1, len(everyone[rank][1]) // list(everyone).count(everyone[rank]))
 
@@ -63,11 +62,11 @@ def _gather(world: World, own: Any) -> list[Any]:
 
 
 def _node() -> str:
-    """Tells this machine from others, also from those that go by the same name."""
+    """An id of this machine, unique even among machines of the same name; it starts with the host name."""
     return f"{socket.gethostname()} {machine()}"
 
 
 def _cores() -> tuple[int, ...]:
-    if hasattr(os, "sched_getaffinity"):  # not on a Mac
+    if hasattr(os, "sched_getaffinity"):  # macOS lacks it
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))

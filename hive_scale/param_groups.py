@@ -1,4 +1,4 @@
-"""The trainable set as data: globs name parameters, whatever no group names is frozen."""
+"""Trainable parameters: globs assign parameters to groups, and parameters in no group are frozen."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from hive_scale.config import GroupConfig, StageConfig
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters that share a learning rate and a weight decay, by name."""
+    """Names of parameters that share a learning rate and a weight decay."""
 
     name: str
     parameters: tuple[str, ...]
-    lr: float  # peak
-    weight_decay: float  # as torch.optim.AdamW takes it: multiplied by the current learning rate
-    steps_behind: int = 0  # optimizer steps of earlier stages that its moments hold
+    lr: float  # peak learning rate
+    weight_decay: float  # as in torch.optim.AdamW: it is multiplied by the current learning rate
+    steps_behind: int = 0  # optimizer steps of earlier stages that are in the moments
 
 
 def apply_trainable_groups(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:
     """Set ``requires_grad`` on every parameter of `model`, and return the stage's parameter groups.
 
-    `dormant` parameters, which the forward never reads, stay frozen whatever names them. Of each group's
-    parameters, vectors (norms, biases, gates) are not decayed. Call it before the engine wraps the model, on
-    the meta device if you like; the groups hold names, since wrapping replaces the tensors.
+    `dormant` parameters, which the forward never reads, stay frozen even if a glob matches them. Vectors (norms,
+    biases, gates) form a group of their own without weight decay. Call this before the engine wraps the model, on the
+    meta device if you like: wrapping replaces the tensors, so the groups hold names.
 
-    Raises ValueError when a glob matches nothing, or a parameter falls into two groups.
+    Raises ValueError if a glob matches no parameter, or a parameter falls into two groups.
     """
     parameters = dict(model.named_parameters())
     owner: dict[str, str] = {}
@@ -50,7 +50,7 @@ def apply_trainable_groups(model: nn.Module, stage: StageConfig, dormant: Collec
             ),
             ParamGroup(f"{group_name}, vectors", tuple(name for name in names if name in vectors), group.lr, 0.0),
         ]
-    # an empty group makes an optimizer fail
+    # torch optimizers refuse empty groups
     return [group for group in groups if group.parameters]
 
 
@@ -68,7 +68,10 @@ def _matches(group_name: str, group: GroupConfig, names: Iterable[str]) -> list[
 
 
 def _decay(stage: StageConfig, group: GroupConfig) -> float:
-    """Fully decoupled decay takes (lr_t / lr_max) lambda w off a weight w: torch's lr_t (lambda / lr_max) w."""
+    """Weight decay for torch, which subtracts lr_t * decay * w from a weight w.
+
+    Fully decoupled decay subtracts (lr_t / lr_max) * lambda * w, so its `decay` is lambda / lr_max.
+    """
     if stage.decoupled_weight_decay and group.lr > 0:
         return group.weight_decay / group.lr
     return group.weight_decay

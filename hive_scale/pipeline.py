@@ -1,4 +1,4 @@
-"""A run: its stages one after the other, each from the weights of the one before."""
+"""Run the stages of a config in order, each starting from the weights of the previous one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("p
 
 
 def initial_model(config: ModelConfig, seed: int) -> Hive:
-    """float32 on the CPU. Raises ValueError that names what is missing, of another shape or not finite in a part."""
+    """Build the model with its initial weights, float32 on the CPU.
+
+    Raises ValueError that names a component's tensors that are missing, have another shape or are not finite.
+    """
     paths = {"vision": config.vision.path, "language": config.language.path, "connector": config.connector_weights}
     ours = {part: path for part, path in paths.items() if path and (part == "connector" or _is_ours(path))}
     model = build.init_model(config, seed, {part: _tensors(part, path) for part, path in ours.items()})
@@ -53,7 +56,7 @@ def initial_model(config: ModelConfig, seed: int) -> Hive:
 
 
 def check_paths(config: ModelConfig) -> None:
-    """Raises ValueError for a local path of a part that is not there; of a name on the hub nothing is known offline."""
+    """Raises ValueError if the local path of a component does not exist; hub names cannot be checked offline."""
     for part, path in (("vision", config.vision.path), ("language", config.language.path)):
         _check_there(f"model.{part}.path", path)
     _check_there("model.connector_weights", config.connector_weights)
@@ -69,7 +72,7 @@ def _is_ours(path: str) -> bool:
 
 
 def _tensors(part: str, path: str) -> Mapping[str, Tensor]:
-    """The part's tensors under its own names: of a whole HIVE its share, else all there are."""
+    """The component's tensors under its own names: its part of a whole HIVE, else all tensors of the file."""
     weights, prefixes = _open(part, path), PREFIXES[part]
     chosen = [name for name in weights if name.startswith(prefixes)]
     if part == "connector":
@@ -97,13 +100,13 @@ def run_pipeline(
     patience: float = 0.0,
     follows: bool = False,
 ) -> None:
-    """Train every unfinished stage, each from the weights of the one before; a finished run returns at once.
+    """Train every unfinished stage, each from the weights of the previous one; a finished run returns at once.
 
-    With `overwrite` a run that is there already is moved aside, or removed, and begun anew. `until` is the last stage
-    to train (None: all). A run that `follows` another, as its blank twin does, takes up what has changed there.
-    Raises ValueError for what the user must change, before training starts, and then leaves nothing behind; also for
-    damaged weights or a damaged encoder of the last stage. Raises TryAgain if another run is at work in the same
-    directory and does not leave it within `patience` seconds, and Stopped when a signal or a file STOP has asked it.
+    With `overwrite` an existing run is moved aside, or deleted, and started over. `until` is the last stage to train
+    (None: all). A run that `follows` another, such as its blank-image control, accepts changes of that run's config.
+    Raises ValueError for what the user must change, before training starts and without leaving files behind; also
+    if the last stage's weights or encoder are corrupt. Raises TryAgain if another process works on the same run
+    directory for longer than `patience` seconds, and Stopped on a signal or a file STOP.
     """
     world.timer.enter("start")
     on_main(world, lambda: check_place(config))
@@ -137,18 +140,18 @@ def _run_stages(
     check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
-    # until a stage has begun, the config may still be edited in what the first one starts from
+    # until a stage has begun, the user may still edit the initial weights in the config, so they are made again
     begun = any(is_begun(config.run_dir / name) for name in config.stages)
     if world.is_main and (anew or not begun or not find_weights(weights)):
         world.timer.enter(FETCH if _comes_from_a_hub(config.model) else "start")
         first = initial_model(config.model, seed=next(iter(config.stages.values())).seed)
         world.timer.enter("start")
-    # not before: to a directory that a refused command had claimed, the corrected one would be another run
+    # claim the directory only now: a command refused earlier must leave no claim that conflicts with its correction
     take()
     data = open_all(config)
     check_data_fingerprint(config, data, world)
     if world.is_main:
-        (config.run_dir / "outcome.txt").unlink(missing_ok=True)  # of fewer stages
+        (config.run_dir / "outcome.txt").unlink(missing_ok=True)  # stale: it covers fewer stages
     if first is not None:
         write_weights(weights, dict(first.named_parameters()))
         del first
@@ -175,7 +178,7 @@ def _give_encoder(config: Config, name: str) -> None:
 
 
 def _mend_encoder(config: Config, name: str) -> None:
-    """Make the encoder of a stage that has ended again if it is not there: its weights are enough for that."""
+    """Export the encoder of a finished stage again if it is missing: the stage's weights are enough for that."""
     stage_dir = config.run_dir / name
     if find_weights(stage_dir / WEIGHTS) and not (stage_dir / ENCODER).is_dir():
         _give_encoder(config, name)
@@ -183,7 +186,7 @@ def _mend_encoder(config: Config, name: str) -> None:
 
 
 def _check_result(config: Config, name: str) -> None:
-    """See that what a finished run came to is still what was written. Raises CorruptFile, with the remedy."""
+    """Verify weights and encoder of a finished run's last stage. Raises CorruptFile, with the remedy."""
     stage_dir = config.run_dir / name
     read_weights(stage_dir / WEIGHTS)
     checksums.check(stage_dir / ENCODER, remedy=encoder_remedy(stage_dir / ENCODER))

@@ -1,8 +1,7 @@
-"""Which device and which network interface each process takes, told from what all of them see.
+"""Choose each process's device and network interface, from what all processes see.
 
-Launchers differ in what they show a process: every device of its node, those near its cores, or one alone. And what a
-node's name means differs on that node itself, where Debian says 127.0.1.1. So nothing is taken from a process's
-number alone.
+Launchers differ in what they show a process: all devices of its node, those near its cores, or a single one. A node's
+name may also resolve differently on the node itself (127.0.1.1 on Debian). So the local rank alone decides nothing.
 """
 
 from __future__ import annotations
@@ -19,44 +18,44 @@ import psutil
 
 from hive_scale import device
 
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # Linux's
-SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"  # lets NCCL, since 2.30, connect several MIG instances of one card
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # unique to a running Linux machine
+SHARED = "NCCL_MULTI_RANK_GPU_ENABLE"  # variable that lets NCCL >= 2.30 connect several MIG instances of one card
 
 
 class View(NamedTuple):
-    """What one process sees."""
+    """The machine, devices and address that one process sees."""
 
-    host: str  # name of its machine, for people
-    machine: str  # tells it from all others
-    local_rank: int  # number on its node, as its launcher says; only the device that it would rather have
-    kind: str  # of device
-    devices: list[tuple[str, str]]  # what tells each from all others, and its card
-    address: str  # its own, on the way to where all meet
+    host: str  # host name, for messages
+    machine: str  # unique id of the machine
+    local_rank: int  # rank on its node, from the launcher; only a preference among devices
+    kind: str  # device type, such as "cuda" or "cpu"
+    devices: list[tuple[str, str]]  # (unique id, id of its card) of each visible device
+    address: str  # IP address of this process on the route to the rendezvous; "": none
 
 
 def look(local_rank: int, meeting: str) -> View:
-    """What this process sees, for the others. `meeting` is the host where all meet; "" where there are no others."""
+    """What this process sees. `meeting` is the host of the rendezvous, "" for a single process."""
     kind = device.kind()
     visible = device.visible() if kind in device.DISTRIBUTED else []
     return View(socket.gethostname(), machine(), local_rank, kind, visible, own_address(meeting) if meeting else "")
 
 
 def machine() -> str:
-    """Tells this machine from others, also from those that go by the same name."""
+    """A unique id of this machine, even among machines of the same name."""
     return BOOT_ID.read_text().strip() if BOOT_ID.is_file() else socket.gethostname()
 
 
 def deal(views: Sequence[View]) -> list[int]:
-    """A device for each rank alone: its index among those that the rank sees, 0 where it sees none.
+    """Assign each rank a device of its own, by bipartite matching: its index among the devices that the rank sees.
 
-    Its number on the node decides where that is possible. Raises ValueError where there are too few devices, or where
-    kinds differ.
+    A rank without devices gets 0. The local rank is preferred where possible. Raises ValueError if there are too few
+    devices, or ranks see different kinds.
     """
     _check_kinds(views)
     owners: dict[tuple[str, str], int] = {}
 
     def place(rank: int, tried: set[tuple[str, str]]) -> bool:
-        """Give `rank` a device, moving others that have one to another of theirs."""
+        """Give `rank` a device, if need be by moving its present owner to another (augmenting path)."""
         for key in _wanted(views[rank]):
             if key not in tried:
                 tried.add(key)
@@ -79,10 +78,10 @@ def deal(views: Sequence[View]) -> list[int]:
 
 
 def interface(views: Sequence[View], rank: int) -> str:
-    """The network interface through which `rank` and the others reach each other, "" where none can be told.
+    """Name of the network interface by which `rank` reaches the other ranks; "" if unknown.
 
-    It leads to where all meet. A rank whose way there does not leave the machine takes the one that leads to ranks
-    whose way does.
+    It is the one on the route to the rendezvous. If that route is the loopback (the rendezvous is on this machine),
+    it is the one on the route to another rank whose address is not.
     """
     own = views[rank].address
     far = next((view.address for view in views if view.address and not _is_loopback(view.address)), "")
@@ -92,7 +91,7 @@ def interface(views: Sequence[View], rank: int) -> str:
 
 
 def own_address(host: str) -> str:
-    """This machine's address on the route to `host`, "" where there is no route. Nothing is sent."""
+    """This machine's IP address on the route to `host`, "" if there is no route. No packet is sent."""
     with suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind, protocol) as probe, suppress(OSError):
@@ -102,24 +101,24 @@ def own_address(host: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """The interface that has this `address`, "" if none has."""
+    """Name of the interface with this IP `address`, "" if none has it."""
     return next((name for name, address_of_it in addresses() if _is_same(address, address_of_it)), "")
 
 
 def addresses() -> list[tuple[str, str]]:
-    """Each interface of this machine with each of its IP addresses."""
+    """(interface name, IP address) for every address of this machine."""
     families = (socket.AF_INET, socket.AF_INET6)
     found = psutil.net_if_addrs().items()
     return [(name, _plain(one.address)) for name, ones in found for one in ones if one.family in families]
 
 
 def is_loopback_interface(name: str) -> bool:
-    """Whether `name` reaches this machine alone."""
+    """True if interface `name` is a loopback, which reaches only this machine."""
     return any(_is_loopback(address) for one, address in addresses() if one == name)
 
 
 def ranks_of(numbers: Sequence[int]) -> str:
-    """``rank 3``, or ``ranks 0, 1 and 6 more``."""
+    """Format rank numbers: ``rank 3``, or ``ranks 0, 1 and 6 more``."""
     first = ", ".join(str(number) for number in numbers[:8])
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
     return f"rank{'s' * (len(numbers) > 1)} {first}{more}"
@@ -141,7 +140,7 @@ def _check_kinds(views: Sequence[View]) -> None:
 
 
 def _check_cards(views: Sequence[View], chosen: Sequence[int]) -> None:
-    """MIG instances differ, yet NCCL takes ranks of one card for one."""
+    """Raises ValueError if two ranks got MIG instances of one card, which NCCL takes for one device."""
     if os.environ.get(SHARED) == "1":
         return
     seen: dict[tuple[str, str], int] = {}
@@ -173,5 +172,5 @@ def _is_loopback(address: str) -> bool:
 
 
 def _plain(address: str) -> str:
-    """Without the interface that the kernel writes behind a link-local one."""
+    """`address` without the zone (%eth0) that the kernel adds to link-local addresses."""
     return address.partition("%")[0]

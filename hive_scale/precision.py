@@ -1,4 +1,4 @@
-"""What the config's precisions are to torch."""
+"""torch dtypes of the config's precisions."""
 
 from __future__ import annotations
 

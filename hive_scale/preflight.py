@@ -1,4 +1,4 @@
-"""What a run needs, and is checked for, before its first step."""
+"""Open the data of a run, and check everything that could fail later, before the first step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Data:
-    """What a stage reads: training and held-out samples, and the tokenizer of both."""
+    """The data of a stage: training and held-out samples, and their tokenizer."""
 
     tokenizer: Tokenizer
     train: Loader
@@ -37,12 +37,15 @@ class Data:
 
     @property
     def names(self) -> list[str]:
-        """What checkpoints call these data: today, and by what they were known to older versions."""
+        """Names of these data in checkpoints: the present fingerprint first, then the one of older versions."""
         return [f"{self.train.fingerprint}-{self.heldout.fingerprint}", self.train.layout]
 
 
 def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
-    """The data of `stage`; without, the run's. What cannot be used of it is `noted` in the run directory."""
+    """Open the data of `stage`, by default the run's. With `noted`, bad samples are logged in the run directory.
+
+    Raises ValueError if shards or tokenizer cannot be used.
+    """
     data = config.data_of(stage)
     tokenizer = open_tokenizer(data.tokenizer)
     bad = config.run_dir / "bad_samples.jsonl" if noted else None
@@ -58,14 +61,14 @@ def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
 
 
 def _heldout_beside(data: DataConfig) -> str:
-    """The remedy, where `prepare_data.py` has set samples of the training set aside that the config does not name."""
+    """A hint to add to an error, if `prepare_data.py` wrote a held-out set that the config does not name; else ""."""
     beside = [pattern.replace("train-", "heldout-") for pattern in data.train if "train-" in pattern]
     there = [pattern for pattern in beside if any(glob(pattern))]
     return f"; there is data.heldout='[{','.join(there)}]'" if there and there != data.heldout else ""
 
 
 def open_all(config: Config, noted: bool = True) -> dict[str, Data]:
-    """The data of every stage, by its name; stages that read the run's share it."""
+    """Open the data of every stage, by stage name; stages without overrides share one `Data`."""
     opened: dict[str, Data] = {}
     of_run = [name for name, stage in config.stages.items() if not stage.data]
     opened |= dict.fromkeys(of_run, open_data(config, noted=noted)) if of_run else {}
@@ -73,9 +76,9 @@ def open_all(config: Config, noted: bool = True) -> dict[str, Data]:
 
 
 def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], here: bool = True) -> None:
-    """Meet every error of any stage now, not in the night. Raises ValueError.
+    """Check every stage for errors that would otherwise come hours later. Raises ValueError.
 
-    `worlds` are the numbers of processes of the stages to be trained, and `here` tells whether by this machine.
+    `worlds` maps the stages to be trained to their number of processes; `here` is True if this machine trains them.
     """
     _check_engines(config, worlds, here)
     _check_optimizers(config)
@@ -105,7 +108,7 @@ def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> Non
     if first and config.stages[first].carry_optimizer_state:
         raise ValueError(f"stages.{first}.carry_optimizer_state: no stage comes before this one: set it to false")
     if engine.ds_config:
-        from hive_scale.engine import deepspeed_config  # which takes seconds to import DeepSpeed
+        from hive_scale.engine import deepspeed_config  # imported here because DeepSpeed takes seconds to import
 
         stages = {name: (config.stages[name], world_size) for name, world_size in worlds.items()}
         deepspeed_config.check(Path(engine.ds_config), stages, engine, here)
@@ -138,7 +141,7 @@ def _warn_of_shipped_heldout(data: DataConfig) -> None:
 
 
 def _try_some(loader: Loader, count: int = 4) -> None:
-    """Raises ValueError if of a few samples from all over the set none can be used, for then none will be."""
+    """Raises ValueError if none of about `count` samples, spread over the set, can be read."""
     size, reason = len(loader.index), ""
     for i in range(0, size, max(1, size // count)):
         try:
@@ -150,14 +153,14 @@ def _try_some(loader: Loader, count: int = 4) -> None:
 
 
 def check_data_fingerprint(config: Config, data: Mapping[str, Data], world: World) -> None:
-    """Note what samples the run begins with; from then on see that they are there, wherever they lie. A collective.
+    """Record the fingerprint of the data in data.json; later, check that each unfinished stage's data still match it.
 
-    Checkpoints know their samples, but a stage that has none yet would begin with whatever a pattern still matches.
-    Raises ValueError that names the stage and a shard that is not as it was.
+    Moved shards are fine. A stage without a checkpoint needs this, since it would train on whatever its shard
+    patterns match now. A collective. Raises ValueError that names the stage and a shard that has changed.
     """
     path = config.run_dir / "data.json"
     before = _read_noted(path) if path.exists() else {}
-    world.barrier()  # all have read it
+    world.barrier()  # rank 0 rewrites the file below, so all ranks must have read it
     done = {name: noted for name, noted in before.items() if is_stage_done(config.run_dir / name)}
     for name, noted in before.items():
         if name in data and name not in done and not _reads_others(noted, config, name):
@@ -180,19 +183,19 @@ def _noted(loader: Loader) -> dict[str, Any]:
 
 
 def _reads_others(noted: Mapping[str, Any], config: Config, stage: str) -> bool:
-    """Whether a stage that has not begun is to read other shards than when the run began, not moved ones."""
+    """True if a stage that has not begun now names other shards, by more than their folder, than data.json has."""
     patterns = config.data_of(stage).train
     same = configs.without_folders(noted.get("patterns", patterns)) == configs.without_folders(patterns)
     return not same and not is_begun(config.run_dir / stage)
 
 
 def _read_noted(path: Path) -> dict[str, Any]:
-    """What a run noted of its samples. Raises ValueError if that is not what was written."""
+    """Read the data fingerprints that a run recorded. Raises ValueError if the file is corrupt."""
     remedy = "restore it, or remove it: the samples that are there now are then taken for those it began with"
     checksums.check_file(path, remedy)
     try:
         noted: dict[str, Any] = strict_json.read(path)
-        # an older version's knew the training samples' places and sizes alone
+        # older versions recorded only the training samples, by places and sizes of the shards
         noted = {name: one if "train" in one else {"train": {**one, "shards": {}}} for name, one in noted.items()}
         return {
             name: one | {"train": {**one["train"], "samples": int(one["train"]["samples"])}}
@@ -203,7 +206,7 @@ def _read_noted(path: Path) -> dict[str, Any]:
 
 
 def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:
-    """Raises ValueError if `before`, what is noted of a stage's data, is not of `data`."""
+    """Raises ValueError if the recorded data `before` of `stage` are not the present `data`."""
     for part, loader in (("train", data.train), ("heldout", data.heldout)):
         noted = before.get(part)
         if noted and noted["fingerprint"] not in (loader.fingerprint, loader.layout):
@@ -215,7 +218,7 @@ def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:
 
 
 def _which(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The first of the shards `now`, each with its digest, that is another than `before`; or the first that is gone."""
+    """Name, for a message, the first shard in `now` (name to digest) that differs from `before`, or is missing now."""
     names = {Path(shard).name for shard in before}
     for shard, digest in now.items():
         if before and digest not in before.values():

@@ -1,6 +1,6 @@
-"""Runs by name: each preset is a function that returns a Config. YAML and ``key=value`` words only override.
+"""Presets: functions that return a Config, by name. YAML files and ``key=value`` words override them.
 
-A preset's own arguments (``fusion=concat``) may be given among those words.
+Among those words, arguments of the preset itself (``fusion=concat``) may be given, too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hive_scale.config import (
 from hive_scale.config_merge import read_words, read_yaml, refuse_references, resolve, with_new_names
 from hive_scale.registry import FUSIONS, use_extensions
 
-LLM_BODY = ("language.model.layers.*", "language.model.norm.*")  # all but embeddings and head (as the authors')
+LLM_BODY = ("language.model.layers.*", "language.model.norm.*")  # all but embeddings and head, as in the authors' code
 
 
 def three_stages(
@@ -35,9 +35,9 @@ def three_stages(
     weight_decay: float = 1e-5,
     llm: Sequence[str] = LLM_BODY,
 ) -> dict[str, dict[str, GroupConfig]]:
-    """Groups of `projector`, `language` and `joint` (paper 3.5).
+    """Parameter groups of the stages `projector`, `language` and `joint` (paper 3.5).
 
-    The fusion says which of its parameters are new, and train from the first stage on.
+    The fusion declares its new parameters, which train from the first stage on.
     """
     kind = FUSIONS[fusion]
     with_llm = [*llm, *kind.with_llm]
@@ -58,7 +58,7 @@ def three_stages(
 
 
 def open_gates(groups: dict[str, GroupConfig], fusion: str, lr: float = 3e-2) -> None:
-    """Give the gates of `groups` a rate of their own, for runs of few steps: behind a shut gate little is learned."""
+    """Give the gates in `groups` their own, higher rate for short runs: little is learned behind a closed gate."""
     kind = FUSIONS[fusion]
     if kind.gates:
         groups["connector"] = replace(groups["connector"], parameters=list(kind.beside_gates))
@@ -66,7 +66,7 @@ def open_gates(groups: dict[str, GroupConfig], fusion: str, lr: float = 3e-2) ->
 
 
 def debug(fusion: str = "cross_attention") -> Config:
-    """Everything small and from scratch, on the shipped images: minutes on a laptop, no download."""
+    """A small model from scratch on the shipped images: minutes on a laptop, no download."""
     vision: dict[str, Any] = {
         "model_type": "siglip_vision_model",
         "image_size": 64,
@@ -90,13 +90,13 @@ def debug(fusion: str = "cross_attention") -> Config:
         "bos_token_id": 1,
         "eos_token_id": 1,
         "pad_token_id": 0,
-        "initializer_range": 0.1,  # a head drawn smaller could not be told from a uniform guess while frozen
+        "initializer_range": 0.1,  # with a smaller one, a frozen head's output would hardly differ from a uniform guess
     }
-    # nothing is pretrained, so the LLM learns with embeddings and head, and rates are those of small models
+    # nothing is pretrained: the LLM trains with embeddings and head, at learning rates for small models
     groups = three_stages(fusion, (3e-3, 1e-3, 1e-3), weight_decay=1e-4, llm=["language.*"])
     open_gates(groups["projector"], fusion)
     groups["language"]["connector"] = replace(groups["language"]["connector"], lr=3e-3)
-    # the LLM has seen each caption many times before the encoder's turn comes: from then on it moves little
+    # by the time the encoder is trained, the LLM has seen each caption many times, so its rate is low from then on
     groups["joint"]["language"] = replace(groups["joint"]["language"], lr=1e-4, weight_decay=2e-3)
     groups["joint"]["connector"] = replace(groups["joint"]["connector"], weight_decay=2e-3)
     groups["joint"]["vision"] = replace(groups["joint"]["vision"], lr=2e-3)
@@ -121,14 +121,14 @@ def debug(fusion: str = "cross_attention") -> Config:
 
 
 def demo(fusion: str = "cross_attention") -> Config:
-    """A real pretrained LLM, SmolLM2-135M, with a small encoder from scratch, on three styles of emoji.
+    """SmolLM2-135M, pretrained, with a small encoder from scratch, on emoji in three styles.
 
-    Needs ``prepare_data.py smollm2`` and ``prepare_data.py emoji --styles all`` first.
+    Run ``prepare_data.py smollm2`` and ``prepare_data.py emoji --styles all`` first.
     """
     base = debug(fusion)
     groups = three_stages(fusion, (2e-3, 1e-4, 1e-4))
     open_gates(groups["projector"], fusion)
-    # the encoder and what joins it to the LLM are new, and run ahead of the pretrained LLM
+    # encoder, projectors and fusion are new, so they train at higher rates than the pretrained LLM
     for stage, new in (("language", "connector"), ("joint", "connector"), ("joint", "vision")):
         groups[stage][new] = replace(groups[stage][new], lr=1e-3)
     vision = {**base.model.vision.config, "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 8}
@@ -159,7 +159,7 @@ def demo(fusion: str = "cross_attention") -> Config:
 
 def paper_siglip(fusion: str = "cross_attention") -> Config:
     """SigLIP-L/16-384 and MobileLLM-350M on LLaVA-CC3M-Pretrain-595K (paper, Table 3)."""
-    # the config is given in full: the hub's names sizes only
+    # given in full, since the config on the hub has only the sizes
     vision = {
         "model_type": "siglip_vision_model",
         "image_size": 384,
@@ -169,7 +169,7 @@ def paper_siglip(fusion: str = "cross_attention") -> Config:
         "num_hidden_layers": 24,
         "num_attention_heads": 16,
     }
-    # the SigLIP run taps the later depths (paper 4.5)
+    # the paper's SigLIP run uses the later layers (paper 4.5)
     return _paper("paper_siglip", fusion, "google/siglip-large-patch16-384", vision, later=True)
 
 
@@ -189,7 +189,7 @@ def paper_clip(fusion: str = "cross_attention") -> Config:
     return replace(base, data=replace(base.data, image_transform="crop"))
 
 
-# Samples at once on a 24 GB card, by stage, 1.5 GB to spare: found by `plan.py --fit`, which says what they cost.
+# Micro-batch of each stage on a 24 GB card with 1.5 GB to spare, found by `plan.py --fit`, which shows the memory.
 RTX3090: dict[str, tuple[int, int, int]] = {
     "cross_attention": (64, 64, 16),
     "joint_attention": (64, 64, 16),
@@ -198,14 +198,14 @@ RTX3090: dict[str, tuple[int, int, int]] = {
 
 
 def rtx3090(fusion: str = "cross_attention") -> Config:
-    """`paper_siglip` on one 24 GB card: the same global batches, cut to what fits."""
+    """`paper_siglip` on one 24 GB card: the same global batches, with micro-batches that fit."""
     base = paper_siglip(fusion)
     sizes = zip(base.stages.items(), RTX3090[fusion], strict=True)
     stages = {name: replace(stage, micro_batch=size) for (name, stage), size in sizes}
     return replace(base, name=_name("rtx3090", fusion), stages=stages)
 
 
-# MobileLLM is llama-shaped; its checkpoints hold no head of their own, so the embeddings must be tied.
+# MobileLLM has Llama's architecture; its checkpoints hold no output head, so embeddings must be tied.
 MOBILELLM_350M: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 32000,
@@ -226,7 +226,7 @@ MOBILELLM_350M: dict[str, Any] = {
 
 def _paper(name: str, fusion: str, hub: str, vision: dict[str, Any], later: bool) -> Config:
     groups = three_stages(fusion, (1e-3, 5e-5, 5e-6))
-    sequence = fusion == "concat"  # visual tokens run through the whole LLM: fewer samples fit
+    sequence = fusion == "concat"  # visual tokens run through the whole LLM, so fewer samples fit
     return Config(
         name=_name(name, fusion),
         model=ModelConfig(
@@ -260,7 +260,7 @@ def _paper(name: str, fusion: str, hub: str, vision: dict[str, Any], later: bool
     )
 
 
-# As its gated repository has it: a plan or a dry run needs no access.
+# The config of the gated repository, copied here so that a plan or a dry run needs no access to it.
 LLAMA_1B: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -287,10 +287,10 @@ LLAMA_1B: dict[str, Any] = {
 
 
 def vlm(encoder: str = "", fusion: str = "concat", llm_only: str = "false") -> Config:
-    """LLaVA's two stages on a pre-trained encoder and Llama-3.2-1B-Instruct (paper, Table 5).
+    """LLaVA's two stages with a pretrained encoder and Llama-3.2-1B-Instruct (paper, Table 5).
 
-    `encoder` is a Hugging Face directory. With `llm_only` the second stage leaves the connector as it is, as the
-    paper's text says; the authors' code, and LLaVA, train it on.
+    `encoder` is a Hugging Face directory. With `llm_only` "true", the second stage freezes the connector, as the
+    paper's text says; the authors' code, and LLaVA, keep training it.
     """
     llm = "meta-llama/Llama-3.2-1B-Instruct"
     tokenizer = TokenizerConfig(path=llm, pad_token="<|finetune_right_pad_id|>")
@@ -326,9 +326,9 @@ def vlm(encoder: str = "", fusion: str = "concat", llm_only: str = "false") -> C
 
 
 def vlm_small(encoder: str = "", fusion: str = "concat", llm_only: str = "false") -> Config:
-    """The same two stages with SmolLM2-135M on easy-vqa, for machines without a GPU.
+    """The two stages of `vlm` with SmolLM2-135M on easy-vqa, for machines without a GPU.
 
-    Needs ``prepare_data.py smollm2`` and ``prepare_data.py easy_vqa`` first.
+    Run ``prepare_data.py smollm2`` and ``prepare_data.py easy_vqa`` first.
     """
     connector, language = _vlm_groups(fusion, (2e-3, 2e-4), str(llm_only).lower() == "true")
     common: dict[str, Any] = {"global_batch": 16, "micro_batch": 16, "min_lr": 0.0, "betas": (0.9, 0.999)}
@@ -353,7 +353,7 @@ def vlm_small(encoder: str = "", fusion: str = "concat", llm_only: str = "false"
 def _vlm_groups(
     fusion: str, rates: tuple[float, float], llm_only: bool
 ) -> tuple[dict[str, GroupConfig], dict[str, GroupConfig]]:
-    """Groups of `connector` and `language`; the encoder is frozen in both."""
+    """Parameter groups of the stages `connector` and `language`; the encoder is frozen in both."""
     kind = FUSIONS[fusion]
     first = {"connector": GroupConfig(list(kind.new_parameters), rates[0])}
     second = {"language": GroupConfig(["language.*", *kind.with_llm], rates[1])}
@@ -381,20 +381,20 @@ SAVED = {"name", "output", "model", "data", "stages", "engine", "log", "profile"
 
 
 def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
-    """The run that a preset, a YAML file and ``key=value`` words describe, each overriding the one before.
+    """Build the config from a preset, a YAML file and ``key=value`` words, each overriding the one before.
 
-    A file may name the preset it extends (``preset: debug``). Raises ValueError with the remedy.
+    The file may name the preset that it extends (``preset: debug``). Raises ValueError with the remedy.
     """
     layer: dict[str, Any] = read_file(file) if file else {}
     if file and _is_a_runs(file, layer):
         refuse_references(layer, file)
-        layer = with_new_names(Config, layer)  # without a word: nobody typed them
+        layer = with_new_names(Config, layer)  # without warnings about old names: the user did not write this file
         use_extensions(_extensions({}, words))
     else:
         use_extensions(_extensions(layer, words))
     named = layer.pop("preset", None)
     if file and not preset and not named:
-        base = Config()  # the file says everything, as one saved by a run does
+        base = Config()  # no preset: the file is complete, as one that a run saved
         arguments: dict[str, Any] = {}
     else:
         function = _find(preset or named or "debug")
@@ -410,7 +410,7 @@ def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
 
 
 def _extensions(layer: Mapping[str, Any], words: Sequence[str]) -> list[str]:
-    """The modules that a user's own file and words name, before anything that they register is asked for."""
+    """Names of extension modules in a user's own file and words, to import before their entries are looked up."""
     given = [word for word in words if word.startswith("extensions=")]
     read = OmegaConf.to_container(read_words(given, Config)) if given else dict(layer)
     modules = read.get("extensions") if isinstance(read, dict) else None
@@ -418,7 +418,7 @@ def _extensions(layer: Mapping[str, Any], words: Sequence[str]) -> list[str]:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """A YAML file's keys and values. Raises ValueError if it is none."""
+    """Read a YAML file as a mapping. Raises ValueError if it is not one."""
     if not file.is_file():
         hint = f"it is a folder: give {file / 'config.yaml'}" if file.is_dir() else "give the YAML file of a run"
         raise ValueError(f"--config {file}: no such file: {hint}")
@@ -429,7 +429,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def _is_a_runs(file: Path, content: Mapping[str, Any]) -> bool:
-    """Whether a run wrote `file`, by what it says or by where it lies: it may be a stranger's, and is no command."""
+    """True if a run wrote `file`, by its content or place. It may be a stranger's run, and is no user's command."""
     folder = file.resolve().parent
     says_all = content.keys() >= SAVED and "preset" not in content
     signs = (place / name for place in (folder, folder.parent) for name in ("initial", "data.json", "slurm/chain.json"))

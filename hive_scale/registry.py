@@ -1,8 +1,7 @@
-"""What varies, by name: the fusions, encoder families, LLM families and optimizers that there are.
+"""Registries of classes by name: fusions, encoder families, LLM families and optimizers.
 
-An entry is a class that answers everything the rest asks of it; its base class says what that is. Nobody else compares
-names. What comes with the package is imported when it is asked for; a module of a user's own, named in the config's
-``extensions``, registers more.
+Each entry is a class that implements its base class's whole interface, so no other module compares names. Entries of
+this package are imported on first use; a user's own modules, named in the config's ``extensions``, register more.
 
 This module imports no torch.
 """
@@ -19,21 +18,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T", bound=type)
-EXTENSIONS = "HIVE_SCALE_EXTENSIONS"  # modules of the user's own, for commands that take no config
+EXTENSIONS = "HIVE_SCALE_EXTENSIONS"  # variable that names the user's modules, for commands without a config
 
 
 class Registry:
-    """Classes by name."""
+    """Classes of one kind by name, imported on first use."""
 
     def __init__(self, what: str, modules: Mapping[str, str]) -> None:
-        """`what` an entry is; `modules` of this package by the names that they register."""
+        """`what` names the kind of entry in messages; `modules` maps each built-in name to the module that has it."""
         self.what, self._modules = what, dict(modules)
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """A decorator of the class that `name` stands for.
+        """Decorator that registers a class under `name`.
 
-        Raises ValueError if the name is taken, or the class does not answer all that its base class asks.
+        Raises ValueError if the name is taken, or the class lacks a method or class attribute of its base class.
         """
 
         def add(entry: T) -> T:
@@ -49,27 +48,27 @@ class Registry:
         return add
 
     def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str):  # of a config that gives what it likes
+        if not isinstance(name, str):  # a config may hold any type here
             return False
         if name not in self._modules:
             load_extensions(_trusted())
         return name in self._modules
 
     def __getitem__(self, name: str) -> Any:
-        """The class of that name. Raises ValueError for none."""
+        """The class registered as `name`; imports its module. Raises ValueError if there is none."""
         self.check(name)
         if name not in self._entries:
             import_module(self._modules[name])
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
-        """Of all entries, also those that are not imported yet."""
+        """All registered names, including entries that are not imported yet."""
         return tuple(self._modules)
 
     def check(self, name: str, key: str = "", modules: Sequence[str] = ()) -> None:
-        """Raises ValueError that names the nearest entry if there is none of that name.
+        """Raises ValueError if `name` is not registered; the message suggests the nearest name.
 
-        Args: `key` of the config that gives the name; `modules` of a user's own that the config says are needed.
+        `key` is the config key that holds the name, and `modules` the user's modules to suggest, both for the message.
         """
         if name not in self:
             near = get_close_matches(str(name), self._modules, n=1)
@@ -82,7 +81,7 @@ class Registry:
 
 
 def _without_value(entry: type) -> set[str]:
-    """Class attributes that the base classes of `entry` declare, and nobody gives a value."""
+    """Names of class attributes that `entry` or its base classes declare as ClassVar, and that have no value."""
     declared = {
         name
         for base in inspect.getmro(entry)
@@ -93,25 +92,26 @@ def _without_value(entry: type) -> set[str]:
 
 
 def use_extensions(modules: Iterable[str]) -> None:
-    """Import the modules that a user's own command names, here and in whatever this process starts.
+    """Import the modules that a user's own command names, and pass them on to child processes by the environment.
 
-    Raises ValueError for one that cannot be imported.
+    Raises ValueError for a module that cannot be imported.
     """
     load_extensions(modules)
     os.environ[EXTENSIONS] = ",".join(dict.fromkeys([*_trusted(), *modules]))
 
 
 def load_extensions(modules: Iterable[str]) -> None:
-    """Import modules, which register what they bring. Raises ValueError for one that cannot be imported.
+    """Import modules, which register their classes. Raises ValueError for a module that cannot be imported.
 
-    A module is code: a run's saved config names it, but only the user's own command or environment has it imported.
+    Importing runs code. A run's saved config may name modules, but only the user's own command or environment gets
+    them imported.
     """
     for module in modules:
         if module not in sys.modules and (here := str(Path.cwd())) not in sys.path:
-            sys.path.append(here)  # beside which users write theirs
+            sys.path.append(here)  # users keep their modules in the current directory
         try:
             import_module(module)
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # a user's module may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
                 f"extensions: {module} cannot be imported ({type(error).__name__}: {reason}): give the name of a "

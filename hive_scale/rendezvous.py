@@ -1,4 +1,4 @@
-"""How the processes of one start find each other, and say who has not come."""
+"""Rendezvous of the processes of one start: how they find each other, and report which ranks are missing."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from hive_scale.exit_codes import TryAgain, say
 from hive_scale.heartbeat import GRACE
 from hive_scale.launcher_env import Place
 
-stores: Any = dist  # which names its stores in public, but not in its type hints
-JOINING = timedelta(minutes=2)  # where none has come for so long, none will
-JOINING_WATCHED = timedelta(minutes=1)  # where somebody sits at a terminal: in one of a session's tasks, perhaps
-SAYING = 15.0  # seconds between words about who is missing
-PORTS = 8  # that are tried, where rank 0 may choose
-ANSWER = 5.0  # seconds in which what listens at a port says whether it is a store
+stores: Any = dist  # torch exports the store classes, but its type hints do not declare them
+JOINING = timedelta(minutes=2)  # if no further rank arrives for so long, give up
+JOINING_WATCHED = timedelta(minutes=1)  # the same where a user waits at a terminal, perhaps inside a single srun task
+SAYING = 15.0  # seconds between messages about missing ranks
+PORTS = 8  # number of ports that rank 0 tries, if it may choose
+ANSWER = 5.0  # seconds that a port has to answer as a store
 
 
 class NotMet(TryAgain, ValueError):
-    """Some rank has not come, and nobody sits there to be told: the next start may have all of them."""
+    """Some rank has not arrived, and no user is at a terminal: a restart may bring all of them."""
 
 
 class Meeting:
-    """How the processes of one start find each other, and nobody else's words, in a store.
+    """Gathers the processes of one start in a store, apart from the entries of earlier attempts.
 
-    The store of torchrun's agents outlives their restarts, with all that earlier attempts have left in it. So rank 0
-    names the attempt, and answers each rank that greets it with a word of its own, which no earlier one can have used.
+    torchrun's agents keep their store over restarts, with all entries of earlier attempts. So rank 0 makes a random
+    name for this attempt, and each other rank greets it with a random word of its own, which the answer must repeat.
     """
 
     def __init__(self, place: Place) -> None:
         self.rank, self.size, self.start = place.rank, place.size, place.start
-        is_watched = place.by_slurm and sys.stdin is not None and sys.stdin.isatty()  # somebody sits and waits
+        is_watched = place.by_slurm and sys.stdin is not None and sys.stdin.isatty()  # a user waits at the terminal
         self.watched = is_watched
         self.patience = min(JOINING, JOINING_WATCHED) if is_watched else JOINING
         self.where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -49,7 +49,10 @@ class Meeting:
         self._expect()
 
     def hold(self) -> Any:
-        """The part of the store that is this attempt's. Raises ValueError, or NotMet, that says who has not come."""
+        """The store with this attempt's prefix, once all have arrived.
+
+        Raises NotMet, or ValueError if the user must act, with the missing ranks.
+        """
         threading.Thread(target=self._say, daemon=True).start()
         try:
             store = self._open()
@@ -65,7 +68,7 @@ class Meeting:
             return next(rendezvous("env://", self.rank, self.size, timeout=self.patience))[0]
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         if not self.start:
-            # rank 0 does not wait for the others here, since it could not say for whom
+            # rank 0 must not wait inside of torch, which could not say which ranks are missing
             return stores.TCPStore(
                 host, port, self.size, self.rank == 0, self.patience, wait_for_workers=False, multi_tenant=True
             )
@@ -74,7 +77,7 @@ class Meeting:
         return store
 
     def _found(self, host: str, first: int) -> tuple[Any, int]:
-        """A store at the port `first`, or at the next of `ports` that no other program has."""
+        """Open a store at port `first`, or at the next of `ports` that is free. Returns (store, port)."""
         for last, port in enumerate(ports(first), 1 - PORTS):
             try:
                 store = stores.TCPStore(
@@ -90,25 +93,28 @@ class Meeting:
         raise AssertionError
 
     def _find(self, host: str, first: int) -> tuple[Any, int]:
-        """The store that rank 0 has opened, at whichever port. Other programs, and other jobs' stores, are no such."""
+        """Find the store that rank 0 has opened, among `ports`, skipping other programs and other jobs' stores.
+
+        Returns (store, port). Raises NotMet or ValueError if it does not appear in time.
+        """
         silent = set[int]()
         while True:
             for port in ports(first):
                 with suppress(OSError, dist.DistError):
-                    socket.create_connection((host, port), ANSWER).close()  # the store would wait for who is not there
+                    socket.create_connection((host, port), ANSWER).close()  # torch's client would wait for a listener
                     if port not in silent and (store := self._store_at(host, port, silent)):
                         return store, port
             self._wait()
 
     def _store_at(self, host: str, port: int, silent: set[int]) -> Any:
-        """This start's store, None if there is another, or something else, which may be `silent`."""
+        """This start's store at `port`, or None. A port whose program does not answer is added to `silent`."""
         made = list[Any]()
 
         def make() -> None:
             with suppress(dist.DistError):
                 made.append(stores.TCPStore(host, port, self.size, False, self.patience, wait_for_workers=False))
 
-        # torch waits without end for the answer of a program that awaits other words
+        # torch waits forever for an answer if another program listens at this port
         thread = threading.Thread(target=make, daemon=True)
         thread.start()
         thread.join(ANSWER)
@@ -140,17 +146,17 @@ class Meeting:
             self._wait()
         attempt: str = store.get(key).decode().split()[1]
         store.set(f"{attempt}/here/{self.rank}", "")
-        self.missing.clear()  # the others are rank 0's to name
+        self.missing.clear()  # this rank has met rank 0, which alone can tell who else is missing
         arrived = 0
         while not store.check([f"{attempt}/all here"]):
             if (now := store.add(f"{attempt}/arrived", 0)) != arrived:
                 arrived = now
-                self._expect(GRACE)  # rank 0 gives up first
+                self._expect(GRACE)  # longer than rank 0 waits, so that rank 0 gives up first, with the names
             self._wait()
         return attempt
 
     def _expect(self, longer: float = 0.0) -> None:
-        """Wait for the missing as long as for the first of them: that others come is a sign that they may."""
+        """Restart the waiting time: each rank that arrives is a sign that the others may still come."""
         self._ends = time.monotonic() + self.patience.total_seconds() + longer
 
     def _wait(self) -> None:
@@ -182,5 +188,5 @@ class Meeting:
 
 
 def ports(first: int) -> list[int]:
-    """Where rank 0 may open its store: at the `first`, or behind it where other programs have that."""
+    """Ports at which rank 0 may open its store: `first`, then fallbacks in case other programs use it."""
     return [15000 + (first - 15000 + 997 * number) % 15000 for number in range(PORTS)]

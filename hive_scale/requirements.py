@@ -1,4 +1,4 @@
-"""Whether this environment has what pyproject.toml asks for, said in one line before a library fails deep inside."""
+"""Check the installed packages against pyproject.toml, to report a mismatch before a library fails deep inside."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from packaging.requirements import Requirement
 
 
 def requirements() -> list[Requirement]:
-    """What the package needs at run time: of this checkout where it is one, else as installed."""
+    """The package's runtime requirements: from pyproject.toml in a checkout, else from the installed metadata."""
     project = Path(__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         lines = tomllib.loads(project.read_text())["project"]["dependencies"]
@@ -21,7 +21,7 @@ def requirements() -> list[Requirement]:
 
 
 def problem() -> str | None:
-    """Every requirement that is missing or of another version, in one line; None where there is none."""
+    """One line that names every requirement that is missing or has the wrong version; None if all are met."""
     wrong = []
     for requirement in requirements():
         try:
@@ -29,7 +29,7 @@ def problem() -> str | None:
         except metadata.PackageNotFoundError:
             wrong.append(f"{requirement.name} is not installed")
             continue
-        # a local build such as 2.14.1+cu130 counts as its release, a pre-release as what it precedes
+        # a local build such as 2.14.1+cu130 counts as its release; pre-releases are allowed
         if not requirement.specifier.contains(version, prereleases=True):
             wrong.append(f"{requirement.name} is {version}, {requirement.specifier} was tried")
     return "; ".join(wrong) or None

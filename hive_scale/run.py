@@ -1,4 +1,4 @@
-"""What a finished run, or a stage of one, has to offer: its encoder, its model."""
+"""Open the results of a finished run or stage: its encoder and its model."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hive_scale.model.hive import Hive
 
 
 def find_encoder(path: Path) -> Path:
-    """The Hugging Face directory of the encoder at `path`: that itself, a stage's, or that of a run's last stage.
+    """The Hugging Face directory of the encoder at `path`, which is that directory, a stage, or a run (last stage).
 
-    Raises ValueError if there is none, its files are not what was written, or its image processor makes images of
-    another size than it takes.
+    Raises ValueError if there is none, its files are corrupt, or its image processor does not make images of the
+    encoder's size.
     """
     if (path / "config.json").is_file() or (checksums.is_listed(path) and not (path / CONFIG).is_file()):
         checksums.check(path, remedy=encoder_remedy(path))
@@ -34,7 +34,7 @@ def find_encoder(path: Path) -> Path:
 
 
 def _check_processor(path: Path) -> None:
-    """A directory whose parts do not belong together would be used on images of the wrong size."""
+    """Raises ValueError if the image processor's size is not the encoder's: the images would be of the wrong size."""
     file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
     told = strict_json.read(file) if file.is_file() else {}
     size = (told.get("crop_size") or told.get("size") or {}) if isinstance(told, dict) else {}
@@ -44,18 +44,18 @@ def _check_processor(path: Path) -> None:
 
 
 def open_hive(path: Path) -> tuple[Config, str, Hive]:
-    """The run that `path` is, or belongs to, the stage it is taken from, and its model on the CPU, ready for use."""
+    """Load the run or stage at `path`: its config, the stage's name, and the model on the CPU. Raises ValueError."""
     run, stage = _find(path)
     return run.config, stage, read_model(run, stage)
 
 
 def read_model(run: Run, stage: str = "") -> Hive:
-    """On the CPU: the model at the end of `stage`, by default the last that is done."""
+    """The model at the end of `stage` (default: the last finished one), on the CPU."""
     return build.load_model(run.config.model, read_weights(run.weights(run.stage(stage))))
 
 
 def _find(path: Path) -> tuple[Run, str]:
-    """The run at `path` and its last finished stage, or the stage that `path` itself is."""
+    """The run and stage at `path`; for a run directory, its last finished stage. Raises ValueError if it is neither."""
     if (path / CONFIG).is_file():
         run = Run(path)
         return run, run.stage()

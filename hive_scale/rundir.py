@@ -1,7 +1,7 @@
-"""What a directory is to us: free for a run, one of our runs, or somebody else's. This module imports no torch.
+"""Tell whether a directory is free for a run, a run of this package, or foreign. This module imports no torch.
 
-A run's directory has a marker of its own. Directories of older versions have none: they are known by a config.yaml
-that is one of ours. docs/runs.md has the rules as a table.
+Each run directory has a marker file. Older versions wrote none: their runs are known by a config.yaml that loads.
+docs/runs.md has the rules as a table.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ CONFIG = "config.yaml"
 MARKER = ".hive_scale"
 LOCK = ".lock"
 BEGAN = "began.yaml"  # in a stage's folder: the run's config up to that stage, as it was when the stage began
-EARLY = (LOCK, "logs", "slurm", "STOP", "*.tmp", ".nfs*")  # what there may be before a run has begun
+EARLY = (LOCK, "logs", "slurm", "STOP", "*.tmp", ".nfs*")  # files that may exist before a run has begun
 
 
 def look(directory: Path) -> State:
-    """Whether `directory` is a run of ours, or else free for one: not there, empty, or with a start's first files."""
+    """Classify `directory`: a run is ours; one that is absent, empty or has EARLY files only is free; else foreign."""
     names = {path.name for path in directory.iterdir()} if directory.is_dir() else set[str]()
     if read_marker(directory) or (CONFIG in names and _is_older_run(directory, names)):
         return "ours"
     if CONFIG in names and not (directory / CONFIG).stat().st_size:
-        names.remove(CONFIG)  # by an older version on a full disk
+        names.remove(CONFIG)  # an empty config.yaml is left over from an older version on a full disk
     return "free" if all(fits(name, EARLY) for name in names) else "foreign"
 
 
 def check_place(config: Config) -> None:
-    """Raises ValueError if the run directory cannot be anybody's; looks, and changes nothing."""
+    """Raises ValueError if `config`'s run directory is unsuitable, such as the home directory. Changes nothing."""
     if not config.output.strip():
         raise ValueError("output= is empty, by a variable that is not set, perhaps: give output=DIR")
     directory = config.run_dir
@@ -54,12 +54,12 @@ def check_place(config: Config) -> None:
             )
     except OSError as error:
         raise ValueError(f"output={directory} cannot be read ({error.strerror}): choose another") from None
-    except RuntimeError:  # as Python before 3.13 has it
+    except RuntimeError:  # Python before 3.13 raises this for a loop of links
         raise ValueError(f"output={directory} is a link that leads to itself: choose another") from None
 
 
 def at_home(config: Config, file: Path) -> Config:
-    """`config`, which `file` says, at home: a run's own config.yaml means the run beside it, wherever that lies now."""
+    """`config` as read from `file`; if that is a run's own config.yaml, `output` becomes where the run lies now."""
     home = file.parent
     if file.name != CONFIG or config.run_dir.resolve() == home.resolve() or look(home) != "ours":
         return config
@@ -67,12 +67,12 @@ def at_home(config: Config, file: Path) -> Config:
 
 
 def fits(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether one of `patterns`, as a shell has them, fits `name`."""
+    """True if `name` matches one of `patterns`, in shell syntax."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def read_marker(directory: Path) -> dict[str, Any]:
-    """What the marker says; empty if there is none of ours."""
+    """The content of the run's marker file; empty if there is none, or it is not ours."""
     try:
         content = json.loads((directory / MARKER).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -81,7 +81,7 @@ def read_marker(directory: Path) -> dict[str, Any]:
 
 
 def _is_older_run(directory: Path, names: set[str]) -> bool:
-    """A saved config has every key of its time; beside a recipe there are no files of a run."""
+    """True for a run of an older version: its config has every key of that time, and files of a run lie beside it."""
     try:
         keys = set(config_merge.read_yaml(directory / CONFIG))
         configs.load(directory / CONFIG)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, easy to plot."""
+"""The learning-rate schedule, as a pure function of the step: it has no state to save, and is easy to plot."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from math import ceil, cos, pi
 
 
 def warmup_steps(num_steps: int, share: float) -> int:
-    """Of `num_steps`, those in which the learning rate rises."""
+    """Number of warmup steps: `share` of `num_steps`, rounded up."""
     return ceil(share * num_steps)
 
 
 def lr_factor(step: int, num_steps: int, warmup: float, min_lr: float) -> float:
-    """Factor on every group's peak for optimizer step `step` (0-based) of `num_steps`.
+    """Factor on each group's peak learning rate at optimizer step `step` (0-based) of `num_steps`.
 
-    Linear over the first `warmup` share, reaching 1 with its last step, then a cosine that ends at `min_lr`.
+    Linear warmup over the first `warmup` share of the steps, reaching 1 at its last step, then a cosine decay to
+    `min_lr`.
     """
     warm = warmup_steps(num_steps, warmup)
     if step < warm:

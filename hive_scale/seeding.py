@@ -1,7 +1,7 @@
-"""Random numbers as a pure function of seed, step and rank: so there is no generator state to save or to restore.
+"""Seed random number generators as a pure function of seed, step and rank, so that no generator state is saved.
 
-A run that goes on draws what it would have drawn, on any number of ranks, and whatever was drawn between
-steps (to look at held-out data, to load other data) leaves the training as it is.
+A resumed run draws the same numbers as an uninterrupted one. Numbers drawn between steps (for evaluation, or for
+loading other data) do not affect training.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files in folders that others use too: one lock, whole files, permissions as the umask has them.
+"""Files in folders shared with other users: locks, atomic replacement, permissions according to the umask.
 
-Others may own what is there, may have put a link in its place, and the file system may know no locks.
+Existing files may belong to others, a link may stand in a file's place, and the file system may have no locks.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from tempfile import TemporaryFile
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # what a file system without locks answers
-PRIVATE = stat.S_IFREG | 0o600  # as safetensors makes files
-PATIENCE = 10.0  # seconds after which a process that waits for a lock says so
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}  # errors of a file system without locks
+PRIVATE = stat.S_IFREG | 0o600  # mode of files that safetensors creates
+PATIENCE = 10.0  # seconds of waiting for a lock before a warning is logged
 logger = logging.getLogger(__name__)
 
 
 class Held(Exception):
-    """Another process holds the lock. The message is the remedy where it may be left of one that was killed, or ""."""
+    """Another process holds the lock. The message is the remedy if the lock may be stale, else ""."""
 
 
 @contextmanager
 def locked(path: Path, patience: float | None = None) -> Iterator[None]:
-    """Hold the lock `path` against all other processes, also of other machines that share the disk.
+    """Hold the lock `path` against all other processes, on all machines that share the disk.
 
-    The lock is the kernel's: it dies with its process, whose forked children do not hold it, and the file stays. On
-    a file system without locks a file PATH.soft stands for it, which says whose it is; one that a killed process has
-    left is removed by the next process of the same machine. A link in the place of either is not followed.
+    It is a kernel lock: it ends with its process, forked children do not hold it, and the file stays. On a file
+    system without locks, a file PATH.soft that names its owner stands in; if it is stale, the next process of the same
+    machine removes it. A link in the place of either file is not followed.
 
     Args:
-        path: of a file for this alone, in a folder that is there.
-        patience: seconds to wait for another process; None: as long as it takes, which is said.
+        path: the lock file, used for nothing else, in an existing folder.
+        patience: seconds to wait for another process; None: no limit, with a warning after `PATIENCE`.
 
-    Raises Held if another process has it for longer, OSError if there can be no such file.
+    Raises Held if another process keeps it for longer, OSError if the file cannot be made.
     """
     soft = Path(f"{path}.soft")
     lock: BaseFileLock = FileLock(path) if has_locks(path.parent) else SoftFileLock(soft)
@@ -60,17 +60,17 @@ def locked(path: Path, patience: float | None = None) -> Iterator[None]:
 
 
 def own_lock(path: Path) -> Path:
-    """The lock for what becomes `path` that belongs to this user: another's could not be opened."""
+    """Path of this user's lock for making `path`: a lock file of another user could not be opened."""
     return path.with_name(f".{path.name}.{os.getuid()}.lock")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new file to fill, which becomes `path` at the end: complete or absent.
+    """Yield a new file to write; on success it replaces `path` by atomic rename, on an error it is removed.
 
-    It may be written by a library that makes a file of its own in its place. Raises OSError if there can be none.
+    A library may replace the yielded file by one of its own. Raises OSError if the file cannot be made.
     """
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # a name that nobody can have put a link at
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # random, so that nobody can plant a link there
     mode = _made(part)
     try:
         yield part
@@ -81,7 +81,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def share(folder: Path) -> None:
-    """Give what a library has made in `folder` for this user alone the permissions of any new file there."""
+    """Give files in `folder` that a library made private (mode 0600) the permissions that new files there get."""
     probe = folder / f".{secrets.token_hex(8)}.tmp"
     mode = _made(probe)
     probe.unlink()
@@ -91,7 +91,7 @@ def share(folder: Path) -> None:
 
 
 def _made(path: Path) -> int:
-    """The permissions of the new, empty file `path`: as umask and folder have them, which no function tells."""
+    """Create the empty file `path`, and return the permissions it got from umask and folder."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         return os.fstat(descriptor).st_mode & 0o777
@@ -101,7 +101,7 @@ def _made(path: Path) -> int:
 
 @cache
 def has_locks(folder: Path) -> bool:
-    """Whether the file system of `folder` knows locks; that it does not is said once."""
+    """True if the file system of `folder` supports locks; if not, logs a warning once."""
     with TemporaryFile(dir=folder) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,5 +118,5 @@ def has_locks(folder: Path) -> bool:
 
 
 def cache_dir() -> Path:
-    """Where downloads and prepared sets are kept: ``$XDG_CACHE_HOME/hive_scale`` or ``~/.cache/hive_scale``."""
+    """Folder for downloads and prepared sets: ``$XDG_CACHE_HOME/hive_scale`` or ``~/.cache/hive_scale``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hive_scale"

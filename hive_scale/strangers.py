@@ -1,6 +1,6 @@
-"""What strangers wrote or left: bounded where it is read, spelled out where it is shown, never written through.
+"""Handle untrusted input: bounded when it is read, escaped when it is printed.
 
-File names, members of tars, captions, JSON and YAML come from anyone. `strict_json` has what only JSON needs.
+File names, members of tars, captions, JSON and YAML may come from anyone. `strict_json` has what only JSON needs.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from pathlib import Path
 import yaml
 
 MB = 2**20
-LARGEST_YAML = MB  # bytes of a config or profile: the longest that a run has written are of some ten thousand
-# as omegaconf reads it: libyaml's, which overflows the stack on what is nested too deeply, or else PyYAML's own
+LARGEST_YAML = MB  # most bytes of a config or profile; the longest config that a run writes has about 10 kB
+# omegaconf's loader is libyaml's if available, which overflows the stack on deep nesting, else PyYAML's own
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-MOST_NODES = 100_000  # of a YAML file once its aliases are written out
-DEEPEST = 64  # lists and objects within each other, in JSON and YAML
-# What moves a terminal's cursor, colours it, breaks a line or turns the writing's direction; and half characters,
-# which cannot be written. Joiners inside of words and emoji stay.
+MOST_NODES = 100_000  # most nodes of a YAML file with its aliases expanded
+DEEPEST = 64  # most levels of nested lists and objects, in JSON and YAML
+# Characters that move a terminal's cursor, colour it, break a line or change the direction of writing, and lone
+# surrogates, which cannot be encoded. Joiners inside of words and emoji are not among them.
 UNPRINTABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]"
 )
 
 
 def printable(text: object, lines: bool = False) -> str:
-    r"""`text` for a terminal or a log, in one line: what would steer either is spelled out, as ``\x1b`` or ``\n``.
+    r"""Escape `text` for one line of a terminal or a log: control characters become ``\x1b``, ``\n`` and so on.
 
     Args:
-        text: What is shown, by its `str`.
-        lines: Whether `text` may have several lines and tabs, as our own tables have.
+        text: The object to show, by its `str`.
+        lines: True if line breaks and tabs may stay, as in our own tables.
     """
     if lines:
         return "\n".join("\t".join(map(printable, line.split("\t"))) for line in str(text).split("\n"))
@@ -39,18 +39,18 @@ def printable(text: object, lines: bool = False) -> str:
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:
-    """The first of `names`, and how many more there are."""
+    """The first `limit` names, and how many more there are."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+    """Read a regular file of at most `most` bytes.
 
     Raises:
-        ValueError: The file has more, or is none: a pipe or a device, perhaps behind a link, has no end.
+        ValueError: The file is larger, or not regular: a pipe or a device, perhaps behind a link, never ends.
         OSError: It cannot be read.
     """
-    if not stat.S_ISREG(path.stat().st_mode):  # before it is opened, for which a pipe would wait
+    if not stat.S_ISREG(path.stat().st_mode):  # checked before opening, because opening a pipe blocks
         raise ValueError(f"{path} is no file, but a folder, a pipe or a device: put the file itself there")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -61,7 +61,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_yaml_text(path: Path) -> str:
-    """The YAML text in the file `path`. Raises ValueError as `check_yaml` does, and for what is no UTF-8."""
+    """Read YAML text from the file `path`. Raises ValueError as `check_yaml` does, or if it is not UTF-8."""
     try:
         text = read_bytes(path, LARGEST_YAML).decode("utf-8-sig")
         check_yaml(text)
@@ -71,13 +71,13 @@ def read_yaml_text(path: Path) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """See that `text` is YAML whose content has bounds: a few aliases of aliases make gigabytes of a few lines.
+    """Check that `text` is YAML of bounded size. Nested aliases could make gigabytes from a few lines.
 
-    Raises ValueError, in one line, for what is no YAML, deeper than `DEEPEST`, larger than `MOST_NODES` once aliases
-    are written out, or an alias of what it is itself in.
+    Raises ValueError with a one-line message if it is not YAML, is nested deeper than `DEEPEST`, has more than
+    `MOST_NODES` nodes with aliases expanded, or has an alias to a node that contains it.
     """
-    sizes: dict[str, int] = {}  # nodes below each anchor
-    begun: list[tuple[str | None, int]] = [(None, 0)]  # of each collection not yet closed: its anchor, nodes so far
+    sizes: dict[str, int] = {}  # number of nodes below each anchor
+    begun: list[tuple[str | None, int]] = [(None, 0)]  # (anchor, nodes so far) of each open collection
     try:
         for event in yaml.parse(text, LOADER):
             size = 0

@@ -1,6 +1,6 @@
-"""JSON as its standard has it, which knows no NaN and no infinity: other readers refuse a file with one such word.
+"""Standard JSON, without NaN and Infinity: a file with one of these is refused by other readers.
 
-What is read may come from anyone: it has bounds of size and depth, and holds text that can be written.
+Input may be untrusted: its size and depth are bounded, and its text can be encoded as UTF-8.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 from hive_scale.strangers import DEEPEST, MB, read_bytes
 
-LARGEST = 128 * MB  # bytes of a file that is read whole; in memory it may take twenty times as much
-LARGEST_LINE = 4 * MB  # bytes of a line, or of a sample's record
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # how JSON spells a half of a character, alone or beside the other one
+LARGEST = 128 * MB  # most bytes of a file that is read whole; in memory it may take twenty times as much
+LARGEST_LINE = 4 * MB  # most bytes of a line, or of a sample's record
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # an escaped surrogate, lone or one of a pair
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def dumps(value: Any, **how: Any) -> str:
-    """`value` as JSON; a number that is not finite becomes null. `how` is as `json.dumps` takes it."""
+    """Serialise `value` as JSON, with null for numbers that are not finite. `how` is passed to `json.dumps`."""
     try:
         return json.dumps(value, allow_nan=False, **how)
     except ValueError:
@@ -29,11 +29,11 @@ def dumps(value: Any, **how: Any) -> str:
 
 
 def loads(content: str | bytes, most: int = LARGEST, **how: Any) -> Any:
-    """What the JSON in `content` says; `how` is as `json.loads` takes it.
+    """Parse the JSON in `content`. `how` is passed to `json.loads`.
 
     Raises:
-        ValueError: It is no JSON in UTF-8, larger than `most` bytes, nested more than `DEEPEST` deep, or it spells
-            half a character (a lone surrogate), which no file and no tokenizer takes.
+        ValueError: It is not JSON in UTF-8, has more than `most` bytes, is nested more than `DEEPEST` deep, or holds
+            a lone surrogate, which no file and no tokenizer accepts.
     """
     try:
         data = content.encode() if isinstance(content, str) else content
@@ -51,7 +51,7 @@ def loads(content: str | bytes, most: int = LARGEST, **how: Any) -> Any:
 
 
 def check_depth(value: Any, deepest: int = DEEPEST) -> None:
-    """Raises ValueError if lists and objects lie more than `deepest` deep in `value`: what handles them recurses."""
+    """Raises ValueError if `value` is nested more than `deepest` deep, since code that handles it recurses."""
     if isinstance(value, dict | list):
         if not deepest:
             raise ValueError(f"nested more than {DEEPEST} deep")
@@ -60,7 +60,7 @@ def check_depth(value: Any, deepest: int = DEEPEST) -> None:
 
 
 def read(path: Path, most: int = LARGEST) -> Any:
-    """What the JSON file `path` says. Raises ValueError as `loads` does, with the path, and OSError."""
+    """Parse the JSON file `path`. Raises ValueError as `loads` does, with the path in the message, and OSError."""
     content = read_bytes(path, most)
     try:
         return loads(content, most)
@@ -69,7 +69,7 @@ def read(path: Path, most: int = LARGEST) -> Any:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Add `value` to the JSON lines at `path`, on a line of its own also where the last was cut off."""
+    """Append `value` to the JSON-lines file `path`, starting a new line if the last one was cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         begun = file.tell() > 0 and not _ends_a_line(file)
@@ -77,9 +77,9 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The objects in a file of JSON lines, if there is one, and the numbers (from 1) of lines that are none.
+    """Read a JSON-lines file: its objects, and the numbers (from 1) of lines that are none. Empty if there is no file.
 
-    A process that is killed, or a full disk, cuts a line off.
+    A line may be cut off by a kill or a full disk.
     """
     parsed = [parse_line(text) for text in _lines(path)] if path.is_file() else []
     cut = [number for number, line in enumerate(parsed, 1) if line is None]
@@ -87,7 +87,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
-    """The object in `text`; None if it is cut off, or no object that `loads` reads."""
+    """Parse one line; None if it is cut off, or not a JSON object that `loads` accepts."""
     try:
         line = loads(text, LARGEST_LINE)
     except ValueError:
@@ -96,7 +96,7 @@ def parse_line(text: str | bytes) -> dict[str, Any] | None:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file without their ends; of one that is too long, its beginning."""
+    """Yield the lines of a file without line ends; a line longer than `LARGEST_LINE` is truncated."""
     with path.open("rb") as file:
         while line := file.readline(LARGEST_LINE + 1):
             rest = line
@@ -111,7 +111,7 @@ def _ends_a_line(file: Any) -> bool:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether every string in `value`, keys too, can be written as UTF-8."""
+    """True if every string in `value`, including keys, can be encoded as UTF-8."""
     if isinstance(value, dict):
         return all(_is_text(key) and _is_text(one) for key, one in value.items())
     if isinstance(value, list):

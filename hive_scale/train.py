@@ -1,4 +1,4 @@
-"""One stage from start to end. Read this first: everything else serves one of these lines."""
+"""Training of one stage from start to end. Read this module first: the rest of the package serves these lines."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from hive_scale.version import code_version
 
 logger = logging.getLogger(__name__)
 
-PIECE = 1 << 24  # numbers looked at together: a look takes as much memory again
+PIECE = 1 << 24  # elements checked for finiteness at once: the check needs as much memory again
 
 
 class TrainState:
-    """What a checkpoint says beside masters and moments; random numbers and schedule are functions of the step."""
+    """Counters of a stage, and their save and resume. LR schedule and random numbers are functions of the step."""
 
     def __init__(
         self,
@@ -55,27 +55,30 @@ class TrainState:
         origin: Mapping[str, Sequence[str]],
         known: Mapping[str, Any],
     ) -> None:
-        """`origin` is what a checkpoint must agree with to be gone on from, `known` what it only tells.
+        """`origin`: values that must match on resume (parent weights, data). `known`: provenance, informational.
 
-        Each of `origin` has the name that is written, and after it those that older versions wrote.
+        Each list in `origin` starts with the name that is written; names that older versions wrote follow it.
         """
         self.checkpoints, self.engine, self.guard, self.origin, self.known = checkpoints, engine, guard, origin, known
         self.step = 0  # optimizer steps taken
-        self.passed = 0  # global batches left out on the way
-        self.tokens = 0  # targets of the steps taken
-        self.eval_loss: float | None = None  # after the last step, if one looked
+        self.passed = 0  # global batches skipped so far
+        self.tokens = 0  # target tokens of the steps taken
+        self.eval_loss: float | None = None  # held-out loss after the last step; None: that step did not evaluate
 
     @property
     def batch(self) -> int:
-        """The number of the next global batch."""
+        """Index of the next global batch in the data stream: steps taken plus batches skipped."""
         return self.step + self.passed
 
     def take(self, num_tokens: int) -> None:
-        """Count a step over so many targets."""
+        """Count one optimizer step over `num_tokens` target tokens."""
         self.step, self.tokens = self.step + 1, self.tokens + num_tokens
 
     def save(self, global_batch: int, wait: bool) -> bool:
-        """Write a checkpoint of this step; False, and none, if what it would hold is not finite. A collective."""
+        """Write a checkpoint of this step. A collective.
+
+        Returns False, and writes none, if a master weight, a moment or the held-out loss is not finite.
+        """
         if not self._is_finite():
             if self.checkpoints.world.is_main:
                 logger.warning(
@@ -89,7 +92,7 @@ class TrainState:
         return True
 
     def _is_finite(self) -> bool:
-        """Of all ranks' masters and moments, and of the loss if this step looked."""
+        """True if all ranks' master weights and moments are finite, and the held-out loss if there is one."""
         spoiled = not all(
             bool(piece.isfinite().all())
             for fragment in self.engine.fragments()
@@ -98,9 +101,9 @@ class TrainState:
         return not any(self.checkpoints.world.sum(spoiled)) and isfinite(self.eval_loss or 0.0)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint, if there is one.
+        """Load the newest checkpoint. Returns False if there is none.
 
-        Raises ValueError if that belongs to other data or other weights.
+        Raises ValueError if the checkpoint belongs to other data or other parent weights.
         """
         newest = self.checkpoints.latest()
         if newest is None:
@@ -117,9 +120,9 @@ class TrainState:
         return True
 
     def rollback(self) -> None:
-        """Begin again from the last checkpoint, but with the batches that come next.
+        """Load the last checkpoint, and continue with the batches that come next, not with those already read.
 
-        Raises ValueError if there is none, or the run has gone back too often.
+        Raises ValueError if there is no checkpoint, or the run has rolled back too often.
         """
         self.guard.rollback()
         next_batch = self.batch
@@ -132,7 +135,7 @@ class TrainState:
 
 
 class StageRun:
-    """One stage at work: from its newest checkpoint, if it has one, to its end."""
+    """Runs one stage, from its newest checkpoint if it has one, to its end."""
 
     def __init__(
         self, config: Config, name: str, data: Data, world: World, parent: Path, preemption: Preemption
@@ -150,7 +153,7 @@ class StageRun:
         self.train = data.train.with_features(features)
         self.engine = open_engine(self.model, groups, self.stage, config.engine, world, weights)
         self.checkpoints = Checkpointer(self.dir, world, config.keep, config.max_failed_saves)
-        # what a checkpoint must agree with to be resumed; a run of an older version knows the data by other names
+        # `origin` must match on resume; older versions wrote the data's fingerprint in other forms, all are accepted
         origin = {"parent": [weights.identity], "data": data.names}
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = LossGuard(config.guard)
@@ -161,7 +164,10 @@ class StageRun:
         self.data_stall, self.waited = DataStall(data.train.config.workers), 0.0
 
     def run(self) -> Path:
-        """Train to the end; the last checkpoint."""
+        """Train to the end of the stage, and return the path of its last checkpoint.
+
+        Raises Stopped on a stop request, after saving, and ValueError if rolling back has not helped.
+        """
         if any(self.world.sum(self.preemption.requested())):
             raise Stopped(f"stopped before {self.name}")
         if not self.at.resume():
@@ -176,7 +182,7 @@ class StageRun:
         return checkpoint
 
     def _warn_if_restarted(self) -> None:
-        """A stage that was trained before, and left neither weights nor a checkpoint, must not begin again untold."""
+        """Warn if the stage was trained before, but left neither weights nor a checkpoint, so starts over."""
         if self.world.is_main and (lines := read_metrics(self.metrics)):
             logger.warning(
                 "%s begins again: its log reaches step %d, but neither its weights nor a checkpoint is there",
@@ -184,7 +190,10 @@ class StageRun:
             )  # fmt: skip
 
     def _train(self) -> bool:
-        """Step by step to the end, or False if leaving batches out has not helped, or the weights are spoiled."""
+        """The training loop. Returns True at the stage's end, False if the stage must roll back to a checkpoint.
+
+        It must after too many bad batches in a row, or with weights that are not finite.
+        """
         at, stage, timer, config = self.at, self.stage, self.world.timer, self.config
         batches = self.train.steps(
             global_batch=stage.global_batch,
@@ -210,10 +219,10 @@ class StageRun:
                 self.waited = perf_counter() - began
                 timer.keys = tuple(key for batch in micro_batches for key in batch.keys)
                 seed_step(stage.seed, at.step, self.world.rank)
-                # the rate follows the steps taken, not the batches read: one that was left out costs no warm-up
+                # the schedule counts optimizer steps, not batches read: a skipped batch uses up no warmup
                 factor = lr_factor(at.step, self.num_steps, stage.warmup_ratio, stage.min_lr)
                 output = self.engine.step(micro_batches, factor, self.guard.max_loss, self._flags)
-                # any rank's request stops them all, at the same step: it came with the sum of the losses
+                # the flags came with the all-reduce of the loss, so all ranks stop or save at the same step
                 stop, save, *told = output.votes
                 waits, held = read_reports(told, self.world)
                 self.data_stall.stepped(waits, perf_counter() - began)
@@ -230,7 +239,7 @@ class StageRun:
                     self.goodput.skip_batch(perf_counter() - began - self.waited)
                     if self.guard.reject():
                         return False
-                # a checkpoint is due by what the last ones cost, so that what is lost and what saving takes balance
+                # the interval balances the cost of saving against the work lost in a failure (Daly 2006)
                 self.interval.stepped(self.checkpoints.write_seconds)
                 log.print(self.interval.warning())
                 log.print(self.data_stall.warning())
@@ -244,7 +253,7 @@ class StageRun:
         return self._save(wait=False)
 
     def _save(self, wait: bool) -> bool:
-        """Whether the step is fit to be saved; then it is, or will be."""
+        """Save a checkpoint, perhaps in the background. Returns False, without saving, if the state is not finite."""
         self.world.timer.enter("save")
         began = perf_counter()
         saved = self.at.save(self.stage.global_batch, wait)
@@ -253,14 +262,14 @@ class StageRun:
         return saved
 
     def _flags(self) -> tuple[float, ...]:
-        """(stop, save), as far as this rank is asked, and what it tells of itself."""
+        """This rank's (stop, save) requests, followed by its report for the log; summed over ranks with the loss."""
         stop, save = self.preemption.requested(), False
-        if self.world.is_main:  # one clock is enough for all
+        if self.world.is_main:  # rank 0's clock decides for all ranks
             stop, save = stop or self.interval.time_is_up(), self.interval.due(self.at.step + 1)
         return stop, save, *rank_report(self.world, self.waited)
 
     def _evaluate_if_due(self) -> dict[str, Any]:
-        """The mean loss per target token over all held-out pairs, in nats, and the gauges, if it is time."""
+        """Evaluate if this step is due: held-out loss per target token in nats, and per-layer gradient statistics."""
         at, interval = self.at, self.config.eval_interval
         at.eval_loss = None
         if at.step < self.num_steps and not (interval and at.step % interval == 0):
@@ -269,12 +278,12 @@ class StageRun:
         at.eval_loss = loss_sum / max(1, num_tokens)
         second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
         behind = self.moments.steps
-        # off the optimizer's own state, so that looking costs no backward
+        # read from the optimizer's state, so that it needs no extra backward
         gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
         return {"eval_loss": at.eval_loss, **gauges}
 
     def _skip_batch(self, output: StepOutput, log: StageLog) -> None:
-        """Say which batch was bad, and go on to the next."""
+        """Count the batch as skipped, and log its samples, loss and gradient norm."""
         number, size = self.at.batch, self.stage.global_batch
         self.at.passed += 1
         if self.world.is_main:

@@ -1,4 +1,4 @@
-"""Which code computed something: kept in every checkpoint and told by every model card."""
+"""Versions of the code that runs: recorded in every checkpoint and model card."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PEERS = ("torch", "transformers", "deepspeed")
 
 @cache
 def code_version() -> dict[str, str]:
-    """{package: version}; ours with its commit where it runs from a checkout, "-dirty" if that has been changed."""
+    """Package versions by name. In a checkout, ours has the git commit, with "-dirty" if files have changed."""
     return {"hive_scale": _ours(), **{name: _installed(name) for name in PEERS}}
 
 
@@ -25,7 +25,7 @@ def _ours() -> str:
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):  # no git here, or not our checkout
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or refuses this checkout
         return hive_scale.__version__
     return f"{hive_scale.__version__}+{found}"
 

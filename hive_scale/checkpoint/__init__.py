@@ -1,1 +1,1 @@
-"""Checkpoints that any engine can read, on any number of ranks, and that never lie."""
+"""Checkpoints that any engine can read on any number of ranks, and that are verified before use."""

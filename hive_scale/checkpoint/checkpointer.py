@@ -1,7 +1,7 @@
-"""The step checkpoints of one stage: written while training goes on, published whole or not at all, verified.
+"""Step checkpoints of one stage: written in the background, published atomically, and verified before use.
 
-Every rank writes the ranges it owns to ``step_*.tmp``; the manifest with all checksums comes last, then one
-rename publishes the directory. Nothing else says which checkpoint is newest: `Checkpointer.latest` looks and verifies.
+Every rank writes ranges that it owns to ``step_*.tmp``. The manifest with all checksums is written last, then one
+rename publishes the directory. No file names the newest checkpoint: `Checkpointer.latest` lists and verifies them.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from hive_scale.strict_json import dumps
 
 
 class Retention:
-    """Which of a stage's step checkpoints stay, as `KeepConfig` says."""
+    """Deletes step checkpoints of a stage that `KeepConfig` does not keep."""
 
     def __init__(self, directory: Path, keep: KeepConfig) -> None:
         self.directory, self.keep = directory, keep
-        self._refused: set[Path] = set()  # found damaged
-        self._losses: dict[Path, float] = {}  # held-out ones
+        self._refused: set[Path] = set()  # corrupt checkpoints
+        self._losses: dict[Path, float] = {}  # held-out loss by checkpoint
 
     def refused(self, path: Path) -> None:
-        """Do not count `path` any longer: it is damaged."""
+        """Stop counting `path` among those to keep: it is corrupt."""
         self._refused.add(path)
 
     def saved(self, path: Path, state: Mapping[str, Any]) -> None:
-        """`path` has just been written: delete what need not stay, up to its step. It stays itself, always."""
+        """Delete checkpoints that need not be kept, up to the step of `path`. `path` was just written, and stays."""
         self._refused.discard(path)
         self._losses[path] = _loss_of(state)
         reached = [found for found in steps_in(self.directory) if step_of(found) <= step_of(path)]
         kept = self._kept([found for found in reached if found not in self._refused])
         for found in reached:
             if found not in kept:
-                shutil.rmtree(found, ignore_errors=True)  # what cannot be deleted now is tried again next time
+                shutil.rmtree(found, ignore_errors=True)  # a deletion that fails is tried again after the next save
 
     def _kept(self, sound: list[Path]) -> set[Path]:
         kept = {*sound[-self.keep.last :]}
@@ -75,7 +75,7 @@ class Retention:
         return kept
 
     def _loss(self, path: Path) -> float:
-        """The held-out loss that a checkpoint was saved with, or infinity."""
+        """The held-out loss recorded in a checkpoint; infinity if there is none."""
         if path not in self._losses:
             try:
                 self._losses[path] = _loss_of(StepCheckpoint(path).state)
@@ -90,16 +90,16 @@ def _loss_of(state: Mapping[str, Any]) -> float:
 
 
 class Staging:
-    """Who writes what does not change within a stage, so it is worked out once; so is the one buffer."""
+    """This rank's share of every checkpoint of a stage, with layout and buffer that are made once."""
 
     def __init__(self, tables: Sequence[Sequence[OwnedRange]], world: World) -> None:
-        """`tables` says what each rank owns. Raises ValueError if that is not the whole of every tensor."""
+        """`tables` has each rank's owned ranges. Raises ValueError if together they do not cover every tensor."""
         self.world = world
         self.table = list(tables[world.rank])
         self.shapes = shapes_of(tables)
         self.pieces = divide(tables, world.rank)
         lengths = [piece.range.length for piece in self.pieces]
-        # pinned, so that copies from a GPU are fast; kept, so that only the first save allocates
+        # pinned, for fast copies from a GPU; allocated once, and reused by every save
         self.buffer = torch.empty(sum(lengths), pin_memory=pins_memory(world.device))
         self._parts = torch.split(self.buffer, lengths)
         specs = [(tensor_name(piece.range), torch.float32, (piece.range.length,)) for piece in self.pieces]
@@ -107,7 +107,7 @@ class Staging:
 
     @torch.no_grad()
     def fill(self, fragments: Sequence[Fragment]) -> None:
-        """Copy this rank's share. Raises RuntimeError if the rank owns other ranges than at first."""
+        """Copy this rank's share into the buffer. Raises RuntimeError if the rank's ranges have changed."""
         if owned_ranges(fragments) != self.table:
             raise RuntimeError("the ranges that this rank owns have changed since the stage's first checkpoint")
         for part, piece in zip(self._parts, self.pieces, strict=True):
@@ -116,7 +116,7 @@ class Staging:
         synchronize(self.world.device)
 
     def write(self, directory: Path) -> tuple[str, dict[str, Any]] | None:
-        """Write the share into `directory`; the file's (name, entry in the manifest), None if there is no share."""
+        """Write the share into `directory`. Returns (file name, manifest entry), or None if the share is empty."""
         if not self.pieces:
             return None
         path = directory / f"rank_{self.world.rank:05d}.safetensors"
@@ -131,54 +131,55 @@ T = TypeVar("T")
 
 
 class WriteError(TryAgain):
-    """A checkpoint could not be written; every rank gets the same message."""
+    """Writing a checkpoint failed. Every rank raises it with the same message."""
 
 
 class Checkpointer:
-    """Every method is a collective: all ranks call it, and all return or all raise."""
+    """Saves, finds and loads step checkpoints. Every method is a collective: all ranks return, or all raise."""
 
     def __init__(self, directory: Path, world: World, keep: KeepConfig = LAST_TWO, max_failures: int = 3) -> None:
-        """Of written checkpoints those stay that `keep` says; the `max_failures`-th failed write in a row is fatal."""
+        """`keep` sets which checkpoints are kept; the `max_failures`-th failed write in a row is fatal."""
         self.directory, self.world, self.max_failures = directory, world, max_failures
-        # the writer thread talks on a group of its own: it must never meet a collective of the training
+        # the writer thread has a process group of its own, so that its collectives never mix with the training's
         self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._failures = 0
         self._newest: Path | None = None
-        self._sound: set[Path] = set()  # written or verified here
+        self._sound: set[Path] = set()  # checkpoints written or verified by this process
         self._retention = Retention(directory, keep)
         self._staging: Staging | None = None
-        self.write_seconds = 0.0  # that the last checkpoint took to reach the disk
+        self.write_seconds = 0.0  # duration of the last write to disk
 
     def save(self, step: int, fragments: Iterable[Fragment], state: dict[str, Any], wait: bool = False) -> None:
-        """Write a checkpoint; returns when the fragments are copied, or with `wait` when they are on disk.
+        """Write a checkpoint. Returns once the fragments are copied, or with `wait`, once they are on disk.
 
-        `state` is plain JSON and the same on all ranks (rank 0's is kept); its "eval_loss" says which is best. A
-        save that finds the last one unfinished waits for it. A failed write is logged and the next save tries
-        again; the `max_failures`-th in a row raises WriteError here, as does any failure with `wait`.
+        `state` is JSON, and the same on all ranks (rank 0's is written); its "eval_loss" decides which is best. If the
+        previous write is unfinished, this waits for it. A failed write is logged, and the next save tries again; the
+        `max_failures`-th in a row raises WriteError, as does any failure with `wait`.
         """
-        # one write at a time: a disk slower than the interval between saves holds training up here, and nowhere else
+        # only one write at a time: a disk slower than the save interval delays training here, and nowhere else
         error = self._settle()
         if error and self._failures >= self.max_failures:
             raise WriteError(f"{self._failures} checkpoints in a row could not be written: {error}") from error
         if self._path(step) in self._sound:
             return
-        text = dumps(state)  # now, since the caller may change it while the writer is at work
+        text = dumps(state)  # serialised now, since the caller may change it during the write
         self._pending = self._writer.submit(self._write, step, self._stage(list(fragments)), text)
         if wait:
             self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the write under way; the newest sound checkpoint here. Raises WriteError if that write failed."""
+        """Wait for the unfinished write. Returns the newest sound checkpoint known; raises WriteError if it failed."""
         if error := self._settle():
             raise error
         return self._newest
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose every checksum agrees, or None where there is no checkpoint at all.
+        """The newest checkpoint whose checksums all match, or None if there are no checkpoints.
 
-        CorruptFile ones are refused and logged. Raises CorruptFile if all are: starting over must be a decision.
+        Corrupt ones are logged and skipped. Raises CorruptFile if all are corrupt: starting over must be the user's
+        decision.
         """
         self._settle()
         refusals = []
@@ -198,9 +199,9 @@ class Checkpointer:
         return None
 
     def load(self, path: Path, fragments: Iterable[Fragment]) -> dict[str, Any]:
-        """Fill the fragments' memory, on any number of ranks; returns the state that was saved.
+        """Read a checkpoint into the fragments, on any number of ranks. Returns its state.
 
-        Raises CorruptFile if a checksum disagrees, ValueError naming the parameters if it is another model's.
+        Raises CorruptFile if a checksum does not match, ValueError that names the parameters if shapes differ.
         """
         self._settle()
         fragments = list(fragments)
@@ -209,7 +210,7 @@ class Checkpointer:
         self._sound.add(path)
         snapshot = StepCheckpoint(path)
         wanted = shapes_of(self._gather(owned_ranges(fragments)))
-        # first by parameter, since three kinds of each would bury the message
+        # compared by parameter first: each has three tensors, which would triple the message
         differs = difference(by_parameter(snapshot.shapes), by_parameter(wanted)) or difference(snapshot.shapes, wanted)
         if differs:
             raise ValueError(f"{path} holds another model's state: {differs}")
@@ -225,7 +226,7 @@ class Checkpointer:
         return self._staging
 
     def _settle(self) -> WriteError | None:
-        """Wait for the write under way and count; returns why it failed."""
+        """Wait for the unfinished write, and count failures in a row. Returns the error, if it failed."""
         if self._pending is None:
             return None
         error = self._pending.exception()
@@ -237,11 +238,11 @@ class Checkpointer:
         if isinstance(error, WriteError):
             return error
         failure = WriteError(f"checkpoint not written: {error!r}")
-        failure.__cause__ = error  # which may be the loss of a rank
+        failure.__cause__ = error  # kept, since it may be the loss of a rank, which has its own exit code
         return failure
 
     def _damage(self, path: Path) -> str:
-        """Why `path` cannot be trusted, or ""; the ranks share the reading."""
+        """Why the checkpoint at `path` is corrupt, or "". Each rank verifies a share of the files."""
         reason = next(filter(None, self._gather(audit(path, self.world.rank, self.world.size))), "")
         if reason:
             self._retention.refused(path)
@@ -258,14 +259,14 @@ class Checkpointer:
         final, began = self._path(step), time.monotonic()
         partial = final.with_name(f"{final.name}.tmp")
         try:
-            # under another name until every rank has written, so that what is there under its own is whole
+            # under a temporary name until all ranks have written, so that a published checkpoint is complete
             self._together(lambda: self._begin(partial))
             files = dict(filter(None, self._together(lambda: staging.write(partial))))
             self._together(lambda: self._publish(partial, final, staging.shapes, files, json.loads(state)))
         except Exception as error:
             self._log(logging.ERROR, "checkpoint of step %d not written: %s", step, error)
             if self.world.is_main:
-                shutil.rmtree(partial, ignore_errors=True)  # a full disk needs the room
+                shutil.rmtree(partial, ignore_errors=True)  # frees the room, since the disk may be full
             raise
         self._sound.add(final)
         self._newest = final
@@ -275,7 +276,7 @@ class Checkpointer:
         if not self.world.is_main:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        for left in self.directory.glob("step_*.tmp"):  # by a run that was killed
+        for left in self.directory.glob("step_*.tmp"):  # left by a killed run
             shutil.rmtree(left)
         partial.mkdir()
 
@@ -284,11 +285,11 @@ class Checkpointer:
     ) -> None:
         if not self.world.is_main:
             return
-        # the manifest, the directory's entries and the rename in this order: after a crash the name is there with all
-        # that belongs to it, or not at all
+        # manifest, sync, rename, sync, in this order: after a crash the published name is there with all its files, or
+        # not at all
         write_manifest(partial, step_of(final), shapes, files, state)
         sync_directory(partial)
-        if final.exists():  # not sound, or `save` had returned
+        if final.exists():  # a corrupt one, since `save` skips steps that are saved and sound
             shutil.rmtree(final)
         partial.rename(final)
         sync_directory(self.directory)
@@ -297,7 +298,7 @@ class Checkpointer:
     # --------------------------------------------------------------- among the ranks
 
     def _together(self, action: Callable[[], T], failure: type[Exception] = WriteError) -> list[T]:
-        """Every rank's result, by rank. Raises `failure` on all ranks if the action failed on any."""
+        """Run `action` on every rank, and return all results, by rank. Raises `failure` everywhere if one failed."""
         try:
             outcome: tuple[Any, str] = (action(), "")
         except Exception as error:

@@ -1,7 +1,7 @@
-"""One step checkpoint on disk: what its manifest says, whether its files agree, and reading ranges of it.
+"""On-disk format of one step checkpoint: its manifest, verification of its files, and reading of ranges.
 
 ```
-step_00001200/rank_00000.safetensors    the ranges one rank wrote, each named <kind>/<parameter>@<offset>
+step_00001200/rank_00000.safetensors    ranges that one rank wrote, each named <kind>/<parameter>@<offset>
 step_00001200/manifest.json             {"checksum", "content": {format, step, shapes, files, state}}, written last
 ```
 """
@@ -37,10 +37,10 @@ class Range(NamedTuple):
 
 
 class OwnedRange(NamedTuple):
-    """What a rank tells the others about one fragment."""
+    """The range and whole shape of one fragment, as ranks tell each other."""
 
     range: Range
-    shape: Shape  # of the whole parameter
+    shape: Shape  # shape of the whole parameter
 
 
 class Piece(NamedTuple):
@@ -52,17 +52,17 @@ class Piece(NamedTuple):
 
 
 def key_of(fragment: Fragment) -> str:
-    """The name of a fragment's tensor in a checkpoint, such as ``master/projector.0.up.weight``."""
+    """Name of a fragment's tensor in a checkpoint, such as ``master/projector.0.up.weight``."""
     return f"{fragment.kind}/{fragment.name}"
 
 
 def owned_ranges(fragments: Iterable[Fragment]) -> list[OwnedRange]:
-    """Of each fragment, where it begins and ends in its flattened tensor."""
+    """The range of each fragment in its flattened tensor, with the tensor's shape."""
     return [OwnedRange(Range(key_of(f), f.offset, f.data.numel()), tuple(f.shape)) for f in fragments]
 
 
 def shapes_of(tables: Iterable[Sequence[OwnedRange]]) -> dict[str, Shape]:
-    """{key: shape} over all ranks. Raises ValueError where two ranks disagree."""
+    """Shapes by key over all ranks. Raises ValueError if two ranks disagree."""
     shapes: dict[str, Shape] = {}
     for table in tables:
         for row in table:
@@ -73,15 +73,15 @@ def shapes_of(tables: Iterable[Sequence[OwnedRange]]) -> dict[str, Shape]:
 
 
 def divide(tables: Sequence[Sequence[OwnedRange]], rank: int) -> list[Piece]:
-    """What `rank` has to write so that all ranks together write every range once.
+    """The pieces that `rank` writes, such that all ranks together write every range exactly once.
 
-    `tables` has one table per rank. A range that several ranks hold (replicas) is shared among them: all
-    that one set of ranks holds is laid end to end and cut evenly. Raises ValueError as `check_tiling` does.
+    `tables` has one table of owned ranges per rank. Ranges that several ranks hold (replicas) are shared: all ranges
+    of one set of ranks are laid end to end, and cut evenly. Raises ValueError as `check_tiling` does.
     """
     holders: dict[Range, list[int]] = {}
     for holder, table in enumerate(tables):
         for row in table:
-            if row.range.length:  # ZeRO-3 leaves some ranks without a share of a small parameter
+            if row.range.length:  # empty ranges occur: ZeRO-3 may give a rank no share of a small parameter
                 holders.setdefault(row.range, []).append(holder)
     check_tiling(shapes_of(tables), holders)
     together: dict[tuple[int, ...], list[Range]] = {}
@@ -97,7 +97,7 @@ def divide(tables: Sequence[Sequence[OwnedRange]], rank: int) -> list[Piece]:
 
 
 def check_tiling(shapes: Mapping[str, Shape], ranges: Iterable[Range]) -> None:
-    """Raises ValueError naming the key if the ranges leave a hole, overlap or overhang."""
+    """Raises ValueError that names the key if the ranges of a tensor leave a gap, overlap, or exceed its shape."""
     reached = dict.fromkeys(shapes, 0)
     for key, offset, length in sorted(ranges):
         if offset != reached[key]:
@@ -109,7 +109,7 @@ def check_tiling(shapes: Mapping[str, Shape], ranges: Iterable[Range]) -> None:
 
 
 def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
-    """How two sets of named shapes differ, in words; empty if they do not."""
+    """Describe how two sets of named shapes differ; "" if they do not."""
     both = stored.keys() & wanted.keys()
     findings = {
         "missing": wanted.keys() - stored.keys(),
@@ -120,12 +120,12 @@ def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
 
 
 def by_parameter(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """{parameter: shape} of {kind/parameter: shape}."""
+    """Shapes by parameter, from shapes by kind/parameter."""
     return {key.split("/", 1)[1]: shape for key, shape in shapes.items()}
 
 
 def _share(ranges: Sequence[Range], index: int, num: int) -> Iterable[tuple[Range, Range]]:
-    """(range, the part of it) for the `index`-th of `num` even cuts of `ranges` laid end to end."""
+    """Yield (range, its part) for the `index`-th of `num` even cuts through `ranges` laid end to end."""
     total = sum(held.length for held in ranges)
     low, high = total * index // num, total * (index + 1) // num
     at = 0
@@ -141,34 +141,34 @@ MANIFEST = "manifest.json"
 
 
 def directory_name(step: int) -> str:
-    """Of the checkpoint after `step` steps."""
+    """Directory name of the checkpoint after `step` optimizer steps."""
     return f"step_{step:08d}"
 
 
 def steps_in(directory: Path) -> list[Path]:
-    """The published checkpoints in `directory`, oldest first, sound or not."""
+    """The published checkpoints in `directory`, oldest first, verified or not."""
     found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step of which a checkpoint directory's name tells."""
+    """The step in a checkpoint directory's name."""
     return int(path.name.removeprefix("step_"))
 
 
 def tensor_name(stored: Range) -> str:
-    """A rank may write several ranges of one tensor, so the offset is part of the name."""
+    """Name of a range in its file. It has the offset, since a rank may write several ranges of one tensor."""
     return f"{stored.key}@{stored.offset}"
 
 
 def write_manifest(directory: Path, step: int, shapes: Mapping[str, Shape], files: Any, state: Any) -> None:
-    """`files` is {name: {"bytes", "xxh3_128", "ranges": [[key, offset, length], ...]}}."""
+    """Write the manifest. `files` is {name: {"bytes", "xxh3_128", "ranges": [[key, offset, length], ...]}}."""
     content = {"format": FORMAT, "step": step, "shapes": shapes, "files": files, "state": state}
     write_json(directory / MANIFEST, {"checksum": _checksum(content), "content": content})
 
 
 def audit(path: Path, share: int = 0, num_shares: int = 1) -> str:
-    """Why the checkpoint at `path` cannot be trusted, or "". Reads every `num_shares`-th of its files."""
+    """Why the checkpoint at `path` is corrupt, or "". Hashes the `share`-th of `num_shares` shares of its files."""
     try:
         snapshot = StepCheckpoint(path)
     except ValueError as error:
@@ -177,10 +177,10 @@ def audit(path: Path, share: int = 0, num_shares: int = 1) -> str:
 
 
 class StepCheckpoint:
-    """A published checkpoint, opened for reading; shapes are those of whole parameters."""
+    """A published checkpoint, opened for reading. `shapes` are those of whole parameters, by key."""
 
     def __init__(self, path: Path) -> None:
-        """Raises CorruptFile if the manifest is missing, cut, altered, of another format or of another step."""
+        """Read the manifest. Raises CorruptFile if it is missing, incomplete, altered, or of another format or step."""
         self.path = path
         self._open: dict[str, Any] = {}
         try:
@@ -188,7 +188,7 @@ class StepCheckpoint:
         except CorruptFile:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            # a checksum finds damage, but anyone can compute one who writes a manifest
+            # the checksum detects damage, but a manifest forged together with its checksum may hold anything
             raise CorruptFile(f"{MANIFEST} does not describe a checkpoint: {error}") from None
 
     def _take(self, content: dict[str, Any]) -> None:
@@ -209,7 +209,7 @@ class StepCheckpoint:
         check_tiling(self.shapes, (stored for found in self._stored.values() for stored, _ in found))
 
     def damage(self, name: str) -> str:
-        """Why the file `name` cannot be trusted, or "". Reads all of it."""
+        """Why the file `name` is corrupt, or "". Reads all of it."""
         path, file = self.path / name, self.files[name]
         try:
             size = path.stat().st_size
@@ -224,7 +224,7 @@ class StepCheckpoint:
         return ""
 
     def read(self, key: str, offset: int, out: Tensor) -> None:
-        """Fill the 1-D `out` with the elements of `key` from `offset` on. Raises CorruptFile where that fails."""
+        """Fill 1-D `out` with elements of `key`, starting at `offset`. Raises CorruptFile if that fails."""
         for stored, name in self._stored[key]:
             low = max(offset, stored.offset)
             high = min(offset + out.numel(), stored.offset + stored.length)
@@ -238,12 +238,12 @@ class StepCheckpoint:
                     out[low - offset : high - offset].copy_(found)
 
     def masters(self) -> dict[str, Shape]:
-        """{parameter name: shape} of the trained parameters."""
+        """Shapes of the trained parameters, by name."""
         kind = "master/"
         return {key.removeprefix(kind): shape for key, shape in self.shapes.items() if key.startswith(kind)}
 
     def master(self, name: str) -> Tensor:
-        """The whole fp32 master weight of a parameter, in its shape."""
+        """The whole fp32 master weight of a parameter, in the parameter's shape."""
         key = f"master/{name}"
         out = torch.empty(prod(self.shapes[key]))
         self.read(key, 0, out)

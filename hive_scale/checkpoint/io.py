@@ -1,4 +1,4 @@
-"""Bytes on disk: safetensors written as a stream, a fast checksum on the way, and syncing."""
+"""File output of checkpoints: streamed safetensors, a fast checksum computed while writing, and syncing to disk."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hive_scale.checksums import CorruptFile as CorruptFile  # part of this room's public face
+from hive_scale.checksums import CorruptFile as CorruptFile  # re-exported for the package's other modules
 from hive_scale.checksums import write_sums
 from hive_scale.phase_timer import tick
 from hive_scale.strict_json import dumps
 
-# Large pieces, since both the write and the checksum give up the GIL once per piece
+# bytes per piece; large, since writing and hashing each release the GIL once per piece
 PIECE = 1 << 24
-# Bytes after which a file that is being written is brought down to the disk. Memory may take in all of it at once, and
-# a single sync at the end would stand for minutes without a sign that it gets on.
+# Bytes after which a file being written is synced to disk. The page cache may take in all of it at once, and a single
+# sync at the end would then show no progress for minutes.
 SYNC = 1 << 30
 
 _DTYPE_NAMES = {
@@ -40,7 +40,7 @@ DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
 
 
 def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """The head of a safetensors file whose data follow in the order of `tensors`, each (name, dtype, shape)."""
+    """The header of a safetensors file with `tensors`, each (name, dtype, shape), whose data follow in this order."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     at = 0
     for name, dtype, shape in tensors:
@@ -48,7 +48,7 @@ def safetensors_header(tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]]
         entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data begin aligned
+    text += b" " * (-len(text) % 8)  # padding, which aligns the data
     return len(text).to_bytes(8, "little") + text
 
 
@@ -57,9 +57,9 @@ def num_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
 
 
 def write_file(path: Path, header: bytes, reads: Iterable[Callable[[], Tensor]]) -> str:
-    """Write `header` and the bytes of what `reads` return to a new file, down to the disk; returns the xxh3-128.
+    """Write `header` and the tensors that `reads` return to a new file, synced to disk. Returns its xxh3-128 in hex.
 
-    Only one tensor at a time is held. Raises OSError, leaving the cut file to the caller.
+    Only one tensor at a time is in memory. Raises OSError, and leaves the incomplete file to the caller.
     """
     digest = xxhash.xxh3_128(header)
     with open(path, "xb") as file:
@@ -72,7 +72,7 @@ def write_file(path: Path, header: bytes, reads: Iterable[Callable[[], Tensor]])
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to a new file, down to the disk."""
+    """Write `value` as JSON to a new file, synced to disk. Raises OSError."""
     with open(path, "x") as file:
         file.write(dumps(value))
         file.flush()
@@ -80,7 +80,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """xxh3-128 of a file's bytes, in hex. It finds damage; it is no defence against a forger."""
+    """xxh3-128 of a file's bytes, in hex. It detects damage, not deliberate changes."""
     digest = xxhash.xxh3_128()
     for piece in read_pieces(path):
         digest.update(piece)
@@ -88,7 +88,7 @@ def file_hash(path: Path) -> str:
 
 
 def read_pieces(path: Path, start: int = 0) -> Iterator[memoryview]:
-    """The file's bytes from `start` on; each piece is good until the next is asked for."""
+    """Yield the file's bytes from `start` on. Each piece is valid until the next is requested: they share a buffer."""
     buffer = memoryview(bytearray(min(PIECE, max(1, path.stat().st_size))))
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
@@ -98,7 +98,7 @@ def read_pieces(path: Path, start: int = 0) -> Iterator[memoryview]:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and new files in `path` outlive a power cut."""
+    """Sync the directory `path`, so that renames and new files in it survive a power cut."""
     _sync(path)
 
 
@@ -113,11 +113,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def published(directory: Path) -> Iterator[Path]:
-    """A new directory to fill, which becomes `directory` at the end: complete or absent. Replaces what is there.
+    """Yield a new directory to fill; at the end it replaces `directory` by rename: complete or absent.
 
-    Its files are listed with their checksums, see `checksums`.
+    Its files are listed with their checksums (see `checksums`), and synced to disk.
     """
-    partial = directory.with_name(f".{directory.name}.hive_scale.tmp")  # a name that nobody else gives
+    partial = directory.with_name(f".{directory.name}.hive_scale.tmp")  # a name that no other program uses
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
@@ -133,12 +133,12 @@ def published(directory: Path) -> Iterator[Path]:
 
 
 def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:
-    """Write the tensor's bytes, saying by `tick` that it gets on, however slow the disk."""
+    """Write and hash the tensor's bytes, with a `tick` per piece as a sign of progress on slow disks."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
     for at in range(0, len(data), PIECE):
         piece = data[at : at + PIECE]
         file.write(piece)
-        if hasattr(os, "posix_fadvise"):  # start writing to disk now: the sync at the end is a fifth shorter
+        if hasattr(os, "posix_fadvise"):  # starts writing to disk now, which makes the final sync a fifth shorter
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest.update(piece)
         if file.tell() // SYNC > (file.tell() - len(piece)) // SYNC:

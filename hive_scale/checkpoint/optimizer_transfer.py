@@ -1,4 +1,4 @@
-"""Optimizer moments that a stage takes over, by parameter name, from the last checkpoint of the stage before."""
+"""Carry optimizer moments over from the previous stage's last checkpoint, by parameter name."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from hive_scale.checkpoint.io import CorruptFile
 from hive_scale.distributed import Fragment
 from hive_scale.param_groups import ParamGroup
 
-STEPS_BEHIND = "steps_behind"  # in a checkpoint's state: by parameter, steps of earlier stages that its moments hold
+STEPS_BEHIND = "steps_behind"  # key of a checkpoint's state: by parameter, steps of earlier stages in its moments
 
 
 class OptimizerTransfer:
-    """AdamW divides moments by what they lack of their start from zero, so each keeps count of its own steps."""
+    """Adam's bias correction needs each parameter's own step count, so parameters carried over keep theirs."""
 
     def __init__(self, stage_dir: Path | None) -> None:
-        """Of the newest sound checkpoint in `stage_dir`; of none, all moments start fresh. Raises CorruptFile."""
+        """Open the newest sound checkpoint in `stage_dir`; None: carry nothing over. Raises CorruptFile."""
         self._snapshot = StepCheckpoint(_newest(stage_dir)) if stage_dir else None
-        self.steps: dict[str, int] = {}  # by parameter
+        self.steps: dict[str, int] = {}  # optimizer steps in the carried moments, by parameter
         if self._snapshot:
             before: Mapping[str, int] = self._snapshot.state.get(STEPS_BEHIND, {})
             self.steps = {name: self._snapshot.step + before.get(name, 0) for name in self._snapshot.masters()}
 
     def divide(self, groups: Iterable[ParamGroup]) -> list[ParamGroup]:
-        """`groups`, cut so that the moments of each have one number of steps behind them."""
+        """Split `groups` so that all parameters of a group have the same number of steps in their moments."""
         divided = []
         for group in groups:
             by_steps: dict[int, list[str]] = {}
@@ -37,11 +37,11 @@ class OptimizerTransfer:
         return divided
 
     def state(self, groups: Sequence[ParamGroup]) -> dict[str, Any]:
-        """What the stage's own checkpoints must say for the stage after it."""
+        """The entry in this stage's checkpoints that the next stage needs to carry moments over from it."""
         return {STEPS_BEHIND: {name: g.steps_behind for g in groups if g.steps_behind for name in g.parameters}}
 
     def fill(self, fragments: Iterable[Fragment]) -> None:
-        """Copy the moments of all parameters that the stage before trained. Raises CorruptFile."""
+        """Copy the moments of all parameters that the previous stage trained. Raises CorruptFile."""
         for fragment in fragments:
             if self._snapshot and fragment.name in self.steps and fragment.kind != "master":
                 self._snapshot.read(key_of(fragment), fragment.offset, fragment.data)

@@ -1,4 +1,4 @@
-"""Who may begin a run in a directory, go on with it, move it aside or remove it. docs/runs.md has it as a table."""
+"""Rules for starting, resuming, moving aside and deleting the run in a directory. docs/runs.md has them as a table."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from hive_scale.rundir import BEGAN, CONFIG, EARLY, MARKER, fits, look, read_mar
 from hive_scale.strangers import some
 from hive_scale.strict_json import dumps
 
-Overwrite = bool | Literal["delete"]  # True: what is there is moved aside
-FORMAT = 1  # of a run directory
-LATE = ("report*.html", "attention*", "gradients*", "*.tmp", ".nfs*")  # what else a run directory may hold
+Overwrite = bool | Literal["delete"]  # True: move the existing run aside; "delete": remove it
+FORMAT = 1  # format version of a run directory
+LATE = ("report*.html", "attention*", "gradients*", "*.tmp", ".nfs*")  # further files that a run directory may have
 OF_STAGE = (
     *(BEGAN, checksums.SUMS, "step_*", "metrics.jsonl*", "weights*.safetensors*", "encoder", "memory.txt", "profile"),
     *("probes", "evaluation", *LATE),
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_begun(stage_dir: Path) -> bool:
-    """Whether training has left anything there that a stage would go on from."""
+    """True if the stage has a checkpoint or final weights, from which it would resume."""
     return bool(steps_in(stage_dir)) or find_weights(stage_dir / WEIGHTS) is not None
 
 
@@ -45,9 +45,10 @@ def is_begun(stage_dir: Path) -> bool:
 
 
 def check_owner(config: Config, overwrite: Overwrite = False, follows: bool = False) -> None:
-    """Raises ValueError if the run directory is another's, or has been edited in what training has begun.
+    """Raises ValueError if the run directory is not this run's, or its config was changed in a stage that has begun.
 
-    With `overwrite` it may be another run's. A run that `follows` another, as a twin does, has its plan from there.
+    With `overwrite`, it may hold another run. A run that `follows` another, such as the blank-image control, takes its
+    config from there, so that it may differ from the saved one.
     """
     directory, state = config.run_dir, look(config.run_dir)
     if overwrite:
@@ -69,7 +70,7 @@ def check_owner(config: Config, overwrite: Overwrite = False, follows: bool = Fa
 
 def _check_foreign(config: Config) -> None:
     directory = config.run_dir
-    mine = [CONFIG, "data.json", "initial", "blank", *config.stages, BEGAN, WEIGHTS]  # the last two: it is a stage
+    mine = [CONFIG, "data.json", "initial", "blank", *config.stages, BEGAN, WEIGHTS]  # the last two mark a stage
     if found := [name for name in mine if os.path.lexists(directory / name)]:
         raise ValueError(
             f"{directory} has {', '.join(found[:3])}, but is no run (a run has {MARKER}, or its own {CONFIG}): choose "
@@ -84,7 +85,7 @@ def _check_format(directory: Path) -> None:
 
 
 def _check_links(config: Config) -> None:
-    """A file of a run that is a link would be written through, into somebody else's; so would a stage's folder."""
+    """Raises ValueError for links in place of a run's files or stage folders: writing would change their targets."""
     directory = config.run_dir
     folders = [directory / name for name in ("initial", "logs", "slurm", *config.stages)]
     for path in (path for folder in (directory, *folders) if folder.is_dir() for path in folder.iterdir()):
@@ -96,11 +97,11 @@ def _check_links(config: Config) -> None:
 
 
 def _check_plan(config: Config, follows: bool) -> None:
-    """The command says what config.yaml says, and that still says what was begun."""
+    """Raises ValueError unless the command's config agrees with config.yaml, and that with the stages begun."""
     saved = config.run_dir / CONFIG
     if not saved.is_file():
         raise ValueError(f"{saved} is missing: restore it, or use --overwrite")
-    # the shards of a run that goes on may have moved: `preflight.check_data_fingerprint` looks at what they are
+    # shards of an unfinished run may have moved: `preflight.check_data_fingerprint` compares their content
     goes_on = not all(is_stage_done(config.run_dir / name) for name in config.stages)
     if not follows and (changed := configs.differences(config, _load(saved), goes_on)):
         raise ValueError(
@@ -111,13 +112,13 @@ def _check_plan(config: Config, follows: bool) -> None:
 
 
 def _check_begun(config: Config) -> None:
-    """What has begun is still what the config says, and follows from what the config has before it."""
+    """Raises ValueError if a stage that has begun differs from the config, or lacks the weights it started from."""
     directory, names = config.run_dir, list(config.stages)
     for folder in (path.parent for path in sorted(directory.glob(f"*/{BEGAN}"))):
         checksums.check_file(folder / BEGAN, f"restore it, or move {folder} and the folders of later stages away")
         began = _load(folder / BEGAN)
         if [folder.name] != list(began.stages)[-1:] or not is_begun(folder):
-            continue  # renamed, as a copy is, or nothing was trained there
+            continue  # a renamed copy of a stage, or one without any training yet
         changed = [f"stages.{folder.name}"]
         if folder.name in names:
             changed = configs.differences(_until(config, folder.name), began, moved=True)
@@ -143,7 +144,7 @@ def _load(file: Path) -> Config:
 
 
 def _until(config: Config, stage: str) -> Config:
-    """What decides what `stage` learns: the config without the stages behind it."""
+    """The part of the config that affects `stage`: without the stages after it."""
     names = list(config.stages)
     return replace(config, stages={name: config.stages[name] for name in names[: names.index(stage) + 1]})
 
@@ -173,9 +174,9 @@ def _check_overwrite(config: Config, overwrite: Overwrite) -> None:
 
 
 def _paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a config that may be a path, by its key."""
+    """Yield (key, text) for every string in a config that may be a path."""
     if isinstance(node, str):
-        path = node.rpartition(" x ")[2]  # shards may be weighted
+        path = node.rpartition(" x ")[2]  # shard patterns may have a weight in front
         if path and "://" not in path and path.isprintable():
             yield key, path
     elif isinstance(node, Mapping):
@@ -187,9 +188,9 @@ def _paths(node: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def foreign_files(directory: Path) -> list[str]:
-    """What lies in the run `directory` that no run puts there.
+    """Paths in the run `directory` that no run creates, relative to it.
 
-    Folders that programs alone fill (wandb's, Slurm's, checkpoints, exports) are looked through for ``.git`` only.
+    Folders that only programs fill (wandb's, Slurm's, checkpoints, exports) are searched for ``.git`` only.
     """
     stages = {path.parent.name for path in directory.glob(f"*/{BEGAN}")}
     with suppress(ValueError, OSError):
@@ -206,16 +207,16 @@ def foreign_files(directory: Path) -> list[str]:
 
 
 def _others(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    """What is in `folder` beside `patterns`; of a link nothing, since only the link would go."""
+    """Paths in `folder` that match none of `patterns`. For a link none, since deleting removes only the link."""
     if not folder.is_dir() or folder.is_symlink():
         return []
     return [path for path in folder.iterdir() if not fits(path.name, patterns)]
 
 
 def is_again(directory: Path) -> bool:
-    """Whether the run there was begun by an earlier attempt of this very command: overwriting it would lose its steps.
+    """True if an earlier attempt of this very command started the run there: overwriting would lose its steps.
 
-    Slurm and torchrun count their attempts. Whatever else starts a command again does not tell.
+    It is recognised by the restart counters of Slurm and torchrun; other ways of restarting are not noticed.
     """
     before = read_marker(directory).get("attempt")
     counts = before if isinstance(before, dict) else {}
@@ -223,12 +224,12 @@ def is_again(directory: Path) -> bool:
 
 
 def _attempt() -> dict[str, int]:
-    """How often each of those that started this process has done so before."""
+    """Restart count of each launcher of this process, by job."""
     env, found = os.environ, dict[str, int]()
     if job := env.get("SLURM_JOB_ID"):
         found[f"slurm {env.get('SLURM_CLUSTER_NAME', '')} {job}"] = int(env.get("SLURM_RESTART_COUNT") or 0)
     if run := env.get("TORCHELASTIC_RUN_ID"):
-        own = f" {socket.gethostname()} {os.getppid()}" if run == "none" else ""  # torchrun's own default
+        own = f" {socket.gethostname()} {os.getppid()}" if run == "none" else ""  # torchrun's default id is "none"
         found[f"torchrun {run}{own}"] = int(env.get("TORCHELASTIC_RESTART_COUNT") or 0)
     return found
 
@@ -239,9 +240,9 @@ def _attempt() -> dict[str, int]:
 def claim_run_dir(
     config: Config, world: World, lock: Lock, overwrite: Overwrite = False, follows: bool = False
 ) -> None:
-    """Make the run directory this run's, which it stays; with `overwrite` what is there goes aside first. A collective.
+    """Mark the run directory as this run's; with `overwrite`, first move the existing run aside. A collective.
 
-    Raises ValueError, on all ranks, if that cannot be done, RuntimeError if another run comes in between.
+    Raises ValueError on all ranks if that fails, RuntimeError if another run takes the directory in between.
     """
 
     def act() -> None:
@@ -266,7 +267,7 @@ def _mark(config: Config, follows: bool) -> None:
     if follows or not saved.is_file() or not saved.stat().st_size:
         with checksums.listing(saved):
             configs.save(config, saved)
-    elif checksums.is_changed(saved):  # edited, and taken up now
+    elif checksums.is_changed(saved):  # the user edited config.yaml: accept it, and renew its checksum
         with checksums.listing(saved):
             pass
     if not read_marker(directory):
@@ -275,7 +276,7 @@ def _mark(config: Config, follows: bool) -> None:
 
 
 def begin_stage(config: Config, stage: str, world: World) -> None:
-    """Note what `stage` begins with, unless it has begun. A collective."""
+    """Record the config that `stage` starts with, unless the stage has begun. A collective."""
 
     def act() -> None:
         folder = config.run_dir / stage
@@ -287,7 +288,7 @@ def begin_stage(config: Config, stage: str, world: World) -> None:
 
 
 def on_main(world: World, act: Callable[[], object]) -> None:
-    """Let the main rank `act`, and the others wait for it. Raises its ValueError, or OSError as one, on all ranks."""
+    """Run `act` on rank 0 while the others wait. All ranks raise its ValueError; an OSError becomes a ValueError."""
     error = ""
     if world.is_main:
         try:
@@ -302,7 +303,7 @@ def on_main(world: World, act: Callable[[], object]) -> None:
 
 
 def _set_aside(directory: Path, lock: Lock) -> Path:
-    real = directory.resolve()  # a link to a larger disk stays, and so does the run on that disk
+    real = directory.resolve()  # resolved: if it is a link to a larger disk, link and run stay where they are
     aside = _unused(real.with_name(f"{real.name}.old-{datetime.now():%Y%m%d-%H%M%S}"))
     try:
         real.rename(aside)
@@ -322,10 +323,10 @@ def _set_aside(directory: Path, lock: Lock) -> Path:
 
 def _put_back(directory: Path, aside: Path) -> None:
     real = directory.resolve()
-    with suppress(OSError):  # else the old run stays where it is, which its name tells
+    with suppress(OSError):  # if that fails, the old run stays aside, where its name tells what it is
         for path in real.iterdir() if real.exists() else ():
-            path.unlink()  # the new run's first files, its lock among them
-        aside.rename(real)  # which may be an empty directory
+            path.unlink()  # first files of the new run, including its lock
+        aside.rename(real)  # replaces the directory, which is empty now
 
 
 def _say(directory: Path, aside: Path, overwrite: Overwrite) -> None:

@@ -1,4 +1,4 @@
-"""A run's directory, read: its config, the weights of its stages, and whether all that is there is sound."""
+"""Read a run's directory: its config, its stages' weights, and whether everything in it is intact."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hive_scale.checkpoint.weights import read_weights
 from hive_scale.rundir import BEGAN, MARKER
 
 CONFIG = "config.yaml"
-INITIAL = "initial"  # what the first stage starts from
-OWN = (CONFIG, "data.json", MARKER)  # files of a run itself, written once
+INITIAL = "initial"  # folder of the weights that the first stage starts from
+OWN = (CONFIG, "data.json", MARKER)  # files of the run itself, not of a stage
 STRANGER = "it does not come from the weights of the stage before"
 UNLISTED = "no checksums, an older version or another tool wrote it"
 
 
 class Run:
-    """`config` is the one that the run was started with; `dir` may have been moved since."""
+    """A run on disk. `config` is its saved config; `dir` is where it lies now, even if it was moved."""
 
     def __init__(self, directory: Path) -> None:
-        """Raises ValueError if `directory` holds no run, or its config is not what was written."""
+        """Open a run. Raises ValueError if `directory` holds none, or its config is corrupt."""
         if not (directory / CONFIG).is_file():
             raise ValueError(
                 f"{directory} is no run, for it has no {CONFIG} (a stage is not a run): give the directory that "
@@ -36,11 +36,11 @@ class Run:
         self.dir, self.config = directory, configs.load(directory / CONFIG)
 
     def finished(self) -> list[str]:
-        """The stages that are done, in their order."""
+        """Names of the finished stages, in order."""
         return [stage for stage in self.config.stages if find_weights(self.weights(stage))]
 
     def stage(self, name: str = "") -> str:
-        """`name`, or the last stage that is done. Raises ValueError if there is none, or it is not done."""
+        """`name` if given, else the last finished stage. Raises ValueError if it is unknown or unfinished."""
         known = [*self.config.stages, INITIAL]
         if name and name not in known:
             left = [stage for stage in self.config.stages if stage not in self.finished()]
@@ -60,29 +60,29 @@ class Run:
         return wanted
 
     def weights(self, stage: str) -> Path:
-        """The folder of a stage's weights."""
+        """Path of a stage's weights file; `find_weights` also finds its index."""
         return self.dir / stage / WEIGHTS
 
 
 class Finding(NamedTuple):
-    """What `verify` says of one file or folder of a run."""
+    """The result of verifying one file or folder of a run."""
 
     path: Path
-    damage: str  # or "", if it is sound
-    remark: str = ""  # on what is sound as far as can be told
+    damage: str  # what is wrong; "": sound
+    remark: str = ""  # why a sound file could not be fully verified
 
 
 def encoder_remedy(directory: Path) -> str:
-    """How to come by the files of a damaged `directory` with an encoder again."""
+    """How to restore the corrupt encoder `directory`, for an error message."""
     if find_weights(directory.parent / WEIGHTS):
         return f"remove {directory}, and the command that trained the run makes it again from the stage's weights"
     return checksums.REMEDY
 
 
 def verify_path(path: Path) -> Iterator[Finding]:
-    """What `verify_run` finds of the run at `path`, and of its twin on blank images; or of an exported directory.
+    """Verify the run at `path` and its blank-image control, or an exported directory.
 
-    Raises ValueError if `path` is neither.
+    Yields one `Finding` per file or folder. Raises ValueError if `path` is neither.
     """
     if not (path / CONFIG).is_file() and (checksums.is_listed(path) or (path / "config.json").is_file()):
         yield verify_directory(path)
@@ -98,10 +98,10 @@ def verify_path(path: Path) -> Iterator[Finding]:
 
 
 def verify_run(run: Run) -> Iterator[Finding]:
-    """Read everything that a run has published, stage by stage: checkpoints, weights, encoders, and then exports.
+    """Verify everything that a run has published, stage by stage: checkpoints, weights and encoders, then exports.
 
-    Each file must match its checksum, none may be missing, none be there that was not written; weights and
-    checkpoints must come from the weights of the stage before.
+    Each file must match its checksum, and files may be neither missing nor added. Weights and checkpoints must come
+    from the previous stage's weights.
     """
     for name in OWN:
         yield from _own(run.dir / name)
@@ -129,12 +129,12 @@ def verify_run(run: Run) -> Iterator[Finding]:
         if encoder.is_dir():
             yield verify_directory(encoder)
     for directory in (*sorted(run.dir.glob("export/*")), run.dir / "llava"):
-        if directory.is_dir() and directory.suffix != ".tmp":  # which a killed command left
+        if directory.is_dir() and directory.suffix != ".tmp":  # .tmp is left by a killed command
             yield verify_directory(directory)
 
 
 def verify_directory(directory: Path) -> Finding:
-    """Of a Hugging Face directory, ours by its checksums or anyone's."""
+    """Verify a Hugging Face directory: by its checksums if it has them, else by opening its files."""
     if not checksums.is_listed(directory):
         damage = _unreadable(directory)
         return Finding(directory, damage, "" if damage else UNLISTED)
@@ -149,7 +149,7 @@ def _own(path: Path) -> Iterator[Finding]:
     except checksums.CorruptFile as error:
         yield Finding(path, str(error))
     else:
-        if path.name in listed or path.is_file():  # older versions noted no data
+        if path.name in listed or path.is_file():  # older versions wrote no data.json
             yield Finding(path, "", "" if path.name in listed else UNLISTED)
 
 

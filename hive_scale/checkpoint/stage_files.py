@@ -1,7 +1,7 @@
-"""Safetensors files that carry their own checksum.
+"""Safetensors files that carry their own checksum, and the names of a stage's results.
 
-The checksum is the xxh3-128 of the file, kept in the file's own metadata and computed with itself left blank; so
-a damaged file is refused, and any safetensors reader still opens a sound one.
+The checksum is the xxh3-128 of the file, stored in its metadata, and computed with the field for itself set to zeros.
+Damaged files are refused, and any safetensors reader can open sound ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _BLANK = "0" * 32
 
 
 class LazyTensor(NamedTuple):
-    """A tensor that is not read yet."""
+    """A tensor that is read from its file, or memory, when `read` is called."""
 
     dtype: torch.dtype
     shape: Shape
@@ -32,8 +32,8 @@ class LazyTensor(NamedTuple):
 
 
 def write_checksummed(path: Path, sources: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> str:
-    """Returns the checksum. The caller syncs the directory."""
-    # widest first, so that every tensor begins aligned
+    """Write a safetensors file with its checksum, by atomic rename. Returns the checksum; the caller syncs."""
+    # widest dtype first, so that every tensor is aligned
     ordered = sorted(sources.items(), key=lambda item: -item[1].dtype.itemsize)
     specs = [(name, source.dtype, source.shape) for name, source in ordered]
     header = safetensors_header(specs, {**metadata, CHECKSUM: _BLANK})
@@ -49,10 +49,10 @@ def write_checksummed(path: Path, sources: Mapping[str, LazyTensor], metadata: M
 
 
 def verify_checksum(path: Path, expected: str | None, required: bool = False) -> str:
-    """The checksum that the file bears, or if it bears none, its hash.
+    """Verify a safetensors file. Returns its stored checksum, or its hash if it has none.
 
-    Raises CorruptFile if the file does not match its own checksum, has another than `expected`, or lacks one that is
-    `required`: the name of the checksum may be what was damaged.
+    Raises CorruptFile if the file does not match its own checksum, has another one than `expected`, or has none though
+    it is `required`: damage may have hit the name of the field.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -81,7 +81,7 @@ def _checksum_field(checksum: str) -> bytes:
 
 
 def unnamed_path(path: Path) -> Path:
-    """Where `path` is written until it is complete; what a killed run left there is removed."""
+    """Temporary path for writing `path`; removes what a killed run left there."""
     unnamed = path.with_name(f"{path.name}.tmp")
     unnamed.unlink(missing_ok=True)
     return unnamed
@@ -92,12 +92,12 @@ ENCODER = "encoder"
 
 
 def is_stage_done(stage_dir: Path) -> bool:
-    """Whether the stage has ended, and left all that the next one and the user need."""
+    """True if the stage has finished, and its weights and encoder are there."""
     return find_weights(stage_dir / WEIGHTS) is not None and (stage_dir / ENCODER).is_dir()
 
 
 def find_weights(path: Path) -> Path | None:
-    """`path` if it is there, else its index if it was written in shards, else None."""
+    """`path` if it exists, else its index if it was written in shards and exists, else None."""
     return next((found for found in (path, index_of(path)) if found.is_file()), None)
 
 

@@ -1,4 +1,4 @@
-"""What one stage leaves to the next: all weights under their plain names, in checksummed safetensors files."""
+"""The weights that a stage passes to the next: all parameters by name, in checksummed safetensors files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from hive_scale import strict_json
 from hive_scale.checkpoint.format import Shape, StepCheckpoint, audit, difference, steps_in
 from hive_scale.checkpoint.io import DTYPES, CorruptFile, num_bytes, sync_directory, write_json
-from hive_scale.checkpoint.io import file_hash as file_hash  # part of this room's public face
+from hive_scale.checkpoint.io import file_hash as file_hash  # re-exported for the package's other modules
 from hive_scale.checkpoint.stage_files import (
     CHECKSUM,
     WEIGHTS,
@@ -31,15 +31,15 @@ from hive_scale.node import once_per_node
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of one or several safetensors files by name, read from disk when asked for.
+    """Tensors of one or several safetensors files, by name; each is read from disk when it is accessed.
 
-    `identity` is the hash that tells these weights from all others; a checkpoint names its parent by it.
+    `identity` is a hash of these weights; checkpoints record it as their parent's.
     """
 
     def __init__(self, files: Iterable[Path], identity: str) -> None:
         self.identity = identity
         self._files: dict[str, Any] = {}
-        self.metadata: dict[str, str] = {}  # of the (first) file
+        self.metadata: dict[str, str] = {}  # metadata of the first file that has any
         for path in files:
             opened: Any = safe_open(path, framework="pt")  # memory-mapped
             self._files.update(dict.fromkeys(opened.keys(), opened))
@@ -55,11 +55,11 @@ class Weights(Mapping[str, Tensor]):
         return len(self._files)
 
     def shape(self, name: str) -> Shape:
-        """Of the tensor called `name`, without reading it."""
+        """Shape of the tensor `name`, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def sources(self) -> dict[str, LazyTensor]:
-        """Every tensor unread, as `write_weights` takes them."""
+        """All tensors, unread, in the form that `write_weights` takes."""
         dtypes = {name: _dtype(name, file.get_slice(name).get_dtype()) for name, file in self._files.items()}
         return {name: LazyTensor(dtypes[name], self.shape(name), partial(self.__getitem__, name)) for name in self}
 
@@ -70,11 +70,11 @@ def write_weights(
     metadata: Mapping[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
-    """Write named tensors to `path` (``*.safetensors``), or above `max_shard_bytes` to several files and an index.
+    """Write named tensors to `path` (``*.safetensors``), or above `max_shard_bytes`, to several files and an index.
 
-    Returns what was published last: `path`, or ``<path>.index.json``. Complete or absent: files get their names
-    when all their bytes are on disk, the index after all files. A tied tensor is written under its first name.
-    Sources are read one at a time. Raises OSError.
+    Returns the path that was published last: `path`, or ``<path>.index.json``. The result is complete or absent: each
+    file is renamed once it is on disk, the index after all files. Tied tensors are written once, under the first name.
+    Only one tensor at a time is read. Raises OSError.
     """
     sources = _untied(tensors.items() if isinstance(tensors, Mapping) else tensors)
     shards = _shards(sources, max_shard_bytes)
@@ -82,7 +82,7 @@ def write_weights(
     index = index_of(path)
     if len(shards) == 1:
         write_checksummed(path, shards[0], metadata or {})
-        index.unlink(missing_ok=True)  # of another, larger model
+        index.unlink(missing_ok=True)  # left by an earlier, larger model
         sync_directory(path.parent)
         return path
     names = [f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
@@ -101,11 +101,11 @@ def write_weights(
 
 
 def read_weights(path: Path, world: World | None = None, checksummed: bool = False) -> Weights:
-    """The tensors under `path`: a safetensors file, its index, or a directory with the one or the other.
+    """Open the weights at `path`: a safetensors file, its index, or a directory that holds one of these.
 
-    Verifying a checksum reads the whole file. Given a `world`, one rank of each node does that and tells the others: a
-    collective then. Raises FileNotFoundError, or CorruptFile, with the remedy, if a checksum does not hold. Files
-    without one, which others wrote, are taken as they are, unless they must be `checksummed`, as a run's must.
+    Checksums are verified by reading whole files. Given a `world`, one rank per node does so and tells the others; this
+    is then a collective. Raises FileNotFoundError, or CorruptFile with the remedy if a checksum does not match. Files
+    without checksum, from other programs, are accepted, unless `checksummed` is set or they belong to a run.
     """
     if path.is_dir():
         candidates = (path / "weights.safetensors", path / "model.safetensors")
@@ -126,7 +126,7 @@ def _read_sharded(found: Path, world: World | None) -> Weights:
     try:
         index = strict_json.read(found)
         weight_map, checksums = index["weight_map"], index.get("metadata", {}).get(CHECKSUM, {})
-        # beside it: a name with a folder in it is a ValueError
+        # files lie beside the index: `with_name` raises ValueError for a name with a folder
         paths = [found.with_name(name) for name in sorted({*weight_map.values(), *checksums})]
         expected = [checksums.get(path.name) for path in paths]
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -149,7 +149,7 @@ def _is_of_run(weights: Path) -> bool:
 
 
 def _remedy(weights: Path) -> str:
-    """How to come by what was at `weights` again."""
+    """How to restore the file `weights`, for an error message."""
     stage = weights.parent
     if not _is_of_run(weights):
         return "get it again from where it came"
@@ -171,10 +171,10 @@ def _once(world: World | None, make: Callable[[], str]) -> str:
 def merge_trained_weights(
     parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000
 ) -> Path:
-    """The next stage's weights: those of the parent, and in place of the trained ones the checkpoint's masters.
+    """Write the next stage's weights: the parent's, with trained parameters replaced by the checkpoint's masters.
 
-    One process does this; it holds one tensor at a time. Trained parameters become fp32, the others keep the
-    parent's dtype. Raises CorruptFile, or ValueError if the checkpoint trained what the parent does not have.
+    Runs in one process, and holds one tensor at a time. Trained parameters become fp32, others keep the parent's
+    dtype. Raises CorruptFile, or ValueError if the checkpoint's parameters are not the parent's.
     """
     if reason := audit(checkpoint):
         raise CorruptFile(f"{checkpoint} refused: {reason}")
@@ -190,10 +190,10 @@ def merge_trained_weights(
 
 
 def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    """Copy the weights at `path` into tensors of the same names, casting to their dtype and device.
+    """Copy the weights at `path` into tensors of the same names, converting to their dtype and device.
 
-    Raises ValueError naming what is missing, unexpected or of another shape, before anything is changed; and
-    as `read_weights` does.
+    Raises ValueError that names tensors missing, unexpected or of another shape, before anything is changed; and
+    raises as `read_weights` does.
     """
     weights = read_weights(path)
     tensors = _first_of_tied(named_tensors)
@@ -219,11 +219,11 @@ def _untied(tensors: Iterable[tuple[str, Tensor | LazyTensor]]) -> dict[str, Laz
 
 
 def _first_of_tied(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Without the second names of tensors that share their memory, as a state dict lists them."""
+    """Drop later names of tensors that share memory, which a state dict lists under each name."""
     seen: dict[tuple[Any, ...], str] = {}
     kept: dict[str, Tensor] = {}
     for name, tensor in named:
-        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name  # of empty ones all pointers are 0
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else name  # empty tensors all have pointer 0
         if seen.setdefault(cast(Any, place), name) == name:
             kept[name] = tensor
     return kept

@@ -1,4 +1,4 @@
-"""One optimizer step on any sharding. The loop sees this protocol and never learns which engine it drives."""
+"""The engine protocol: one optimizer step with any kind of sharding, so that the training loop knows no backend."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ COMPILERS = ("g++", "clang++", "c++")
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step was, over the whole global batch and all ranks."""
+    """Result of one step, over the whole global batch and all ranks."""
 
-    loss: float  # mean over target tokens, nats
-    grad_norm: float  # L2 over all trainable parameters, before clipping; NaN if it was not finite
-    num_tokens: int  # target tokens
-    applied: bool = True  # or left out, with no weight and no moment changed
-    votes: tuple[float, ...] = ()  # what the ranks asked for, added up
+    loss: float  # mean over target tokens, in nats
+    grad_norm: float  # L2 norm over all trainable parameters, before clipping; NaN if not finite
+    num_tokens: int  # number of target tokens
+    applied: bool = True  # False: the step was skipped, no weight and no moment has changed
+    votes: tuple[float, ...] = ()  # values of the `votes` callable, summed over ranks
 
     def metrics(self) -> dict[str, Any]:
         return {"loss": self.loss, "grad_norm": self.grad_norm, "num_tokens": self.num_tokens}
 
 
 class StateSharding(NamedTuple):
-    """Bytes that an engine holds per number of a parameter, and over how many ranks it cuts them."""
+    """Bytes per parameter element that an engine holds, and the number of ranks that each kind is sharded over."""
 
     parameter_bytes: int
     parameter_ranks: int
@@ -46,9 +46,9 @@ class StateSharding(NamedTuple):
 
 
 class Engine(Protocol):
-    """A model whose parameters, gradients and moments are cut over the ranks in some way.
+    """A model whose parameters, gradients and moments are sharded or replicated over the ranks.
 
-    `step` and `evaluate` are collectives: each rank brings its own micro-batches, equally many on every rank.
+    `step` and `evaluate` are collectives: each rank brings its own micro-batches, the same number on every rank.
     """
 
     model: Any
@@ -61,29 +61,29 @@ class Engine(Protocol):
         max_loss: float = inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        """One optimizer step on the global batch that all ranks' micro-batches make up.
+        """Take one optimizer step on the global batch, which is made of all ranks' micro-batches.
 
-        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks. The step is
-        left out by all ranks alike if loss or gradient is not finite, or the loss is above `max_loss`. `votes` is
-        called when forward and backward are done; its values are added up over the ranks along with the loss.
+        The gradient is that of (sum of token losses) / (number of target tokens), both over all ranks. All ranks skip
+        the update if loss or gradient is not finite, or the loss is above `max_loss`. `votes` is called after forward
+        and backward; its values are summed over the ranks in the same collective as the loss.
         """
         ...
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        """(sum of token losses, number of target tokens) over all ranks, in one reduction; nothing is trained."""
+        """(sum of token losses in nats, number of target tokens) over all ranks, by one all-reduce; trains nothing."""
         ...
 
     def fragments(self) -> Iterator[Fragment]:
-        """Masters and moments that this rank owns, as views; moments exist (zero) before the first step."""
+        """Yield views of the master weights and moments that this rank owns; before the first step moments are zero."""
         ...
 
     def after_load(self, num_steps: int) -> None:
-        """After the fragments were overwritten: renew compute copies, set the stage's count of optimizer steps."""
+        """Call it after overwriting the fragments: updates compute copies, and sets the count of optimizer steps."""
         ...
 
 
 def check_compiler(config: EngineConfig) -> None:
-    """Raises ValueError where blocks are to be compiled on a machine that cannot: torch says so within a step."""
+    """Raises ValueError if `config` compiles blocks and there is no C++ compiler, which torch needs."""
     if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
         raise ValueError(
             "engine.compile=true needs a C++ compiler, and there is none here: install g++, name one in CXX, or set "
@@ -92,9 +92,9 @@ def check_compiler(config: EngineConfig) -> None:
 
 
 def check_device(config: EngineConfig, of: str) -> None:
-    """Raises ValueError for what no device of type `of` (`device.kind`) can do in the one process that it is given."""
+    """Raises ValueError for options that a device of type `of` (`device.kind`) does not support."""
     refused = {
-        "engine.precision=bf16": config.precision != "fp32",  # FSDP2, as what follows, needs collectives of the device
+        "engine.precision=bf16": config.precision != "fp32",  # FSDP2, like the next two, needs device collectives
         "engine.cpu_offload=true": config.cpu_offload,
         "engine.ds_config": bool(config.ds_config),
     }
@@ -113,10 +113,14 @@ def open_engine(
     world: World,
     weights: Mapping[str, Tensor],
 ) -> Engine:
-    """Shard `model` (parameters on the meta device, ``requires_grad`` set) as `config` asks; fill it from `weights`."""
+    """Shard `model` as `config` asks, and fill it from `weights`. Returns the engine.
+
+    The model's parameters are on the meta device, with ``requires_grad`` set. `weights` are float32, by name. Raises
+    ValueError for settings that contradict each other.
+    """
     if config.precision == "fp32":
         exact_fp32()
-    # imported here: each engine brings its framework, and each imports this module
+    # imported here, since each engine imports its framework, and this module
     if config.ds_config:
         from hive_scale.engine.deepspeed import DeepSpeedEngine
 

@@ -1,7 +1,7 @@
-"""What engines have in common: how micro-batches add up, whether all ranks take a step, a loss without one.
+"""Shared parts of the engines: gradient accumulation, the decision whether to apply a step, and evaluation.
 
-Backward passes give the gradient of the sum of token losses. How many tokens all ranks have is known when that is
-done, from the one collective of a step that goes over the host; the optimizer then divides by it.
+Backward passes accumulate the gradient of the sum of token losses. The number of target tokens on all ranks comes
+afterwards, with the step's one host-side collective; the optimizer then divides by it.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from hive_scale.distributed import World
 
 
 class StepTotals(NamedTuple):
-    """Of one step, over all ranks."""
+    """Totals of one step over all ranks."""
 
-    mean_loss: float  # over the target tokens
+    mean_loss: float  # per target token, in nats
     num_tokens: int
-    is_fit: bool  # to learn from
+    is_fit: bool  # False: the loss is not finite or too high, the step must be skipped
     votes: tuple[float, ...]
-    divisor: float  # of the sum of losses' gradient, at least 1
+    divisor: float  # number of target tokens, at least 1; divides the gradient of the summed loss
 
 
 def accumulate(world: World, micro_batches: Sequence[Batch], run: Callable[[Batch, bool], Tensor]) -> Tensor:
-    """This rank's sum of token losses, a scalar on the device.
+    """Run every micro-batch, and return this rank's sum of token losses, a scalar tensor on the device.
 
-    `run(batch, is_last)` is a forward and the backward of its loss; it returns the loss.
+    `run(batch, is_last)` does a forward and a backward, and returns the loss.
     """
     total = torch.zeros((), device=world.device)
     for index, batch in enumerate(micro_batches):
@@ -46,7 +46,7 @@ def reduce_loss(
     max_loss: float,
     votes: Callable[[], Sequence[float]],
 ) -> StepTotals:
-    """What all ranks now know of the step, from `total`, this rank's sum of losses. A collective."""
+    """Reduce the step's totals over all ranks. `total` is this rank's sum of losses. A collective."""
     own_tokens = sum(batch.num_tokens for batch in micro_batches)
     loss_sum, num_tokens, *voted = world.sum(total.item(), own_tokens, *votes())
     mean = loss_sum / max(1.0, num_tokens)
@@ -59,9 +59,9 @@ def reduce_loss(
 def evaluate_batches(
     world: World, model: nn.Module, micro_batches: Iterable[Batch], loss_of: Callable[[Batch], Tensor]
 ) -> tuple[float, int]:
-    """The sum of token losses without dropout, and the number of target tokens, over all ranks.
+    """Sum of token losses without dropout, and number of target tokens, over all ranks. A collective.
 
-    Neither the host nor another rank is waited for before the end.
+    It waits for neither the device nor other ranks until the end. `loss_of` gives a batch's sum of token losses.
     """
     losses, own_tokens = [torch.zeros((), device=world.device)], 0
     world.timer.enter("evaluate")
@@ -70,7 +70,7 @@ def evaluate_batches(
         for batch in micro_batches:
             losses.append(loss_of(batch))
             own_tokens += batch.num_tokens
-            world.timer.enter("evaluate")  # each is a sign of life
+            world.timer.enter("evaluate")  # each batch counts as progress for the watchdog
     finally:
         model.train()
     total, count = world.sum(math.fsum(torch.stack(losses).tolist()), own_tokens)

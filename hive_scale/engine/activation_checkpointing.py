@@ -1,4 +1,4 @@
-"""Activation checkpointing: which blocks forget their activations and compute them again in backward."""
+"""Activation checkpointing: which blocks drop their activations in forward and recompute them in backward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from hive_scale.config import CheckpointingConfig
 
-# What "selective" keeps: the results that cost most to compute again.
+# Operators whose results "selective" saves: they cost most to recompute.
 _ATEN = torch.ops.aten
 KEPT = {
     _ATEN.mm.default,
@@ -29,19 +29,18 @@ KEPT = {
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """The repeated modules of every component: what is sharded, filled and compiled one by one."""
+    """The repeated modules of all components: the units of sharding, filling and compiling."""
     return [block for blocks in model.blocks().values() for block in blocks]
 
 
 def checkpoint_blocks(
     blocks: Mapping[str, Sequence[nn.Module]], config: CheckpointingConfig, gathers_within: bool = False
 ) -> None:
-    """Wrap the forward of each block of a component as `config` asks. Call it before sharding.
+    """Wrap the forward of each component's blocks as `config` asks. Call it before sharding.
 
-    Only ``forward`` is wrapped, so an engine's gathering hooks, which sit around it, fire for the
-    recomputation as well, and parameter names stay as they are. `gathers_within` tells that there are hooks
-    inside the blocks, too (ZeRO-3): what they do differs between forward and recomputation, which torch's own
-    selective contexts refuse.
+    Only ``forward`` is wrapped. So an engine's all-gather hooks, which sit around it, fire for the recomputation as
+    well, and parameter names do not change. Set `gathers_within` if there are hooks inside the blocks, too (ZeRO-3):
+    their operators differ between forward and recomputation, which torch's own selective contexts refuse.
     """
     for component, modules in blocks.items():
         mode = getattr(config, component)
@@ -60,7 +59,7 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def _save_and_replay() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """Contexts of forward and recomputation that look at nothing but the operators in KEPT."""
+    """Contexts of forward and recomputation that consider only the operators in KEPT, and ignore all others."""
     kept: deque[Any] = deque()
     return _SaveOutputs(kept), _ReplayOutputs(kept)
 
@@ -73,7 +72,7 @@ class _SaveOutputs(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in KEPT:
-            # a copy, since ZeRO-3's linear adds its bias to the result in place
+            # cloned, since ZeRO-3's linear adds its bias to the result in place
             self.kept.append(tree_map_only(Tensor, Tensor.clone, result))
         return result
 

@@ -1,4 +1,4 @@
-"""ZeRO-1, -2 and -3, with or without offload, by DeepSpeed. Which of them is the JSON's choice."""
+"""The DeepSpeed engine: ZeRO-1, -2 or -3, with or without offload, as a DeepSpeed JSON says."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from hive_scale.precision import DTYPES
 
 
 class MasterRange(NamedTuple):
-    """The range of one parameter that this rank owns: ``flat[start : start + length]``, from `offset` on."""
+    """The range of a parameter that this rank owns: ``flat[start : start + length]``, at `offset` in it."""
 
-    shape: tuple[int, ...]  # of the parameter
-    offset: int  # in the flattened parameter
-    flat: Tensor  # many parameters' ranges, fp32
+    shape: tuple[int, ...]  # shape of the parameter
+    offset: int  # start of the range in the flattened parameter, in elements
+    flat: Tensor  # 1-D fp32 master tensor that holds ranges of many parameters
     start: int
     length: int
 
 
-UNTESTED = {"zero_allow_untested_optimizer": True}  # those that an extension registers, too
+UNTESTED = {"zero_allow_untested_optimizer": True}  # lets DeepSpeed accept optimizers of extensions
 
 
 class DeepSpeedEngine:
-    """Parameters are in `config.precision`; masters, moments, gradient sums and reductions in float32."""
+    """Parameters are in `config.precision`; masters, moments, gradient sums and reductions are in float32."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class DeepSpeedEngine:
         world: World,
         weights: Mapping[str, Tensor],
     ) -> None:
-        """Cut `model` (parameters on the meta device, ``requires_grad`` set) as the JSON says, and fill it."""
+        """Shard `model` as the JSON says, and fill it. Its parameters are on the meta device, ``requires_grad`` set."""
         settings = resolve(Path(config.ds_config), stage, config, world.size)
         self.model, self.world = model, world
         zero_stage = settings["zero_optimization"]["stage"]
         self.partitions_parameters = zero_stage == 3
-        # DeepSpeed asks the environment, also where no launcher has set it
+        # DeepSpeed reads LOCAL_RANK, which not every launcher sets
         os.environ.setdefault("LOCAL_RANK", str(world.device.index or 0))
         if world.device.type == "cpu":
-            os.environ.setdefault("LOCAL_SIZE", str(world.size))  # or it starts numactl to count, in every step
-        load_deepspeed().init_distributed(auto_mpi_discovery=False)  # adopts the group that exists
+            os.environ.setdefault("LOCAL_SIZE", str(world.size))  # else DeepSpeed runs numactl in every step to count
+        load_deepspeed().init_distributed(auto_mpi_discovery=False)  # adopts the existing process group
         compute = DTYPES[config.precision]
-        self.divides = zero_stage > 1 or compute == torch.float32  # its bf16 optimizer of ZeRO-1 heeds no loss scale
-        cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # parameters, gradients, optimizer
+        self.divides = zero_stage > 1 or compute == torch.float32  # ZeRO-1's bf16 optimizer ignores the loss scale
+        cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # of parameters, gradients, optimizer
         self.kind = optimizer_kind(stage)
         self.layout = StateSharding(compute.itemsize, cut[0], 4, cut[1], 4 + 4 * len(self.kind.states), cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
@@ -84,21 +84,21 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], compute: torch.dtype, settings: dict[str, Any]) -> None:
-        """Give every parameter memory and its tensor; ZeRO-3 cuts each block up before the next is made."""
+        """Allocate and fill every parameter. ZeRO-3 shards each block before the next one is allocated."""
         deepspeed, model, device = load_deepspeed(), self.model, self.world.device
         names = {parameter: name for name, parameter in model.named_parameters()}
         for unit in (*blocks_of(model), model):
             for parameter in unit.parameters():
                 if parameter.is_meta:
                     real = weights[names[parameter]].to(device, compute, copy=True)
-                    # swapped, not set: the same object stays in every module that shares it
+                    # swapped in place, so that modules that share the parameter keep sharing it
                     torch.utils.swap_tensors(parameter, nn.Parameter(real, parameter.requires_grad))  # type: ignore[no-untyped-call]
             if self.partitions_parameters:
                 deepspeed.zero.Init(module=unit, config_dict_or_path=settings, dtype=compute)
 
     @torch.no_grad()
     def _restore_masters(self, weights: Mapping[str, Tensor]) -> None:
-        """DeepSpeed makes its masters of the rounded copies; give back the digits that these have lost."""
+        """Copy full-precision weights into the masters, since DeepSpeed made these from the rounded bf16 copies."""
         for fragment in self.fragments():
             if fragment.kind == "master":
                 end = fragment.offset + fragment.data.numel()
@@ -111,16 +111,16 @@ class DeepSpeedEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        share = float(self.world.size)  # since DeepSpeed averages over ranks
+        share = float(self.world.size)  # undoes DeepSpeed's averaging over ranks
         if not self.divides:
             share /= max(1.0, *self.world.sum(sum(batch.num_tokens for batch in micro_batches)))
         total = accumulate(self.world, micro_batches, partial(self._run, share))
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
         if self.divides:
-            self.engine.optimizer.loss_scale = divisor  # by which it divides gradients, though no loss was multiplied
+            self.engine.optimizer.loss_scale = divisor  # divides the gradients; no loss was multiplied by it
         with nullcontext() if is_fit else skip_update(self.optimizer):
-            self.engine.step()  # which tidies up after backward, too
+            self.engine.step()  # called also for a skipped step, since it clears the gradients
         self.engine.optimizer.loss_scale = 1.0
         norm = self._grad_norm()
         return StepOutput(mean, norm, num_tokens, is_fit and math.isfinite(norm), voted)
@@ -134,7 +134,7 @@ class DeepSpeedEngine:
         return loss.detach()
 
     def _grad_norm(self) -> float:
-        # a step whose gradient is not finite is left out, and then the norm is an older one
+        # after an overflow DeepSpeed skips the step, and its norm is that of an earlier step
         return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
@@ -159,20 +159,20 @@ class DeepSpeedEngine:
         if not self.partitions_parameters:
             self.engine.optimizer.update_lp_params()
             return
-        self.engine.optimizer.checkpoint_event_prologue()  # partitions what is kept gathered
+        self.engine.optimizer.checkpoint_event_prologue()  # shards persistent parameters, which are kept gathered
         for _, parameter, owned in self._owned():
             parameter.ds_tensor[: owned.length].copy_(owned.flat[owned.start : owned.start + owned.length])
-        self.engine.optimizer.checkpoint_event_epilogue()  # and gathers it again
+        self.engine.optimizer.checkpoint_event_epilogue()  # gathers them again
 
     def _owned(self) -> Iterator[tuple[str, Any, MasterRange]]:
-        """Every trained parameter of which this rank owns something, and what that is."""
+        """Yield (name, parameter, range) for each trained parameter of which this rank owns a range."""
         of = self._owned_under_3 if self.partitions_parameters else self._owned_under_1_and_2
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and (owned := of(parameter)):
                 yield name, parameter, owned
 
     def _owned_under_1_and_2(self, parameter: Any) -> MasterRange | None:
-        cut = parameter._hp_mapping  # where its low-precision copy lies in a master: None for nothing
+        cut = parameter._hp_mapping  # DeepSpeed's map from the low-precision copy to the master; None: not owned here
         if cut is None:
             return None
         flat = self._masters()[cut.param_group_index]
@@ -180,7 +180,7 @@ class DeepSpeedEngine:
         return MasterRange(tuple(parameter.shape), held.start, flat, here.start, here.numel)
 
     def _owned_under_3(self, parameter: Any) -> MasterRange | None:
-        """Rank r holds numbers [r n, (r + 1) n) of a parameter padded to a multiple of n."""
+        """Rank r owns elements [r n, (r + 1) n) of a parameter that is padded to world_size * n elements."""
         optimizer = self.engine.optimizer
         group, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         offset = size * self.world.rank
@@ -192,29 +192,29 @@ class DeepSpeedEngine:
         )
 
     def _masters(self) -> Sequence[Tensor]:
-        """The flat fp32 tensors that the optimizer steps."""
+        """The flat fp32 tensors that the optimizer updates."""
         optimizer = self.engine.optimizer
-        if self.partitions_parameters:  # whose groups are empty between steps
+        if self.partitions_parameters:  # ZeRO-3 leaves the optimizer's groups empty between steps
             return optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
         return [group["params"][0] for group in optimizer.param_groups]
 
     def _prior_steps(self) -> Sequence[int]:
-        """Of each of `_masters`: steps of earlier stages that its moments hold."""
+        """Optimizer steps of earlier stages in the moments of each of `_masters`."""
         optimizer, groups = self.engine.optimizer, self.optimizer.param_groups
-        if self.partitions_parameters:  # which cuts large groups into several
+        if self.partitions_parameters:  # ZeRO-3 splits large groups into sub-groups
             numbers = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp32_partitioned_groups_flat))]
             return [groups[number]["steps_behind"] for number in numbers]
         return [group["steps_behind"] for group in groups]
 
     def _create_states(self) -> None:
-        """An optimizer makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+        """Create optimizer states now: torch creates them in the first step, but a checkpoint needs them before."""
         for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
             if not self.engine.optimizer.state[flat]:
                 self.engine.optimizer.state[flat] = self.kind.first_state(flat, steps_behind)
 
 
 def _free_engine(engine: Any, optimizer: Any) -> None:
-    """Free what a past engine held. DeepSpeed never would: its hooks and tables keep engine and model for good."""
+    """Free all that a finished engine holds. DeepSpeed's hooks and global tables would keep engine and model alive."""
     engine.destroy()
     parameters = list(engine.module.parameters())
     for holder in (optimizer, engine.optimizer, *parameters):

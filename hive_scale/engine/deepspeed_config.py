@@ -1,6 +1,6 @@
-"""A DeepSpeed JSON, completed and checked: it owns ZeRO and offload, the run's Config owns everything else.
+"""Complete and check a DeepSpeed JSON: it decides ZeRO and offload, the run's Config decides everything else.
 
-Every key that Config owns may be absent, "auto", or say the same; anything else is refused by name.
+A key that the Config decides may be absent, "auto", or have the same value; any other value is refused by name.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from hive_scale.strangers import MB, read_bytes
 from hive_scale.strict_json import dumps, loads
 
 log = logging.getLogger(__name__)
-COMMENT = re.compile(r"_|//|#|comments?$", re.IGNORECASE)  # keys that begin so; JSON has no comments of its own
+COMMENT = re.compile(r"_|//|#|comments?$", re.IGNORECASE)  # keys used as comments, since JSON has none
 
-# What "auto" means under zero_optimization, for models of some hundred million parameters; DeepSpeed's own
-# defaults (buckets of 5e8, 1e9 live parameters) would keep all of such a model gathered.
+# Values of "auto" under zero_optimization, for models of some hundred million parameters. DeepSpeed's own defaults
+# (buckets of 5e8, 1e9 live parameters) would keep all of such a model gathered.
 AUTO_ZERO = {
     "reduce_bucket_size": 50_000_000,
     "allgather_bucket_size": 50_000_000,
@@ -43,7 +43,7 @@ AUTO_ZERO = {
     "stage3_max_reuse_distance": 100_000_000,
 }
 
-# Keys that change neither what is learned nor how it is cut, and their types; they reach DeepSpeed as they are.
+# Keys that affect neither training nor sharding, with their types; they are passed to DeepSpeed unchanged.
 HARMLESS: dict[str, tuple[type, ...]] = {
     "aio": (dict,),
     "comms_logger": (dict,),
@@ -57,7 +57,7 @@ HARMLESS: dict[str, tuple[type, ...]] = {
     "zero_allow_untested_optimizer": (bool,),
 }
 
-# Keys of the sections whose keys are not DeepSpeed's to check.
+# Known keys of sections that DeepSpeed does not check itself; () where they are checked elsewhere.
 SECTIONS: dict[str, tuple[str, ...]] = {
     "fp16": (
         *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis"),
@@ -75,7 +75,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "zero_optimization": (),
 }
 
-# ZeRO features that this toolkit does not carry, and why.
+# ZeRO features that are not supported: allowed values and reason.
 _LAYOUT = "a checkpoint could not tell which rank owns what"
 _NUMBERS = "steps would differ from those of every other engine"
 REFUSED_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -94,10 +94,10 @@ REFUSED_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def resolve(path: Path, stage: StageConfig, config: EngineConfig, world_size: int, here: bool = True) -> dict[str, Any]:
-    """The settings that DeepSpeed is given: the JSON at `path`, with what `stage` and `config` own filled in.
+    """The settings for DeepSpeed: the JSON at `path`, with the values of `stage` and `config` filled in.
 
-    Needs no GPU and starts nothing. `here` tells whether it is this machine that must have what the JSON names, such
-    as an NVMe drive. Raises ValueError that names the key, both values and the remedy.
+    Needs no GPU, and starts nothing. With `here`, this machine must have what the JSON names, such as an NVMe drive.
+    Raises ValueError that names the key, both values and the remedy.
     """
     text = _read(path)
     settings, found = _resolved(text, path, stage, config, world_size, here)
@@ -106,10 +106,10 @@ def resolve(path: Path, stage: StageConfig, config: EngineConfig, world_size: in
 
 
 def check(path: Path, stages: Mapping[str, tuple[StageConfig, int]], config: EngineConfig, here: bool = True) -> None:
-    """Meet all that `resolve` would find wrong with the JSON in any of `stages`, each with its world's size.
+    """Check the JSON for every one of `stages`, each given with its number of processes, as `resolve` does for one.
 
-    Raises ValueError with the whole list of what contradicts the stages; with ``ds_config_owned=ignore`` it is
-    logged instead, and the stages' own values hold.
+    Raises ValueError with all contradictions at once; with ``ds_config_owned=ignore`` they are logged instead, and
+    the Config's values are used.
     """
     text = _read(path)
     found = {name: _resolved(text, path, stage, config, world, here)[1] for name, (stage, world) in stages.items()}
@@ -118,7 +118,7 @@ def check(path: Path, stages: Mapping[str, tuple[StageConfig, int]], config: Eng
 
 
 def _refuse(path: Path, text: str, config: EngineConfig, found: Mapping[str, Sequence[Contradiction]]) -> list[str]:
-    """What of the JSON is to be ignored. Raises ValueError if nothing may be."""
+    """Return descriptions of contradicting keys, which are ignored. Raises ValueError if they are to be refused."""
     lines = told(found, text)
     if lines and config.ds_config_owned == "refuse":
         raise ValueError(
@@ -131,7 +131,7 @@ def _refuse(path: Path, text: str, config: EngineConfig, found: Mapping[str, Seq
 def _resolved(
     text: str, path: Path, stage: StageConfig, config: EngineConfig, world_size: int, here: bool
 ) -> tuple[dict[str, Any], list[Contradiction]]:
-    """What DeepSpeed is given, and what of the JSON contradicts it."""
+    """The settings for DeepSpeed, and the contradictions found in the JSON."""
     ours = owned(stage, config, world_size)
     try:
         _check_engine(config)
@@ -141,7 +141,7 @@ def _resolved(
         _check_harmless(settings)
         for name in ("fp16", "bf16", "torch_autocast"):
             if not _enabled(settings.get(name, {})):
-                settings.pop(name, None)  # what a switched-off section says does not matter
+                settings.pop(name, None)  # keys of a switched-off section do not count
         found = list(contradictions(settings, ours, stage))
         zero = _zero(settings.get("zero_optimization"), here)
         if config.compile and zero["stage"] == 3:
@@ -152,7 +152,7 @@ def _resolved(
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     kept = _without_auto({key: value for key, value in settings.items() if key in HARMLESS})
-    kept.setdefault("steps_per_print", 1 << 60)  # the metrics are ours to print
+    kept.setdefault("steps_per_print", 1 << 60)  # never: this package prints the metrics
     return {**kept, **filled(ours, config), "zero_optimization": zero}, found
 
 
@@ -169,7 +169,7 @@ def _read(path: Path) -> str:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """The JSON without comments, which some write as keys, and without what is switched off."""
+    """Parse the JSON, without comment keys and without optional sections that are off."""
     try:
         settings = loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except ValueError as error:
@@ -197,7 +197,7 @@ def _no_constant(word: str) -> None:
 
 
 def _is_on(section: Any) -> bool:
-    """Whether an optional feature is asked for."""
+    """True if an optional section is switched on."""
     if isinstance(section, dict):
         asked = section.get("enabled", section.get("deepcompile", bool(section)))
         return asked not in (False, None, AUTO) and section.get("disable") is not True
@@ -205,7 +205,7 @@ def _is_on(section: Any) -> bool:
 
 
 def _check_engine(config: EngineConfig) -> None:
-    """With a JSON, sharding and offload are its own."""
+    """Raises ValueError if `config` sets sharding or offload, which the JSON decides."""
     for name, plain, instead in (
         ("shard_size", 0, "zero_optimization.stage"),
         ("cpu_offload", False, "zero_optimization.offload_optimizer"),
@@ -255,7 +255,7 @@ def _check_harmless(settings: Mapping[str, Any]) -> None:
 
 
 def _check_like(section: str, plain: Mapping[str, Any], content: Any) -> None:
-    """Raises ValueError if a value of `content` is of another type than DeepSpeed's own default."""
+    """Raises ValueError if a value in `content` has another type than DeepSpeed's default."""
     for name, value in content.items() if isinstance(content, dict) else ():
         like = plain.get(name)
         kinds = (int, float) if type(like) in (int, float) else (type(like),)
@@ -268,7 +268,7 @@ def _enabled(section: Any) -> bool:
 
 
 def _zero(section: Any, here: bool) -> dict[str, Any]:
-    """`section` without "auto", every key known to DeepSpeed and of its type."""
+    """Check the zero_optimization section, and return it without "auto" and with our defaults. Raises ValueError."""
     stage = section.get("stage") if isinstance(section, dict) else None
     if not isinstance(section, dict) or stage not in (1, 2, 3) or stage is True:
         raise ValueError(
@@ -304,9 +304,10 @@ def _zero(section: Any, here: bool) -> dict[str, Any]:
 
 
 def _as_called_today(model: Any, section: Mapping[str, Any]) -> dict[str, Any]:
-    """`section` under the names that DeepSpeed's documents use, which its own config takes others for, too.
+    """Rename deprecated keys of `section`, which DeepSpeed still accepts, to their documented names.
 
-    ``max_live_parameters`` is ``stage3_max_live_parameters``, and ``cpu_offload`` an ``offload_optimizer`` section.
+    For instance ``max_live_parameters`` becomes ``stage3_max_live_parameters``, and ``cpu_offload`` an
+    ``offload_optimizer`` section.
     """
     pairs: list[tuple[str, Any]] = []
     names = {field: info.alias or field for field, info in model.model_fields.items()}
@@ -326,13 +327,13 @@ def _as_called_today(model: Any, section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _applies(key: str, section: Mapping[str, Any]) -> bool:
-    """Whether our default for an absent key belongs to this stage; a given key stays."""
+    """True for a key that was given, and for a default that applies to this ZeRO stage."""
     return key in section or not key.startswith("stage3_") or section["stage"] == 3
 
 
 def _without_auto(section: Mapping[str, Any]) -> dict[str, Any]:
     plain = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in section.items()}
-    # 5e8 is a float in JSON, and a count here
+    # JSON spells counts such as 5e8 as floats
     return {
         key: int(value) if isinstance(value, float) and value.is_integer() else value
         for key, value in plain.items()
@@ -353,7 +354,7 @@ def _check_types(section: str, model: Any, content: Mapping[str, Any]) -> None:
         first = error.errors()[0]
         where = ".".join([section, *(str(part) for part in first["loc"])])
         raise ValueError(f"{where}={first['input']!r}: {first['msg']}") from None
-    except Exception as error:  # what DeepSpeed's own validators raise of a value of another kind
+    except Exception as error:  # DeepSpeed's validators raise many types for a value of the wrong kind
         raise ValueError(f"{section}: {error}: correct or remove it") from None
 
 
@@ -392,12 +393,12 @@ def _check_nvme(where: str, section: Mapping[str, Any], stage: int, here: bool) 
 
 
 def load_deepspeed() -> Any:
-    """The package, told what it would otherwise find out aloud or at a cost."""
+    """Import DeepSpeed, with settings that spare slow or noisy detection."""
     if kind() == CPU.type:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = importlib.import_module("deepspeed")
-    # a collective of CPU inference, compiled at every machine's first start and never called here
+    # this op, a collective for CPU inference, would be compiled at every first start, and is never called here
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # it calls collectives by names that torch has since replaced
+    # DeepSpeed calls collectives by names that torch has deprecated
     warnings.filterwarnings("ignore", message=r".*_tensor. is deprecated", category=FutureWarning)
     return deepspeed

@@ -1,4 +1,4 @@
-"""The keys of a DeepSpeed JSON that belong to Config: what they must say, and the refusal of anything else."""
+"""Keys of a DeepSpeed JSON that the Config decides: the values they must have, and how contradictions are reported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hive_scale.strict_json import dumps
 
 AUTO = "auto"
 
-# Sections of DeepSpeed's that have a switch of ours.
+# Optional sections of a DeepSpeed JSON, and the option of ours that does the same.
 SWITCHES = {
     "amp": "engine.precision=bf16",
     "autotuning": "launchers/plan.py --fit",
@@ -28,7 +28,7 @@ SWITCHES = {
     "tensorboard": "log.tensorboard=true",
     "wandb": "log.wandb=online",
 }
-# And others; switched off they may all be there.
+# All optional sections. They may be present if they are switched off.
 OPTIONAL = (
     *SWITCHES,
     *("compression_training", "dataloader_drop_last", "disable_allgather", "eigenvalue", "hybrid_engine", "nebula"),
@@ -39,15 +39,15 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class OwnedKey:
-    """A key of the JSON that Config decides."""
+    """The required value of a JSON key that the Config decides."""
 
     value: Any
-    source: str  # where Config decides it
-    also: tuple[Any, ...] = ()  # other spellings of the same
+    source: str  # the config option that decides it, for messages
+    also: tuple[Any, ...] = ()  # other values that are accepted
 
 
 def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, OwnedKey]:
-    """The keys of a DeepSpeed JSON that Config decides, by dotted path, for one stage on `world_size` processes."""
+    """The keys of a DeepSpeed JSON that the Config decides, by dotted path, for one stage on `world_size` processes."""
     accumulation = stage.accumulation(world_size)
     micro_batch = stage.global_batch // world_size // accumulation
     precision = f"engine.precision={config.precision}"
@@ -72,7 +72,7 @@ def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str
 
 
 def filled(owned: Mapping[str, OwnedKey], config: EngineConfig) -> dict[str, Any]:
-    """The owned keys as DeepSpeed is given them."""
+    """The owned keys as nested settings for DeepSpeed, without sections that are off."""
     off = "fp16", "torch_autocast", *(["bf16", "data_types"] if config.precision == "fp32" else [])
     result: dict[str, Any] = {}
     for path, key in owned.items():
@@ -87,7 +87,7 @@ def filled(owned: Mapping[str, OwnedKey], config: EngineConfig) -> dict[str, Any
 
 
 def check_keys(prefix: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises ValueError for a key that is not `known`, with the nearest one, or our own switch for the same."""
+    """Raises ValueError for a key not in `known`; the message has the nearest key, or our option for the same."""
     for key in given:
         if key not in known:
             nearest = get_close_matches(key, known, 1, 0.5)
@@ -98,7 +98,7 @@ def check_keys(prefix: str, given: Iterable[str], known: Sequence[str]) -> None:
 
 
 class Contradiction(NamedTuple):
-    """What the JSON fixes and Config decides otherwise."""
+    """A JSON value that differs from the Config's."""
 
     path: str
     given: Any
@@ -109,7 +109,7 @@ class Contradiction(NamedTuple):
 def contradictions(
     settings: Mapping[str, Any], owned: Mapping[str, OwnedKey], stage: StageConfig
 ) -> Iterator[Contradiction]:
-    """All of them. Raises ValueError for an option of the optimizer that there is not."""
+    """Yield every contradiction. Raises ValueError for an unknown option of the optimizer."""
     for path, key in owned.items():
         section, _, name = path.rpartition(".")
         value = settings.get(section, {}).get(name, AUTO) if section else settings.get(name, AUTO)
@@ -117,7 +117,7 @@ def contradictions(
             yield Contradiction(path, value, key.value, key.source)
     yield from _optimizer(settings.get("optimizer", {}), stage)
     for name, value in settings.get("scheduler", {}).get("params", {}).items():
-        if value != AUTO:  # all "auto" is a form to be filled in: ours fills it, whatever its type
+        if value != AUTO:  # "auto" is filled in with our schedule, whatever the scheduler's type
             yield Contradiction(f"scheduler.params.{name}", value, AUTO, "the stage's warmup and min_lr")
     for name, value in settings.get("activation_checkpointing", {}).items():
         if value not in (AUTO, False, None):
@@ -125,11 +125,11 @@ def contradictions(
 
 
 def _optimizer(section: Mapping[str, Any], stage: StageConfig) -> Iterator[Contradiction]:
-    """Ours has the stage's groups; a JSON may repeat what holds for every group."""
+    """Yield contradictions in the optimizer section. It may repeat values that are the same in all of our groups."""
     ours_type = OPTIMIZERS[stage.optimizer].deepspeed_type or AUTO
     if section.get("type", AUTO) not in (AUTO, ours_type):
         yield Contradiction("optimizer.type", section["type"], ours_type, "stages.*.optimizer")
-        return  # whose parameters may be others
+        return  # another optimizer type has other parameters
     ours: dict[str, set[Any]] = {
         "lr": {group.lr for group in stage.groups.values()},
         "weight_decay": {group.weight_decay for group in stage.groups.values()},
@@ -147,7 +147,7 @@ def _optimizer(section: Mapping[str, Any], stage: StageConfig) -> Iterator[Contr
 
 
 def told(found: Mapping[str, Sequence[Contradiction]], text: str) -> list[str]:
-    """Every key of the JSON `text` that contradicts a stage, with its line and what which stages have instead."""
+    """One message per contradicting key of the JSON `text`: its line, its value, and the Config's value by stage."""
     by_path: dict[str, dict[str, list[str]]] = {}
     first: dict[str, Contradiction] = {}
     for stage, many in found.items():
@@ -167,7 +167,7 @@ def _of(stages: Sequence[str]) -> str:
 
 
 def _line(text: str, path: str) -> int:
-    """The line of `text` (from 1) that sets the key at `path`."""
+    """Line number (from 1) of the key at the dotted `path` in the JSON `text`."""
     at = 0
     for name in path.split("."):
         found = re.compile(rf'"{re.escape(name)}"\s*:').search(text, at)

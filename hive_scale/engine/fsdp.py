@@ -1,7 +1,7 @@
-"""PyTorch's own sharding over a mesh (replicate, shard): one process, DDP, HSDP and FSDP are the same code.
+"""The FSDP2 engine: one mesh (replicate, shard) covers a single process, DDP, HSDP and FSDP with the same code.
 
-A copy that is not cut, in fp32, is the masters themselves: there FSDP2 would only gather every weight from one rank,
-at an eighth of a step's time, so the module stays as it is, under DDP where there are more ranks.
+Without sharding and in fp32, the parameters are the master weights. FSDP2 would then still copy every weight, at an
+eighth of a step's time, so the module is left unwrapped, or wrapped in DDP if there are several ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
 
-# torch 2.14 has renamed it, and warns of the old name
+# torch 2.14 renamed this argument of DDP, and warns about the old name
 _BUFFERS = next(
     name
     for name in ("forward_sync_buffers", "broadcast_buffers")
@@ -51,7 +51,10 @@ class FsdpEngine:
         world: World,
         weights: Mapping[str, Tensor],
     ) -> None:
-        """Shard `model` (parameters on the meta device, ``requires_grad`` set) and fill it from `weights`."""
+        """Shard `model`, and fill it from `weights`. Its parameters are on the meta device, ``requires_grad`` set.
+
+        Raises ValueError if `config.shard_size` does not divide the number of ranks.
+        """
         self.model, self.world, self.config = model, world, config
         self.max_grad_norm = stage.max_grad_norm
         checkpoint_blocks(model.blocks(), config.checkpointing)
@@ -63,7 +66,7 @@ class FsdpEngine:
         plain = shard == 1 and config.precision == "fp32" and not config.cpu_offload
         if not plain:
             self._shard(config, shard)
-        # only now is there memory: a model that no single device could hold is filled shard by shard
+        # filled after sharding, shard by shard: the whole model may not fit on one device
         self._fill(weights, "cpu" if config.cpu_offload else world.device)
         if not plain:
             self._unshard_frozen_once()
@@ -72,9 +75,9 @@ class FsdpEngine:
                 block.compile()
         self._forward: Callable[..., Tensor] = model
         if plain and world.size > 1:
-            options: dict[str, Any] = {_BUFFERS: False}  # the same on all ranks from the start
+            options: dict[str, Any] = {_BUFFERS: False}  # buffers are equal on all ranks and constant
             self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
-        # gradients that wait for more micro-batches wait uncut, unless each is reduced
+        # under gradient accumulation (no sync) gradients stay unsharded, unless each micro-batch is reduced
         reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
         gradient_ranks = shard if reduces else 1
         self.kind = optimizer_kind(stage)
@@ -84,7 +87,7 @@ class FsdpEngine:
             use_cores(world)
 
     def _shard(self, config: EngineConfig, shard: int) -> None:
-        # another dimension, even of one copy, would be an all-reduce for every unit
+        # a mesh dimension of size one would still cost an all-reduce per unit
         dims = {"shard": shard} if shard == self.world.size else {"replicate": self.world.size // shard, "shard": shard}
         mesh = init_device_mesh(self.world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
         compute = DTYPES[config.precision]
@@ -98,16 +101,16 @@ class FsdpEngine:
         }
         for block in blocks_of(self.model):
             fully_shard(block, **options)
-        # the head, which ends the forward, begins the backward: the unit around the blocks stays gathered between
+        # the root unit holds the head, the last in forward and the first in backward: keep it unsharded in between
         fully_shard(self.model, **options | {"reshard_after_forward": False})
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
-        """Give every shard memory, and its part of the tensor of its name."""
+        """Allocate every shard, and copy its part of the weight of that name."""
         model: nn.Module = self.model
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        model.to_empty(device=device)  # empties buffers, too, which were real
-        self.model.language.tie_weights()  # and makes two parameters of a tied one that is not sharded
+        model.to_empty(device=device)  # this empties buffers too, which held values; they are restored below
+        self.model.language.tie_weights()  # to_empty breaks weight tying if the parameter is not sharded
         for name, buffer in buffers.items():
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, buffer.to(self.world.device))
@@ -116,11 +119,12 @@ class FsdpEngine:
             local.copy_(weights[name].flatten()[offset : offset + local.numel()])
 
     def _unshard_frozen_once(self) -> None:
-        """Gather once what no forward may ever gather: FSDP2 takes accumulated gradients of every unit to exist.
+        """Unshard and reshard once the frozen blocks that no forward may ever reach.
 
-        (torch 2.14, bf16 compute: ``'FSDPParam' object has no attribute '_unsharded_param'``.)
+        FSDP2 assumes under gradient accumulation that every unit was unsharded before. (torch 2.14, bf16 compute:
+        ``'FSDPParam' object has no attribute '_unsharded_param'``.)
         """
-        for block in self.model.blocks()["vision"]:  # above the deepest depth, or all where features are kept
+        for block in self.model.blocks()["vision"]:  # blocks above the last used layer; all with a feature cache
             if not any(parameter.requires_grad for parameter in block.parameters()):
                 assert isinstance(block, FSDPModule)
                 block.unshard()
@@ -134,11 +138,11 @@ class FsdpEngine:
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
         total = accumulate(self.world, micro_batches, self._run)
-        # of gradients not divided yet: the number of all ranks' targets comes with the loss, in one reduction
+        # the norm of undivided gradients: the number of targets on all ranks arrives with the loss, in one reduction
         norm = self._grad_norm()
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
         norm = norm / divisor
-        # all ranks have the same norm and the same loss, and so come to the same answer without a word
+        # norm and loss are equal on all ranks, so all decide alike without another collective
         taken = is_fit and math.isfinite(norm)
         set_learning_rate(self.optimizer, lr_factor)
         if taken:
@@ -152,18 +156,18 @@ class FsdpEngine:
             self.world.timer.enter("forward")
             loss = self._loss(batch, self._forward)
             self.world.timer.enter("backward")
-            torch.autograd.backward(loss * self.world.size)  # since reduction averages over ranks
+            torch.autograd.backward(loss * self.world.size)  # undoes the averaging over ranks
         return loss.detach()
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
         found = evaluate_batches(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # what stays gathered after a forward waits for a backward
+                module.reshard()  # the root stays unsharded after a forward, for a backward that does not come here
         return found
 
     def _reducing(self, wanted: bool) -> AbstractContextManager[None]:
-        """Whether the gradients of a backward are reduced over ranks, or wait for those of the next."""
+        """Context of a micro-batch: with `wanted`, its backward reduces gradients over ranks; else they accumulate."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(wanted or self.config.sync_each_micro_batch)
             self.model.set_requires_all_reduce(wanted)
@@ -181,9 +185,9 @@ class FsdpEngine:
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def _scale(self, divisor: float, norm: float) -> None:
-        """Divide all gradients in one pass, and clip what then has the norm `norm`."""
+        """Divide all gradients by `divisor`, and clip them, in one pass. `norm` is their norm after the division."""
         divisor *= max(1.0, (norm + 1e-6) / self.max_grad_norm)
-        # which multiplies by 1.0 / divisor, as when it clips to 1.0
+        # for these arguments torch multiplies the gradients by 1 / divisor, as if clipping norm `divisor` to 1
         torch.nn.utils.clip_grads_with_norm_(self._trained(), 1.0, torch.tensor(divisor))
 
     def _trained(self) -> list[nn.Parameter]:
@@ -201,14 +205,14 @@ class FsdpEngine:
                     yield Fragment(name, kind, tuple(parameter.shape), offset, local)
 
     def after_load(self, num_steps: int) -> None:
-        # compute copies are gathered from the masters anew in each forward
+        # compute copies need no update: each forward makes them from the masters
         self._create_states()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 set_steps(self.optimizer.state[parameter], group["steps_behind"] + num_steps)
 
     def _create_states(self) -> None:
-        """An optimizer makes its state in the first step; a checkpoint before that, or a load, needs it now."""
+        """Create optimizer states now: torch creates them in the first step, but a checkpoint needs them before."""
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
@@ -216,11 +220,11 @@ class FsdpEngine:
 
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's part of a parameter as a flat view, and where it begins in the flattened whole."""
+    """This rank's shard of a parameter as a flat view, and its offset in the flattened parameter, in elements."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().view(-1), 0
     local, mesh = tensor.to_local(), tensor.device_mesh
     (dim,) = (i for i, placement in enumerate(tensor.placements) if placement.is_shard())
-    rows = math.ceil(tensor.shape[0] / mesh.size(dim))  # of every rank but the last ones, as torch.chunk cuts
+    rows = math.ceil(tensor.shape[0] / mesh.size(dim))  # rows per rank, fewer on the last ranks, as in torch.chunk
     offset = mesh.get_local_rank(dim) * rows * tensor.shape[1:].numel() if local.numel() else 0
     return local.view(-1), offset

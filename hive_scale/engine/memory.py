@@ -1,6 +1,6 @@
-"""What the model's state costs each process, in bytes: by arithmetic, and as found in the engine.
+"""Bytes of the model's state per process: planned, by arithmetic, and found in the engine.
 
-Activations and communication buffers are not in it: they depend on batch and schedule, not on what is held.
+Activations and communication buffers are not included: they depend on batch and schedule.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hive_scale.engine import Engine
 
 @dataclass
 class Bytes:
-    """Of one component, on this process. Gradients and optimizer count trained parameters only."""
+    """Bytes of one component in this process. Gradients and optimizer cover trained parameters only."""
 
     parameters: float = 0
     gradients: float = 0
@@ -28,7 +28,7 @@ class Bytes:
 
 
 def planned(engine: Engine) -> dict[str, Bytes]:
-    """By component: the arithmetic of the engine's layout, without padding."""
+    """Bytes by component according to the engine's `layout`, without padding."""
     layout, result = engine.layout, defaultdict[str, Bytes](Bytes)
     for name, parameter in engine.model.named_parameters():
         part, numel = result[_component(name)], getattr(parameter, "ds_numel", parameter.numel())
@@ -40,7 +40,7 @@ def planned(engine: Engine) -> dict[str, Bytes]:
 
 
 def found(engine: Engine) -> dict[str, Bytes]:
-    """By component: what this process holds now. Gradients live from a backward to its step: zero in between."""
+    """Bytes by component that this process holds now. Gradients exist only between a backward and its step."""
     result = defaultdict[str, Bytes](Bytes)
     for name, parameter in engine.model.named_parameters():
         part = result[_component(name)]
@@ -54,7 +54,7 @@ def found(engine: Engine) -> dict[str, Bytes]:
 
 
 def report(engine: Engine) -> str:
-    """A table in MB: parameters, gradients and optimizer by component, as planned and, in brackets, as found."""
+    """A table in MB: parameters, gradients and optimizer by component, planned and, in brackets, found."""
     plan, real = planned(engine), found(engine)
     lines = [f"{'MB per process':<16}{'parameters':>20}{'gradients':>12}{'optimizer':>20}"]
     for component, want in (plan | {"all": _sum(plan)}).items():
@@ -67,7 +67,7 @@ def report(engine: Engine) -> str:
 
 
 def release() -> None:
-    """Free what engines of the past held, which FSDP2 and DeepSpeed tie in circles, and count peaks anew."""
+    """Free memory of past engines, which FSDP2 and DeepSpeed tie up in reference cycles, and reset the peaks."""
     gc.collect()
     free_unused()
 
@@ -77,7 +77,7 @@ def _component(name: str) -> str:
 
 
 def _held(parameter: Any) -> Iterator[Tensor]:
-    """What of `parameter` this process has in memory: all of it, a shard, or (ZeRO-3) a shard and perhaps all."""
+    """Yield the tensors of `parameter` in this process: whole, a shard, or (ZeRO-3) a shard and the gathered whole."""
     if hasattr(parameter, "ds_tensor"):
         yield parameter.ds_tensor
     yield parameter.detach()

@@ -1,4 +1,4 @@
-"""The optimizers of every engine: fp32 states, in groups that keep their peak learning rate."""
+"""The optimizers of all engines: fp32 states, in parameter groups that keep their peak learning rate."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from hive_scale.registry import OPTIMIZERS
 
 
 class OptimizerKind(ABC):
-    """What engines, checkpoints and the planner ask about an optimizer; an entry answers for one of torch's kind.
+    """Base class of optimizers: what engines, checkpoints and the planner need to know of a torch optimizer.
 
-    It steps every number of a parameter by itself: engines hand it flat parts of parameters, not whole matrices.
+    The optimizer must be elementwise: engines give it flat shards of parameters, not whole matrices.
     """
 
-    states: ClassVar[tuple[str, ...]]  # keys of what it keeps, in a parameter's shape and float32, as checkpoints do
-    # Adam's mean square of gradients among these, its decay `StageConfig.betas`[1]: gradients of layers are read off it
+    states: ClassVar[tuple[str, ...]]  # keys of its states that have the parameter's shape; fp32, saved in checkpoints
+    # key of Adam's second moment, which decays with `StageConfig.betas`[1]; layer statistics read it; "": none
     mean_square: ClassVar[str] = ""
-    deepspeed_type: ClassVar[str] = ""  # what a DeepSpeed JSON may call it
+    deepspeed_type: ClassVar[str] = ""  # its name in a DeepSpeed JSON
 
     @abstractmethod
     def make(self, groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
-        """Over torch's parameter groups, which have ``lr`` and ``weight_decay``."""
+        """Make the optimizer over torch parameter groups, each with ``lr`` and ``weight_decay``."""
 
     def first_state(self, tensor: Tensor, steps: int) -> dict[str, Tensor]:
-        """The state that the first step would give `tensor`, before it, with another number of `steps` done."""
+        """Initial optimizer state of `tensor`: zero moments, and `steps` steps counted if the optimizer counts."""
         return {state: torch.zeros_like(tensor, requires_grad=False) for state in self.states}
 
 
 @OPTIMIZERS.register("adamw")
 class AdamW(OptimizerKind):
-    """torch's, fused, which runs on GPUs and CPUs and compiles nothing."""
+    """torch's fused AdamW, which runs on GPUs and CPUs and needs no compiled extension."""
 
     states = ("exp_avg", "exp_avg_sq")
     mean_square = "exp_avg_sq"
@@ -52,7 +52,7 @@ class AdamW(OptimizerKind):
 
 
 def optimizer_kind(stage: StageConfig) -> OptimizerKind:
-    """The entry that ``stages.*.optimizer`` names."""
+    """An instance of the class registered as ``stages.*.optimizer``."""
     made: OptimizerKind = OPTIMIZERS[stage.optimizer]()
     return made
 
@@ -60,7 +60,7 @@ def optimizer_kind(stage: StageConfig) -> OptimizerKind:
 def make_optimizer(
     parameters: Mapping[str, Tensor], groups: Sequence[ParamGroup], stage: StageConfig
 ) -> torch.optim.Optimizer:
-    """The stage's optimizer over the parameters that `groups` name."""
+    """Make the stage's optimizer over the parameters named in `groups`."""
     return optimizer_kind(stage).make(
         [
             {
@@ -77,22 +77,22 @@ def make_optimizer(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Of every group: its peak times `factor`."""
+    """Set each group's learning rate to its peak times `factor`."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
 
 
 def set_steps(state: Mapping[str, Tensor], steps: int) -> None:
-    """Of one parameter's state, if its optimizer counts."""
+    """Set the step count in one parameter's optimizer state, if the optimizer has one."""
     if "step" in state:
         state["step"].fill_(steps)
 
 
 @contextmanager
 def skip_update(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Steps within change no weight and no state, whatever the gradients are."""
+    """Context in which `optimizer.step()` changes no weight and no state."""
     holder: Any = optimizer
-    holder.step = lambda *_, **__: None  # over the method of the class
+    holder.step = lambda *_, **__: None  # an instance attribute, which hides the class's method
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""The LLM's own attention, extended through transformers' public `AttentionInterface`.
+"""Attention function of the LLM's layers, registered through transformers' public `AttentionInterface`.
 
-A keyword argument that an LLM layer does not know reaches its attention function. So visual keys and values and a
-cache come to `attend` whatever the layer itself calls its cache, which differs between releases of transformers.
+A layer passes keyword arguments that it does not know on to its attention function. Visual keys and values and a KV
+cache reach `attend` in this way, whatever the layer itself calls its cache, which differs between transformers
+releases.
 
 Shapes: B samples, N query tokens, M keys so far, V visual tokens, K key-value heads, h head width.
 """
@@ -34,34 +35,35 @@ def attend(
     recorded: list[Tensor] | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa` over the layer's keys and values and what precedes them.
+    """transformers' `sdpa` over visual keys and values, cached ones, and the layer's own.
 
     Args:
-        module: the layer's attention.
+        module: the layer's attention module.
         query: (B, heads, N, h), rotated.
         key: (B, K, N, h), rotated; `value` likewise.
         attention_mask: bool or additive, (B or 1, 1, N, all keys), over visual, cached and new keys in that order;
             None for causal attention.
-        visual: keys and values that come before the text's.
-        text_cache: keys and values of earlier calls, to which those of this one are added, `visual` included.
-        is_first: there are no earlier calls. Then attention is over the keys and values of this one alone, though a
-            cache of fixed length returns its room for later ones with them; `attention_mask` is as wide as that else.
-        recorded: takes the attention weights (B, heads, N, all keys), float32, which the fused kernels do not return.
+        visual: keys and values that precede the text's.
+        text_cache: KV cache of earlier calls, to which those of this call are added, `visual` included.
+        is_first: True for the prefill, with an empty cache. Attention is then over this call's keys and values only.
+            (A static cache would return its unused length with them; otherwise `attention_mask` covers that length.)
+        recorded: list to which attention weights (B, heads, N, all keys), float32, are appended; the fused kernels do
+            not return any.
 
     Returns:
-        (B, N, heads, h) and None, as transformers asks of an attention function.
+        (B, N, heads, h) and None, as transformers requires of an attention function.
     """
     if visual is not None:
         key, value = torch.cat([visual[0], key], dim=2), torch.cat([visual[1], value], dim=2)
     if text_cache is not None:
-        # autocast makes values of half precision, and rotation leaves keys in full: the kernel takes both in half
+        # under autocast values are half precision, but rotation leaves keys in float32: store both as half
         all_so_far = text_cache.update(key.to(value.dtype), value, module.layer_idx)
         key, value = (key, value) if is_first else all_so_far
     if recorded is not None:
         mask = causal(query.shape[2], query.device) if attention_mask is None else attention_mask
         recorded.append(softmax_scores(query, key, mask))
     if attention_mask is None and not _takes_groups(query, key):
-        # transformers' leaves fewer heads of keys to torch where there is no mask
+        # without a mask, transformers' function gives torch grouped key-value heads, which this kernel lacks
         dropout, scale = options.get("dropout", 0.0), options.get("scaling")
         mixed = scaled_dot_product(query, key, value, dropout, scale, is_causal=query.shape[2] > 1)
         return mixed.transpose(1, 2).contiguous(), None
@@ -77,10 +79,10 @@ def scaled_dot_product(
     scale: float | None = None,
     is_causal: bool = False,
 ) -> Tensor:
-    """Attention of (B, heads, N, h) over (B, K, M, h), where K divides the heads, by a kernel that keeps no scores.
+    """Attention of (B, heads, N, h) over (B, K, M, h) by a fused kernel; K divides the number of heads.
 
-    Of GPUs' kernels only those in half precision take fewer heads of keys than of queries. In float32 torch would
-    fall back to one that makes all (B, heads, N, M) scores; there keys and values are repeated instead.
+    On GPUs only the half-precision kernels accept grouped key-value heads. In float32 torch would fall back to one
+    that materialises all (B, heads, N, M) scores, so keys and values are repeated instead.
     """
     grouped = query.shape[1] != key.shape[1]
     if grouped and not _takes_groups(query, key):
@@ -92,7 +94,7 @@ def scaled_dot_product(
 
 
 def _takes_groups(query: Tensor, key: Tensor) -> bool:
-    """Whether a fused kernel takes the heads as they are."""
+    """True if a fused kernel accepts the heads as they are: half precision, or as many key as query heads."""
     halved = query.dtype.itemsize == 2 or torch.is_autocast_enabled(query.device.type)
     return halved or query.shape[1] == key.shape[1]
 
@@ -110,4 +112,4 @@ def causal(length: int, device: torch.device) -> Tensor:
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _masks["sdpa"])  # where the whole LLM is called, as by generate
+AttentionMaskInterface.register(NAME, _masks["sdpa"])  # used if the whole LLM is called, as by `LLM.generate`

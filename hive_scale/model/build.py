@@ -1,4 +1,4 @@
-"""From configuration to model: on the meta device, from scratch, or from pretrained parts."""
+"""Build the model from its config: on the meta device, from scratch, or from pretrained components."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from hive_scale.model.hive import Hive
 from hive_scale.param_groups import ParamGroup, apply_trainable_groups
 from hive_scale.registry import ENCODERS, HOSTS
 
-# Fields in which a config may differ from the one beside its weights: loading finds the first out, and the others
-# do not change what is computed. Whatever else a family has does.
+# Fields that may differ from the config beside the weights: a wrong shape is found on loading, and the other fields
+# do not change what is computed. Any field not listed here does.
 FREE = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "layer_types"),
     *("image_size", "patch_size", "num_channels", "projection_dim", "vision_use_head", "vocab_size"),
@@ -43,10 +43,10 @@ NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
 def meta_model(config: ModelConfig) -> Hive:
-    """The model with parameters on the meta device and real buffers: names, shapes and counts for free."""
+    """The model with parameters on the meta device and real buffers: names, shapes and counts without memory."""
     vision, language = vision_config(config.vision), language_config(config.language)
     model = on_meta(lambda: Hive(_vision_from(vision), _language_from(language), config))
-    model.language.tie_weights()  # moving to meta made two parameters of a tied one
+    model.language.tie_weights()  # moving to the meta device breaks weight tying
     return model
 
 
@@ -60,21 +60,21 @@ def for_stage(config: ModelConfig, stage: StageConfig) -> tuple[Hive, list[Param
 
 
 def on_meta(make: Callable[[], T]) -> T:
-    """What `make` makes, with parameters on the meta device and real buffers."""
+    """Call `make` such that the modules it creates have parameters on the meta device, and real buffers."""
     with init_empty_weights(include_buffers=False):
         return make()
 
 
 def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, Tensor]] = NOTHING) -> Hive:
-    """The model a first stage starts from, float32 on the CPU: pretrained parts, the rest drawn from `seed`.
+    """The initial model of a run's first stage, float32 on the CPU: pretrained components, the rest drawn from `seed`.
 
-    `given` holds tensors by name of "vision", "language" or "connector" where their path is no Hugging Face
-    directory. Raises ValueError for a missing directory, another architecture, or weights that do not fill a part.
+    `given` has tensors by name for "vision", "language" or "connector" whose path is not a Hugging Face directory.
+    Raises ValueError for a missing directory, another architecture, or weights that do not fill a component.
     """
     vision, language = vision_config(config.vision), language_config(config.language)
     for role, part, made in (("vision", config.vision, vision), ("language", config.language, language)):
         if part.config:
-            _check_function(made, part, role, offline=False)  # the weights are about to be fetched, too
+            _check_function(made, part, role, offline=False)  # online, since the weights are fetched next anyway
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tower = pretrained.load_pretrained(_vision_class(vision), config.vision.path, vision, given.get("vision"))
@@ -88,7 +88,7 @@ def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, 
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
-    """The whole model on the CPU, for use without an engine, filled from `weights` by name."""
+    """The whole model on the CPU, for use without an engine. `weights` has every parameter by name."""
     model = meta_model(config).eval()
     model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, strict=False, assign=True)
     model.language.tie_weights()
@@ -96,7 +96,7 @@ def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
 
 
 def encoder_only(config: ModelConfig, weights: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> Hive:
-    """The model with its encoder alone filled, from `weights` by name, ready to `encode` on `device`."""
+    """The model with only its encoder loaded, from `weights` by name, ready to `encode` on `device`."""
     model = meta_model(config).eval()
     names = [name for name, _ in model.vision.named_parameters()]
     model.vision.load_state_dict({name: weights[f"vision.{name}"] for name in names}, strict=False, assign=True)
@@ -106,13 +106,13 @@ def encoder_only(config: ModelConfig, weights: Mapping[str, Tensor], device: tor
 
 
 def with_full_configs(config: ModelConfig) -> ModelConfig:
-    """The same model with its parts' configs in full: it needs no directory of theirs any more."""
+    """The same model config with the components' configs written out, so that it needs none of their directories."""
     vision = PartConfig(config=_fields(vision_config(config.vision)))
     return replace(config, vision=vision, language=PartConfig(config=_fields(language_config(config.language))))
 
 
 def open_encoder(path: Path) -> nn.Module:
-    """The encoder of a Hugging Face directory, or hub name, alone: ready for use, float32 on the CPU.
+    """Load the encoder alone from a Hugging Face directory or hub name: float32 on the CPU, in eval mode.
 
     Raises ValueError for another architecture, and for weights that do not fill it or are not finite.
     """
@@ -124,18 +124,18 @@ def open_encoder(path: Path) -> nn.Module:
 
 
 def image_size(config: ModelConfig) -> int:
-    """Side of the square images that the encoder takes, in pixels."""
+    """Side in pixels of the encoder's square input images."""
     size: int = vision_config(config.vision).image_size
     return size
 
 
 def pad_colour(config: ModelConfig) -> tuple[int, int, int]:
-    """What ``data.image_transform=pad`` adds beside an image: the encoder's mean colour, as when exported."""
+    """Colour that ``data.image_transform=pad`` fills in: the encoder's mean colour, as in an exported model."""
     return family_of(vision_config(config.vision)).mean_colour
 
 
 def vocabulary_size(config: ModelConfig) -> int:
-    """Rows of the LLM's embeddings: one more than the largest token id it knows."""
+    """Number of rows of the LLM's embedding table; token ids must be smaller."""
     size: int = language_config(config.language).vocab_size
     return size
 
@@ -153,7 +153,7 @@ def _language_from(config: PretrainedConfig) -> nn.Module:
 
 @contextmanager
 def _buildable(role: str) -> Iterator[None]:
-    """A ValueError for whatever transformers and torch raise on values of a config that make no model."""
+    """Turn any exception of transformers or torch about unusable config values into a ValueError."""
     try:
         yield
     except Exception as error:
@@ -172,9 +172,9 @@ def _vision_class(config: PretrainedConfig) -> Any:
 
 
 def vision_config(part: PartConfig) -> PretrainedConfig:
-    """The encoder's Hugging Face config. Raises ValueError for an unknown one."""
+    """The encoder's Hugging Face config. Raises ValueError for an unsupported one."""
     config = _config(part, "vision")
-    config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds its tower's
+    config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds the encoder's config
     _known(config.model_type, part, "vision")
     for name in ("image_size", "patch_size"):
         if not isinstance(side := getattr(config, name), int):
@@ -190,7 +190,7 @@ def vision_config(part: PartConfig) -> PretrainedConfig:
 
 
 def language_config(part: PartConfig) -> PretrainedConfig:
-    """The LLM's Hugging Face config. Raises ValueError for an unknown one."""
+    """The LLM's Hugging Face config. Raises ValueError for an unsupported one."""
     config = _config(part, "language")
     _known(config.model_type, part, "language")
     try:
@@ -221,19 +221,19 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
     if part.path.startswith((".", "/", "~")) and not (Path(part.path).expanduser() / "config.json").is_file():
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
-    if "vision_config" not in said and "model_type" in said:  # before transformers asks for packages of theirs
+    if "vision_config" not in said and "model_type" in said:  # refuse it before transformers asks for more packages
         _known(said["model_type"], part, role)
     try:
         return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
-    except Exception as error:  # transformers raises what it likes on a config.json that is none
+    except Exception as error:  # transformers raises many types for a malformed config.json
         raise _unreadable(part, role, error) from None
 
 
 def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offline: bool = True) -> None:
-    """Raises ValueError if `config`, made of `part.config`, computes otherwise than the weights were trained for.
+    """Raises ValueError if `config`, made from `part.config`, computes another function than the weights' own config.
 
-    Other shapes are found when the weights are loaded; an activation, an epsilon or a rotary base is not. Offline,
-    nothing is said of weights on the hub that were never fetched.
+    Loading the weights finds other shapes, but not another activation, epsilon or rotary base. With `offline`, weights
+    on the hub that were never fetched are not checked.
     """
     if not part.path or holds_weights_alone(part.path):
         return
@@ -258,7 +258,7 @@ def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offli
 def _as_said(
     config: PretrainedConfig, computing: set[str], part: PartConfig, role: str, offline: bool
 ) -> PretrainedConfig:
-    """What ``config.json`` beside the weights says, as the type of `config` reads it. Raises ValueError for another."""
+    """The ``config.json`` beside the weights, read as the type of `config`. Raises ValueError if its type differs."""
     said = _said_beside(part, role, offline)
     inner = said.get("vision_config") if role == "vision" else None
     said = inner if isinstance(inner, dict) else said
@@ -271,23 +271,23 @@ def _as_said(
     if not said:
         return config
     known: dict[str, Any] = {}
-    if family != config.model_type:  # one that transformers has not: what it does not say is as here
+    if family != config.model_type:  # a type that transformers does not know: missing fields are taken from `config`
         known = {name: value for name, value in config.to_dict().items() if name in computing | FREE}
     if {"rope_theta", "rope_scaling"} & said.keys():
-        known.pop("rope_parameters", None)  # the same in newer words
+        known.pop("rope_parameters", None)  # the newer name for these two
     known |= {name: said[name] for name in (computing | FREE) & said.keys()}
     with _buildable(role):
         return AutoConfig.for_model(config.model_type, **known)
 
 
 def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
-    """What ``config.json`` beside the weights says, if it can be had. Raises ValueError if they are none to train."""
+    """The ``config.json`` beside the weights, {} if there is none. Raises ValueError if they cannot be trained."""
     checksums.check(Path(part.path).expanduser(), weights=False)
     try:
         said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
-    except (OSError, TypeError):  # none that can be had, or that is no object
+    except (OSError, TypeError):  # not available, or not a JSON object
         return {}
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises many types, as in _config
         raise _unreadable(part, role, error) from None
     if not isinstance(said, dict):
         return {}
@@ -312,14 +312,14 @@ def _first_line(error: Exception) -> str:
 
 
 def _float32(config: Any) -> PretrainedConfig:
-    """Masters are float32 whatever precision the published weights have."""
+    """Set the config's dtype to float32, since master weights are float32 whatever the published precision."""
     for part in (config, getattr(config, "vision_config", config)):
         part.dtype = torch.float32
     return cast(PretrainedConfig, config)
 
 
 def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None:
-    """Hugging Face configs take any field and ignore it; a typo must not pass."""
+    """Raises ValueError for an unknown field: Hugging Face configs would accept and ignore a typo."""
     known = _known_fields(model_type)
     for field in fields:
         if field not in known:
@@ -329,12 +329,12 @@ def _check_fields(model_type: Any, fields: Mapping[str, Any], role: str) -> None
 
 
 def _known_fields(model_type: str) -> set[str]:
-    # the latter are understood, though some releases do not list them
+    # the last four are accepted by transformers, though some releases do not list them
     return {*AutoConfig.for_model(model_type).to_dict(), "rope_theta", "rope_scaling", "head_dim", "vision_use_head"}
 
 
 def _fields(config: PretrainedConfig) -> dict[str, Any]:
-    """What `_config` makes the same config of."""
+    """The fields of `config` from which `_config` makes the same config."""
     known = {*AutoConfig.for_model(config.model_type).to_dict()} - {"transformers_version", "_name_or_path", "dtype"}
     return {name: value for name, value in config.to_dict().items() if name in known}
 

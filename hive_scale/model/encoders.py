@@ -1,4 +1,4 @@
-"""The encoder's side: families of vision encoders, which depths are tapped, and the feature map of each.
+"""Vision encoders: their families, the depths whose features the LLM gets, and the feature map at each depth.
 
 Shapes: B images, V visual tokens (patches), C encoder width.
 """
@@ -19,39 +19,39 @@ Colour = tuple[float, float, float]  # red, green, blue
 
 
 class EncoderFamily:
-    """What is asked about one family of transformers' vision encoders: an entry answers what differs from here.
+    """Base class of a family of transformers' vision encoders; a registered subclass overrides what differs.
 
-    Its configs have ``hidden_size``, ``num_hidden_layers``, ``image_size`` and ``patch_size``, one number each.
+    The family's configs have ``hidden_size``, ``num_hidden_layers``, ``image_size`` and ``patch_size``, all integers.
     """
 
-    model: ClassVar[Any]  # the class of transformers
-    processor: ClassVar[Any]  # the class of the image processor that the family was released with
-    num_leading: ClassVar[int] = 0  # tokens before the patches: class and registers
-    blocks_at: ClassVar[str] = "encoder.layers"  # where a tower has its blocks
-    before_blocks: ClassVar[tuple[str, ...]] = ("embeddings.",)  # parameters of what the first block takes
-    file_prefix: ClassVar[str] = "vision_model."  # in files, for transformers 4 and 5 both
+    model: ClassVar[Any]  # transformers' model class
+    processor: ClassVar[Any]  # transformers' image processor class, which the family was released with
+    num_leading: ClassVar[int] = 0  # tokens before the patches: class token and registers
+    blocks_at: ClassVar[str] = "encoder.layers"  # submodule that holds the blocks
+    before_blocks: ClassVar[tuple[str, ...]] = ("embeddings.",)  # name prefixes of parameters used before the blocks
+    file_prefix: ClassVar[str] = "vision_model."  # prefix of names in files, for transformers 4 and 5 both
 
     def embed(self, tower: Any, pixels_BCHW: Tensor) -> Tensor:
-        """What the first block takes, (B, leading + V, C), of normalised pixels."""
+        """The first block's input (B, leading + V, C), from normalised pixels (B, 3, H, W)."""
         hidden: Tensor = tower.embeddings(pixels_BCHW)
         return hidden
 
     def blocks(self, tower: nn.Module) -> nn.ModuleList:
-        """In the order in which they run."""
+        """The blocks, in the order in which they run."""
         return cast(nn.ModuleList, tower.get_submodule(self.blocks_at))
 
     def run_block(self, block: Any, hidden: Tensor) -> Tensor:
-        """(B, leading + V, C) to the same shape."""
+        """Run one block on hidden states (B, leading + V, C); the shape stays."""
         done: Tensor = block(hidden, None)
         return done
 
     def num_patches(self, config: Any) -> int:
-        """V, of an image."""
+        """V, the number of patches of one image."""
         side: int = config.image_size // config.patch_size
         return side * side
 
     def is_read(self, name: str, depths: Sequence[int]) -> bool:
-        """Whether a model that taps `depths` reads the tower's parameter called `name`."""
+        """True if a model that uses the features at `depths` reads the encoder's parameter `name`."""
         if name.startswith(f"{self.blocks_at}."):
             return int(name.removeprefix(f"{self.blocks_at}.").split(".")[0]) < max(depths)
         return name.startswith(self.before_blocks)
@@ -63,22 +63,22 @@ class EncoderFamily:
 
     @property
     def pixel_mean(self) -> Colour:
-        """Of pixels in [0, 1], by channel, as the family's own image processor has it."""
+        """Mean of pixels in [0, 1], by channel, from the family's own image processor."""
         return cast(Colour, tuple(self._released().image_mean))
 
     @property
     def pixel_std(self) -> Colour:
-        """Of pixels in [0, 1], by channel."""
+        """Standard deviation of pixels in [0, 1], by channel, from the family's own image processor."""
         return cast(Colour, tuple(self._released().image_std))
 
     @property
     def image_mode(self) -> ImageMode:
-        """How the family's own image processor makes a square of an image."""
+        """How the family's own image processor makes images square."""
         return "crop" if getattr(self._released(), "do_center_crop", False) else "resize"
 
     @property
     def mean_colour(self) -> tuple[int, int, int]:
-        """(red, green, blue) of the mean, 0 to 255, rounded down as `LlavaImageProcessor` does."""
+        """`pixel_mean` as (red, green, blue) from 0 to 255, rounded down as in `LlavaImageProcessor`."""
         red, green, blue = (int(255 * mean) for mean in self.pixel_mean)
         return red, green, blue
 
@@ -104,23 +104,23 @@ class Clip(EncoderFamily):
 
 
 def family_of(config: PretrainedConfig) -> EncoderFamily:
-    """The entry of an encoder's config. Raises ValueError for a family that is not there."""
+    """The family of an encoder's config. Raises ValueError for an unregistered one."""
     made: EncoderFamily = ENCODERS[config.model_type]()
     return made
 
 
 def group_ends(num_layers: int, num_groups: int) -> tuple[int, ...]:
-    """Last index of each of `num_groups` nearly equal runs of ``range(num_layers)``, the longer runs first."""
+    """Split ``range(num_layers)`` into `num_groups` nearly equal runs, longer ones first; the last index of each."""
     size, longer = divmod(num_layers, num_groups)
     return tuple((group + 1) * size + min(group + 1, longer) - 1 for group in range(num_groups))
 
 
 def encoder_depths(num_layers: int, density: float, rule: Depths) -> tuple[int, ...]:
-    """Selected set S of encoder depths, ascending; depth d is the output of block d, 0 the embeddings.
+    """The selected set S of encoder depths, ascending. Depth d is the output of block d, depth 0 the embeddings.
 
-    The last block is never among them, since downstream tasks read the one before it (paper 3.2, 4.5), and the
-    embeddings, which no block has seen, are not either: the densest set is that of all depths between, 1 to
-    `num_layers` - 1. Raises ValueError for an encoder that has none between.
+    The last block is never selected, since downstream tasks read the one before it (paper 3.2, 4.5), nor are the
+    embeddings. So the densest set has all depths from 1 to `num_layers` - 1. `density` is the share of depths to
+    select. Raises ValueError for an encoder with fewer than 2 blocks.
     """
     if num_layers < 2:
         raise ValueError(f"an encoder of {num_layers} block has no depth to tap below its last: give it 2 or more")
@@ -131,9 +131,9 @@ def encoder_depths(num_layers: int, density: float, rule: Depths) -> tuple[int, 
 
 
 def hidden_states(tower: Any, pixels_BCHW: Tensor, deepest: int) -> list[Tensor]:
-    """Embeddings and the outputs of blocks 1 to `deepest`, (B, leading + V, C) each.
+    """Embeddings and the outputs of blocks 1 to `deepest`, (B, leading + V, C) each. Deeper blocks are not run.
 
-    `tower` is an encoder of a registered family, `pixels` are normalised. Blocks above `deepest` are not run.
+    `tower` is an encoder of a registered family, `pixels_BCHW` are normalised.
     """
     family = family_of(tower.config)
     states = [family.embed(tower, pixels_BCHW)]
@@ -143,12 +143,12 @@ def hidden_states(tower: Any, pixels_BCHW: Tensor, deepest: int) -> list[Tensor]
 
 
 def patches(tower: Any, hidden: Tensor) -> Tensor:
-    """Of a hidden state, or its gradient, what belongs to patches: (B, V, C)."""
+    """The patches' part (B, V, C) of a hidden state, or of its gradient: without class token and registers."""
     return hidden[:, family_of(tower.config).num_leading :]
 
 
 def covered(tower: Any) -> int:
-    """Side in pixels of what the patches cover of an image: a rest at its right and lower edges is never read."""
+    """Side in pixels of the area that patches cover; a remainder at the right and lower edges is never read."""
     config = tower.config
     side: int = config.image_size - config.image_size % config.patch_size
     return side

@@ -1,4 +1,4 @@
-"""Text after text about images, one token at a time: each image is seen once, each token run once.
+"""Greedy batched generation with a KV cache: one encoder pass per image, one forward per new token.
 
 Shapes: P images, B texts of up to T tokens, D LLM width.
 """
@@ -16,11 +16,11 @@ from transformers import Cache, StaticLayer
 from hive_scale.model.fusion import Context
 from hive_scale.model.hive import Hive
 
-LOOK = 8  # tokens between looks whether all texts have ended, for which the host waits for the device
+LOOK = 8  # new tokens between checks whether all texts have ended; each check makes the host wait for the device
 
 
 class Decoder:
-    """Texts padded on the right, of which every call returns the logits (B, vocabulary) of the token that follows."""
+    """Decodes texts padded on the right. Each call returns the logits (B, vocabulary) of the next token."""
 
     def __init__(
         self,
@@ -30,22 +30,22 @@ class Decoder:
         has_image_B: Tensor,
         slots_B: Tensor | None = None,
     ) -> None:
-        """Text b is about image ``image_of[b]``, if ``has_image[b]``; `pixels` uint8, at least one image.
+        """Encode the images. Text b is about image ``image_of_B[b]`` if ``has_image_B[b]``.
 
-        ``slots[b]`` tokens come before it; None: one.
+        `pixels_PCHW` is uint8, with at least one image. ``slots_B[b]`` tokens of text b precede its image; None: one.
         """
         self.model, self.slots = model, slots_B
         seen = model.encode_images(pixels_PCHW)
         self.memory = model.fusion.visual_kv(seen, image_of_B, slots_B)
-        # what has become keys and values is not read any more, but for its shape
+        # features that are already keys and values are needed for their shape only
         self.visual = [one[image_of_B] if not self.memory else one[:1] for one in seen]
         self.has_image = None if bool(has_image_B.all()) else has_image_B
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, room: int) -> Tensor:
-        """Run the texts, of which the first ``lengths[b]`` tokens count: by causality the others change nothing.
+        """Prefill: run the texts' first ``lengths_B[b]`` tokens; padding behind them has no effect, by causality.
 
-        `room` is for the tokens to come, of which there may be fewer: keys and values have one place in memory from
-        the first token to the last, where a cache that grows would copy them for every token.
+        `room` is the largest number of `decode_step` calls to follow. Keys and values are allocated for all of them
+        at once, since a growing cache would be copied for every token.
         """
         self.lengths, self.width, self.room, self.made = lengths_B, tokens_BT.shape[1], room, 0
         text = self.model.host.embed(self.model.language, tokens_BT)
@@ -56,7 +56,7 @@ class Decoder:
         return self.model.logits(texts[torch.arange(len(texts), device=texts.device), lengths_B - 1])
 
     def decode_step(self, tokens_B: Tensor) -> Tensor:
-        """Run one more token of each text. Raises ValueError if there is no more room."""
+        """Run one more token of each text. Raises ValueError after `room` tokens."""
         if self.made == self.room:
             raise ValueError(f"the decoder has room for {self.room} tokens: begin it with more")
         place = torch.arange(self.width + self.room, device=tokens_B.device)
@@ -67,7 +67,7 @@ class Decoder:
         return self.model.logits(self._run(hidden, context)[:, 0])
 
     def _cache(self, num_tokens: int) -> Cache:
-        """Of each layer for `num_tokens` of the stream, what else the layer attends to, and those to come."""
+        """A static KV cache with, in each layer, places for `num_tokens`, visual keys beside them, and new tokens."""
         layers = range(len(self.model.host.layers(self.model.language)))
         beside = [self.model.fusion.num_beside(depth, self.context) for depth in layers]
         return Cache(layers=[StaticLayer(max_cache_len=number + num_tokens + self.room) for number in beside])
@@ -79,7 +79,7 @@ class Decoder:
         for depth, layer in enumerate(host.layers(llm)):
             hidden, attention = self.model.fusion.before_layer(depth, hidden, context)
             if not is_first:
-                attention.pop("visual", None)  # the cache has them, before the text's
+                attention.pop("visual", None)  # the cache already holds them, before the text's
             given = {"text_cache": self.cache, "is_first": is_first, **attention}
             hidden = layer(hidden, position_embeddings=rotary[depth], **given)
         return hidden
@@ -95,15 +95,15 @@ def generate(
     max_tokens: int,
     slots: Sequence[int] | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of prompts.
+    """Greedy continuations of the prompts, as token ids without the end token.
 
     Args:
         pixels_PCHW: uint8, at least one image.
-        image_of: which image each prompt is about, or None.
+        image_of: index of each prompt's image, or None for text alone.
         prompts: token ids.
-        end_ids: the tokens that end a text; they are left out of it.
-        max_tokens: of each continuation.
-        slots: how many tokens of each prompt come before its image; None: one.
+        end_ids: ids of the tokens that end a text.
+        max_tokens: most tokens of each continuation.
+        slots: number of tokens of each prompt that precede its image; None: one.
     """
     device = pixels_PCHW.device
     ends = {end_ids} if isinstance(end_ids, int) else set(end_ids)

@@ -1,4 +1,4 @@
-"""HIVE: the paper's figure 4 as a loop over LLM layers.
+"""HIVE: figure 4 of the paper as a loop over LLM layers.
 
 Shapes: B samples, T text tokens, V visual tokens, D LLM width, N target tokens of the batch.
 """
@@ -24,8 +24,8 @@ class Hive(nn.Module):
     """A vision encoder and an LLM, joined at several depths.
 
     `vision` (an encoder of a registered family) and `language` (a causal LM of another) are the Hugging Face modules
-    themselves, so parameters are called ``vision.<HF name>`` and ``language.<HF name>``; new are ``projector.<i>.*``
-    and ``fusion.layers.<i>.*``, i counting the selected depths from shallow to deep.
+    themselves, so parameters are named ``vision.<HF name>`` and ``language.<HF name>``. New parameters are named
+    ``projector.<i>.*`` and ``fusion.layers.<i>.*``, where i counts the selected depths from shallow to deep.
     """
 
     vision: Any
@@ -38,7 +38,7 @@ class Hive(nn.Module):
         super().__init__()
         self.vision = vision
         self.language = language
-        self.language.set_attn_implementation(attention.NAME)  # which also takes what a fusion hands to it
+        self.language.set_attn_implementation(attention.NAME)  # accepts the visual keys and values of a fusion
         self.family, self.host = family_of(self.vision.config), host_of(language)
         kind: type[Fusion] = FUSIONS[config.fusion]
         self.encoder_depths = kind.encoder_depths(len(self.family.blocks(vision)), config)
@@ -60,9 +60,9 @@ class Hive(nn.Module):
     ) -> Tensor:
         """Sum of the token losses (paper eq. 1), a float32 scalar, in nats.
 
-        Args: `pixels` as `encode_images` takes them; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions
-        that predict `target_ids` (N,); `has_image` bool (B,), None when every sample has an image; `image_slots` int
-        (B,), the number of text tokens before each image, None when that is 1 everywhere.
+        Args: `pixels` as in `encode_images`; `tokens` (B, T); `target_rows` (N,) indices into the B*T positions that
+        predict `target_ids` (N,); `has_image` bool (B,), None if every sample has an image; `image_slots` int (B,),
+        the number of text tokens before each image, None if that is 1 everywhere.
         """
         visual = self.encode_images(pixels)
         hidden = self.language_forward(visual, tokens, has_image, image_slots)
@@ -71,22 +71,22 @@ class Hive(nn.Module):
     def encode_images(self, pixels: Tensor) -> list[Tensor]:
         """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2).
 
-        `pixels` are uint8 (B, 3, H, W), or the features that were kept of them, (B, S, V, C) of S selected depths.
+        `pixels` is uint8 (B, 3, H, W), or cached features (B, S, V, C) at the S selected depths.
         """
         features = pixels.unbind(1) if pixels.is_floating_point() else self.features(self.encode(pixels))
         return self._project(features)
 
     def encode(self, pixels_BCHW: Tensor) -> list[Tensor]:
-        """The encoder's hidden states, from the embeddings to the deepest that is read."""
+        """The encoder's hidden states from the embeddings to the deepest selected depth, from uint8 pixels."""
         normalised = (pixels_BCHW.float() - self.pixel_mean) / self.pixel_std
         return hidden_states(self.vision, normalised, max(self.encoder_depths))
 
     def features(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """F_l for each selected depth l, (B, V, C) each, of the encoder's hidden states."""
+        """F_l for each selected depth l, (B, V, C) each, from the encoder's hidden states."""
         return [patches(self.vision, states[depth]) for depth in self.encoder_depths]
 
     def project(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """phi(F_l), (B, V, D) each, of the encoder's hidden states."""
+        """phi(F_l) for each selected depth l, (B, V, D) each, from the encoder's hidden states."""
         return self._project(self.features(states))
 
     def _project(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -99,7 +99,7 @@ class Hive(nn.Module):
         has_image: Tensor | None = None,
         image_slots: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states (B, T, D), before the final norm: row i predicts the text's token i + 1."""
+        """Last hidden states (B, T, D), before the final norm. Row i predicts the text's token i + 1."""
         text = self.host.embed(self.language, tokens_BT)
         hidden, context = self.fusion.prepare(text, visual, has_image, image_slots)
         rotary = self.host.positions(self.language, hidden, context.positions)
@@ -111,10 +111,11 @@ class Hive(nn.Module):
     def attention(
         self, visual: Sequence[Tensor], tokens_BT: Tensor, depths: Sequence[int], has_image: Tensor | None = None
     ) -> dict[int, Tensor]:
-        """Weights (B, heads, T, V) that each text token gives to each patch, in those LLM layers.
+        """Attention weights (B, heads, T, V) of each text token on each patch, for the LLM layers in `depths`.
 
-        `language_forward` uses fused kernels, which return no weights; those asked for are computed beside the same
-        forward. In `cross_attention` a row sums to 1; elsewhere the text takes its part of the softmax.
+        The fused kernels of `language_forward` return no weights, so those of the given layers are computed separately
+        during the same forward. In `cross_attention` a row sums to 1; in the other fusions the text has a share of the
+        softmax, too.
         """
         text = self.host.embed(self.language, tokens_BT)
         hidden, context = self.fusion.prepare(text, visual, has_image)
@@ -128,32 +129,32 @@ class Hive(nn.Module):
         return weights
 
     def visual_layers(self) -> tuple[int, ...]:
-        """The LLM layers of which it can be told where in the image a token looks; () if of none."""
+        """The LLM layers whose attention to image patches can be shown; () if there are none."""
         return self.fusion.attention_layers(len(self.host.layers(self.language)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., D) -> (..., vocabulary): final norm and head."""
+        """Final norm and output head: (..., D) to (..., vocabulary)."""
         return self.host.logits(self.language, hidden)
 
     def token_loss(self, rows_ND: Tensor, target_ids_N: Tensor) -> Tensor:
-        """Cross-entropy of each target token, float32 (N,). Only rows that carry a target meet the head."""
+        """Cross-entropy of each target token, float32 (N,). The head runs on rows with a target only."""
         return F.cross_entropy(self.logits(rows_ND).float(), target_ids_N, reduction="none")
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
-        """(S, V, C) of one image's features: depths, visual tokens, the encoder's width."""
+        """(S, V, C) of one image's features: selected depths, visual tokens, encoder width."""
         return len(self.encoder_depths), self.family.num_patches(self.vision.config), self.vision.config.hidden_size
 
     def unused_parameters(self) -> set[str]:
-        """Names of parameters that the forward never reads: encoder blocks above the deepest depth, its head."""
+        """Names of parameters that the forward never reads: the encoder's head, and blocks above the deepest depth."""
         names = (name for name, _ in self.vision.named_parameters())
         return {f"vision.{name}" for name in names if not self.family.is_read(name, self.encoder_depths)}
 
     def blocks(self) -> dict[str, list[nn.Module]]:
-        """The repeated modules by component: units of sharding, checkpointing and compilation.
+        """The repeated modules of each component: units of sharding, activation checkpointing and compilation.
 
-        Each is only ever called through its own forward. What lies outside them, tied embeddings and head
-        included, is small or shared, and makes one unit.
+        Each is only called through its own forward. All other modules, including embeddings and head, form one unit:
+        they are small, or shared by weight tying.
         """
         return {
             "vision": list(self.family.blocks(self.vision)),

@@ -1,4 +1,4 @@
-"""The LLM's side: what Hive asks of a decoder-only LLM of transformers, whose layers it runs itself.
+"""LLM families: the parts of a decoder-only transformers LLM that Hive uses, since it runs the layers itself.
 
 Shapes: B samples, N tokens in the stream, D LLM width.
 """
@@ -20,15 +20,15 @@ Rotary = tuple[Tensor, Tensor]  # cosines and sines, (B or 1, N, head width) eac
 @HOSTS.register("qwen2")
 @HOSTS.register("qwen3")
 class Host:
-    """Of a causal LM of llama's shape. An entry for another family overrides what differs.
+    """A causal LM with Llama's structure. A registered subclass for another family overrides what differs.
 
-    A layer is called as ``layer(hidden, position_embeddings=..., attention_mask=..., **more)`` and hands what it does
-    not know on to its attention function; it has ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and
-    ``head_dim``, and ``input_layernorm``, of which fusions make their copies.
+    A layer is called as ``layer(hidden, position_embeddings=..., attention_mask=..., **more)``, and must pass unknown
+    arguments on to its attention function. It has ``self_attn`` with ``q_proj``, ``k_proj``, ``v_proj``, ``o_proj`` and
+    ``head_dim``, and ``input_layernorm``: fusions copy these modules.
     """
 
     def check(self, config: PretrainedConfig) -> None:
-        """Raises ValueError for a config of this family that Hive would not run as it is meant."""
+        """Raises ValueError for a config of this family that Hive cannot run correctly."""
         if set(getattr(config, "layer_types", None) or {"full_attention"}) != {"full_attention"}:
             raise ValueError("sliding-window layers are not supported: use a full-attention LLM")
         heads, shared = config.num_attention_heads, config.num_key_value_heads
@@ -36,22 +36,22 @@ class Host:
             raise ValueError(f"num_key_value_heads {shared} does not divide the {heads} attention heads")
 
     def layers(self, llm: Any) -> Sequence[nn.Module]:
-        """In the order in which they run."""
+        """The LLM's layers, in the order in which they run."""
         layers: Sequence[nn.Module] = llm.model.layers
         return layers
 
     def embed(self, llm: Any, tokens: Tensor) -> Tensor:
-        """int (B, T) to the hidden states (B, T, D) that the first layer takes."""
+        """Embed token ids (B, T) as hidden states (B, T, D), the first layer's input."""
         hidden: Tensor = llm.model.embed_tokens(tokens)
         return hidden
 
     def positions(self, llm: Any, hidden_BND: Tensor, positions_BN: Tensor) -> Sequence[Rotary]:
-        """What each layer takes as ``position_embeddings``."""
+        """The ``position_embeddings`` argument of each layer, from token positions (B or 1, N)."""
         rotary: Rotary = llm.model.rotary_emb(hidden_BND, positions_BN)
         return [rotary] * len(self.layers(llm))
 
     def rotary(self, llm: Any, depth: int) -> tuple[Tensor, float]:
-        """Inverse frequencies (head width / 2,) by which layer `depth` turns its keys, and what it scales them by."""
+        """Inverse frequencies (head width / 2,) of layer `depth`'s rotary positions, and the factor on rotated keys."""
         rotary = llm.model.rotary_emb
         return rotary.inv_freq, rotary.attention_scaling
 
@@ -62,6 +62,6 @@ class Host:
 
 
 def host_of(llm: Any) -> Host:
-    """The entry of an LLM's family."""
+    """The family of an LLM. Raises ValueError for an unregistered one."""
     made: Host = HOSTS[llm.config.model_type]()
     return made

@@ -1,7 +1,7 @@
-"""What a result was made by, as one short text: the key of whatever is kept, or passed over because it is there.
+"""Hashes that identify a model, a processor or a computation: keys of feature caches and of evaluation results.
 
-Hashed are the tensors as they were loaded and the configs as they are used: in which files they lay, and under which
-names, does not matter. A moved directory stays the same model, a changed one does not.
+They cover the tensors as loaded and the configs as used, but neither file names nor their layout. So a moved directory
+is the same model, and a changed one is not.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from transformers import PretrainedConfig
 
 from hive_scale.strict_json import dumps
 
-# Part of every key: raise it when the same images, features or prompts come out otherwise, and nothing older is read.
+# Part of every key: raise it when features or prompts of the same inputs change, so that old results are not reused.
 VERSION = 1
-# what a config says of its file, its use in training or its output's form, and nothing of what the model computes
+# Config fields about files, training use or output form, which do not affect what the model computes.
 UNUSED = {*PretrainedConfig().to_dict(), "torch_dtype"} - {"model_type"}
 
 
 def key_of(*parts: Any) -> str:
-    """32 hex digits that tell `parts`, anything that JSON can say, from all others."""
+    """A hash of `parts` (JSON types), 32 hex digits."""
     return xxhash.xxh3_128_hexdigest(dumps([VERSION, *parts], sort_keys=True).encode())
 
 
 def identity(model: nn.Module, unread: Collection[str] = ()) -> str:
-    """32 hex digits that tell the function of `model` from all others: its tensors, their types, its configs.
+    """A hash of the function that `model` computes, 32 hex digits: its tensors, their dtypes, its configs.
 
-    Args: `unread` names parameters that are never read, which do not count. A model of several Hugging Face modules
-    counts the config of each; settings that are in no config and no tensor are the caller's to add (`key_of`).
+    Args: `unread` names parameters that are never read; they are left out. For a model of several Hugging Face modules
+    the config of each counts. Settings outside of configs and tensors are for the caller to add, by `key_of`.
     """
     digest = xxhash.xxh3_128(key_of(*_configs(model)).encode())
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -44,9 +44,9 @@ def identity(model: nn.Module, unread: Collection[str] = ()) -> str:
 
 
 def identity_of_processor(processor: Any) -> str:
-    """32 hex digits that tell a tokenizer, or a processor with all its parts, from all others.
+    """A hash of a tokenizer, or of a processor with all its parts, 32 hex digits.
 
-    They are hashed as transformers saves them: vocabulary, merges, special tokens, chat template, image sizes.
+    It covers what transformers saves: vocabulary, merges, special tokens, chat template, image sizes.
     """
     with TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
@@ -55,11 +55,11 @@ def identity_of_processor(processor: Any) -> str:
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:
-    """What each config of the model says, once; and how it generates, if it does."""
+    """Yield each config of the model once, and its generation config."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig) and id(config) not in seen:  # which its layers hold, too
+        if isinstance(config, PretrainedConfig) and id(config) not in seen:  # submodules share their parent's config
             seen.add(id(config))
             yield [name, _used(config.to_dict())]
     generation = getattr(model, "generation_config", None)
@@ -67,7 +67,7 @@ def _configs(model: nn.Module) -> Iterator[Any]:
 
 
 def _used(fields: Any) -> Any:
-    """`fields` of a config, those of the configs in it included, without what changes nothing."""
+    """`fields` of a config and of its nested configs, without those that do not affect the computation."""
     if not isinstance(fields, dict):
         return str(fields) if isinstance(fields, torch.dtype) else fields
     return {str(name): _used(value) for name, value in fields.items() if name not in UNUSED}

@@ -1,4 +1,4 @@
-"""A stock LLaVA directory, ours by export or anyone's, as transformers itself loads and runs it."""
+"""Run a standard LLaVA directory, exported by this package or not, with transformers alone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from hive_scale.model.pretrained import check_finite
 
 
 class StockLlava:
-    """``LlavaForConditionalGeneration`` with its processor; greedy answers in batches padded on the left."""
+    """``LlavaForConditionalGeneration`` with its processor: greedy answers in batches padded on the left."""
 
     def __init__(self, path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-        """Raises ValueError if there is no chat template, a weight is not finite, the processor has another image size
-        than the encoder, or the directory is ours and its files are not what was written."""
+        """Load the directory.
+
+        Raises ValueError if it has no chat template, a weight is not finite, the processor's image size is not the
+        encoder's, or files of a directory of ours are corrupt.
+        """
         checksums.check(path)
         auto: Any = AutoProcessor
         processor = auto.from_pretrained(path, trust_remote_code=False)
@@ -38,16 +41,16 @@ class StockLlava:
         stops = model.generation_config.eos_token_id
         self.end_ids = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
         self.start: str = self.tokenizer.bos_token or self.tokenizer.eos_token
-        # templates of models that see take content parts; those of plain chat models know only text
+        # templates of vision-language models take content parts; those of plain chat models take only strings
         try:
             parts = self._render([{"type": "image"}, {"type": "text", "text": "?"}])
-        except TypeError:  # some of these add the content to other text
+        except TypeError:  # such a template may concatenate the content with a string
             parts = ""
         self.places_images = parts.count(processor.image_token) == 1
 
     @torch.inference_mode()
     def answer(self, asked: Sequence[tuple[str, Tensor | None]], max_tokens: int) -> list[tuple[str, bool]]:
-        """(answer, whether it was cut) to each (question, image uint8 (3, H, W) or None)."""
+        """Answer each (question, image uint8 (3, H, W) or None). Returns (answer, True if it was cut off) for each."""
         texts = [self._prompt(question, image is not None) for question, image in asked]
         images = [image for _, image in asked if image is not None]
         inputs = self.processor(

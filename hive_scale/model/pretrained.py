@@ -1,4 +1,4 @@
-"""Parts with weights from elsewhere, and in which of them these differ from the model."""
+"""Load pretrained weights into components, and report tensors that are missing, unexpected or of another shape."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ log = logging.getLogger(__name__)
 
 
 def quiet() -> None:
-    """One run has one progress bar, and says a thing once."""
+    """Silence transformers' progress bars and loading report; this module reports differences in one line."""
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    set_verbosity_error()  # type: ignore[no-untyped-call]  # its table of differences: ours is a line
+    set_verbosity_error()  # type: ignore[no-untyped-call]  # hides transformers' table of differences
 
 
 def load_pretrained(
     kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Tensor] | None
 ) -> nn.Module | None:
-    """A model of class `kind` with the weights of a Hugging Face `path`, or with those `given`; None without a path.
+    """A float32 model of class `kind` with the weights at a Hugging Face `path`, or `given` ones; None without a path.
 
-    Raises ValueError that names what is missing or of another shape, and CorruptFile for a directory of ours whose
-    files are not what was written.
+    Raises ValueError that names tensors missing or of another shape, and CorruptFile if files of a directory of ours
+    are corrupt.
     """
     if not path:
         return None
@@ -45,7 +45,7 @@ def load_pretrained(
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, with what else is wrong
+            ignore_mismatched_sizes=True,  # reported below, together with the other differences
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line), repr(error))
@@ -56,13 +56,13 @@ def load_pretrained(
 
 
 def check_finite(model: nn.Module, path: str | Path) -> None:
-    """Raises ValueError for weights with which whatever is seen or said comes to nothing, a score included."""
+    """Raises ValueError if a weight is not finite, since all outputs and scores would be meaningless."""
     if spoiled := [name for name, one in model.named_parameters() if not one.isfinite().all()]:
         raise ValueError(f"the weights of {path} are not finite: {some(spoiled)}: give sound ones")
 
 
 def load_connector(model: nn.Module, given: Mapping[str, Tensor], path: str) -> None:
-    """Fill projectors and fusion layers. Raises ValueError that names what is missing or of another shape."""
+    """Load projectors and fusion layers. Raises ValueError that names tensors missing or of another shape."""
     wanted = {name: p for name, p in model.named_parameters() if name.startswith(("projector.", "fusion."))}
     both = wanted.keys() & given.keys()
     shapes = [
@@ -75,7 +75,7 @@ def load_connector(model: nn.Module, given: Mapping[str, Tensor], path: str) -> 
 
 
 def _tell_differences(path: str, missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[str]) -> None:
-    """Raises ValueError for weights that do not fill a part; what it has no place for is left out, and said."""
+    """Raises ValueError if weights do not fill a component; tensors that it has no place for only cause a warning."""
     kinds = {"missing": sorted(missing), "of another shape": sorted(shapes), "unexpected": sorted(unexpected)}
     found = "; ".join(f"{kind}: {some(names)}" for kind, names in kinds.items() if names)
     if kinds["missing"] or kinds["of another shape"]:

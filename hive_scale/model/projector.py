@@ -1,4 +1,4 @@
-"""phi of paper 3.2: from encoder width to LLM width, one per selected depth."""
+"""Projectors phi (paper 3.2) from encoder width C to LLM width D, one per selected depth."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Module):
-    """y = W_2 gelu(W_1 x): LLaVA's connector, for the baseline that stands for it."""
+    """y = W_2 gelu(W_1 x): LLaVA's connector, used by the concat baseline."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -17,11 +17,11 @@ class MLP(nn.Module):
     def forward(self, features_BVC: Tensor) -> Tensor:
         """(B, V, C) to (B, V, D)."""
         projected: Tensor = self.down(self.activation(self.up(features_BVC)))
-        return projected.clone()  # not the view that a linear layer makes of its rows, which FSDP2 warns of
+        return projected.clone()  # FSDP2 warns about views as a unit's output, and a linear layer may return one
 
 
 class Projector(MLP):
-    """y = W_s LN(x) + W_2 gelu(W_1 LN(x)): 2-layer MLP with a residual, linear where the widths differ."""
+    """y = W_s LN(x) + W_2 gelu(W_1 LN(x)): 2-layer MLP with a residual; W_s is the identity if the widths are equal."""
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__(width_in, width_out)

@@ -1,4 +1,4 @@
-"""Bad batches: which loss is too high to learn from, and when leaving batches out no longer helps."""
+"""Loss guard: skips batches with a spike or a non-finite loss, and rolls back if skipping does not help."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from statistics import median
 from hive_scale.config import GuardConfig
 from hive_scale.strict_json import append_line
 
-SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
-BAD_BATCHES = "bad_batches.jsonl"  # in the run directory
-LEAST = 16  # losses before any can be called unusual
-NARROW = 1e-3  # of the median: what the deviation is taken to be at least
+SIGMA = 1.4826  # standard deviation of a normal distribution, in median absolute deviations
+BAD_BATCHES = "bad_batches.jsonl"  # file in the run directory
+LEAST = 16  # number of losses before any can count as a spike
+NARROW = 1e-3  # least deviation, as a share of the median
 
 
 class LossGuard:
-    """Knows only what all ranks know, so that all come to the same decision without asking each other."""
+    """Judges losses. It uses only values that all ranks share, so all decide alike without communication."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self._losses: deque[float] = deque(maxlen=config.window)
-        self._refused = 0  # in a row
+        self._refused = 0  # batches rejected in a row
         self._rollbacks = 0
 
     @property
     def losses(self) -> list[float]:
-        """Those of the last steps taken: what a checkpoint must keep."""
+        """Losses of the last steps taken, to be saved in checkpoints."""
         return list(self._losses)
 
     @property
     def max_loss(self) -> float:
-        """Above it a loss is a spike: `config.spike` robust standard deviations from the median."""
+        """The highest accepted loss: `config.spike` robust standard deviations above the median of recent losses."""
         if not self.config.spike or len(self._losses) < LEAST:
             return inf
         middle = median(self._losses)
@@ -41,17 +41,17 @@ class LossGuard:
         return middle + self.config.spike * max(deviation, NARROW * abs(middle))
 
     def accept(self, loss: float) -> None:
-        """A step was taken, with this loss."""
+        """Record the loss of a step that was taken."""
         self._losses.append(loss)
         self._refused = 0
 
     def reject(self) -> bool:
-        """Count a step left out; True when the weights, not the batches, must be what is bad."""
+        """Count a skipped batch. Returns True if the weights must be bad, not the batches: too many in a row."""
         self._refused += 1
         return self._refused >= self.config.patience
 
     def note(self, path: Path, stage: str, step: int, loss: float, grad_norm: float, keys: Sequence[str]) -> str:
-        """Append a batch that is left out to the file at `path`, and say it. What is not finite becomes null."""
+        """Append a skipped batch to the file at `path`, with null for numbers not finite. Returns a log message."""
         numbers = {"loss": loss, "grad_norm": grad_norm, "max_loss": self.max_loss}
         append_line(path, {"stage": stage, "step": step, **numbers, "keys": list(keys)})
         return (
@@ -60,12 +60,12 @@ class LossGuard:
         )
 
     def restore(self, losses: Iterable[float]) -> None:
-        """From weights whose last losses were these."""
+        """Restart from a checkpoint whose recent losses were `losses`."""
         self._losses = deque(losses, maxlen=self.config.window)
         self._refused = 0
 
     def rollback(self) -> None:
-        """Count a return to an earlier checkpoint. Raises ValueError if there have been too many."""
+        """Count a rollback to an earlier checkpoint. Raises ValueError if there have been too many."""
         self._rollbacks += 1
         if self._rollbacks > self.config.rollbacks:
             raise ValueError(

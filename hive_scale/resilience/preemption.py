@@ -1,7 +1,7 @@
-"""What asks a run to stop: a signal to any of its processes, or a file STOP in its directory.
+"""Preemption: a signal to any process, or a file STOP in the run directory, asks the run to save and stop.
 
-The first request is noted, and obeyed by all ranks together at the end of a step. A second signal ends its process
-at once. The file is obeyed until somebody removes it, also by a run that begins later.
+All ranks act on the first request together, at the end of a step. A second signal ends its process at once. A file
+STOP stays in force until it is removed, also for runs that start later.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from hive_scale.observability.console import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 STOP = "STOP"
-ECHO = 3.0  # seconds in which a signal is the first one again: launchers pass on what the terminal sent already
-LOOK = 1.0  # seconds between looks for the file
+ECHO = 3.0  # seconds during which a repeated signal counts as the same: launchers forward what the terminal sent, too
+LOOK = 1.0  # seconds between checks for the file
 
 
 class Preemption:
-    """Whether this process has been asked to stop. `stop_file` is None on all ranks but one."""
+    """Stop requests to this process. `stop_file` is checked on rank 0 only, and None on other ranks."""
 
     def __init__(self, stop_file: Path | None) -> None:
         self._stop_file = stop_file
@@ -33,7 +33,7 @@ class Preemption:
         self._found = False
 
     def requested(self) -> bool:
-        """Whether somebody has asked this run to stop: a signal, or a file STOP."""
+        """True if this process got a signal, or found the file STOP."""
         now = time.monotonic()
         if self._stop_file is not None and now - self._looked >= LOOK:
             self._looked = now
@@ -41,7 +41,7 @@ class Preemption:
         return self._found or self._signalled is not None
 
     def note(self, number: int, _: FrameType | None = None) -> None:
-        """Take a signal. Python calls it between two instructions of the main thread."""
+        """Signal handler: note the first request; a later one ends the process. Runs in the main thread."""
         now = time.monotonic()
         if self._signalled is None:
             self._signalled = now
@@ -53,7 +53,7 @@ class Preemption:
 
 @contextmanager
 def listening(run_dir: Path, world: World) -> Iterator[Preemption]:
-    """Turn signals, and a file STOP in `run_dir`, into a flag while the context lasts."""
+    """Context in which signals, and a file STOP in `run_dir`, set a flag instead of ending the process."""
     interrupt = Preemption(run_dir / STOP if world.is_main else None)
     before = {number: signal.signal(number, interrupt.note) for number in SIGNALS}
     try:
@@ -64,7 +64,7 @@ def listening(run_dir: Path, world: World) -> Iterator[Preemption]:
 
 
 def end_of_stop(stopped: Stopped, run_dir: Path, world: World) -> int:
-    """Say how to go on after `stopped`. A collective. The exit code: HALTED where a file STOP lies in `run_dir`."""
+    """Print how to resume after `stopped`. A collective. Returns the exit code: HALTED if a file STOP is there."""
     (halted,) = world.sum(world.is_main and (run_dir / STOP).exists())
     if world.is_main:
         remedy = f"Remove {run_dir / STOP}, and the" if halted else "The"

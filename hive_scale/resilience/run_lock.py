@@ -1,4 +1,4 @@
-"""One run per output directory: two would publish, prune and clean up each other's checkpoints."""
+"""Lock on a run directory: two runs in one directory would overwrite and delete each other's checkpoints."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hive_scale.shared_files import Held
 
 @contextmanager
 def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Lock]:
-    """Hold `directory` for this run, on all ranks. Raises TryAgain naming the run that holds it already,
-    and ValueError if the directory cannot be written.
+    """Hold the lock on `directory` for this run, on all ranks. A collective.
 
-    `patience` is how many seconds to wait for that one: of a requeued job the old processes may still be dying.
+    `patience` is how many seconds to wait for another holder: after a requeue, the old processes may still be exiting.
+    The lock ends with its process, so a killed run leaves nothing to clean up. Data workers do not hold it, and it
+    works across nodes on shared disks (see `shared_files.locked`).
 
-    The lock dies with its process, so that a killed run leaves nothing to clean up; data workers do not hold it, and it
-    reaches across nodes on shared disks (see `shared_files.locked`).
+    Raises TryAgain that names the run that holds the lock, and ValueError if the directory cannot be written.
     """
     lock = Lock(directory)
     try:
@@ -40,17 +40,17 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Loc
 
 
 class Lock:
-    """The lock on `directory`, which the main rank alone takes."""
+    """The lock on `directory`. Only rank 0 takes it."""
 
     def __init__(self, directory: Path) -> None:
         self.directory, self._path = directory, directory / LOCK
         self._held = ExitStack()
-        self._made: list[Path] = []  # what is to go again unless the run stays: innermost first
+        self._made: list[Path] = []  # paths to remove again unless the run starts, innermost first
 
     def take(self, patience: float = 0.0) -> str:
-        """Who holds the directory, or "" now that this process does. Makes it where there is none.
+        """Take the lock. Returns "", or who holds it. Creates the directory if it does not exist.
 
-        Once more after it was moved away: then the one that has come in its place. Raises ValueError.
+        Called again after the directory was moved away, it locks the new one in its place. Raises ValueError.
         """
         while True:
             try:
@@ -65,39 +65,39 @@ class Lock:
             except Held as held:
                 owner = self._path.read_text(errors="replace").strip() if self._path.is_file() else ""
                 return (owner or "a run that does not say who it is") + (f" ({held})" if str(held) else "")
-            except FileNotFoundError:  # of another start that has just given up, and has removed what it made
+            except FileNotFoundError:  # another start gave up, and removed what it had made, in between
                 continue
             except OSError as error:
                 text = f"output={self.directory} cannot be written ({error.strerror}): choose another"
                 raise ValueError(text) from None
 
     def stay(self) -> None:
-        """The run has begun: what was made for it is not to go again."""
+        """Keep what was created for the run: it has started."""
         self._made.clear()
 
     def release(self) -> None:
-        """Let go; of a run that has not begun leave nothing that was not there before."""
+        """Release the lock; if the run has not started, remove what was created for it."""
         for path in self._made:
-            with suppress(OSError):  # somebody has put something into a directory
+            with suppress(OSError):  # a directory that is no longer empty stays
                 path.rmdir() if path.is_dir() else path.unlink()
         self._held.close()
 
     def _make(self) -> None:
-        real = self.directory.resolve()  # a link may lead to a folder that is gone, from a scratch disk perhaps
+        real = self.directory.resolve()  # resolved: it may be a link whose target was deleted, as on a scratch disk
         missing = [place for place in (real, *real.parents) if not place.exists()]
         real.mkdir(parents=True, exist_ok=True)
         self._made += missing
 
     def _sign(self) -> None:
-        """Write into the lock who holds it. Raises FileNotFoundError if it is the lock of a start that gave it up."""
+        """Write the holder into the lock file. Raises FileNotFoundError if a start that gave up has removed it."""
         owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-        soft = Path(f"{self._path}.soft").exists()  # which stands for the lock where the disk knows none
+        soft = Path(f"{self._path}.soft").exists()  # stands in for the lock on disks without locks
         create = os.O_CREAT if soft else 0
         descriptor = os.open(self._path, os.O_RDWR | os.O_NOFOLLOW | create, 0o666)
         try:
-            if not os.fstat(descriptor).st_size:  # nobody has held it before
+            if not os.fstat(descriptor).st_size:  # empty: new, so it is removed again if the run does not start
                 self._made.insert(0, self._path)
-            with suppress(OSError):  # a full disk: the lock holds without a name
+            with suppress(OSError):  # on a full disk the lock works without a name
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, owner.encode())
         finally:

@@ -1,12 +1,12 @@
-"""A run that gets nowhere, or a rank that is gone: who, where and since when, then the end of the job.
+"""Watchdog: detects a hanging run or a lost rank, reports who, where and since when, and ends the job.
 
-Every rank has a thread that looks at its own phase timer once a second. One whose phase lasts longer than the
-deadline, or whose collective failed because another rank has vanished, calls the roll through the store that all
-ranks share: each rank that still lives answers with what it is doing and the stacks of all its threads, the caller
-names those that did not answer, and all end with the code that asks for another try.
+On every rank a thread checks the phase timer once a second. If a phase exceeds the deadline, or a collective failed
+because another rank has gone, the rank starts a roll call through the store that all ranks share. Each live rank
+answers with its phase and the stacks of its threads, the caller names the ranks that did not answer, and all exit
+with the code for "try again".
 
-Work of unknown length, such as writing weights while the other ranks wait, says by `phase_timer.tick` that it gets
-on. While any rank gets on, none is late.
+Work of unknown length, such as writing weights while other ranks wait, calls `phase_timer.tick` to show progress. While
+any rank makes progress, no rank counts as late.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from hive_scale.distributed import World
 from hive_scale.exit_codes import TRY_AGAIN, is_loss_of_contact, say
 from hive_scale.heartbeat import FAILURE, leave
 
-POLL = 1.0  # seconds between looks
-ANSWER = 5.0  # seconds in which a living rank answers
+POLL = 1.0  # seconds between checks
+ANSWER = 5.0  # seconds that live ranks have to answer a roll call
 CALL = "hive_scale/roll_call"
-PROGRESS = "hive_scale/progress"  # a count that grows while any rank gets on
-SILENCE = 60.0  # seconds, at least, that a phase outside steps may last: loading libraries and weights is silent
+PROGRESS = "hive_scale/progress"  # store key of a counter that grows while any rank makes progress
+SILENCE = 60.0  # least deadline in seconds for phases outside of steps, since loading libraries gives no sign
 
 
 class Watchdog(AbstractContextManager["Watchdog"]):
-    """Watches this process while the context lasts. A deadline of 0 watches nothing.
+    """Watches this process while the context lasts; a `deadline` (seconds) of 0 turns it off.
 
-    Time in which the process itself was stopped (by Slurm's suspend, or SIGSTOP) is nobody's fault.
+    Time during which the process was suspended (by Slurm, or SIGSTOP) does not count.
     """
 
     def __init__(self, world: World, deadline: float) -> None:
@@ -46,7 +46,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
     def __enter__(self) -> Watchdog:
         if self.world.store is not None:
-            self._store = self.world.store.clone()  # a connection of its own: a wait in another's would block it
+            self._store = self.world.store.clone()  # a separate connection, since a wait on a shared one would block it
         if self.deadline:
             threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
         return self
@@ -61,7 +61,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         mine, all_of_us = phase_timer.ticks(), 0
         while not self._stopped.wait(min(POLL, self.deadline / 4)):
             now = time.monotonic()
-            if now - asleep > self.deadline / 2:  # stopped in its sleep; a store that does not answer is another matter
+            if now - asleep > self.deadline / 2:  # suspended while asleep; waiting for the store is not counted here
                 resumed = now
             moved, mine = (
                 self.world.timer.phase == phase_timer.FETCH or phase_timer.ticks() != mine,
@@ -71,7 +71,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
                 called, before = self._store is not None and self._store.check([CALL]), all_of_us
                 all_of_us = self._store.add(PROGRESS, int(moved)) if self._store is not None else before + int(moved)
             except RuntimeError:
-                return  # rank 0 has gone with the store, which others see, too
+                return  # the store has gone with rank 0; the companion processes handle that
             if called:
                 self._answer()
                 time.sleep(ANSWER + POLL)
@@ -93,7 +93,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         return f"it has been at its {phase}" if phase in phase_timer.OUTSIDE else f"step {step} has been in its {phase}"
 
     def _call_roll(self, reason: str) -> None:
-        """Say what is wrong, hear who is there, name who is not, and end this process."""
+        """Report what is wrong, list the ranks that answer and those that do not, and end this process."""
         with self._calling:
             self._answer()
             say(f"rank {self.world.rank}: {reason}; the job ends, to be tried again")
@@ -115,7 +115,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
             say("rank 0, which holds the job together, has gone")
 
     def _heard(self) -> str:
-        """What each rank answered, and which did not."""
+        """Collect the answers to the roll call; name the ranks that did not answer."""
         if self._store is None:
             return "there is no other rank"
         answers: dict[int, str] = {}
@@ -133,7 +133,7 @@ class Watchdog(AbstractContextManager["Watchdog"]):
         return "\n".join([*lines, f"missing, without a word: rank {', '.join(missing)}" if missing else "none missing"])
 
     def _nobody_failed(self) -> bool:
-        """Whether no rank has said that it failed: then another's error is not what this one follows from."""
+        """True if no rank has published a failure, of which this rank's error would be a consequence."""
         time.sleep(2 * POLL)
         try:
             return self._store is None or not self._store.check([FAILURE])
@@ -142,12 +142,12 @@ class Watchdog(AbstractContextManager["Watchdog"]):
 
 
 def watching(world: World) -> Watchdog:
-    """For commands that have no config: as long as a run's own. One process alone waits for nobody."""
+    """A watchdog for commands without a config, with the default deadline. Off in a single process."""
     return Watchdog(world, Config().watchdog_seconds if world.size > 1 else 0.0)
 
 
 def stacks() -> str:
-    """The stack of every thread of this process, innermost call last."""
+    """Stack traces of all threads of this process, innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     frames: dict[int, Any] = sys._current_frames()
     return "\n".join(

@@ -1,4 +1,4 @@
-"""The self-attention baseline (paper's SA, after LLaVA): visual tokens join the sequence where the text has its image.
+"""The self-attention baseline (paper's SA, after LLaVA): visual tokens are inserted into the text at the image's slot.
 
 Shapes as in the package: B samples, T text tokens, V visual tokens, N = T + V tokens in the stream, D LLM width.
 """
@@ -21,7 +21,7 @@ from hive_scale.registry import FUSIONS
 
 @FUSIONS.register("concat")
 class Concat(Fusion):
-    """Visual tokens run through every layer, causally, like words. As in LLaVA the penultimate depth is tapped."""
+    """Visual tokens run causally through every layer, like words. As in LLaVA, they are of the penultimate layer."""
 
     new_parameters = ("projector.*",)
     projector = MLP
@@ -59,7 +59,7 @@ class Concat(Fusion):
 
     def finish(self, hidden_BND: Tensor, context: Context) -> Tensor:
         if context.has_image is None and context.slots is None:
-            return hidden_BND[:, context.visual[0].shape[1] :]  # the start token's row is the last visual token's
+            return hidden_BND[:, context.visual[0].shape[1] :]  # row 0: the last visual token predicts text token 1
         return hidden_BND.take_along_dim(self._rows(hidden_BND, context)[:, :, None], dim=1)
 
     def attention_layers(self, num_layers: int) -> tuple[int, ...]:
@@ -74,15 +74,15 @@ class Concat(Fusion):
         return seen.take_along_dim(places[:, None, None], dim=3)
 
     def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
-        length = context.positions.shape[1] - context.visual[0].shape[1]  # of the texts that `prepare` was given
+        length = context.positions.shape[1] - context.visual[0].shape[1]  # T of the texts given to `prepare`
         mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
         shift = context.visual[0].shape[1] * images_there(context, seen_BN)
         return replace(context, positions=position_B1 + shift, mask=mask[:, None, None])
 
     def _rows(self, hidden_BND: Tensor, context: Context) -> Tensor:
-        """int (B or 1, T): where in the stream the next text token is predicted.
+        """Stream positions that predict the next text token, int (B or 1, T).
 
-        At the text's own token, or where the image comes next at its last visual token, as in LLaVA.
+        This is the text token's own position; before the image it is the last visual token's, as in LLaVA.
         """
         num_visual, device = context.visual[0].shape[1], hidden_BND.device
         text = torch.arange(hidden_BND.shape[1] - num_visual, device=device)[None]
@@ -91,19 +91,19 @@ class Concat(Fusion):
 
 
 def _merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
-    """(B, T, ...) and (B, V, ...) in the stream's order, (B, N, ...): each image at its text's slot."""
+    """Merge text (B, T, ...) and visual tokens (B, V, ...) into the stream (B, N, ...), each image at its slot."""
     if context.slots is None:
         return torch.cat([text[:, :SLOT], visual, text[:, SLOT:]], dim=1)
     length, num_visual = text.shape[1], visual.shape[1]
     place = torch.arange(length + num_visual, device=text.device)
     begin = context.slots[:, None]
     behind = torch.where(place < begin + num_visual, length + place - begin, place - num_visual)
-    order = torch.where(place < begin, place, behind)  # (B, N), into text and visual one after the other
+    order = torch.where(place < begin, place, behind)  # (B, N), indices into text followed by visual tokens
     both = torch.cat([text.expand(len(order), *text.shape[1:]), visual], dim=1)
     return both.take_along_dim(order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
 
 
 def _seen(text_BT: Tensor, context: Context) -> Tensor:
-    """bool (B, N): which of the stream's keys count, given which of the text's do."""
+    """bool (B, N): the stream's keys that may be attended to, from those of the text; visual ones need an image."""
     visual = images_there(context, text_BT).expand(-1, context.visual[0].shape[1])
     return _merge(text_BT.expand(len(visual), -1), visual, context)

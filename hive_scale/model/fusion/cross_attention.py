@@ -21,8 +21,8 @@ from hive_scale.registry import FUSIONS
 class CrossAttentionLayer(nn.Module):
     """H' = H + tanh(g) W_O softmax(Q K^T / sqrt(h)) V, Q from the LLM, K and V from the features (paper 3.3).
 
-    Norm and projections start as copies of the host layer's; g starts at zero, so the LLM is untouched. No
-    rotary positions: the encoder has put position into its features.
+    Norm and projections start as copies of the host layer's. The gate g starts at zero, so the LLM is unchanged at
+    first. There are no rotary positions: the encoder's features already carry position.
     """
 
     def __init__(self, host: nn.Module, qk_norm: bool) -> None:
@@ -39,7 +39,7 @@ class CrossAttentionLayer(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1, device=attention.o_proj.weight.device))
 
     def visual_kv(self, visual_BVD: Tensor) -> KeyValue:
-        """Keys and values (B, K, V, h) of projected features (B, V, D)."""
+        """Keys and values (B, K, V, h) from projected features (B, V, D)."""
         normed = self.norm(visual_BVD)
         key = self.k_norm(split_heads(self.k_proj(normed), self.head_dim))
         return key, split_heads(self.v_proj(normed), self.head_dim)
@@ -51,7 +51,7 @@ class CrossAttentionLayer(nn.Module):
         has_image: Tensor | None = None,
         memory: KeyValue | None = None,
     ) -> Tensor:
-        """(B, T, D) to the same shape; `memory` are the features' keys and values where they are known."""
+        """Fuse hidden states (B, T, D); the shape stays. `memory` has visual keys and values, if already computed."""
         key, value = memory or self.visual_kv(visual_BVD)
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         mixed = scaled_dot_product(query, key, value)
@@ -62,7 +62,7 @@ class CrossAttentionLayer(nn.Module):
         return fused
 
     def attention_weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
-        """(B, heads, T, V), float32; a row sums to 1."""
+        """Attention weights (B, heads, T, V), float32; each row sums to 1."""
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(split_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
         return softmax_scores(query, key, None)
@@ -70,9 +70,9 @@ class CrossAttentionLayer(nn.Module):
 
 @FUSIONS.register("cross_attention")
 class CrossAttention(Fusion):
-    """At each fused depth an injected layer, behind a gate that starts shut, with a softmax of its own."""
+    """An injected cross-attention layer at each fused depth, with its own softmax and a gate that starts closed."""
 
-    new_parameters = ("projector.*", "fusion.*")  # behind a shut gate, what is frozen would get no gradient
+    new_parameters = ("projector.*", "fusion.*")  # all: behind a closed gate, parameters left frozen get no gradient
     gates, beside_gates = ("fusion.*.gate",), ("projector.*", "fusion.*.weight")
 
     def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:

@@ -33,9 +33,9 @@ from hive_scale.registry import FUSIONS
 
 
 class VisualKeyValue(nn.Module):
-    """Visual keys and values for one host layer: norm and projections start as copies of the host's own.
+    """Visual keys and values for one LLM layer. Norm and projections start as copies of the layer's own.
 
-    Frozen, these copies are the LLM's weights (first stage); trained, they are the images' own.
+    While frozen (first stage), the copies equal the LLM's weights; later they are trained for images.
     """
 
     def __init__(self, host: nn.Module, frequencies: Tensor, scaling: float, config: ModelConfig) -> None:
@@ -49,25 +49,25 @@ class VisualKeyValue(nn.Module):
         self.k_norm = head_norm(attention, "k_norm", config.qk_norm)
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", frequencies.clone(), persistent=False)
-        self.scaling = scaling  # of rotated keys, other than 1 under yarn
+        self.scaling = scaling  # factor on rotated keys; other than 1 under YaRN
 
     def forward(self, visual_BVD: Tensor, slots: Tensor | None = None) -> KeyValue:
-        """Key and value, (B, K, V, h) each; keys rotated to their place in the image, counted from its slot."""
+        """Key and value, (B, K, V, h) each. Keys are rotated to their position in the image, relative to its slot."""
         normed = self.norm(visual_BVD)
         key = self.k_norm(split_heads(self.k_proj(normed), self.head_dim))
         places = visual_positions(key.shape[2], len(self.inverse_frequencies), self.grid, key.device)
         if slots is not None:
             places = places + (slots - SLOT)[:, None, None, None]
-        # not views, which FSDP2 warns of: hooks hang on what a unit returns
+        # contiguous, since FSDP2 puts hooks on a unit's outputs and warns about views
         return self._rotate(key, places, self.scaling), split_heads(self.v_proj(normed), self.head_dim).contiguous()
 
     def move(self, key_BKVh: Tensor, slots: Tensor | None) -> Tensor:
-        """Keys of images at `slots`, of those that `forward` has made for SLOT."""
+        """Rotate keys, which `forward` made for the default SLOT, to images at `slots`."""
         return key_BKVh if slots is None else self._rotate(key_BKVh, (slots - SLOT)[:, None, None, None])
 
     def _rotate(self, key_BKVh: Tensor, places: Tensor, scaling: float = 1.0) -> Tensor:
-        """`places`: the positions by which pairs of channels turn, (V, pairs) or (B, 1, V or 1, pairs or 1)."""
-        angles = places * self.inverse_frequencies  # (h / 2,)
+        """Rotate keys by `places`, the position of each channel pair: (V, pairs) or (B, 1, V or 1, pairs or 1)."""
+        angles = places * self.inverse_frequencies  # inverse_frequencies is (h / 2,), one per pair
         cos, sin = (
             torch.cat([part, part], dim=-1).to(key_BKVh) for part in (scaling * angles.cos(), scaling * angles.sin())
         )
@@ -77,10 +77,10 @@ class VisualKeyValue(nn.Module):
 
 @FUSIONS.register("joint_attention")
 class JointAttention(Fusion):
-    """One softmax over patches and text: no new layer, no gate."""
+    """One softmax over patches and text in the LLM's own attention: no new layer, no gate."""
 
     new_parameters = ("projector.*",)
-    with_llm = ("fusion.*",)  # visual copies of the LLM's weights
+    with_llm = ("fusion.*",)  # the visual copies of the LLM's weights
 
     def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:
         super().__init__(host, llm, num_features, config)
@@ -93,8 +93,8 @@ class JointAttention(Fusion):
     ) -> tuple[Tensor, Context]:
         num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
         extent = _side(num_visual) if self.grid else num_visual
-        # text before the slot cannot see the image: a caption's first token, which the start token predicts, is
-        # predicted blindly, as in the authors' code
+        # text before the slot cannot see the image. So a caption's first token, predicted by the start token, is
+        # predicted without the image, as in the authors' code
         behind = torch.arange(length, device=device) >= column(slots, device)
         sees_image = behind[:, :, None].expand(-1, length, num_visual)
         if has_image is not None:
@@ -142,15 +142,15 @@ class JointAttention(Fusion):
 
 
 def _side(num_visual: int) -> int:
-    """Rows, and columns, of a square image's patches."""
+    """Patches per row, and per column, of a square image."""
     return math.isqrt(num_visual)
 
 
 def visual_positions(num_visual: int, num_pairs: int, grid: bool, device: torch.device) -> Tensor:
-    """(V, rotary pairs): the position by which each pair of channels turns.
+    """Rotary position of each channel pair, (V, pairs), for an image at the default SLOT.
 
-    On a grid three quarters of the pairs turn alternately by row and column, the rest by a constant, half
-    the image's side; on a line all turn by the index. Counted from the slot.
+    On a grid, three quarters of the pairs alternate between row and column, and the rest have a constant, half the
+    image's side. On a line, all pairs have the patch's index.
     """
     index = torch.arange(num_visual, device=device)
     if not grid:
