@@ -38,7 +38,7 @@ class Fragment(NamedTuple):
     """
 
     name: str  # parameter name, as in model.named_parameters()
-    kind: str  # "master" (fp32 weight), "exp_avg" or "exp_avg_sq"
+    kind: str  # "master" (fp32 weight), or a state of the optimizer: "exp_avg" or "exp_avg_sq" for AdamW
     shape: tuple[int, ...]  # shape of the whole parameter
     offset: int  # start of this range in the flattened parameter, in elements
     data: Tensor  # 1-D fp32 view of the memory that the optimizer itself uses
