@@ -110,7 +110,7 @@ def _forward(model: Any, inputs: Mapping[str, Tensor], checkpointing: Checkpoint
     blocks = {
         block: getattr(settings, component) == "full" for component, found in model.blocks().items() for block in found
     }
-    with _watching(model, pieces, blocks, counter), saved_tensors_hooks(counter.saved, lambda one: one), counter:
+    with _watching(model, pieces, blocks, counter), saved_tensors_hooks(counter.saved, _no_backward), counter:
         model(**inputs)
     return {part: counter.done[part] for part in pieces.values()}
 
@@ -124,11 +124,11 @@ class _Counter(TorchDispatchMode):
         self.part = "language"  # component whose operators run now
         self.block: list[float] = []  # of the running block: FLOPs so far, and FLOPs up to its last saved tensor
 
-    def saved(self, tensor: Tensor) -> Tensor:
+    def saved(self, _: Tensor) -> None:
         """Note that a tensor is saved for backward: recomputation of the block must run at least up to here."""
+        # nothing is handed back for the graph to keep: no backward follows, and a kept output would never be freed
         if self.block:
             self.block[1] = self.block[0]
-        return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -139,6 +139,10 @@ class _Counter(TorchDispatchMode):
             if self.block:
                 self.block[0] += cost
         return out
+
+
+def _no_backward(_: Any) -> Tensor:
+    raise AssertionError("FLOPs are counted in a forward alone")
 
 
 def _backward(func: Any, args: Any, kwargs: Any) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from benchmarks.task import from_scratch
 
 if TYPE_CHECKING:
     from hive_scale.batch import Batch
-    from hive_scale.config import StageConfig
+    from hive_scale.config import Config
     from hive_scale.plan.flops import Flops
 
 HELP = "HIVE beside self-attention: FLOPs, seconds and memory per stage"
@@ -71,8 +71,8 @@ def _peak() -> float | None:
     return peak_flops(this_device(), "bf16")
 
 
-def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, StageConfig], int]:
-    """(model of the preset's size in bf16, its stages, its image size in pixels)."""
+def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, Config, int]:
+    """(model of the preset's size in bf16, its config, its image size in pixels)."""
     import torch
 
     from hive_scale.engine.activation_checkpointing import blocks_of
@@ -87,10 +87,11 @@ def _build(preset: str, fusion: str, compiled: bool) -> tuple[Any, dict[str, Sta
     if compiled:
         for block in blocks_of(model):
             block.compile()
-    return model.to(this_device(), torch.bfloat16), config.stages, build.image_size(config.model)
+    return model.to(this_device(), torch.bfloat16), config, build.image_size(config.model)
 
 
 def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: argparse.Namespace) -> list[list[str]]:
+    from hive_scale.model import build
     from hive_scale.param_groups import apply_trainable_groups
     from hive_scale.plan.flops import count
 
@@ -101,9 +102,10 @@ def _compare(contenders: dict[str, Any], stage: str, tokens: int, arguments: arg
     batch = arguments.micro_batch
     work: dict[str, dict[str, Flops]] = {}
     runs, peaks = {}, {}
-    for fusion, (model, stages, side) in contenders.items():
-        apply_trainable_groups(model, stages[stage], model.unused_parameters())
-        counter = count(model).without("vision") if arguments.features else count(model)
+    for fusion, (model, config, side) in contenders.items():
+        apply_trainable_groups(model, config.stages[stage], model.unused_parameters())
+        counter = count(build.for_stage(config.model, config.stages[stage])[0])
+        counter = counter.without("vision") if arguments.features else counter
         work[fusion] = counter.components(1, tokens, tokens - 1)
         runs[fusion] = _step(model, _batch(batch, tokens, side, model, arguments.features))
         runs[fusion]()  # warm-up: the first run allocates memory that stays
