@@ -16,10 +16,12 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 from hive_scale.atomic import write_text
+from hive_scale.phase_timer import tick
 
 SUMS = "hive_scale.sha256"
 SEALED = ".safetensors"  # suffix of large files, which may hold a checksum of their own
 REMEDY = f"get it again from where it came, or, if you changed it yourself, remove {SUMS}"
+PIECE = 1 << 24  # bytes that are read together
 _HEADER = "# hive_scale 1, {count} files. Check them with: sha256sum -c " + SUMS
 _ENTRY = re.compile(r"# (?P<size>\d+) bytes\n(?P<digest>[0-9a-f]{64})  (?P<name>[^\n]+)\n")
 _seen: dict[tuple[Path, bool], list[tuple[int, ...]]] = {}  # verified directories, with the stat of their files
@@ -146,7 +148,11 @@ def _fault(directory: Path, name: str, entry: Entry, read: bool) -> str:
 
 def _entry_of(path: Path) -> Entry:
     with path.open("rb") as file:
-        return Entry(os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        digest = hashlib.sha256()
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            tick()  # the other ranks may wait
+        return Entry(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
 def _stats(directory: Path) -> list[tuple[int, ...]]:

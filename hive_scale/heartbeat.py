@@ -199,5 +199,5 @@ class _Watch:
             note_lost(self.node)
 
     def _end_it(self) -> None:
-        say(f"rank {self.rank} does not end by itself, in a C call that holds Python's lock: it is killed")
+        say(f"rank {self.rank} does not end by itself (stopped, or in a C call that holds Python's lock): it is killed")
         os.kill(self.parent, signal.SIGKILL)

@@ -20,15 +20,15 @@ class Place:
     start: str = ""  # unique name of this start, known to all its ranks; if given, rank 0 may choose the port
 
 
-# Variables for (rank, size, local rank, local size). First the MPI launchers: they may run under srun, whose variables
-# their processes then have too, so these are looked at before Slurm's.
+# how launchers say rank, size, number on the node and processes there: those that may be started by Slurm's srun, whose
+# words their processes then have, too; ...
 MPI = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK", "JSM_NAMESPACE_LOCAL_SIZE"),
     ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # mpiexec of MPICH and Intel
 )
-# Looked at after Slurm's, since srun itself may set these.
+HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # MPICH's and Intel's: srun says the first two
+# ... and those whose words srun may say
 OTHERS = (
     ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
@@ -38,7 +38,26 @@ JOBS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")  # ids that several starts of 
 
 
 def place_of(env: Mapping[str, str]) -> Place:
-    """This process's place, from its launcher's variables. Raises ValueError if they are incomplete."""
+    """Where the launcher has put this process. Raises ValueError if its environment is half set or contradicts itself.
+
+    A variable that is empty counts as not set.
+    """
+    found = _place({name: value for name, value in env.items() if value})
+    if not 0 <= found.rank < found.size:
+        raise ValueError(
+            f"rank {found.rank} of {found.size} processes cannot be: WORLD_SIZE, or what stands for it, counts those "
+            "of all nodes, and ranks begin with 0: correct what the launcher's environment says"
+        )
+    port = found.master.get("MASTER_PORT") or env.get("MASTER_PORT", "")
+    if found.size > 1 and not (port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError(
+            f"MASTER_PORT={port} is no port: set it to a free one between 1 and 65535 (Kubernetes, too, sets one of "
+            "this name, for a Service that is called master)"
+        )
+    return found
+
+
+def _place(env: Mapping[str, str]) -> Place:
     if "WORLD_SIZE" in env:
         missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing and env["WORLD_SIZE"] != "1":
@@ -46,38 +65,64 @@ def place_of(env: Mapping[str, str]) -> Place:
                 f"WORLD_SIZE={env['WORLD_SIZE']} is set but not {', '.join(missing)}: unset WORLD_SIZE, or start "
                 "with torchrun, accelerate launch, deepspeed, srun or mpirun"
             )
-        return Place(int(env.get("RANK", 0)), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)), {})
+        rank, size, local_rank = (_number(env, *one) for one in (("RANK", 0), ("WORLD_SIZE",), ("LOCAL_RANK", 0)))
+        return Place(rank, size, local_rank, {})
     if (
         "SUBMITIT_LOCAL_GLOBALID" in env and env.get("SUBMITIT_EXECUTOR", "local") == "local"
-    ):  # submitit's local executor; the node may itself come from srun, but this process is not srun's task
-        size, job = int(env["SUBMITIT_LOCAL_NTASKS"]), env["SUBMITIT_LOCAL_JOB_ID"]
-        rank, local_rank = int(env["SUBMITIT_LOCAL_GLOBALID"]), int(env["SUBMITIT_LOCAL_LOCALID"])
-        return _chosen(env, Place(rank, size, local_rank, {}), "127.0.0.1", int(job), f"submitit {job}")
-    for names in MPI:
-        if all(name in env for name in names[:3]):
+    ):  # on a node that srun may have given, whose task it is not
+        rank, size, local_rank, job = (
+            _number(env, f"SUBMITIT_LOCAL_{name}") for name in ("GLOBALID", "NTASKS", "LOCALID", "JOB_ID")
+        )
+        return _chosen(env, Place(rank, size, local_rank, {}), "127.0.0.1", job, f"submitit {job}")
+    for names, told in (*((names, names[:2]) for names in MPI), (HYDRA, HYDRA[:3])):
+        if all(name in env for name in told):
             return _by_mpi(env, *names)
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun; a batch script has no step id
-        size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:  # a task of srun: a batch script has no step
+        size = _number(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS", 1)
         host = first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
-        # the port depends on job and step, since several may share a node
-        job, step = env.get("SLURM_JOB_ID", "0"), env["SLURM_STEP_ID"]
-        found = Place(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", 0)), {}, by_slurm=True)
-        start = f"slurm {job}.{step} {env.get('SLURM_RESTART_COUNT', '0')}"  # a requeued job keeps its id
-        return _chosen(env, found, host, 37 * int(job) + int(step), start)
+        # jobs and steps that share a node need ports of their own
+        job, step = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_STEP_ID")
+        found = Place(_number(env, "SLURM_PROCID"), size, _number(env, "SLURM_LOCALID", 0), {}, by_slurm=True)
+        start = f"slurm {job}.{step} {env.get('SLURM_RESTART_COUNT', '0')}"  # a job that is queued again keeps its id
+        return _chosen(env, found, host, 37 * job + step, start)
     for names in OTHERS:
         if all(name in env for name in names[:2]):
             return _by_mpi(env, *names)
-    if "PMIX_RANK" in env:
-        raise ValueError(
-            f"PMIX_RANK={env['PMIX_RANK']} is set but nothing says how many processes there are: start with Open MPI's "
-            "mpirun, srun or torchrun, or set WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; unset it for one process"
-        )
+    _check_half_set(env)
     return Place(0, 1, 0, {})
 
 
+def _check_half_set(env: Mapping[str, str]) -> None:
+    """Raises ValueError for one of several processes that would take itself for the only one."""
+    ranks, sizes = {"RANK", "PMIX_RANK"}, set[str]()
+    for rank, size, *_ in (*MPI, HYDRA, *OTHERS):
+        ranks.add(rank)
+        sizes.add(size)
+    remedy = (
+        "start with Open MPI's mpirun, srun or torchrun, or set WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT; unset "
+        "it for one process"
+    )
+    if found := sorted(ranks & env.keys()):
+        raise ValueError(f"{found[0]}={env[found[0]]} is set but nothing says how many processes there are: {remedy}")
+    if found := sorted(name for name in sizes & env.keys() if env[name] != "1"):
+        raise ValueError(f"{found[0]}={env[found[0]]} is set but nothing says which of them this process is: {remedy}")
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """What the variable `name` says. Raises ValueError if that is no number, or it is not set and has no default."""
+    try:
+        return int(env[name] if default is None else env.get(name, default))
+    except KeyError:
+        told = f"{name} is not set, though others of its launcher are"
+    except ValueError:
+        told = f"{name}={env[name]} is no number"
+    raise ValueError(f"{told}: correct what the launcher's environment says")
+
+
 def _by_mpi(env: Mapping[str, str], rank: str, size: str, local_rank: str, local_size: str) -> Place:
-    """The place of a process whose launcher uses variables of these names. Raises ValueError without MASTER_ADDR."""
-    found = Place(int(env[rank]), int(env[size]), int(env.get(local_rank, env[rank])), {})
+    """The place of a process whose launcher says its own in variables of these names."""
+    number = _number(env, rank)
+    found = Place(number, _number(env, size), _number(env, local_rank, number), {})
     start = next((env[name] for name in STARTS if name in env), "")
     job = start or next((env[name] for name in JOBS if name in env), "")
     if env.get(local_size) == env[size] or env.get("FLUX_JOB_NNODES") == "1":

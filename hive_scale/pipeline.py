@@ -36,6 +36,7 @@ from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog
 from hive_scale.rundir import check_place
+from hive_scale.strict_json import dumps, loads
 from hive_scale.train import StageRun
 
 PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("projector.", "fusion.")}
@@ -124,19 +125,34 @@ def run_pipeline(
             for name in wanted:
                 _mend_encoder(config, name)
         world.barrier()
-        if overwrite or not all(is_stage_done(config.run_dir / name) for name in wanted):
+        if left := _left(config, wanted, world, bool(overwrite)):
             if any(world.sum(preemption.requested())):
                 raise Stopped("stopped before it began")
             take = partial(claim_run_dir, config, world, lock, overwrite, follows)
-            _run_stages(config, wanted, world, preemption, bool(overwrite), take)
+            _run_stages(config, wanted, left, world, preemption, bool(overwrite), take)
         elif world.is_main:
             _check_result(config, wanted[-1])
 
 
+def _left(config: Config, wanted: Sequence[str], world: World, anew: bool) -> list[str]:
+    """The stages still to be trained. A collective: the main rank alone looks.
+
+    Another node may yet believe that a file is not there, and ranks that went different ways would wait for each other.
+    """
+    left = [name for name in wanted if world.is_main and (anew or not is_stage_done(config.run_dir / name))]
+    told: list[str] = loads(world.of_main(dumps(left)))
+    return told
+
+
 def _run_stages(
-    config: Config, wanted: Sequence[str], world: World, preemption: Preemption, anew: bool, take: Callable[[], None]
+    config: Config,
+    wanted: Sequence[str],
+    left: Sequence[str],
+    world: World,
+    preemption: Preemption,
+    anew: bool,
+    take: Callable[[], None],
 ) -> None:
-    left = [name for name in wanted if anew or not is_stage_done(config.run_dir / name)]
     check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
@@ -158,7 +174,7 @@ def _run_stages(
     world.barrier()
     for name in wanted:
         stage_dir = config.run_dir / name
-        if not is_stage_done(stage_dir):
+        if name in left:
             world.timer.enter("start")
             begin_stage(config, name, world)
             checkpoint = StageRun(config, name, data[name], world, weights, preemption).run()

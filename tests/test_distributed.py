@@ -233,6 +233,37 @@ def test_half_an_environment_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("env", "told"),
+    [
+        # one of several processes that would take itself for the only one, and train beside the others
+        ({"RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK=1 is set but nothing says how many"),
+        ({"PMI_RANK": "1"}, "PMI_RANK=1 is set but nothing says how many"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2 is set but nothing says which of them"),
+        ({"FLUX_JOB_SIZE": "4", "FLUX_JOB_ID": "f"}, "FLUX_JOB_SIZE=4 is set but nothing says which of them"),
+        # words that contradict each other: it would wait in vain for others
+        (LAUNCHED | {"RANK": "4"}, "rank 4 of 4 processes cannot be: WORLD_SIZE"),
+        (LAUNCHED | {"WORLD_SIZE": "1"}, "rank 3 of 1 processes cannot be"),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "2"}, "rank 3 of 2 processes cannot be"),
+        # words that are none
+        (LAUNCHED | {"MASTER_PORT": "tcp://10.0.0.1:29500"}, "MASTER_PORT=tcp://10.0.0.1:29500 is no port"),
+        (SRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
+        (LAUNCHED | {"MASTER_ADDR": ""}, "WORLD_SIZE=4 is set but not MASTER_ADDR"),
+        (LAUNCHED | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number"),
+        ({"SUBMITIT_LOCAL_GLOBALID": "0"}, "SUBMITIT_LOCAL_NTASKS is not set, though others"),
+    ],
+)
+def test_words_that_say_too_little_or_contradict_each_other_are_refused(env: dict[str, str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        place_of(env)
+
+
+def test_a_launcher_that_does_not_say_the_number_on_the_node_is_believed() -> None:
+    place = place_of({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "h1"})
+    assert (place.rank, place.size) == (1, 2)
+    assert place_of({"WORLD_SIZE": "", "RANK": "", "PMI_SIZE": "1"}).size == 1  # empty is not set; one is alone
+
+
+@pytest.mark.parametrize(
     ("nodelist", "first"),
     [("n1", "n1"), ("n[1-2]", "n1"), ("gpu[007-010,12],cpu1", "gpu007"), ("x1,x2", "x1"), ("a[3,5]-ib", "a3-ib")],
 )

@@ -30,8 +30,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from hive_scale import checksums, phase_timer, pipeline, presets, rendezvous
 from hive_scale import config as configs
-from hive_scale import phase_timer, pipeline, presets, rendezvous
 from hive_scale.checkpoint import io
 from hive_scale.checkpoint.checkpointer import Checkpointer, WriteError
 from hive_scale.checkpoint.stage_files import find_weights
@@ -126,6 +126,18 @@ def saves_on_a_slow_disk(config: Config, world: World) -> None:
         store = Checkpointer(config.run_dir / "projector", world)
         store.save(1, [Fragment("w", "master", (2_000_000,), 0, mine)] if world.is_main else [], {}, wait=True)
     assert store.latest() is not None
+
+
+def exports_by_a_slow_library(config: Config, world: World) -> None:
+    """Rank 0 lets a library write, which tells nobody how far it is: seven seconds, where three are a hang."""
+
+    def export() -> None:
+        with io.published(config.run_dir / "export") as folder, (folder / "large").open("wb", buffering=0) as file:
+            for _ in range(14):
+                time.sleep(0.5)
+                file.write(bytes(1 << 16))
+
+    by_main(config, world, export)
 
 
 def gets_nowhere(config: Config, world: World) -> None:
@@ -233,6 +245,26 @@ def test_a_long_save_is_no_hang(tmp_path: Path) -> None:
     """Eight megabytes at one a second, where three seconds without progress are a hang."""
     codes, said = codes_of(tmp_path, 0, "", None, saves_on_a_slow_disk)
     assert codes == [0, 0], said
+
+
+def test_a_library_that_writes_for_long_is_no_hang(tmp_path: Path) -> None:
+    codes, said = codes_of(tmp_path, 0, "", None, exports_by_a_slow_library)
+    assert codes == [0, 0], said
+    assert (tmp_path / "run" / "export" / "large").stat().st_size == 14 << 16
+
+
+def test_what_is_published_is_hashed_and_synced_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each is a sign of life: a file of a library's has gigabytes, and a disk may take seconds for each."""
+    monkeypatch.setattr(checksums, "PIECE", 1 << 16)
+    monkeypatch.setattr(io, "SYNC", 1 << 16)
+    moves: list[int] = []
+    with io.published(tmp_path / "export") as folder:
+        (folder / "large").write_bytes(bytes(10 << 16))
+        monkeypatch.setattr(checksums, "tick", lambda: moves.append(1))
+        monkeypatch.setattr(io, "tick", lambda: moves.append(2))
+    assert moves.count(1) >= 10
+    assert moves.count(2) >= 10
+    checksums.check(tmp_path / "export")
 
 
 def test_every_error_has_its_code() -> None:

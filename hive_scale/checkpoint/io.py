@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from mmap import mmap
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,6 +25,7 @@ PIECE = 1 << 24
 # Bytes after which a file being written is synced to disk. The page cache may take in all of it at once, and a single
 # sync at the end would then show no progress for minutes.
 SYNC = 1 << 30
+LOOK = 1.0  # seconds between looks at files that a library writes
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -103,6 +106,11 @@ def sync_directory(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    if path.is_file() and path.stat().st_size > SYNC:  # in parts, which `os.fsync` cannot
+        with open(path, "r+b") as file, mmap(file.fileno(), 0) as pages:
+            for at in range(0, len(pages), SYNC):
+                pages.flush(at, min(SYNC, len(pages) - at))
+                tick()
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,7 +128,8 @@ def published(directory: Path) -> Iterator[Path]:
     partial = directory.with_name(f".{directory.name}.hive_scale.tmp")  # a name that no other program uses
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    with _watching_growth(partial):
+        yield partial
     write_sums(partial)
     for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
         _sync(path)
@@ -130,6 +139,29 @@ def published(directory: Path) -> Iterator[Path]:
         shutil.rmtree(directory)
     partial.rename(directory)
     sync_directory(directory.parent)
+
+
+@contextmanager
+def _watching_growth(folder: Path) -> Iterator[None]:
+    """Say by `tick` that a library gets on that writes into `folder`, and tells nobody how far it is."""
+    done = threading.Event()
+
+    def look() -> None:
+        before = 0
+        while not done.wait(LOOK):
+            with suppress(OSError):  # files come and go
+                stats = [path.stat() for path in folder.rglob("*")]
+                if (now := sum(stat.st_size + stat.st_blocks for stat in stats)) != before:
+                    before = now
+                    tick()
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _append(file: BinaryIO, digest: xxhash.xxh3_128, tensor: Tensor) -> None:

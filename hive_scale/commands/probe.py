@@ -46,7 +46,7 @@ def _probe(arguments: argparse.Namespace) -> int:
     from hive_scale.device import choose_precision
     from hive_scale.distributed import session
     from hive_scale.evaluate.encoder import Encoder
-    from hive_scale.evaluate.probe_runner import ProbeRunner, read_results, save, warnings
+    from hive_scale.evaluate.probe_runner import ProbeRunner, results_for_all, save, warnings
     from hive_scale.observability.console import console
     from hive_scale.precision import DTYPES
     from hive_scale.resilience.watchdog import watching
@@ -64,8 +64,7 @@ def _probe(arguments: argparse.Namespace) -> int:
             file = output / f"{data.name}.json"
             # copies of a set on several nodes differ in file times, so all ranks use rank 0's identity
             data = replace(data, identity=world.of_main(data.identity))
-            results = read_results(file, plan, encoder, data)
-            world.barrier()  # no rank may write results before all have looked for them
+            results = results_for_all(file, plan, encoder, data, world)
             if results is None:
                 sizes = f"{data.train.size} images to train, {data.test.size} to test"
                 say(f"{data.name}: {data.num_classes} classes, {sizes}")

@@ -202,6 +202,15 @@ def read_results(path: Path, plan: ProbeConfig, encoder: Encoder, data: Classifi
     return results if content == _made_of(plan, encoder, data) else None
 
 
+def results_for_all(
+    path: Path, plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset, world: World
+) -> dict[str, Any] | None:
+    """As `read_results`, what the main rank finds. A collective: other nodes may see another file, or none yet."""
+    found = read_results(path, plan, encoder, data) if world.is_main else None
+    told: dict[str, Any] | None = strict_json.loads(world.of_main(dumps(found)))
+    return told
+
+
 def _made_of(plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset) -> dict[str, Any]:
     """Return plan, dataset and encoder as they come back from a JSON file."""
     asked = {name: value for name, value in asdict(plan).items() if name != "workers"}

@@ -23,7 +23,7 @@ from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 from hive_scale.phase_timer import tick
-from hive_scale.strict_json import dumps, read_lines
+from hive_scale.strict_json import dumps, loads, read_lines
 
 PREDICTIONS = "predictions.jsonl"
 # fields of DataConfig that select and load samples; they do not affect how an image and its prompt are processed
@@ -147,11 +147,7 @@ def answer_all(
     says so instead of an answer, and is retried by the next attempt.
     """
     asked = _Asked(max_tokens)
-    if world.is_main:
-        _join(folder, questions, asked)
-    world.barrier()
-    known = read_predictions(folder)
-    due = [one for one in questions if one.id not in known or "broken" in known[one.id]]
+    due = _due(questions, folder, world, asked)
     advance(len(questions) - len(due))
     with (folder / f"predictions.{world.rank}.part").open("a", encoding="utf-8") as part:
         for batch in batches(due, batch_size)[world.rank :: world.size]:
@@ -165,6 +161,16 @@ def answer_all(
     if world.is_main:
         _join(folder, questions, asked)
     world.barrier()
+
+
+def _due(questions: Sequence[Question], folder: Path, world: World, asked: _Asked) -> list[Question]:
+    """What the main rank finds is still to be answered: ranks deal it out, so all must have the same list."""
+    answered: list[str] = []
+    if world.is_main:
+        _join(folder, questions, asked)
+        answered = [id for id, line in read_predictions(folder).items() if "broken" not in line]
+    known = set(loads(world.of_main(dumps(answered))))
+    return [one for one in questions if one.id not in known]
 
 
 def _answers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
@@ -12,13 +13,18 @@ from pathlib import Path
 from hive_scale import shared_files
 from hive_scale.distributed import World
 from hive_scale.exit_codes import TryAgain
+from hive_scale.phase_timer import tick
+from hive_scale.placement import ranks_of
 from hive_scale.rundir import LOCK
 from hive_scale.shared_files import Held
+
+SEEN = 60.0  # seconds in which all ranks see a new file: as long as NFS may believe that there is none
 
 
 @contextmanager
 def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Lock]:
-    """Hold the lock on `directory` for this run, on all ranks. A collective.
+    """Hold `directory` for this run, on all ranks. Raises TryAgain naming the run that holds it already,
+    and ValueError if the directory cannot be written, or is not the same one on all nodes.
 
     `patience` is how many seconds to wait for another holder: after a requeue, the old processes may still be exiting.
     The lock ends with its process, so a killed run leaves nothing to clean up. Data workers do not hold it, and it
@@ -34,9 +40,24 @@ def locked(directory: Path, world: World, patience: float = 0.0) -> Iterator[Loc
                 f"{directory} is in use by {owner or 'another run (rank 0 says which)'}: "
                 "wait for it, stop it, or choose another output"
             )
+        _check_shared(lock, world)
         yield lock
     finally:
         lock.release()
+
+
+def _check_shared(lock: Lock, world: World) -> None:
+    """See that all ranks find what the main rank has just signed. A collective. Raises ValueError."""
+    signed, began = world.of_main(lock.owner()), time.monotonic()
+    while lock.owner() != signed and time.monotonic() - began < SEEN:
+        tick()
+        time.sleep(0.1)
+    blind = world.sum(*(rank == world.rank and lock.owner() != signed for rank in range(world.size)))
+    if ranks := [rank for rank, count in enumerate(blind) if count]:
+        raise ValueError(
+            f"{lock.directory} is not one directory for all: {ranks_of(ranks)} cannot see there what rank 0 has "
+            "written: give one of a file system that all nodes share (python -m hive_scale doctor --dir looks at it)"
+        )
 
 
 class Lock:
@@ -63,13 +84,20 @@ class Lock:
                     self._held.enter_context(stack.pop_all())
                 return ""
             except Held as held:
-                owner = self._path.read_text(errors="replace").strip() if self._path.is_file() else ""
-                return (owner or "a run that does not say who it is") + (f" ({held})" if str(held) else "")
-            except FileNotFoundError:  # another start gave up, and removed what it had made, in between
+                owner = self.owner() or "a run that does not say who it is"
+                return owner + (f" ({held})" if str(held) else "")
+            except FileNotFoundError:  # of another start that has just given up, and has removed what it made
                 continue
             except OSError as error:
                 text = f"output={self.directory} cannot be written ({error.strerror}): choose another"
                 raise ValueError(text) from None
+
+    def owner(self) -> str:
+        """Who has signed the lock, "" where nobody has, or where it cannot be seen."""
+        try:
+            return self._path.read_text(errors="replace").strip()
+        except OSError:
+            return ""
 
     def stay(self) -> None:
         """Keep what was created for the run: it has started."""
