@@ -31,7 +31,7 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
-from hive_scale.preflight import check, check_data_fingerprint, open_all
+from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all
 from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog
@@ -134,7 +134,11 @@ def _run_stages(
     config: Config, wanted: Sequence[str], world: World, preemption: Preemption, anew: bool, take: Callable[[], None]
 ) -> None:
     left = [name for name in wanted if anew or not is_stage_done(config.run_dir / name)]
-    check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
+    found = open_all(config, noted=False)
+    if anew:
+        check_shards_stay(config, found)
+    check(config, found, dict.fromkeys(left, world.size))
+    del found
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
     # until a stage has begun, the config may still be edited in what the first one starts from

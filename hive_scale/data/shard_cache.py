@@ -62,8 +62,8 @@ class ShardCache:
     retry_seconds: float = 300.0
     pause: float = 0.5  # seconds before the second try, at most; doubled before each further one
 
-    def open(self, shard: str, digest: str = "") -> int:
-        """A file descriptor on `shard`, if that is remote on one whose content has the `digest`, where that is known.
+    def open(self, shard: str, digest: str = "", size: int = 0) -> int:
+        """A file descriptor on `shard`, if that is remote on one of that `digest` and `size`, where they are known.
 
         Raises OSError for a missing file, and for a URL whose server refuses it or that brings something else, TryAgain
         for one that does not come.
@@ -73,15 +73,20 @@ class ShardCache:
         stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(credentials.identity(shard).encode())
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            return self._open_fetched(shard, stem, digest)
+            return self._open_fetched(shard, stem, digest, size)
         except PermissionError as error:
             raise OSError(f"shard {shard}: {error}: set XDG_CACHE_HOME to a folder of yours") from None
 
-    def _open_fetched(self, shard: str, stem: Path, digest: str) -> int:
+    def _open_fetched(self, shard: str, stem: Path, digest: str, size: int) -> int:
         while True:
             for path in _kept(stem, digest):
                 with suppress(FileNotFoundError):  # given up for room
                     descriptor = os.open(path, os.O_RDONLY)  # stays readable when its name is given up
+                    if size and os.fstat(descriptor).st_size != size:  # cut by a failing disk: fetched again
+                        os.close(descriptor)
+                        logger.warning("%s is damaged, and fetched again", path)
+                        path.unlink()
+                        continue
                     with suppress(PermissionError, FileNotFoundError):  # another user's
                         os.utime(path)
                     return descriptor
@@ -98,6 +103,7 @@ class ShardCache:
             self._download(url, part)
             with part.open("rb") as file:
                 digest = digest_of(file.fileno())
+                os.fsync(file.fileno())  # the name promises the content, after a power cut, too
             if wanted not in ("", digest):
                 raise OSError(
                     f"shard {url} is not what it was when it was indexed: restore it, or give the new one another name"
