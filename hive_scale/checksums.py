@@ -16,12 +16,12 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 from hive_scale.atomic import write_text
-from hive_scale.phase_timer import tick
+from hive_scale.strangers import MB, read_bytes
 
 SUMS = "hive_scale.sha256"
 SEALED = ".safetensors"  # suffix of large files, which may hold a checksum of their own
 REMEDY = f"get it again from where it came, or, if you changed it yourself, remove {SUMS}"
-PIECE = 1 << 24  # bytes that are read together
+LARGEST = 64 * MB  # bytes of such a list
 _HEADER = "# hive_scale 1, {count} files. Check them with: sha256sum -c " + SUMS
 _ENTRY = re.compile(r"# (?P<size>\d+) bytes\n(?P<digest>[0-9a-f]{64})  (?P<name>[^\n]+)\n")
 _seen: dict[tuple[Path, bool], list[tuple[int, ...]]] = {}  # verified directories, with the stat of their files
@@ -59,14 +59,14 @@ def listing(path: Path) -> Iterator[None]:
 
 
 def is_listed(directory: Path) -> bool:
-    """True if `directory` has a list of checksums."""
-    return (directory / SUMS).is_file()
+    """Whether `directory` bears checksums of ours, be they damaged."""
+    return os.path.lexists(directory / SUMS)
 
 
 def read_sums(directory: Path) -> Mapping[str, Entry]:
     """The entries of a directory's list, by file name. Raises CorruptFile if the list itself is not intact."""
     try:
-        header, _, rest = (directory / SUMS).read_text(encoding="utf-8").partition("\n")
+        header, _, rest = read_bytes(directory / SUMS, LARGEST).decode().partition("\n")
     except (OSError, ValueError) as error:
         raise CorruptFile(f"{directory / SUMS} cannot be read: {error}") from None
     found = {match["name"]: Entry(int(match["size"]), match["digest"]) for match in _ENTRY.finditer(rest)}

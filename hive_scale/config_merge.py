@@ -33,6 +33,8 @@ ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # one item of a list
 RESOLVER = re.compile(r"\$\{[^}]*:")  # a resolver, which reads the environment or runs code; not ${another.key}
 SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
 SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
+# a variable that is given a value, as the shell has it; not one of another variable, a command or a file
+ASSIGNED = re.compile(r"""(?<![\w$])([A-Za-z_]\w*)=["']?[^\s"'$`/~.][^\s"']{7,}""")
 TOKEN = re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|AKIA[A-Z0-9]{16})\b")  # Hugging Face, GitHub, AWS
 
 
@@ -127,7 +129,8 @@ def _own(node: Any, key: str = "", secrets: Mapping[str, str] | None = None) -> 
         )
     shown = credentials.public(node)
     told = next((name for name, value in secrets.items() if value in shown), "")
-    if told or TOKEN.search(shown) or SECRET_KEY.fullmatch(key):
+    assigned = any(credentials.SECRET_VARIABLE.search(name.upper()) for name in ASSIGNED.findall(shown))
+    if told or assigned or TOKEN.search(shown) or SECRET_KEY.fullmatch(key):
         what = f"holds the value of the variable {told}" if told else "holds what looks like a secret"
         raise ValueError(
             f"config: {key} {what}, and a config is written down: leave it to the environment, or in data.train and "

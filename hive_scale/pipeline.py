@@ -31,7 +31,7 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
-from hive_scale.preflight import check, check_data_fingerprint, open_all
+from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all
 from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog
@@ -153,7 +153,12 @@ def _run_stages(
     anew: bool,
     take: Callable[[], None],
 ) -> None:
-    check(config, open_all(config, noted=False), dict.fromkeys(left, world.size))
+    left = [name for name in wanted if anew or not is_stage_done(config.run_dir / name)]
+    found = open_all(config, noted=False)
+    if anew:
+        check_shards_stay(config, found)
+    check(config, found, dict.fromkeys(left, world.size))
+    del found
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
     # until a stage has begun, the user may still edit the initial weights in the config, so they are made again

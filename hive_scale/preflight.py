@@ -9,7 +9,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from hive_scale import checksums, strict_json
+from hive_scale import checksums, credentials, strict_json
 from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.checkpoint.run_claims import is_begun
@@ -152,6 +152,18 @@ def _try_some(loader: Loader, count: int = 4) -> None:
     raise ValueError(f"no sample that was tried can be used; the first is {reason}")
 
 
+def check_shards_stay(config: Config, data: Mapping[str, Data]) -> None:
+    """Raises ValueError if a shard lies in the run directory, which will be moved away, whatever the pattern is."""
+    real = config.run_dir.resolve()
+    for part, loader in ((part, getattr(one, part)) for one in data.values() for part in ("train", "heldout")):
+        for place in map(credentials.place, loader.index.shards):
+            if "://" not in place and Path(place).resolve().is_relative_to(real):
+                raise ValueError(
+                    f"data.{part}: {credentials.hide(place)} lies in {config.run_dir}, which --overwrite would move "
+                    "away: choose another output"
+                )
+
+
 def check_data_fingerprint(config: Config, data: Mapping[str, Data], world: World) -> None:
     """Record the fingerprint of the data in data.json; later, check that each unfinished stage's data still match it.
 
@@ -197,12 +209,17 @@ def _read_noted(path: Path) -> dict[str, Any]:
         noted: dict[str, Any] = strict_json.read(path)
         # older versions recorded only the training samples, by places and sizes of the shards
         noted = {name: one if "train" in one else {"train": {**one, "shards": {}}} for name, one in noted.items()}
-        return {
-            name: one | {"train": {**one["train"], "samples": int(one["train"]["samples"])}}
-            for name, one in noted.items()
-        }
+        if not all(_is_noted(one[part]) for one in noted.values() for part in ("train", "heldout") if part in one):
+            raise ValueError("not samples, a fingerprint and shards")
+        return noted
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not what was written ({error!r}): {remedy}") from None
+
+
+def _is_noted(part: Mapping[str, Any]) -> bool:
+    shards = part["shards"]
+    digests = isinstance(shards, dict) and all(isinstance(digest, str) for digest in shards.values())
+    return digests and isinstance(part["samples"], int) and isinstance(part["fingerprint"], str)
 
 
 def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:

@@ -6,7 +6,6 @@ docs/runs.md has the rules as a table.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hive_scale import config as configs
-from hive_scale import config_merge
+from hive_scale import config_merge, strict_json
 from hive_scale.config import Config
 
 State = Literal["free", "ours", "foreign"]
@@ -22,7 +21,16 @@ CONFIG = "config.yaml"
 MARKER = ".hive_scale"
 LOCK = ".lock"
 BEGAN = "began.yaml"  # in a stage's folder: the run's config up to that stage, as it was when the stage began
-EARLY = (LOCK, "logs", "slurm", "STOP", "*.tmp", ".nfs*")  # files that may exist before a run has begun
+EARLY = (
+    LOCK,
+    f"{LOCK}.soft",
+    "logs",
+    "slurm",
+    "STOP",
+    ".*.tmp",
+    f"{CONFIG}.tmp",
+    ".nfs*",
+)  # what there may be before a run has begun
 
 
 def look(directory: Path) -> State:
@@ -74,8 +82,8 @@ def fits(name: str, patterns: tuple[str, ...]) -> bool:
 def read_marker(directory: Path) -> dict[str, Any]:
     """The content of the run's marker file; empty if there is none, or it is not ours."""
     try:
-        content = json.loads((directory / MARKER).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = strict_json.read(directory / MARKER, strict_json.LARGEST_LINE)  # a pipe, or a device, has no end
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) and isinstance(content.get("format"), int) else {}
 

@@ -210,6 +210,25 @@ def test_a_cluster_s_profile_names_none(monkeypatch: pytest.MonkeyPatch) -> None
             read(None, [word], {"joint": Resources()})
 
 
+@pytest.mark.parametrize(
+    "word",
+    [
+        "slurm.setup=['export WANDB_API_KEY=planted0123']",
+        "slurm.setup=['module load cuda', 'export A=1 my_password=\"planted0123\"']",
+        "slurm.python=env HF_TOKEN=planted0123 python",
+    ],
+)
+def test_a_secret_that_a_job_s_script_would_set_is_refused(word: str) -> None:
+    with pytest.raises(ValueError, match="looks like a secret") as refused:
+        read(None, [word], {"joint": Resources()})
+    assert "planted" not in str(refused.value)
+
+
+def test_a_job_s_script_may_say_where_a_secret_lies() -> None:
+    lines = ["export HF_TOKEN=$(cat ~/.token)", "export A_KEY=$B_KEY", "export A_KEY_FILE=/home/me/key", "MAX_TOKEN=9"]
+    assert read(None, [f"slurm.setup={lines}"], {"joint": Resources()})["joint"].setup == lines
+
+
 def test_keys_of_the_same_config_may_be_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: debug\nname: mine\noutput: runs/${name}\ndata: {heldout: '${data.train}'}\n")

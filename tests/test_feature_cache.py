@@ -301,6 +301,22 @@ def test_no_damage_of_a_file_is_read_as_features(tmp_path: Path) -> None:
     assert FeatureStore(other.with_suffix(""), 70, SHAPE, torch.float32).get(4) is None, "it is of another set"
 
 
+def test_a_link_or_a_pipe_in_the_place_of_features_is_not_used(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("everything")
+    (tmp_path / "key.features").symlink_to(precious)
+    with pytest.raises(DiskError, match="name another disk"):
+        open_feature_store(
+            World(0, 1, torch.device("cpu")), tmp_path / "key", np.arange(4), 4, (1, 2, 3), torch.float32
+        )
+    assert precious.read_text() == "everything"
+    (tmp_path / "key.features").unlink()
+    os.mkfifo(tmp_path / "key.features")
+    kept = FeatureStore(tmp_path / "key", 4, (1, 2, 3), torch.float32)
+    with pytest.raises(OSError, match="seek"):
+        kept.put([0], torch.zeros(1, 1, 2, 3))
+
+
 def test_neighbours_lie_on_pages_that_no_other_part_touches(tmp_path: Path) -> None:
     kept = FeatureStore(tmp_path / "some", 100, SHAPE, torch.float32)
     kept.put(list(range(32, 64)), torch.ones(32, *SHAPE))

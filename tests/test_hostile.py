@@ -43,9 +43,10 @@ from hive_scale.exit_codes import ended
 from hive_scale.export import model_card
 from hive_scale.observability.console import Screen
 from hive_scale.observability.logging_setup import RECORD, capture_library_logs
+from hive_scale.preflight import _read_noted
 from hive_scale.prepare import readers
 from hive_scale.prepare.image_sources import ImageSource
-from hive_scale.prepare.writer import JOURNAL, ShardLayout, convert
+from hive_scale.prepare.writer import JOURNAL, ShardLayout, _Journal, convert
 from hive_scale.report.html import Report, page
 from hive_scale.report.report import save_report
 from hive_scale.run import find_encoder
@@ -316,6 +317,47 @@ def test_weights_in_a_format_that_is_not_written_here_are_named(tmp_path: Path) 
 
 
 # ------------------------------------------------------------------------------ bombs
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[2]",
+        "null",
+        '{"name": "train-00000.tar"}',
+        '{"name": "../x.tar", "samples": 1, "num_bytes": 2}',
+        '{"name": "train-00000.tar", "samples": "many", "num_bytes": 2}',
+        "[" * 100_000,
+    ],
+)
+def test_a_conversion_s_journal_of_another_making_is_refused_or_its_line_left_out(tmp_path: Path, line: str) -> None:
+    (tmp_path / JOURNAL).write_text(f'{{"a": 1}}\n{line}\n')
+    (tmp_path / "train-00000.tar").touch()
+    try:
+        assert not _Journal(tmp_path, {"a": 1}, overwrite=False).done
+    except ValueError as refused:
+        assert "is not what was written" in str(refused)  # noqa: PT017
+    (tmp_path / JOURNAL).write_text(f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match=r"holds (a set made with other|other shards)"):
+        _Journal(tmp_path, {"a": 1}, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        '{"samples": 1e999, "fingerprint": "x", "shards": {}}',
+        '{"samples": 1, "fingerprint": "x", "shards": 3}',
+        '{"samples": 1, "fingerprint": ["x"], "shards": {}}',
+        '{"samples": 1, "fingerprint": "x", "shards": {"a": [1]}}',
+        '{"samples": 1}',
+        "7",
+    ],
+)
+def test_a_note_of_samples_of_another_making_is_refused(tmp_path: Path, train: str) -> None:
+    for text in (f'{{"joint": {{"train": {train}}}}}', f'{{"joint": {{"train": {train}, "heldout": {train}}}}}', "[]"):
+        (tmp_path / "data.json").write_text(text)
+        with pytest.raises(ValueError, match=r"data.json is not what was written"):
+            _read_noted(tmp_path / "data.json")
 
 
 def test_a_zip_bomb_costs_its_record_and_no_memory(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -208,6 +209,33 @@ def test_a_run_whose_own_files_are_damaged_is_refused_by_name(run: Path, world: 
     assert damaged(run) == {}
 
 
+def test_an_export_replaces_nothing(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "a disk that is away")
+    with pytest.raises(ValueError, match="exists: give another --output"):
+        export_run("encoder", run, out)
+    assert out.is_symlink()
+    out.unlink()
+
+    def meanwhile(*arguments: object) -> str:
+        out.mkdir()
+        (out / "thesis").touch()
+        return "card"
+
+    monkeypatch.setattr("hive_scale.export.card", meanwhile)
+    with pytest.raises(OSError, match="not empty"):
+        export_run("encoder", run, out)
+    assert [path.name for path in out.iterdir()] == ["thesis"]
+
+
+def test_verify_looks_into_the_runs_in_a_run(run: Path) -> None:
+    inner = Path(shutil.copytree(run, run.parent / "copy"))
+    flip(inner / "data.json")
+    for name in ("blank", "vlm"):
+        shutil.copytree(inner, run / name)
+    assert damaged(run).keys() == {"blank/data.json", "vlm/data.json"}
+
+
 def test_empty_final_weights_end_a_finished_run_with_a_remedy_that_works(run: Path, world: World) -> None:
     weights, metrics = run / "language" / "weights.safetensors", run / "language" / "metrics.jsonl"
     whole, steps = weights.read_bytes(), metrics.read_bytes()
@@ -324,6 +352,15 @@ def test_a_list_of_checksums_is_believed_as_a_whole_or_not_at_all(tmp_path: Path
         (tmp_path / SUMS).write_text(text)
         with pytest.raises(CorruptFile):
             check(tmp_path)
+    others = (lambda path: path.symlink_to("/dev/zero"), Path.mkdir, os.mkfifo, lambda path: path.symlink_to("gone"))
+    for make in others:
+        (tmp_path / SUMS).unlink()
+        make(tmp_path / SUMS)
+        with pytest.raises(CorruptFile, match="cannot be read"):
+            check(tmp_path)
+        (tmp_path / SUMS).rmdir() if make is Path.mkdir else None
+        (tmp_path / SUMS).touch()
+    (tmp_path / SUMS).unlink()
     (tmp_path / SUMS).write_bytes(whole.encode()[:80] + b"\xff" + whole.encode()[81:])
     with pytest.raises(CorruptFile, match="cannot be read"):
         check(tmp_path)

@@ -26,7 +26,7 @@ import tiny
 import torch
 
 from hive_scale import config as configs
-from hive_scale import presets
+from hive_scale import credentials, presets
 from hive_scale.checkpoint.run_claims import check_owner, claim_run_dir, is_again, is_begun
 from hive_scale.checkpoint.run_reader import Run, verify_run
 from hive_scale.checkpoint.stage_files import WEIGHTS, is_stage_done
@@ -182,6 +182,15 @@ def test_a_place_that_is_nobodys_is_refused(
             run_pipeline(at(base, output), world, overwrite)
     assert files(home) == {"project/thesis.tex": b"precious"}
     assert {path.name for path in tmp_path.rglob("*")} == {"home", "project", "thesis.tex", "loop"}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_a_marker_that_is_no_file_is_not_read(base: Config, world: World, tmp_path: Path, kind: str) -> None:
+    if kind == "pipe":
+        os.mkfifo(tmp_path / MARKER)
+    else:
+        (tmp_path / MARKER).symlink_to("/dev/zero")
+    assert look(tmp_path) == "foreign"
 
 
 def test_the_command_refuses_such_a_place_before_it_writes_a_log(tmp_path: Path) -> None:
@@ -384,7 +393,14 @@ def test_overwrite_moves_the_old_run_aside(
 
 
 def test_overwrite_delete_removes_it(base: Config, world: World, run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (run / "report.html").touch()
+    # all that a run, and commands on it, leave there
+    for name in ("report.html", "attention.svg", "gradients.json", "gradients_over_training2.svg", ".x.svg.7.tmp"):
+        (run / name).touch()
+    for name in ("weights-00001-of-00002.safetensors", "weights.safetensors.index.json", "weights.safetensors.tmp"):
+        (run / "joint" / name).touch()
+    (run / "logs").mkdir()
+    for name in ("rank_00001.log", "offline.log", "online.log", "tensorboard.log"):
+        (run / "logs" / name).touch()
     made = written(run)
     run_pipeline(at(base, run), world, overwrite="delete", until="projector")
     assert not aside(run)
@@ -393,7 +409,14 @@ def test_overwrite_delete_removes_it(base: Config, world: World, run: Path, capl
 
 
 @pytest.mark.parametrize(
-    "name", ["thesis.tex", "projector/notes.md", ".git/HEAD", "slurm/mine/.git/HEAD", "logs/x.doc"]
+    "name",
+    [
+        *("thesis.tex", "projector/notes.md", ".git/HEAD", "slurm/mine/.git/HEAD", "logs/x.doc"),
+        # nearly names of ours
+        *("attention_is_all_you_need.pdf", "gradients-talk/slides.tex", "report_to_my_boss.html", "draft.tmp"),
+        *("joint/step_by_step.md", "joint/weights_of_mine.safetensors.zip", "joint/metrics.jsonl.ods"),
+        *("logs/diary.log", "initial/notes.tmp"),
+    ],
 )
 def test_overwrite_delete_refuses_what_is_no_runs(base: Config, world: World, run: Path, name: str) -> None:
     (run / name).parent.mkdir(parents=True, exist_ok=True)
@@ -439,6 +462,29 @@ def test_overwrite_keeps_what_the_new_run_needs(base: Config, world: World, run:
     shards = replace(base, data=replace(base.data, heldout=[f"3 x {run}/*.tar"]))
     with pytest.raises(ValueError, match=r"data.heldout=.* lies in"):
         run_pipeline(at(shards, run), world, overwrite=True)
+
+
+@pytest.mark.parametrize("how", ["braces", "glob", "link", "variable"])
+def test_overwrite_keeps_shards_however_a_pattern_names_them(
+    base: Config, world: World, run: Path, shards: list[str], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Path(shutil.copy(shards[0], run / "mine.tar"))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.tar").symlink_to(mine)
+    (tmp_path / "more").mkdir()
+    shutil.copy(shards[0], tmp_path / "more" / "mine.tar")
+    monkeypatch.setenv("WHERE", str(run))
+    pattern = {
+        "braces": f"{tmp_path}/{{run,more}}/*.tar",
+        "glob": f"{tmp_path}/*/mine.tar",
+        "link": f"{tmp_path}/links/*.tar",
+        "variable": credentials.take("${oc.env:WHERE}/*.tar", own=True),
+    }[how]
+    needy = replace(base, data=replace(base.data, train=[pattern]))
+    with pytest.raises(ValueError, match=r"data.train: .* lies in .*, which --overwrite would move away"):
+        run_pipeline(at(needy, run), world, overwrite=True)
+    assert not aside(run)
+    assert mine.exists()
 
 
 def test_overwrite_of_a_directory_of_runs_is_refused(base: Config, world: World, run: Path, tmp_path: Path) -> None:

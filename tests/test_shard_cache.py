@@ -169,6 +169,19 @@ def test_a_shard_that_has_changed_since_it_was_indexed_is_not_read(remote: Remot
     assert reader.read(0, 0, 10) == content[:10]
 
 
+def test_a_shard_that_was_cut_in_the_cache_is_fetched_again(remote: Remote, tmp_path: Path) -> None:
+    (local,) = write_set(tmp_path, [4])
+    content, url = Path(local).read_bytes(), f"{remote.address}/a.tar"
+    remote.files["a.tar"] = content
+    index = open_index([url], _cache())
+    (cached,) = (tmp_path / "cache" / "hive_scale" / "shards").glob("*.tar")
+    for size in (0, 100):
+        os.truncate(cached, size)
+        reader = ShardReader([url], index.stamps, _cache())
+        assert reader.read(0, 0, len(content)) == content
+        reader.close()
+
+
 def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(remote: Remote) -> None:
     remote.files["a.tar"], remote.fail_first = b"x" * 100, 3
     assert _read(_cache(), f"{remote.address}/a.tar") == b"x" * 100

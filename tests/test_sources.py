@@ -359,6 +359,13 @@ def test_what_somebody_else_made_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="which is no part of a model"):
             smollm2.prepare(output, tmp_path, overwrite=True)
     assert (tmp_path / "model" / "thesis.tex").exists()
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    for name in ("1.txt", "labels.json", "best.safetensors"):  # such as models have, but of no model
+        (captions / name).touch()
+    with pytest.raises(ValueError, match="which is no part of a model"):
+        smollm2.prepare(captions, tmp_path, overwrite=True)
+    assert len(list(captions.iterdir())) == 3
 
 
 def test_tuxpaint_pairs_each_png_with_its_first_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -120,10 +120,10 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def published(directory: Path) -> Iterator[Path]:
-    """Yield a new directory to fill; at the end it replaces `directory` by rename: complete or absent.
+def published(directory: Path, replace: bool = True) -> Iterator[Path]:
+    """A new directory to fill, which becomes `directory` at the end: complete or absent. May `replace` what is there.
 
-    Its files are listed with their checksums (see `checksums`), and synced to disk.
+    Its files are listed with their checksums, see `checksums`. Raises OSError, also if what must stay is there by then.
     """
     partial = directory.with_name(f".{directory.name}.hive_scale.tmp")  # a name that no other program uses
     shutil.rmtree(partial, ignore_errors=True)
@@ -133,9 +133,9 @@ def published(directory: Path) -> Iterator[Path]:
     write_sums(partial)
     for path in (*(path for path in partial.rglob("*") if path.is_file()), partial):
         _sync(path)
-    if directory.is_symlink():
+    if replace and directory.is_symlink():
         directory.unlink()
-    elif directory.exists():
+    elif replace and directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
     sync_directory(directory.parent)

@@ -17,8 +17,8 @@ from typing import Literal
 from hive_scale import checksums
 from hive_scale import config as configs
 from hive_scale.atomic import write_text
-from hive_scale.checkpoint.format import steps_in
-from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights, is_stage_done
+from hive_scale.checkpoint.format import directory_name, steps_in
+from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights, index_of, is_stage_done
 from hive_scale.config import TAKEN, Config
 from hive_scale.distributed import World
 from hive_scale.resilience.run_lock import Lock
@@ -26,12 +26,23 @@ from hive_scale.rundir import BEGAN, CONFIG, EARLY, MARKER, fits, look, read_mar
 from hive_scale.strangers import some
 from hive_scale.strict_json import dumps
 
-Overwrite = bool | Literal["delete"]  # True: move the existing run aside; "delete": remove it
-FORMAT = 1  # format version of a run directory
-LATE = ("report*.html", "attention*", "gradients*", "*.tmp", ".nfs*")  # further files that a run directory may have
+Overwrite = bool | Literal["delete"]  # True: what is there is moved aside
+FORMAT = 1  # of a run directory
+# what else a run directory may hold: by name, since an attention_notes.pdf is the user's
+LATE = (
+    "report.html",
+    "attention.svg",
+    "gradients.svg",
+    "gradients.json",
+    "gradients_over_training*.svg",
+    ".*.tmp",
+    ".nfs*",
+)
+LOGS = ("rank_[0-9]*.log", "tensorboard.log", "online.log", "offline.log", *LATE)
 OF_STAGE = (
-    *(BEGAN, checksums.SUMS, "step_*", "metrics.jsonl*", "weights*.safetensors*", "encoder", "memory.txt", "profile"),
-    *("probes", "evaluation", *LATE),
+    *(BEGAN, checksums.SUMS, directory_name(0).replace("0", "[0-9]"), "step_[0-9]*.tmp", "metrics.jsonl"),
+    *(WEIGHTS, index_of(Path(WEIGHTS)).name, "weights-[0-9]*-of-[0-9]*.safetensors", "weights*.safetensors*.tmp"),
+    *("encoder", "memory.txt", "profile", "probes", "evaluation", *LATE),
 )
 logger = logging.getLogger(__name__)
 
@@ -198,7 +209,7 @@ def foreign_files(directory: Path) -> list[str]:
     found = _others(directory, (*TAKEN, *EARLY, MARKER, *stages, *LATE))
     for name in ("initial", *sorted(stages)):
         found += _others(directory / name, OF_STAGE)
-    found += _others(directory / "logs", ("*.log", *LATE))
+    found += _others(directory / "logs", LOGS)
     for name in ("blank", "vlm"):
         if (directory / name).is_dir():
             found += [directory / name / one for one in foreign_files(directory / name)]

@@ -80,7 +80,7 @@ def encoder_remedy(directory: Path) -> str:
 
 
 def verify_path(path: Path) -> Iterator[Finding]:
-    """Verify the run at `path` and its blank-image control, or an exported directory.
+    """What `verify_run` finds of the run at `path`, and of its twin and fine-tuning in it; or of an exported directory.
 
     Yields one `Finding` per file or folder. Raises ValueError if `path` is neither.
     """
@@ -93,8 +93,9 @@ def verify_path(path: Path) -> Iterator[Finding]:
         yield Finding(path / CONFIG, str(error))
         return
     yield from verify_run(run)
-    if (path / "blank" / CONFIG).is_file():
-        yield from verify_path(path / "blank")
+    for inner in ("blank", "vlm"):
+        if (path / inner / CONFIG).is_file():
+            yield from verify_path(path / inner)
 
 
 def verify_run(run: Run) -> Iterator[Finding]:

@@ -130,13 +130,14 @@ class FeatureStore:
 
     def _open(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        how = os.O_NOFOLLOW | os.O_NONBLOCK  # a link would be written through, a pipe waited for
         try:
-            self._descriptor, self._is_ours = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666), True
+            self._descriptor, self._is_ours = os.open(self.file, how | os.O_RDWR | os.O_CREAT, 0o666), True
         except OSError as error:
             if error.errno not in (EACCES, EPERM, EROFS):
                 raise
-            # another user's file, opened read-only: enough if no features are missing
-            self._descriptor, self._is_ours = os.open(self.file, os.O_RDONLY), False
+            # another user's: good enough where nothing is missing
+            self._descriptor, self._is_ours = os.open(self.file, how | os.O_RDONLY), False
         self._close = finalize(self, os.close, self._descriptor)
 
     def _write(self, number: int, row: Any, state: bytes) -> None:

@@ -63,8 +63,8 @@ class ShardCache:
     retry_seconds: float = 300.0
     pause: float = 0.5  # seconds, upper bound of the wait before the second try; doubled for each further try
 
-    def open(self, shard: str, digest: str = "") -> int:
-        """Return a file descriptor for `shard`. A remote shard must match `digest`, unless that is empty.
+    def open(self, shard: str, digest: str = "", size: int = 0) -> int:
+        """A file descriptor on `shard`, if that is remote on one of that `digest` and `size`, where they are known.
 
         Raises OSError for a missing file, and for a URL that the server refuses or whose content does not match.
         Raises TryAgain if the server does not deliver within `retry_seconds`.
@@ -74,16 +74,21 @@ class ShardCache:
         stem = cache_dir() / "shards" / xxhash.xxh3_64_hexdigest(credentials.identity(shard).encode())
         try:
             stem.parent.mkdir(parents=True, exist_ok=True)
-            return self._open_fetched(shard, stem, digest)
+            return self._open_fetched(shard, stem, digest, size)
         except PermissionError as error:
             raise OSError(f"shard {shard}: {error}: set XDG_CACHE_HOME to a folder of yours") from None
 
-    def _open_fetched(self, shard: str, stem: Path, digest: str) -> int:
+    def _open_fetched(self, shard: str, stem: Path, digest: str, size: int) -> int:
         while True:
             for path in _kept(stem, digest):
-                with suppress(FileNotFoundError):  # evicted by another process
-                    descriptor = os.open(path, os.O_RDONLY)  # stays readable after eviction
-                    with suppress(PermissionError, FileNotFoundError):  # another user's file
+                with suppress(FileNotFoundError):  # given up for room
+                    descriptor = os.open(path, os.O_RDONLY)  # stays readable when its name is given up
+                    if size and os.fstat(descriptor).st_size != size:  # cut by a failing disk: fetched again
+                        os.close(descriptor)
+                        logger.warning("%s is damaged, and fetched again", path)
+                        path.unlink()
+                        continue
+                    with suppress(PermissionError, FileNotFoundError):  # another user's
                         os.utime(path)
                     return descriptor
             with locked(own_lock(stem)):  # ranks and workers that need the same shard wait for one download
@@ -99,6 +104,7 @@ class ShardCache:
             self._download(url, part)
             with part.open("rb") as file:
                 digest = digest_of(file.fileno())
+                os.fsync(file.fileno())  # the name promises the content, after a power cut, too
             if wanted not in ("", digest):
                 raise OSError(
                     f"shard {url} is not what it was when it was indexed: restore it, or give the new one another name"

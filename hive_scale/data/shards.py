@@ -139,7 +139,7 @@ class ShardReader:
         return self._open[shard]
 
     def _opened(self, shard: str, stamp: Stamp) -> int:
-        descriptor = self.cache.open(shard, stamp.digest)
+        descriptor = self.cache.open(shard, stamp.digest, stamp.size)
         if not is_remote(shard) and not stamp.fits(os.fstat(descriptor)) and digest_of(descriptor) != stamp.digest:
             os.close(descriptor)
             raise OSError(f"shard {shard} has changed since it was indexed: restore it")

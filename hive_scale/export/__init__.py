@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,7 +35,7 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
     `out` appears complete or not at all. Raises ValueError if no `stage` is named and the run is not finished, if the
     stage is not done, the weights are damaged, `out` exists, or the model cannot be exported as this kind.
     """
-    if out.exists():
+    if os.path.lexists(out):  # a link, too, whose disk may be away
         raise ValueError(f"{out} exists: give another --output, or remove it")
     run = Run(directory)
     if not stage and (left := [name for name in run.config.stages if name not in run.finished()]):
@@ -45,7 +46,7 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
         )
     stage = run.stage(stage)
     weights = read_weights(run.weights(stage))
-    with published(out) as folder:
+    with published(out, replace=False) as folder:
         config = replace(run.config, data=run.config.data_of(stage))
         KINDS[kind](config, weights, folder, DTYPES[dtype])
         (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))

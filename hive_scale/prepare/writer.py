@@ -25,7 +25,7 @@ from hive_scale.prepare.concepts import split_of
 from hive_scale.prepare.readers import Item, Source
 from hive_scale.prepare.records import check_made_here, write_shard
 from hive_scale.shared_files import locked
-from hive_scale.strict_json import dumps
+from hive_scale.strict_json import dumps, loads
 
 JOURNAL = "conversion.jsonl"
 # MPO is a phone's JPEG with further images behind it.
@@ -43,6 +43,13 @@ class Shard:
     samples: int
     num_bytes: int
     skipped: list[tuple[str, str]] = field(default_factory=list)  # (number of the record, reason)
+
+    def __post_init__(self) -> None:
+        """Raises TypeError for what no shard of ours is: a journal may be anyone's."""
+        if not isinstance(self.name, str) or Path(self.name).name != self.name:
+            raise TypeError(f"{self.name!r} is no file's name")
+        if not isinstance(self.samples, int) or not isinstance(self.num_bytes, int):
+            raise TypeError(f"{self.name} has no number of samples or bytes")
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,12 @@ class _Journal:
         if lines[0] != identity:
             changed = ", ".join(key for key in identity if lines[0].get(key) != identity[key])
             raise ValueError(f"{output} holds a set made with other {changed}: choose another --output, or --overwrite")
-        shards = (Shard(**line) for line in lines[1:])
+        try:
+            shards = [Shard(**line) for line in lines[1:]]
+        except TypeError as error:
+            raise ValueError(
+                f"{self.path} is not what was written ({error}): choose another --output, or --overwrite"
+            ) from None
         self.done = {one.name: one for one in shards if not one.samples or (output / one.name).is_file()}
         text = "".join(dumps(line) + "\n" for line in (identity, *map(asdict, self.done.values())))
         self.path.write_text(text, encoding="utf-8")
@@ -201,9 +213,10 @@ class _Journal:
             file.write(dumps(asdict(shard)) + "\n")
 
     def _read(self) -> list[dict[str, Any]]:
-        lines = []
+        lines: list[dict[str, Any]] = []
         if self.path.is_file():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # truncated by a kill
-                    lines.append(json.loads(text))
-        return lines
+            with self.path.open("rb") as file:
+                for text in file:
+                    with suppress(ValueError):  # cut in its middle by a kill
+                        lines.append(loads(text))
+        return [line for line in lines if isinstance(line, dict)]

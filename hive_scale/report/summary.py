@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from hive_scale.atomic import write_text
 from hive_scale.batch import Batch
 from hive_scale.checkpoint.stage_files import WEIGHTS
 from hive_scale.checkpoint.weights import read_weights
@@ -53,7 +54,7 @@ def show(config: Config, device: torch.device) -> None:
         if not whole:  # not saved, so that the next start tries again
             console.out(text.get(), end="")
             return
-        kept.write_text(text.get())
+        write_text(kept, text.get())  # whole: it is shown from now on
     console.out(kept.read_text(errors="replace"), end="")
 
 
