@@ -16,11 +16,13 @@ from stat import S_ISREG
 from typing import NamedTuple
 
 from hive_scale.atomic import write_text
+from hive_scale.phase_timer import tick
 from hive_scale.strangers import MB, read_bytes
 
 SUMS = "hive_scale.sha256"
 SEALED = ".safetensors"  # suffix of large files, which may hold a checksum of their own
 REMEDY = f"get it again from where it came, or, if you changed it yourself, remove {SUMS}"
+PIECE = 1 << 24  # bytes read at a time
 LARGEST = 64 * MB  # bytes of such a list
 _HEADER = "# hive_scale 1, {count} files. Check them with: sha256sum -c " + SUMS
 _ENTRY = re.compile(r"# (?P<size>\d+) bytes\n(?P<digest>[0-9a-f]{64})  (?P<name>[^\n]+)\n")
