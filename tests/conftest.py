@@ -6,6 +6,7 @@ Everything that tests start, such as a Slurm or a browser, ends with them, howev
 import os
 
 import guardian
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -13,3 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors; and the other co
 settings.register_profile("shared", deadline=None)  # a busy machine's seconds say nothing of a property
 settings.load_profile("shared")
 guardian.watch()
+LONGEST = ("test_cluster", "test_resume", "test_parity", "test_bitwise", "test_launch", "test_security")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: at the end, side by side, no process waits for another's."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))

@@ -20,7 +20,7 @@ def printed(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("case", ["one", "fsdp"])
+@pytest.mark.parametrize("case", ["one", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_every_contender_takes_the_same_step(case: str) -> None:
     lines = printed("engines", "--cases", case, "--steps", "1").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
@@ -34,7 +34,8 @@ def test_every_way_to_the_loss_agrees() -> None:
     assert sum("linear_cross_entropy" in row for row in rows) == 4
 
 
-@pytest.mark.parametrize("case", [pytest.param("zero2", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["zero2", "fsdp"])
 def test_every_saver_brings_its_own_state_back(case: str) -> None:
     lines = printed("checkpoint", "--cases", case, "--ranks", "2", "--others", "1").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
