@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from test_train import small, some_pairs  # noqa: F401  (the fixture is one of this module, too)
 from transformers import (
     AutoImageProcessor,
@@ -177,6 +181,17 @@ def test_a_run_gives_its_parts_away_with_a_card(
         assert error.startswith("error: ")
         assert part in error
     assert not (tmp_path / "llava").exists()
+
+
+def test_torch_alone_loads_the_distributed_checkpoint_as_its_card_says(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "dcp"
+    export_run("dcp", run, out, stage="projector")
+    code = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)[0]
+    code += "\nfrom safetensors.torch import save_file\nsave_file(state, 'state.safetensors')"
+    subprocess.run([sys.executable, "-c", code], cwd=out, check=True)
+    found, wanted = load_file(out / "state.safetensors"), load_file(run / "projector" / "weights.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def test_an_encoder_that_is_still_to_be_trained_is_given_away_on_request_alone(run: Path, tmp_path: Path) -> None:

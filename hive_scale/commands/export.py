@@ -1,4 +1,4 @@
-"""Export a run as stock Hugging Face directories with a model card, or verify the checksums of a run."""
+"""Export a run as directories that other tools load, with a model card, or verify the checksums of a run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ examples:
   python launchers/export.py llm runs/debug --stage language             the LLM after stage two
   python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for hive_scale.export
   python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
+  python launchers/export.py dcp runs/debug                              for torch.distributed.checkpoint.load
   python launchers/export.py verify runs/debug                           every checksum of a run
   python launchers/export.py verify hive                                 every checksum of what was exported
 
@@ -20,10 +21,11 @@ Each makes RUN/export/WHAT, unless --output says otherwise.
 Exit codes: 0 done, 1 verify found damage, 2 something to change in the command.
 """
 KINDS = {
-    "encoder": "SiglipVisionModel or CLIPVisionModel, with its image processor",
+    "encoder": "the vision encoder in its own class, with its image processor",
     "llm": "the causal LM, with its tokenizer",
     "hive": "the whole model, for hive_scale.export.from_pretrained",
     "llava": "a fusion=concat model, for transformers' LlavaForConditionalGeneration",
+    "dcp": "all tensors by name, as a stock torch.distributed.checkpoint",
 }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from hive_scale import checksums, strict_json
@@ -107,9 +108,16 @@ def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: tor
     )
 
 
+def _dcp(_: Config, weights: Weights, path: Path, dtype: torch.dtype) -> None:
+    """A torch.distributed.checkpoint of all tensors by name, from which any sharding loads. Holds the whole model."""
+    state = {name: weights[name].to(dtype) for name in weights}
+    dcp.save(state, checkpoint_id=path, no_dist=True)
+
+
 KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {
     "encoder": _encoder,
     "llm": _llm,
     "hive": save_pretrained,
     "llava": _llava,
+    "dcp": _dcp,
 }

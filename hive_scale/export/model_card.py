@@ -12,17 +12,20 @@ from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps
 from hive_scale.version import code_version
 
+LIBRARIES = {"hive": "hive_scale", "dcp": "pytorch"}
 TASKS = {
     "encoder": "image-feature-extraction",
     "llm": "text-generation",
     "hive": "image-to-text",
     "llava": "image-text-to-text",
+    "dcp": "image-to-text",
 }
 WHAT = {
     "encoder": "The vision encoder of a HIVE. Read `hidden_states[-2]`: the block after it is never trained.",
     "llm": "The language model of a HIVE, alone: without an image it says what the whole model says.",
     "hive": "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
     "llava": "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
+    "dcp": "The tensors of a HIVE by name, as a torch.distributed.checkpoint.",
 }
 MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # characters with a meaning in Markdown, HTML or mathematics
 BORDER = r"\|"
@@ -51,6 +54,13 @@ llava, processor = LlavaForConditionalGeneration.from_pretrained(DIRECTORY), Aut
 start = processor.tokenizer.bos_token or processor.tokenizer.eos_token
 inputs = processor(images=image, text=f"{start}<image>", add_special_tokens=False, return_tensors="pt")
 caption = processor.decode(llava.generate(**inputs)[0], skip_special_tokens=True)""",
+    "dcp": """\
+import torch
+import torch.distributed.checkpoint as dcp
+
+metadata = dcp.FileSystemReader(DIRECTORY).read_metadata().state_dict_metadata
+state = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in metadata.items()}
+dcp.load(state, checkpoint_id=DIRECTORY)""",
 }
 
 
@@ -59,7 +69,7 @@ def card(kind: str, run: Run, stage: str, identity: str, dtype: str) -> str:
     config = run.config
     return f"""\
 ---
-library_name: {"hive_scale" if kind == "hive" else "transformers"}
+library_name: {LIBRARIES.get(kind, "transformers")}
 pipeline_tag: {TASKS[kind]}
 tags: [hive, vision]
 ---
