@@ -33,10 +33,9 @@ class Report:
 
 
 def page(report: Report) -> str:
-    """Render the page as HTML text."""
-    drawn = {"plots": _elements(report.plots), "maps": _elements(report.maps)}
+    """The page's text."""
     captions = [{"": _image(pixels), **texts} for pixels, texts in report.captions]
-    return _template().render(report={**vars(report), **drawn}, captions=captions, theme=Markup(THEME))
+    return _template().render(report=report, captions=captions, theme=THEME)
 
 
 @cache
@@ -56,10 +55,6 @@ def _template() -> Template:
 def _plain(value: Any) -> Any:
     """Replace characters of a text that HTML forbids; escaping follows."""
     return value if isinstance(value, Markup) else in_xml(str(value))
-
-
-def _elements(drawn: Mapping[str, str]) -> dict[str, Markup]:
-    return {title: Markup(svg) for title, svg in drawn.items()}  # safe: `svg` has escaped all texts
 
 
 def _image(pixels: Tensor) -> Markup:
