@@ -111,7 +111,8 @@ def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: tor
 def _dcp(_: Config, weights: Weights, path: Path, dtype: torch.dtype) -> None:
     """A torch.distributed.checkpoint of all tensors by name, from which any sharding loads. Holds the whole model."""
     state = {name: weights[name].to(dtype) for name in weights}
-    dcp.save(state, checkpoint_id=path, no_dist=True)
+    saver: Any = dcp  # whose type hints do not export what it exports
+    saver.save(state, checkpoint_id=path, no_dist=True)
 
 
 KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {
