@@ -1,6 +1,6 @@
 """A night of a paper-shaped run in virtual time: steps lost, goodput and disk under node failures and time limits.
 
-  python tests/faults/night.py                                 the table of docs/faults.md: 12 hours of one RTX 3090
+  python tests/faults/night.py                                 the table of docs/failures.md: 12 hours of one RTX 3090
   python tests/faults/night.py --gpu h100 --world 8 --failures 2 100
 
 The seconds of a step and of a checkpoint are the planner's. When to save, what a stop leaves, and which checkpoints
