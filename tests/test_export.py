@@ -166,6 +166,7 @@ def test_a_run_gives_its_parts_away_with_a_card(
         card = (tmp_path / kind / "README.md").read_text()
         assert "| language | 1 |" in card
         assert "| joint | 1 |" not in card
+        assert r"| fusion | cross\_attention, 50% of the encoder's depths, uniform |" in card
         assert read_weights(run / "language" / "weights.safetensors").identity in card
     config = small(run).model
     ours = load_model(config, read_weights(run / "language"))

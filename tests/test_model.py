@@ -24,6 +24,7 @@ from hive_scale.model.build import init_model, load_model, meta_model
 from hive_scale.model.encoders import Clip, Siglip, covered, encoder_depths, group_ends, hidden_states, patches
 from hive_scale.model.fusion.joint_attention import visual_positions
 from hive_scale.presets import load
+from hive_scale.registry import FUSIONS as FUSION_CLASSES
 
 pytestmark = pytest.mark.contract
 FUSIONS = ("cross_attention", "joint_attention", "concat")
@@ -274,6 +275,18 @@ def test_parts_load_from_hugging_face_directories(tmp_path: Path, vision: dict[s
     # the injected layers start as copies of their hosts
     host = built.language.model.layers[built.fusion.depths[0]]
     assert torch.equal(built.fusion.layers[0].get_parameter("q_proj.weight"), host.self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])
+def test_norms_of_visual_keys_start_as_the_hosts(fusion: str) -> None:
+    config = tiny.model_config(fusion, "qwen3")
+    model = init_model(config, seed=0)
+    with torch.no_grad():  # all layers' norms are alike at first
+        for number, layer in enumerate(model.language.model.layers):
+            layer.self_attn.k_norm.weight.fill_(1.5 + number)
+    fused = FUSION_CLASSES[fusion](model.host, model.language, len(model.encoder_depths), config)
+    for depth, layer in zip(fused.depths, fused.layers, strict=True):
+        assert torch.equal(layer.get_parameter("k_norm.weight"), torch.full((12,), 1.5 + depth))
 
 
 def test_the_encoder_leaves_as_a_stock_directory(tmp_path: Path) -> None:
