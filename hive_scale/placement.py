@@ -28,7 +28,7 @@ class View(NamedTuple):
     host: str  # host name, for messages
     machine: str  # unique id of the machine
     local_rank: int  # rank on its node, from the launcher; only a preference among devices
-    kind: str  # device type, such as "cuda" or "cpu"
+    kind: str  # device type, as torch.device has it
     devices: list[tuple[str, str]]  # (unique id, id of its card) of each visible device
     address: str  # IP address of this process on the route to the rendezvous; "": none
 
