@@ -32,12 +32,20 @@ from checkpoint_ranks import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 import hive_scale.checkpoint.checkpointer as staging_module
 from hive_scale.checkpoint.checkpointer import Checkpointer, WriteError
-from hive_scale.checkpoint.format import OwnedRange, Range, difference, divide, write_manifest
-from hive_scale.checkpoint.io import CorruptFile
+from hive_scale.checkpoint.format import (
+    OwnedRange,
+    Range,
+    StepCheckpoint,
+    difference,
+    divide,
+    tensor_name,
+    write_manifest,
+)
+from hive_scale.checkpoint.io import CorruptFile, file_hash
 from hive_scale.checkpoint.stage_files import LazyTensor, find_weights
 from hive_scale.checkpoint.weights import fill, merge_trained_weights, read_weights, write_weights
 from hive_scale.config import KeepConfig
@@ -553,3 +561,18 @@ def test_a_failed_handoff_leaves_nothing_that_looks_done(tmp_path: Path) -> None
         assert find_weights(path) is None
     write_weights(path, {"a": torch.ones(3)})
     assert find_weights(path) == path
+
+
+def test_a_range_is_read_from_the_middle_of_stored_ranges(tmp_path: Path) -> None:
+    files, step = {}, tmp_path / "step_00000001"
+    step.mkdir()
+    for rank, begin in enumerate((0, 6)):
+        stored, path = Range("master/a", begin, 6), step / f"rank_{rank:05d}.safetensors"
+        path.write_bytes(save({tensor_name(stored): torch.arange(begin, begin + 6.0)}))
+        entry = {"bytes": path.stat().st_size, "xxh3_128": file_hash(path), "ranges": [list(stored)]}
+        files[path.name] = entry
+    write_manifest(step, 1, {"master/a": (12,)}, files, {})
+    for low, high in ((8, 11), (4, 9), (7, 12)):
+        out = torch.empty(high - low)
+        StepCheckpoint(step).read("master/a", low, out)
+        assert out.tolist() == list(range(low, high))

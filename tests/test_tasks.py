@@ -350,7 +350,7 @@ def test_mme_from_parquet(tmp_path: Path) -> None:
 
 def test_mme_from_its_release(tmp_path: Path) -> None:
     touch_image(tmp_path / "count" / "1.jpg")  # both of the release's ways to lay out a subtask
-    (tmp_path / "count" / "1.txt").write_text("Are there two?\tYes\nAre there three?\tNo\n")
+    (tmp_path / "count" / "1.txt").write_text("Are there two?\t Yes \nAre there three?\tNo.\n")
     touch_image(tmp_path / "posters" / "images" / "tt1.png")
     (tmp_path / "posters" / "questions_answers_YN").mkdir()
     (tmp_path / "posters" / "questions_answers_YN" / "tt1.txt").write_text("A?\tYes\nB?\tNo")
