@@ -153,7 +153,6 @@ def _run_stages(
     anew: bool,
     take: Callable[[], None],
 ) -> None:
-    left = [name for name in wanted if anew or not is_stage_done(config.run_dir / name)]
     found = open_all(config, noted=False)
     if anew:
         check_shards_stay(config, found)
