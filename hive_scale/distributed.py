@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps, loads
 
 TOLD = 2.0  # seconds that this process waits for the others to hear of its failure
+T = TypeVar("T")
 
 
 class Fragment(NamedTuple):
@@ -73,9 +74,9 @@ class World:
             for tensor, part in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
-    def of_main(self, text: str) -> str:
-        """Broadcast rank 0's `text` to every rank. A collective on the host."""
-        held = [text]
+    def of_main(self, value: T) -> T:
+        """Broadcast rank 0's `value` to every rank. A collective on the host."""
+        held = [value]
         if self.size > 1:
             dist.broadcast_object_list(held, device=torch.device("cpu"))
         return held[0]

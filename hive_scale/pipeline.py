@@ -36,7 +36,6 @@ from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog
 from hive_scale.rundir import check_place
-from hive_scale.strict_json import dumps, loads
 from hive_scale.train import StageRun
 
 PREFIXES = {"vision": ("vision.",), "language": ("language.",), "connector": ("projector.", "fusion.")}
@@ -116,7 +115,7 @@ def run_pipeline(
         locked(config.run_dir, world, patience) as lock,
         listening(config.run_dir, world) as preemption,
     ):
-        if overwrite and world.of_main("again" if is_again(config.run_dir) else ""):
+        if overwrite and world.of_main(is_again(config.run_dir)):
             overwrite = False
         on_main(world, lambda: check_owner(config, overwrite, follows))
         names = list(config.stages)
@@ -139,9 +138,9 @@ def _left(config: Config, wanted: Sequence[str], world: World, anew: bool) -> li
 
     Another node may yet believe that a file is not there, and ranks that went different ways would wait for each other.
     """
-    left = [name for name in wanted if world.is_main and (anew or not is_stage_done(config.run_dir / name))]
-    told: list[str] = loads(world.of_main(dumps(left)))
-    return told
+    return world.of_main(
+        [name for name in wanted if world.is_main and (anew or not is_stage_done(config.run_dir / name))]
+    )
 
 
 def _run_stages(

@@ -66,7 +66,7 @@ def test_a_directory_that_is_not_one_for_all_is_refused_and_one_that_comes_late_
 def stale(world: World, folder: Path) -> tuple[list[str], Any]:
     """On rank 1 nothing is there yet that rank 0 has just written."""
     config = small(folder / "run")
-    config = replace(config, stages={name: config.stages["projector"] for name in ("one", "two")})
+    config = replace(config, stages=dict.fromkeys(("one", "two"), config.stages["projector"]))
     run_pipeline(config, world, until="one")
     questions, counting = easyvqa.read(folder), Counting()
     answer_all(questions[:4], Counting(), LIMIT, folder / "out", world, batch_size=1)

@@ -206,9 +206,7 @@ def results_for_all(
     path: Path, plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset, world: World
 ) -> dict[str, Any] | None:
     """As `read_results`, what the main rank finds. A collective: other nodes may see another file, or none yet."""
-    found = read_results(path, plan, encoder, data) if world.is_main else None
-    told: dict[str, Any] | None = strict_json.loads(world.of_main(dumps(found)))
-    return told
+    return world.of_main(read_results(path, plan, encoder, data) if world.is_main else None)
 
 
 def _made_of(plan: ProbeConfig, encoder: Encoder, data: ClassificationDataset) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, identity_of_processor, key_of
 from hive_scale.model.llava import StockLlava
 from hive_scale.phase_timer import tick
-from hive_scale.strict_json import dumps, loads, read_lines
+from hive_scale.strict_json import dumps, read_lines
 
 PREDICTIONS = "predictions.jsonl"
 # fields of DataConfig that select and load samples; they do not affect how an image and its prompt are processed
@@ -169,7 +169,7 @@ def _due(questions: Sequence[Question], folder: Path, world: World, asked: _Aske
     if world.is_main:
         _join(folder, questions, asked)
         answered = [id for id, line in read_predictions(folder).items() if "broken" not in line]
-    known = set(loads(world.of_main(dumps(answered))))
+    known = set(world.of_main(answered))
     return [one for one in questions if one.id not in known]
 
 
