@@ -73,6 +73,21 @@ def test_the_trace_counts_the_same_flops() -> None:
     assert found["backward"] == pytest.approx(want.backward + want.recompute, rel=0.001)
 
 
+def test_flops_of_an_llm_are_those_of_its_formula() -> None:
+    """By hand: no table of formulas is shared with what is judged."""
+    model, _ = for_stage(tiny.model_config("concat"), stage_of("concat", "joint"))
+    text, targets = 10, 9
+    tokens, width, kv, mlp, layers = text + 16, 48, 2 * 12, 96, 4  # of `tiny.language`; 16 patches
+    weights = 2 * width * width + 2 * width * kv + 3 * width * mlp  # queries and output, keys and values, the MLP
+    products, attention = layers * 2 * tokens * weights, layers * 2 * (2 * tokens * tokens * width)
+    head = 2 * targets * width * tiny.VOCABULARY
+    found = count(model).components(1, text, targets)["language"]
+    assert found.forward == pytest.approx(products + attention + head, rel=1e-9)
+    # each product has two in backward, but the head's: its weights are the embeddings, which do not train here
+    assert found.backward == pytest.approx(2 * products + 2 * attention + head, rel=1e-9)
+    assert found.recompute == pytest.approx(attention / 2, rel=1e-9)  # its scores, once more
+
+
 def test_a_side_that_the_patch_does_not_divide_counts_whole_patches() -> None:
     def counted(side: int) -> float:
         base = tiny.model_config()

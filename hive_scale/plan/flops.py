@@ -102,6 +102,17 @@ def count(model: Any, checkpointing: CheckpointingConfig | None = None) -> Work:
     return Work({part: np.linalg.solve(terms, np.array([one[part] for one in counted])) for part in counted[0]})
 
 
+def encoder_flops(model: Any) -> float:
+    """FLOPs of the encoder's forward for one image; `model` as for `count`."""
+    size = model.vision.config.image_size
+    counter = _Counter()
+    with FakeTensorMode():
+        fake_parameters(model, torch.float32)
+        with counter:
+            model.encode(torch.empty((1, 3, size, size), dtype=torch.uint8))
+    return float(sum(counter.done.values())[0])
+
+
 def _forward(model: Any, inputs: Mapping[str, Tensor], checkpointing: CheckpointingConfig | None) -> Mapping[str, Any]:
     """(forward, backward, recompute) FLOPs by component, of one forward and the backward that would follow."""
     counter = _Counter()

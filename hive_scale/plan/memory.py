@@ -13,7 +13,7 @@ import torch
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
 from hive_scale.model import build
-from hive_scale.plan.flops import count
+from hive_scale.plan.flops import encoder_flops
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
 from hive_scale.plan.timeline import MemoryPeak
 from hive_scale.plan.trace import Trace, trace
@@ -89,7 +89,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     dtype = DTYPES[config.engine.precision]
     frozen = not any(param.trained for param in params if param.name.startswith("vision."))
     cached = frozen and config.feature_cache and not config.data.blank_images
-    seeing = count(build.for_stage(config.model, stage)[0]).components(1, 0, 0)["vision"].forward if cached else 0.0
+    seeing = encoder_flops(build.for_stage(config.model, stage)[0]) if cached else 0.0
     size = build.image_size(config.model)
     image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
