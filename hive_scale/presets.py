@@ -226,7 +226,7 @@ MOBILELLM_350M: dict[str, Any] = {
 
 def _paper(name: str, fusion: str, hub: str, vision: dict[str, Any], later: bool) -> Config:
     groups = three_stages(fusion, (1e-3, 5e-5, 5e-6))
-    sequence = fusion == "concat"  # visual tokens run through the whole LLM, so fewer samples fit
+    sequence = FUSIONS[fusion].lengthens_sequence
     return Config(
         name=_name(name, fusion),
         model=ModelConfig(

@@ -126,10 +126,10 @@ def test_each_framework_enters_through_its_door(framework: str) -> None:
 
 
 def test_nobody_compares_the_name_of_an_entry() -> None:
-    """What differs between entries is theirs to answer; presets name some, as users do."""
+    """What differs between entries is theirs to answer."""
     names = {name for one in (FUSIONS, ENCODERS, HOSTS, OPTIMIZERS) for name in one.names()}
     own = {*PACKAGE.glob("model/fusion/*.py"), *(PACKAGE / "model" / f"{one}.py" for one in ("encoders", "hosts"))}
-    own |= {PACKAGE / one for one in ("registry.py", "presets.py", "engine/optimizer.py")}
+    own |= {PACKAGE / one for one in ("registry.py", "engine/optimizer.py")}
     compared = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in sorted({*PACKAGE.rglob("*.py")} - own)

@@ -57,6 +57,7 @@ class Fusion(nn.Module, metaclass=ABCMeta):
     gates: ClassVar[tuple[str, ...]] = ()  # globs of gates, which short runs may give a learning rate of their own
     beside_gates: ClassVar[tuple[str, ...]] = ()  # globs of the new parameters other than gates
     projector: ClassVar[type[nn.Module]] = Projector  # class of the projectors, one per selected encoder depth
+    lengthens_sequence: ClassVar[bool] = False  # True if visual tokens run through the LLM, so that fewer samples fit
     is_llava: ClassVar[bool] = False  # True if transformers' LLaVA computes the same, so that export to it is possible
 
     def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:

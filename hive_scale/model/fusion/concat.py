@@ -25,6 +25,7 @@ class Concat(Fusion):
 
     new_parameters = ("projector.*",)
     projector = MLP
+    lengthens_sequence = True
     is_llava = True
 
     @classmethod
