@@ -15,13 +15,12 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hive_scale.checksums import PIECE, write_sums
 from hive_scale.checksums import CorruptFile as CorruptFile  # re-exported for the package's other modules
-from hive_scale.checksums import write_sums
 from hive_scale.phase_timer import tick
 from hive_scale.strict_json import dumps
 
 # bytes per piece; large, since writing and hashing each release the GIL once per piece
-PIECE = 1 << 24
 # Bytes after which a file being written is synced to disk. The page cache may take in all of it at once, and a single
 # sync at the end would then show no progress for minutes.
 SYNC = 1 << 30

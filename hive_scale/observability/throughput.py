@@ -9,7 +9,7 @@ from typing import Protocol
 from hive_scale.batch import Batch
 
 
-class Work(Protocol):
+class FlopCount(Protocol):
     """FLOPs of a batch: required by the model, and done by the hardware (more, if activations are recomputed)."""
 
     @property
@@ -21,7 +21,9 @@ class Work(Protocol):
 class Throughput:
     """Rates between successive calls of `step`, so waiting for data, evaluation and saving are included."""
 
-    def __init__(self, work: Callable[[float, float, float], Work] | None, peak: float | None, world_size: int) -> None:
+    def __init__(
+        self, work: Callable[[float, float, float], FlopCount] | None, peak: float | None, world_size: int
+    ) -> None:
         """`work` returns FLOPs of (samples, tokens per sample, target tokens); `peak` is a device's FLOP/s. None:
         unknown.
         """
