@@ -77,6 +77,13 @@ def test_they_train_alike_on_two_ranks(zero: str, trained: Path, tmp_path: Path)
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_jobs_of_a_chain_have_them(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    done = run(sys.executable, "slurm/submit_pipeline.py", "--cluster", "local", *WORDS, f"output={output}")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(output / "joint" / "metrics.jsonl")] == [1, 2, 3]
+
+
 def test_the_encoder_is_exported_in_its_own_class(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "encoder"
     done = run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -185,8 +186,10 @@ def requeue(resources: Resources, notes: Path) -> list[str]:
 def environment(resources: Resources, code: Path, data: DataConfig) -> dict[str, str]:
     """Return the environment variables of every process of a job, to be exported by its script."""
     threads = max(1, resources.cpus_per_task - data.workers)
+    # the snapshot first; a user's own modules, such as extensions, may lie where his environment says
+    paths = dict.fromkeys([str(code), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
     variables = {
-        "PYTHONPATH": str(code),
+        "PYTHONPATH": os.pathsep.join(paths),
         "PYTHONSAFEPATH": "1",  # otherwise the directory of submission would precede the snapshot
         "OMP_NUM_THREADS": str(threads),
     }
