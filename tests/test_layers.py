@@ -42,8 +42,15 @@ ROOMS: dict[str, set[str]] = {
     "export": {"model", "data", "observability", "checkpoint"},
     "feature_cache": {"model", "data"},
     "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
-    "train": {"model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"},
-    "pipeline": {"model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"},
+    "callbacks": {"engine", "train"},  # the types of what they are given
+    "train": {
+        *("model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"),
+        "callbacks",
+    },
+    "pipeline": {
+        *("model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"),
+        "callbacks",
+    },
     "launch": {"observability", "resilience"},
     "run": {"model", "checkpoint"},
     "report": {"model", "data", "observability", "checkpoint", "evaluate", "preflight", "run"},
@@ -58,7 +65,7 @@ DOORS: dict[str, set[str]] = {
     "submitit": {"hive_scale/slurm/"},
     "transformers": {
         *("hive_scale/model/", "hive_scale/data/tokenizer.py", "hive_scale/data/byte_tokenizer.py"),
-        *("hive_scale/export/", "hive_scale/evaluate/llava.py", "hive_scale/prepare/smollm2.py"),
+        *("hive_scale/export/", "hive_scale/prepare/smollm2.py"),
         "launchers/benchmarks/",  # as the peer that is measured
     },
     "accelerate": {"hive_scale/model/build.py", "launchers/benchmarks/"},

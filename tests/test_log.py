@@ -97,6 +97,16 @@ def written(folder: Path, steps: int = 8) -> Path:
     return folder / "joint" / "metrics.jsonl"
 
 
+def test_what_is_not_finite_is_left_out_of_a_line(tmp_path: Path) -> None:
+    run_dir(tmp_path)
+    with StageLog(tmp_path / "joint", 10, 0, 0, OFF, WORLD) as log:
+        log.step(1, 4, values(eval_loss=float("nan"), gates={"0": float("inf"), "1": 0.5}))
+    (line,) = (tmp_path / "joint" / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["gates"] == {"1": 0.5}
+    assert "eval_loss" not in found
+
+
 def wrong_key(text: str) -> str:
     return text.replace('"step"', '"stpe"')
 
