@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml requirements.lock
 
 # after a change of pyproject.toml; UPGRADE=--upgrade takes the newest of everything
 lock: $(UV)
-	$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.11 --no-emit-index-url \
+	$(UV) pip compile pyproject.toml --extra dev --extra demo --universal --python-version 3.11 --no-emit-index-url \
 		--custom-compile-command 'make lock' --quiet $(UPGRADE) --output-file requirements.lock
 
 # the contract with every dependency, at both ends of what pyproject.toml admits

@@ -53,6 +53,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "launch": {"observability", "resilience"},
     "run": {"model", "checkpoint"},
+    "captioner": {"model", "data", "export", "report", "run"},
     "report": {"model", "data", "observability", "checkpoint", "evaluate", "preflight", "run"},
 }
 FACES = {"__init__", "__main__", "commands", "slurm"}  # what a person calls: they see every room
@@ -63,6 +64,7 @@ DOORS: dict[str, set[str]] = {
     "omegaconf": {"hive_scale/config.py", "hive_scale/config_merge.py", "hive_scale/presets.py"},
     "matplotlib": {"hive_scale/report/", "hive_scale/plan/sweep.py", "launchers/benchmarks/"},
     "submitit": {"hive_scale/slurm/"},
+    "gradio": {"hive_scale/commands/demo.py"},
     "transformers": {
         *("hive_scale/model/", "hive_scale/data/tokenizer.py", "hive_scale/data/byte_tokenizer.py"),
         *("hive_scale/export/", "hive_scale/prepare/smollm2.py"),

@@ -9,6 +9,8 @@ COMMANDS = {
     "finetune_vlm": "give the encoder to a chat LLM, after LLaVA",
     "evaluate": "MME, GQA, OK-VQA, ScienceQA and easy-vqa",
     "visualize": "gradient maps, attention maps, a report; wandb after the fact",
+    "caption": "captions of your images by a trained model, or answers about them",
+    "demo": "the same in a browser, with the attention of each word",
     "export": "Hugging Face directories with a model card; verify a run",
     "doctor": "is this cluster fit for a long job? devices, networks, a shared folder",
 }

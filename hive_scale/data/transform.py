@@ -9,7 +9,7 @@ from struct import Struct
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_jpeg
 from torchvision.transforms import InterpolationMode
@@ -114,6 +114,8 @@ def _told() -> Iterator[None]:
         yield
     except ValueError:
         raise
+    except UnidentifiedImageError:  # whose message has an address in memory
+        raise ValueError("the image cannot be decoded: it is no JPEG, PNG or WebP") from None
     except Exception as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2] if str(error) else type(error).__name__
         raise ValueError(f"the image cannot be decoded: {reason}") from None

@@ -18,8 +18,8 @@ from hive_scale.checkpoint.io import published
 from hive_scale.checkpoint.run_reader import Run
 from hive_scale.checkpoint.stage_files import LazyTensor
 from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
-from hive_scale.config import Config, ModelConfig, PartConfig
-from hive_scale.config_merge import with_new_names
+from hive_scale.config import Config, DataConfig, ModelConfig, PartConfig, TokenizerConfig
+from hive_scale.config_merge import resolve, with_new_names
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.export import huggingface, portable
 from hive_scale.export.model_card import card
@@ -29,6 +29,9 @@ from hive_scale.precision import DTYPES
 from hive_scale.shared_files import Held, locked, own_lock
 from hive_scale.strict_json import dumps
 from hive_scale.version import code_version
+
+# fields of DataConfig by which images and prompts become what the model reads
+PROCESSING = {"format", "image_position", "image_transform", "max_pixels", "max_tokens"}
 
 
 def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
@@ -63,7 +66,8 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
 def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a whole HIVE, with tokenizer and image processor, for `from_pretrained`. Holds one tensor at a time."""
     model = build.with_full_configs(config.model)
-    content = {"model_type": "hive", "code": code_version(), "model": asdict(model)}
+    processing = {name: value for name, value in asdict(config.data).items() if name in PROCESSING}
+    content = {"model_type": "hive", "code": code_version(), "model": asdict(model), "data": processing}
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(dumps(content, indent=2))
     write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
@@ -80,12 +84,31 @@ def from_pretrained(path: Path) -> Hive:
     """
     checksums.check(path, weights=False)  # weight files carry their own checksums
     try:
-        fields = with_new_names(ModelConfig, strict_json.read(path / "config.json")["model"])
+        fields = with_new_names(ModelConfig, _content(path)["model"])
         parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
         model = ModelConfig(**(fields | parts))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{path} is not an exported HIVE: {error!r}") from None
+        raise ValueError(f"{path} is not an exported HIVE: {error}") from None
     return build.load_model(model, read_weights(path, checksummed=checksums.is_listed(path)))
+
+
+def processing(path: Path) -> DataConfig:
+    """How the model that `save_pretrained` wrote to `path` reads images and prompts; its tokenizer is that of `path`.
+
+    Raises ValueError for a value that cannot be.
+    """
+    known = _content(path).get("data", {})  # exports of older versions have none
+    wanted = {name: value for name, value in dict(known).items() if name in PROCESSING}
+    return resolve(DataConfig(tokenizer=TokenizerConfig(str(path))), wanted)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The config.json that `save_pretrained` wrote. Raises ValueError if it is another model's."""
+    content: Any = strict_json.read(path / "config.json")
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != "hive":
+        raise ValueError(f"it holds a {kind or 'file of another kind'}, not a whole HIVE")
+    return dict(content)
 
 
 def _converted(weights: Weights, dtype: torch.dtype) -> dict[str, LazyTensor]:
