@@ -30,9 +30,13 @@ EXAMPLES = """examples:
   python launchers/prepare_data.py easy_vqa --output data/easyvqa        48,248 questions about 5,000 images
   python launchers/prepare_data.py fashion_mnist --output data/fashion_mnist       70,000 images, 10 classes
   python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
-  python launchers/prepare_data.py llava chat.json images.zip --output data/cc3m_595k     CC3M-595K, LCS-558K
-  python launchers/prepare_data.py parquet 'LLaVA-NeXT-Data/data/*.parquet' --output data/llava_next
+  python launchers/prepare_data.py cc3m                                  where its files come from; lcs, llava_next
+  python launchers/prepare_data.py cc3m downloads/cc3m --output data/cc3m_595k        check them, and convert
+  python launchers/prepare_data.py llava chat.json images.zip --output data/talks         any set in LLaVA's layout
+  python launchers/prepare_data.py parquet 'the_cauldron/*/*.parquet' --output data/cauldron   sets of the hub
   python launchers/prepare_data.py table captions.csv images/ --output data/mine        columns image, caption
+  python launchers/prepare_data.py table captions_train2017.json train2017/ --output data/coco      and Flickr's lists
+  python launchers/prepare_data.py pairs photos/ --output data/mine      img2dataset's files, .caption, tars of .json
   python launchers/prepare_data.py classes imagenet/train --output data/imagenet          a folder per class
   python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, images, faults
 img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or look them over with index.
