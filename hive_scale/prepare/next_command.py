@@ -31,7 +31,8 @@ def pretrain_command(output: Path, samples: int, heldout: int) -> str:
     Fewer than a batch of the paper's recipe go with the preset debug, a small model without a download.
     """
     preset = "rtx3090" if samples >= SMALL else "debug"
-    words = [f"output=runs/{output.resolve().name}", *data_words(output, heldout)]
+    name = re.sub(r"[^\w.+-]", "_", output.resolve().name)
+    words = [f"output=runs/{name}", *data_words(output, heldout)]
     return f"{command_name('pretrain')} --preset {preset} {' '.join(map(shlex.quote, words))}"
 
 
@@ -43,6 +44,8 @@ def data_words(output: Path, heldout: int, key: str = "data") -> list[str]:
 
 def check_patterns(output: Path, splits: Sequence[str]) -> None:
     """Raise ValueError if the folder's name has characters with which no pattern finds its tars."""
+    if "${" in str(output):  # a reference in the config's language
+        raise ValueError(f"no shard pattern names the tars in {output}: rename the folder")
     for split in splits:
         tars = sorted(map(str, output.glob(f"{split}-*.tar")))
         try:
