@@ -260,10 +260,15 @@ def _print_next(output: Path, shards: Sequence[Shard], next_command: NextCommand
     from hive_scale.prepare.next_command import check_patterns, pretrain_command
 
     counts = _samples_of(shards)
-    if counts["train"]:
+    if not counts["train"]:
+        return
+    try:
         check_patterns(output, [split for split, samples in counts.items() if samples])
-        command = (next_command or pretrain_command)(output, counts["train"], counts["heldout"])
-        print(f"train on it:\n  {printable(command)}")
+    except ValueError as error:  # the set itself is complete
+        print(printable(error))
+        return
+    command = (next_command or pretrain_command)(output, counts["train"], counts["heldout"])
+    print(f"train on it:\n  {printable(command)}")
 
 
 def _samples_of(shards: Sequence[Shard]) -> dict[str, int]:
