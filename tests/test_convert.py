@@ -236,7 +236,7 @@ def test_bytes_that_are_no_text_cost_their_record_alone(tmp_path: Path) -> None:
     assert found["txt"] == b"fine"
     assert json.loads(found["json"])["author"] == "\ud83d"
     assert [reason.encode(errors="replace") for reason in skipped(tmp_path / "out").values()] == [
-        b"the caption is no UTF-8 (--encoding NAME)",
+        b"the caption has bytes that are no text (--encoding NAME)",
         f"there is no ?.jpg in {tmp_path} (--image COLUMN)".encode(),
     ]
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import shlex
+import tarfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_bytes_of_another_encoding_are_named_and_the_option_reads_them(tmp_path:
     path.write_bytes(rows.encode("shift_jis"))
     assert convert("table", path, tmp_path, output=tmp_path / "out") == 0
     assert left_out(tmp_path / "out") == [
-        f"sjis.csv, line {line}: the caption is no UTF-8 (--encoding NAME)" for line in (2, 3)
+        f"sjis.csv, line {line}: the caption has bytes that are no text (--encoding NAME)" for line in (2, 3)
     ]
     assert convert("table", path, tmp_path, "--encoding", "shift_jis", output=tmp_path / "jis") == 0
     assert said(tmp_path / "jis") == texts
@@ -149,6 +150,29 @@ def test_a_table_without_a_known_column_names_those_it_has(tmp_path: Path, capsy
     options = ["--image", "bild", "--caption", "beschreibung"]
     assert convert("table", tmp_path / "t.csv", tmp_path, *options, output=tmp_path / "out") == 0
     assert said(tmp_path / "out") == ["ein Hund"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", "image,caption,caption\na.jpg,x,y\n", "t.csv has column 'caption' twice: rename one"),
+        ("t.tsv", "a.jpg\tx\na.jpg\ty\n", "t.tsv has no header, but begins with 'a.jpg': add a first line"),
+        ("t.json", '{\n "image": "a.jpg"\n}', "t.json holds an object of several lines at line 1: a list of records"),
+        ("t.csv", "url,caption\nhttps://x/a.jpg,x\n", "t.csv, line 2: no image in url, caption (fetch the images with"),
+        ("t.csv", "image,caption\n/etc/a.jpg,x\n", "t.csv, line 2: the image's name '/etc/a.jpg' leaves"),
+        (
+            "t.jsonl",
+            '{"image": 3, "caption": "c"}',
+            "t.jsonl, line 1: no name of an image in column 'image', but a int",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_what_to_change(
+    tmp_path: Path, name: str, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (images(tmp_path, "a.jpg") / name).write_text(content)
+    assert convert("table", tmp_path / name, tmp_path, output=tmp_path / "out") == 2
+    assert message in capsys.readouterr().err
 
 
 # --- several captions per image
@@ -390,6 +414,28 @@ def test_caption_files_of_any_encoding_and_place(tmp_path: Path) -> None:
         "mine/bird: no .caption and no column 'caption': found .jpg and .txt (--caption"
         in left_out(tmp_path / "out2")[0]
     )
+
+
+def test_further_images_and_links_of_a_key_are_named(tmp_path: Path) -> None:
+    folder = images(tmp_path / "mine", "a.jpg", "a.JPG", "a.webp", "b.jpg")
+    (folder / "a.txt").write_text("one")
+    (folder / "b.text").write_text("two")
+    assert convert("pairs", folder, output=tmp_path / "out") == 0
+    assert said(tmp_path / "out") == ["one", "two"]
+    assert left_out(tmp_path / "out") == [
+        "mine/a.jpg: its name differs from another file's in its case only",
+        "mine/a: a further image, .webp: only .jpg is used",
+    ]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("a.jpg", "a.txt", "b.jpg"):
+            tar.add(folder / name, name)
+        link = tarfile.TarInfo("b.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.txt"
+        tar.addfile(link)
+    assert convert("pairs", tmp_path / "x.tar", output=tmp_path / "tars") == 0
+    assert left_out(tmp_path / "tars") == [
+        "x.tar, b: its .txt: a link in x.tar stands for it: make the tar with the files themselves"
+    ]
 
 
 def test_tars_of_images_and_records_are_read(tmp_path: Path) -> None:

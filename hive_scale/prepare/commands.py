@@ -123,7 +123,7 @@ def run_published(arguments: argparse.Namespace) -> None:
         source = readers.parquet([path for paths in files.values() for path in paths])
         _check_count(one, source.length)
     else:
-        [table], [images] = files.values()
+        table, images = (paths[0] for paths in files.values())
         source = readers.table(table, images)
     shards = _convert(arguments, source, partial(_next_of_set, arguments.source))
     _check_count(one, sum(shard.samples + len(shard.skipped) for shard in shards))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from io import TextIOWrapper
@@ -17,6 +17,8 @@ LONGEST_ROW = 2**20  # characters of a row, within which a quotation mark must b
 DELIMITERS = "\t,;|"
 QUOTED = ",;"  # the delimiters of files that surely quote; with the others a quotation mark may be a character
 FLICKR = re.compile(r"([^\t]+)#(\d+)\t(.*)")  # 1000268201_693b08cb0e.jpg#0<tab>A child in a pink dress
+
+IMAGE = re.compile(r"\.(jpe?g|png|webp|gif)$", re.IGNORECASE)
 
 
 def is_caption_list(text: TextIOWrapper, path: Path) -> bool:
@@ -55,7 +57,17 @@ def rows(text: TextIOWrapper, path: Path) -> Iterator[Located]:
             yield f"{path.name}, line {number}", Unreadable(_misfit(first, delimiter, header))
         elif not fields:
             raise ValueError(f"{path}: a quotation mark of the header has no partner: mend its first line")
-        header = header or [name.strip() for name in fields or []]
+        header = header or _header(fields or [], path)
+
+
+def _header(fields: Sequence[str], path: Path) -> list[str]:
+    """Return the columns' names. Raises ValueError if two are the same, or if they are a sample."""
+    names = [name.strip() for name in fields]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{path} has column '{twice[0]}' twice: rename one in its first line")
+    if any(IMAGE.search(name) for name in names):
+        raise ValueError(f"{path} has no header, but begins with '{names[0]}': add a first line, such as image,caption")
+    return names
 
 
 def _delimiter(header: str, path: Path) -> str:

@@ -159,4 +159,7 @@ class ImageSource:
 def inside(name: str, root: Path) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the image's name '{name}' leaves {root}: not reading this set")
+        raise ValueError(
+            f"the image's name '{name}' leaves {root}: not reading this set; if you trust it, give a folder above all "
+            "images as IMAGES"
+        )

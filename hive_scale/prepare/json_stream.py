@@ -62,6 +62,11 @@ def line_records(text: TextIOWrapper, path: Path) -> Iterator[Located]:
         number += 1
         if len(line) == LONGEST_RECORD:
             raise ValueError(f"{path}: a line has more than {LONGEST_RECORD:,} characters: is it JSON?")
+        if line.strip() == "{":
+            raise ValueError(
+                f"{path} holds an object of several lines at line {number}: a list of records, a line per record, or "
+                "COCO's images and annotations are read"
+            )
         if line.strip():
             yield f"{path.name}, line {number}", _line(line)
 

@@ -35,12 +35,14 @@ class InTar:
     size: int
 
     def read(self) -> bytes:
+        if self.offset < 0:
+            raise ValueError(f"a link in {self.archive.name} stands for it: make the tar with the files themselves")
         if not 0 <= self.size <= LARGEST_FILE:
             raise ValueError(f"the image has {self.size:,} bytes, more than {LARGEST_FILE:,}")
         with self.archive.open("rb") as file:
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:
-            raise ValueError(f"{self.archive.name} is cut short, or a link stands for the image")
+            raise ValueError(f"{self.archive.name} is cut short")
         return data
 
 
@@ -84,18 +86,19 @@ Files = Mapping[str, Place] | str  # ending -> place; a str is the reason why th
 def _in_folder(root: Path) -> Iterator[tuple[str, str, Files, int]]:
     """Yield (place for messages, key, files by ending, number of files) of each key below `root`."""
     for folder, names in _walk(root):
+        shown = folder.relative_to(root.parent)
         found: dict[str, dict[str, Place]] = {}
         sizes: dict[str, int] = {}
         for name in names:
             stem, _, ending = name.rpartition(".")
             sizes[stem] = sizes.get(stem, 0) + 1
-            found.setdefault(stem, {})[ending.lower()] = InFile(folder / name)
-        shown = folder.relative_to(root.parent)
+            files = found.setdefault(stem, {})
+            if files.setdefault(ending.lower(), InFile(folder / name)) != InFile(folder / name):  # a.jpg beside a.JPG
+                yield f"{shown / name}", f"{shown / stem}", "its name differs from another file's in its case only", 0
         samples = 0
         for stem, files in found.items():
             samples += any(ending in files for ending in IMAGES)
-            if _is_sample(files):
-                yield f"{shown / stem}", f"{shown / stem}", files, sizes[stem]
+            yield from _sample(f"{shown / stem}", f"{shown / stem}", files, sizes[stem])
         if short := missing_samples(str(folder), samples):
             yield f"{shown}", f"{shown}", short, 0
 
@@ -108,8 +111,8 @@ def _in_tar(path: Path) -> Iterator[tuple[str, str, Files, int]]:
         for key, members in grouped(tar_files(file, gaps)):
             files = {ending: InTar(path, *where) for ending, where in members.items()}
             samples += any(ending in files for ending in IMAGES)
-            if _is_sample(files):
-                yield f"{path.name}, {key}", key, files, sum(512 + size for _, size in members.values())
+            size = sum(512 + size for _, size in members.values())
+            yield from _sample(f"{path.name}, {key}", key, files, size)
         for reason in (damage(file, gaps), missing_samples(str(path), samples)):
             if reason:
                 yield path.name, path.name, reason, 0
@@ -175,16 +178,24 @@ def _read(place: Place, most: int) -> bytes:
     return place.read()
 
 
-def _is_sample(files: Mapping[str, Place]) -> bool:
-    """True unless nothing of a sample is there, but a list or statistics beside the samples."""
-    return any(ending in files for ending in (*IMAGES, *TEXTS))
+def _sample(where: str, key: str, files: Mapping[str, Place], size: int) -> Iterator[tuple[str, str, Files, int]]:
+    """Yield the sample of a key, if an image or a text is there, and a reason for each further image."""
+    used, *others = [ending for ending in IMAGES if ending in files] or [""]
+    if used or any(ending in files for ending in TEXTS):
+        yield where, key, files, size
+    for other in others:
+        yield where, key, f"a further image, .{other}: only .{used} is used", 0
 
 
 def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Yield (folder, sorted names of its files), sorted; hidden ones, which desktops leave behind, are skipped."""
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield Path(folder), sorted(name for name in names if not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise error  # os.walk would leave out a folder that cannot be read
 
 
 def _count(root: Path) -> int:

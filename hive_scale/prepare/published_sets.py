@@ -89,13 +89,13 @@ def find_files(one: PublishedSet, folder: Path) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for name in one.files:
-        places = [folder / name, folder / Path(name).name, folder / Path(name).stem]
-        paths = [path for place in places for path in sorted(place.parent.glob(place.name)) if path.exists()]
-        if "*" in name:
-            paths = list(dict.fromkeys(path.resolve() if path.is_dir() else path for path in paths))
-        if not paths:
+        files = [path for at in (folder / name, folder / Path(name).name) for path in sorted(at.parent.glob(at.name))]
+        unpacked = folder / Path(name).stem
+        if not files and name.endswith(".zip") and unpacked.is_dir():
+            files = [unpacked]
+        if not files:
             raise ValueError(f"{folder} has no {name} ({one.files[name]}): {download_command(one, str(folder))}")
-        found[name] = paths if "*" in name else paths[:1]
+        found[name] = list(dict.fromkeys(files))
     return found
 
 

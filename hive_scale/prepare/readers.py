@@ -94,7 +94,7 @@ def table(path: Path, images: Path, image: str = "", caption: str = "", encoding
             except ValueError as error:
                 missing = str(error)
             else:
-                place = source.find(name)
+                place = _found(source, name, where)
                 missing = "" if place else source.missing(name)
             yield _item(place, missing, record, caption, name, done, where)
 
@@ -104,6 +104,13 @@ def table(path: Path, images: Path, image: str = "", caption: str = "", encoding
     }
     identity |= {"captions": "by image"} if several else {}  # journals of older versions have a sample per row
     return Source(items, path.stat().st_size, identity, tuple(filter(None, notes)))
+
+
+def _found(source: ImageSource, name: str, where: str) -> Place | None:
+    try:
+        return source.find(name)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _check_table(path: Path) -> None:

@@ -28,14 +28,17 @@ def image_name(record: Mapping[str, Any], column: str) -> str:
     if isinstance(named, list) and len(named) > 1:
         raise ValueError(f"{len(named)} images: only one is supported")
     if isinstance(named, list):
-        named = named[0] if named else ""
+        named = named[0] if named else None
     if isinstance(named, dict):  # the hub's {bytes, path}
         named = named.get("path")
     if isinstance(named, str) and named:
         return named
-    if is_conversation(record) or found:
+    if named:
+        raise ValueError(f"no name of an image in column '{found[0]}', but a {type(named).__name__} (--image COLUMN)")
+    if is_conversation(record):
         raise ValueError("no image: text alone")
-    raise ValueError(f"no image in {columns(record)} (--image COLUMN)")
+    remedy = "fetch the images with img2dataset, or say " if {"url", "URL"} & record.keys() else ""
+    raise ValueError(f"no image in {columns(record)} ({remedy}--image COLUMN)")
 
 
 def captions_of(record: Mapping[str, Any], column: str = "") -> tuple[list[str], dict[str, Any]]:
@@ -62,7 +65,7 @@ def captions_of(record: Mapping[str, Any], column: str = "") -> tuple[list[str],
             raise ValueError(f"the caption in column '{empty}' is empty (--caption COLUMN)")
         raise ValueError(f"neither a conversation nor a caption in {columns(record)} (--caption COLUMN)")
     if not all(map(is_text, captions)):
-        raise ValueError("the caption is no UTF-8 (--encoding NAME)")
+        raise ValueError("the caption has bytes that are no text (--encoding NAME)")
     return [caption.strip() for caption in captions], kept
 
 
