@@ -533,7 +533,7 @@ def test_what_is_no_list_of_records_or_wholly_useless_stops_with_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare_data.py")]
     expected = (
         "is not there",
-        "there is no record in the source",
+        "empty.json: is it empty, or cut behind its header?",
         "is not JSON at character 27",
         "none of the first 2 records can be used: chat.json, record 1: no {...}, but a int",
         "none of the first 1 records",

@@ -4,6 +4,7 @@ row, what was found and the option that helps; and what is written must be train
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -405,7 +406,8 @@ def test_caption_files_of_any_encoding_and_place(tmp_path: Path) -> None:
     ]
     assert left_out(tmp_path / "out") == [
         "mine/bird: its .txt: no utf-8 at byte 3 (b'caf\\xe9'): --encoding NAME, such as cp1252",
-        "mine/fish: no caption beside it: only .jpg; .txt, .caption and .json are read",
+        "mine/fish: no caption beside it: only .jpg; .txt, .caption and .json are read; prepare_data.py table reads a "
+        "list of captions, and classes a folder per class",
     ]
     words = ["--encoding", "cp1252", "--caption", "caption"]
     assert convert("pairs", folder, *words, output=tmp_path / "out2") == 0
@@ -465,11 +467,22 @@ def test_what_another_command_reads_names_that_command(tmp_path: Path, capsys: p
     shard = write_tar(tmp_path / "x.tar", [("a", {"jpg": image_bytes(), "txt": b"c"})])
     table = parquet(tmp_path / "a.parquet", "image", [[image_bytes()]], caption=["c"])
     (tmp_path / "t.csv").write_text("image,caption\n")
+    (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"image,caption\n"))
+    with zipfile.ZipFile(tmp_path / "t.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", "<workbook/>")
+    (pointer := tmp_path / "pointer.zip").write_text("version https://git-lfs.github.com/spec/v1\n")
+    pq.write_table(pa.table({"image": ["a.jpg"]}), names := tmp_path / "names.parquet")
     for words, expected in (
         (("classes", folder), f"use prepare_data.py pairs {folder}"),
         (("table", folder, folder), "prepare_data.py pairs reads"),
         (("table", shard, folder), f"use prepare_data.py pairs {shard}"),
-        (("table", table, folder), f"use prepare_data.py parquet {table}"),
+        (("table", table, folder), f"{table} is parquet: use prepare_data.py parquet"),
+        (("table", tmp_path / "t.csv.gz", folder), "t.csv.gz is compressed: unpack it with gunzip"),
+        (("table", tmp_path / "t.xlsx", folder), "t.xlsx is a zip or an Excel file: unpack it, or save it as CSV"),
+        (("table", folder / "00000" / "000000000.jpg", folder), "is an image: give the file that names the images"),
+        (("table", tmp_path / "t.csv", pointer), "pointer.zip is only git-lfs's pointer to the file: git lfs pull"),
+        (("parquet", folder), f"{folder} is a folder: give its files, such as '{folder}/*.parquet'"),
+        (("parquet", names), "has no images inside, or several columns of them: name one with --image (image: string)"),
         (("pairs", tmp_path / "t.csv"), "prepare_data.py table reads CSV"),
         (("pairs", tmp_path / "none"), "none is not there"),
     ):
@@ -596,7 +609,7 @@ def test_a_published_set_is_checked_and_converted(
     told = capsys.readouterr().out
     assert told.count("the sha256 that the hub gave at download (1 of 1 files)") == 2
     assert "all 3 records of the published set are there" in told
-    assert "pretrain --preset paper_siglip 'data.train=[" in told
+    assert "pretrain --preset paper_siglip output=runs/paper_siglip 'data.train=[" in told.splitlines()[-1]
     assert said(tmp_path / "out") == ["a cat"] * 3
     (folder / ".cache" / "huggingface" / "download" / "chat.json.metadata").unlink()
     assert convert("cc3m", folder, output=tmp_path / "out") == 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -106,11 +107,14 @@ def add_easy_vqa(subparsers: Subparsers) -> None:
 
 def run_easy_vqa(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import easyvqa, notices
+    from hive_scale.prepare.next_command import finetune_command, next_step
 
     with _waiting("fetching and converting easy-vqa"):
         samples = easyvqa.prepare(arguments.output, arguments.cache, arguments.overwrite)
     (arguments.output / "NOTICE").write_text(notices.EASY_VQA, encoding="utf-8")
     print(f"{arguments.output}: {samples['train']:,} questions to train on, {samples['heldout']:,} held out, and test/")
+    command = partial(finetune_command, words=["--preset", "vlm_small", "runs/debug", "output=runs/vlm_small"])
+    print(next_step(arguments.output, samples["train"], samples["heldout"], command, "runs/debug"))
 
 
 def add_fashion_mnist(subparsers: Subparsers) -> None:
@@ -119,11 +123,14 @@ def add_fashion_mnist(subparsers: Subparsers) -> None:
 
 def run_fashion_mnist(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import fashion_mnist, notices
+    from hive_scale.prepare.next_command import command_name
 
     with _waiting("fetching Fashion-MNIST"):
         written = fashion_mnist.prepare(arguments.output, arguments.cache)
     (arguments.output / "NOTICE").write_text(notices.FASHION_MNIST, encoding="utf-8")
     print(f"{arguments.output}: {', '.join(path.name for path in written)}")
+    words = ["runs/debug", "--set", "fashion_mnist", "--data", str(arguments.output)]
+    print(f"probe a run's encoder on it:\n  {command_name('probe')} {shlex.join(words)}")
 
 
 def add_smollm2(subparsers: Subparsers) -> None:
@@ -132,6 +139,7 @@ def add_smollm2(subparsers: Subparsers) -> None:
 
 def run_smollm2(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import notices, smollm2
+    from hive_scale.prepare.next_command import command_name
 
     start = time.monotonic()
     with _waiting("fetching (93 MB) and converting SmolLM2; a minute or two"):
@@ -139,6 +147,8 @@ def run_smollm2(arguments: argparse.Namespace) -> None:
     (arguments.output / "NOTICE").write_text(notices.SMOLLM2, encoding="utf-8")
     size = sum(path.stat().st_size for path in arguments.output.iterdir())
     print(f"{arguments.output}: {size / 1e6:.0f} MB in {time.monotonic() - start:.0f} s")
+    words = [f"{key}={arguments.output.absolute()}" for key in ("model.language.path", "data.tokenizer.path")]
+    print(f"train with it, on data/emoji:\n  {command_name('pretrain')} --preset demo {shlex.join(words)}")
 
 
 def add_index(subparsers: Subparsers) -> None:
@@ -193,6 +203,7 @@ def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notic
     from rich.progress import Progress
 
     from hive_scale.prepare.jpeg import Jpeg
+    from hive_scale.prepare.next_command import next_step, pretrain_command
     from hive_scale.prepare.records import shards_in, write
 
     recipe = Jpeg(arguments.size, arguments.quality)
@@ -210,6 +221,8 @@ def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notic
     for left_out in summary.skipped:
         print(f"skipped {printable(left_out)}")
     print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")
+    command = partial(pretrain_command, preset="debug")  # small images of few concepts
+    print(next_step(arguments.output, summary.samples["train"], summary.samples["heldout"], command))
 
 
 def _waiting(doing: str) -> Any:

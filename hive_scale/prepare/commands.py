@@ -108,6 +108,7 @@ def add_published(subparsers: Subparsers, name: str, summary: str) -> None:
 def run_published(arguments: argparse.Namespace) -> None:
     """Say where a published set comes from; or check what was fetched of it, convert it and check its count."""
     from hive_scale.prepare import readers
+    from hive_scale.prepare.next_command import next_step
     from hive_scale.prepare.published_sets import SETS, check, find_files
 
     one = SETS[arguments.source]
@@ -125,9 +126,13 @@ def run_published(arguments: argparse.Namespace) -> None:
     else:
         table, images = (paths[0] for paths in files.values())
         source = readers.table(table, images)
-    shards = _convert(arguments, source, partial(_next_of_set, arguments.source))
+    shards = _write(arguments, source)
     _check_count(one, sum(shard.samples + len(shard.skipped) for shard in shards))
     print(f"all {one.samples:,} records of the published set are there")
+    counts = _samples_of(shards)
+    encoder = "" if arguments.source == "cc3m" else "runs/paper_siglip"
+    command = _command_of_set(arguments.source)
+    print(next_step(arguments.output, counts["train"], counts["heldout"], command, encoder))
 
 
 def _fetching(name: str, one: PublishedSet) -> str:
@@ -148,18 +153,14 @@ def _check_count(one: PublishedSet, found: int) -> None:
         )
 
 
-def _next_of_set(name: str, output: Path, samples: int, heldout: int) -> str:
-    """Return the command that trains on a published set, as docs/paper.md does."""
-    import shlex
-
-    from hive_scale.prepare.next_command import command_name, data_words
+def _command_of_set(name: str) -> NextCommand:
+    """Return what makes the command that trains on a published set, as docs/paper.md does."""
+    from hive_scale.prepare.next_command import finetune_command, pretrain_command
 
     if name == "cc3m":
-        words = ["--preset", "paper_siglip", *data_words(output, heldout)]
-        return f"{command_name('pretrain')} {' '.join(map(shlex.quote, words))}"
+        return partial(pretrain_command, preset="paper_siglip", run="paper_siglip")
     key = "stages.connector.data" if name == "lcs" else "data"
-    words = ["runs/paper_siglip", "output=runs/vlm", *data_words(output, heldout, key)]
-    return f"{command_name('finetune_vlm')} {' '.join(map(shlex.quote, words))}"
+    return partial(finetune_command, words=["runs/paper_siglip", "output=runs/vlm"], key=key)
 
 
 OUTPUTS = {"cc3m": "cc3m_595k", "lcs": "lcs_558k", "llava_next": "llava_next"}  # below data/, where presets look
@@ -197,8 +198,16 @@ def _add_encoding_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", default="", metavar="NAME", help=help)
 
 
-def _convert(arguments: argparse.Namespace, source: Source, next_command: NextCommand | None = None) -> list[Shard]:
-    """Write `source` as tars with a progress bar, then print the outcome and the command that trains on it."""
+def _convert(arguments: argparse.Namespace, source: Source) -> None:
+    """Write `source` as tars, and print the command that trains on them."""
+    from hive_scale.prepare.next_command import next_step, pretrain_command
+
+    counts = _samples_of(_write(arguments, source))
+    print(next_step(arguments.output, counts["train"], counts["heldout"], pretrain_command))
+
+
+def _write(arguments: argparse.Namespace, source: Source) -> list[Shard]:
+    """Write `source` as tars with a progress bar, then print what was written and what was left out."""
     from rich.progress import Progress
 
     from hive_scale.prepare.writer import ShardLayout, convert
@@ -216,7 +225,6 @@ def _convert(arguments: argparse.Namespace, source: Source, next_command: NextCo
         progress.update(task, completed=source.length)
     for line in (*_outcome(arguments, shards), f"{arguments.output}: done in {time.monotonic() - start:.1f} s"):
         print(printable(line))
-    _print_next(arguments.output, shards, next_command)
     return shards
 
 
@@ -230,8 +238,9 @@ def _outcome(arguments: argparse.Namespace, shards: Sequence[Shard]) -> Iterator
         yield f"{split}: {samples:,} samples in {len(of_split):,} shards, {_megabytes(of_split)}"
     if not counts["heldout"] and arguments.heldout:
         share = min(0.5, max(0.05, 20 / max(1, counts["train"])))
-        remedy = f"--heldout {share:.2g} --overwrite sets about {counts['train'] * share:.0f} aside"
-        yield f"no heldout samples: too few for --heldout {arguments.heldout:g}; {remedy}"
+        remedy = f"; --heldout {share:.2g} --overwrite sets about {counts['train'] * share:.0f} aside"
+        remedy = remedy if counts["train"] > 1 else ""
+        yield f"no heldout samples: too few for --heldout {arguments.heldout:g}{remedy}"
     if not counts["train"]:
         yield f"no train samples: all are held out with --heldout {arguments.heldout:g}; use a smaller share"
     if conversations := sum(shard.conversations for shard in shards):
@@ -245,30 +254,16 @@ def _outcome(arguments: argparse.Namespace, shards: Sequence[Shard]) -> Iterator
 
 
 def _left_out(shards: Sequence[Shard]) -> Iterator[str]:
-    """Yield the ten most common reasons, with the file, row and reason of the first record of each."""
-    counts, first = Counter[str](), dict[str, str]()
+    """Yield the ten most common kinds of reasons, each as the first record that has it."""
+    counts, first = Counter[str](), dict[str, tuple[str, str]]()
     for _, reason, *where in (one for shard in shards for one in shard.skipped):
-        kind = re.sub(r"'[^']*'|\S*[./]\S*", "...", reason)
+        kind = re.sub(r"'[^']*'|\S*[./]\S*", "...", reason)  # without names and what was found
         counts[kind] += 1
-        named = where[0] if where else ""  # journals of older versions name none
-        first.setdefault(kind, ": ".join(filter(None, (named, reason if kind != reason else ""))))
+        first.setdefault(kind, (reason, where[0] if where else ""))  # journals of older versions have no place
     for kind, count in counts.most_common(10):
-        yield f"left out: {count:,} x {kind}" + (f"; first: {first[kind]}" if first[kind] else "")
-
-
-def _print_next(output: Path, shards: Sequence[Shard], next_command: NextCommand | None) -> None:
-    from hive_scale.prepare.next_command import check_patterns, pretrain_command
-
-    counts = _samples_of(shards)
-    if not counts["train"]:
-        return
-    try:
-        check_patterns(output, [split for split, samples in counts.items() if samples])
-    except ValueError as error:  # the set itself is complete
-        print(printable(error))
-        return
-    command = (next_command or pretrain_command)(output, counts["train"], counts["heldout"])
-    print(f"train on it:\n  {printable(command)}")
+        reason, place = first[kind]
+        alike = " or alike" if count > 1 and kind != reason else ""
+        yield f"left out: {count:,} x {reason}{alike}" + (f"; first: {place}" if place else "")
 
 
 def _samples_of(shards: Sequence[Shard]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from hive_scale.data.images import LARGEST_FILE, check_length, read_image
 from hive_scale.data.parquet import check_row_group, parquet_error
+from hive_scale.prepare.items import check_file
 
 LOCAL_HEADER = 30  # fixed bytes of a zip member's local header, before its name
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
@@ -110,6 +111,7 @@ class ImageSource:
         if not root.exists():
             raise ValueError(f"{root} is not there: give the folder or the zip that holds the images")
         if root.is_file() and not zipfile.is_zipfile(root):
+            check_file(root, "zip")
             raise ValueError(f"{root} is neither a folder nor a zip: unpack it, or fetch it again")
         self.root = root
 

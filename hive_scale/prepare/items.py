@@ -11,6 +11,17 @@ if TYPE_CHECKING:
     from hive_scale.prepare.image_sources import Place
 
 
+IMAGE = "an image: give the file that names the images, or their folder"
+KINDS = (  # first bytes, the kind, what a user is told who gives such a file where another kind is wanted
+    (b"PAR1", "parquet", "parquet: use prepare_data.py parquet"),
+    (b"version https://git-lfs", "pointer", "only git-lfs's pointer to the file: git lfs pull, or fetch it again"),
+    (b"\x1f\x8b", "gzip", "compressed: unpack it with gunzip"),
+    (b"PK\x03\x04", "zip", "a zip or an Excel file: unpack it, or save it as CSV"),
+    (b"\xff\xd8\xff", "JPEG", IMAGE),
+    (b"\x89PNG", "PNG", IMAGE),
+)
+
+
 @dataclass(frozen=True)
 class Item:
     """One sample before its image is read. If `place` is None it cannot be used, for `reason`."""
@@ -43,9 +54,26 @@ class Source:
     items: Callable[[], Iterator[Item]]
     length: int
     identity: dict[str, Any] = field(default_factory=dict)
+    name: str = "the source"  # as messages call it
     notes: tuple[str, ...] = ()  # what was recognised in the files, and the options that choose otherwise
 
 
 def file_identity(path: Path) -> list[Any]:
     stat = path.stat()
     return [path.name, stat.st_size, stat.st_mtime_ns]
+
+
+def check_file(path: Path, wanted: str) -> None:
+    """Raise ValueError, with the remedy, if `path` is a file of another kind than `wanted`, by its first bytes.
+
+    `wanted` is text, or the kind that may be given.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(512)
+    for magic, kind, told in KINDS:
+        if start.startswith(magic) and kind != wanted:
+            raise ValueError(f"{path} is {told}")
+    if start[257:262] == b"ustar" and wanted != "tar":
+        raise ValueError(f"{path} is a tar: use prepare_data.py pairs {path}")

@@ -6,11 +6,12 @@ import glob
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 
 from hive_scale.data.shards import all_shards, expand
+from hive_scale.strangers import printable
 
 SIMPLE = re.compile(r"[\w./*+-]+", re.ASCII)  # shard patterns that YAML reads as they are
 SMALL = 1024  # samples of the largest batch in the paper's recipe: fewer do not fill it
@@ -25,15 +26,39 @@ def command_name(name: str) -> str:
     return f"python {shlex.quote(launcher.removesuffix(here) + name + '.py')}"
 
 
-def pretrain_command(output: Path, samples: int, heldout: int) -> str:
-    """Return the command that pre-trains on ``train-*.tar`` in `output`, which has `samples` samples.
+def next_step(
+    output: Path, samples: int, heldout: int, command: Callable[[Path, int, int], str], encoder: str = ""
+) -> str:
+    """Return lines with the command that trains on the tars in `output`, or with what prevents it; "" without samples.
 
-    Fewer than a batch of the paper's recipe go with the preset debug, a small model without a download.
+    `command` makes it of `output`, the number of samples to train on and the number of held-out samples. `encoder` is
+    the run that must be there for it.
     """
-    preset = "rtx3090" if samples >= SMALL else "debug"
-    name = re.sub(r"[^\w.+-]", "_", output.resolve().name)
-    words = [f"output=runs/{name}", *data_words(output, heldout)]
-    return f"{command_name('pretrain')} --preset {preset} {' '.join(map(shlex.quote, words))}"
+    if not samples:
+        return ""
+    try:
+        check_patterns(output, ["train", *["heldout"] * bool(heldout)])
+    except ValueError as error:  # the set itself is complete
+        return printable(error)
+    needed = f", with the encoder of {encoder}" if encoder else ""
+    return f"train on it{needed}:\n  {printable(command(output, samples, heldout))}"
+
+
+def pretrain_command(output: Path, samples: int, heldout: int, preset: str = "", run: str = "") -> str:
+    """Return the command that pre-trains `run` (by the folder's name) on ``train-*.tar`` in `output`.
+
+    Without `preset`, fewer samples than a batch of the paper's recipe go with debug, a small model without a download,
+    and others with rtx3090.
+    """
+    preset = preset or ("rtx3090" if samples >= SMALL else "debug")
+    name = run or re.sub(r"[^\w.+-]", "_", output.resolve().name)
+    words = ["--preset", preset, f"output=runs/{name}", *data_words(output, heldout)]
+    return f"{command_name('pretrain')} {shlex.join(words)}"
+
+
+def finetune_command(output: Path, samples: int, heldout: int, words: Sequence[str], key: str = "data") -> str:
+    """Return the command that fine-tunes a VLM; `words` name the encoder and the run, `key` the data's option."""
+    return f"{command_name('finetune_vlm')} {shlex.join([*words, *data_words(output, heldout, key)])}"
 
 
 def data_words(output: Path, heldout: int, key: str = "data") -> list[str]:

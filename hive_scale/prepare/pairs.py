@@ -16,7 +16,7 @@ from typing import Any
 from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.tar_scan import IMAGES, LARGEST_CAPTION, damage, grouped, missing_samples, tar_files
 from hive_scale.prepare.image_sources import InFile, Place
-from hive_scale.prepare.items import Item, Source, file_identity
+from hive_scale.prepare.items import Item, Source, check_file, file_identity
 from hive_scale.prepare.record_text import captions_of
 from hive_scale.prepare.text_files import check_encoding, decode
 from hive_scale.strangers import read_bytes
@@ -58,6 +58,7 @@ def pairs(places: Sequence[Path], caption: str = "", encoding: str = "") -> Sour
     for place in places:
         if not place.exists():
             raise ValueError(f"{place} is not there: give a folder of images and captions, or tars of them")
+        check_file(place, "tar")
         if place.is_file() and not tarfile.is_tarfile(place):
             raise ValueError(f"{place} is neither a folder nor a tar: prepare_data.py table reads CSV and JSON files")
 
@@ -72,7 +73,7 @@ def pairs(places: Sequence[Path], caption: str = "", encoding: str = "") -> Sour
     told = [[str(place.resolve())] if place.is_dir() else file_identity(place) for place in places]
     length = sum(_count(place) if place.is_dir() else place.stat().st_size for place in places)
     identity = {"pairs": told, "columns": [caption, *[encoding] * bool(encoding)], "length": length}
-    return Source(items, length, identity)
+    return Source(items, length, identity, ", ".join(map(str, places[:3])))
 
 
 def has_captions(images: Sequence[Path]) -> bool:
@@ -132,7 +133,10 @@ def _item(where: str, key: str, files: Files, column: str, encoding: str, done: 
         if column and column not in (*texts, *record):
             raise ValueError(f"no .{column} and no column '{column}': found {found} (--caption ENDING or COLUMN)")
         if not (texts or record):
-            raise ValueError(f"no caption beside it: only {found}; .txt, .caption and .json are read")
+            raise ValueError(
+                f"no caption beside it: only {found}; .txt, .caption and .json are read; prepare_data.py "
+                "table reads a list of captions, and classes a folder per class"
+            )
         captions, kept = _captions(texts, record, column)
     except ValueError as error:
         return Item(None, "", record, key, done, str(error), where)

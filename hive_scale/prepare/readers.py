@@ -6,7 +6,6 @@ The layout of a text file is recognised by its content: the first of `LAYOUTS` t
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from hive_scale.data.class_folders import ENDINGS, class_files, class_folders
 from hive_scale.data.parquet import check_row_group, parquet_error
 from hive_scale.prepare import delimited, json_stream
 from hive_scale.prepare.image_sources import ImageSource, InFile, InParquet, Place
-from hive_scale.prepare.items import Item, Located, Record, Source, Unreadable, file_identity
+from hive_scale.prepare.items import Item, Located, Record, Source, Unreadable, check_file, file_identity
 from hive_scale.prepare.pairs import has_captions
 from hive_scale.prepare.record_text import CAPTIONS, IMAGES, captions_of, image_name, is_conversation
 from hive_scale.prepare.text_files import check_encoding, encoding_of, open_text
@@ -103,7 +102,7 @@ def table(path: Path, images: Path, image: str = "", caption: str = "", encoding
         "columns": [image or "image", caption, *[encoding] * bool(encoding)],
     }
     identity |= {"captions": "by image"} if several else {}  # journals of older versions have a sample per row
-    return Source(items, path.stat().st_size, identity, tuple(filter(None, notes)))
+    return Source(items, path.stat().st_size, identity, str(path), tuple(filter(None, notes)))
 
 
 def _found(source: ImageSource, name: str, where: str) -> Place | None:
@@ -119,11 +118,7 @@ def _check_table(path: Path) -> None:
         raise ValueError(f"{path} is a folder: prepare_data.py pairs reads images with their captions beside them")
     if not path.is_file():
         raise ValueError(f"{path} is not there: give the JSON, JSONL, CSV or TSV file that names the images")
-    with path.open("rb") as file:
-        if file.read(4) == b"PAR1":
-            raise ValueError(f"{path} is parquet: use prepare_data.py parquet {path}")
-    if path.suffix in (".tar", ".tgz", ".gz") and tarfile.is_tarfile(path):
-        raise ValueError(f"{path} is a tar: use prepare_data.py pairs {path}")
+    check_file(path, "text")
 
 
 def _columns(first: Sequence[tuple[str, Record, int]], image: str, caption: str) -> Iterator[str]:
@@ -194,6 +189,9 @@ def parquet(files: Sequence[Path], image: str = "", caption: str = "") -> Source
 
     opened = {}
     for path in files:
+        check_file(path, "parquet")
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: give its files, such as '{path}/*.parquet'")
         try:
             opened[path] = ParquetFile(path)
         except Exception as error:  # pyarrow raises its own types for truncated, damaged or non-parquet files
@@ -202,6 +200,11 @@ def parquet(files: Sequence[Path], image: str = "", caption: str = "") -> Source
         if told.num_rows != sum(told.row_group(group).num_rows for group in range(told.num_row_groups)):
             raise ValueError(f"{path} has other rows than it says ({told.num_rows:,}): fetch it again")
         image = image or _image_column(opened[path])
+        if not image and set(IMAGES) & set(opened[path].schema_arrow.names):
+            kinds = ", ".join(f"{one.name}: {one.type}" for one in opened[path].schema_arrow)
+            raise ValueError(
+                f"{path} has no images inside, or several columns of them: name one with --image ({kinds})"
+            )
         if image not in opened[path].schema_arrow.names:
             names = ", ".join(opened[path].schema_arrow.names)
             raise ValueError(f"{path} has no column '{image or IMAGES[0]}': name the images' with --image ({names})")

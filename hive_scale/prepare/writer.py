@@ -111,7 +111,7 @@ def convert(
                         journal.add(future.result())
                 raise
         if not journal.done:
-            raise ValueError("there is no record in the source: is the file empty, or cut behind its header?")
+            raise ValueError(f"there is no record in {source.name}: is it empty, or cut behind its header?")
         return list(journal.done.values())
 
 
