@@ -24,10 +24,11 @@ from tars import Members, image_bytes, pair, write_tar
 from hive_scale.commands import prepare_data
 from hive_scale.data.index import open_index
 from hive_scale.data.shard_cache import ShardCache
-from hive_scale.prepare import readers
+from hive_scale.prepare import json_stream, readers
 from hive_scale.prepare.concepts import split_of
+from hive_scale.prepare.items import Item, Source
 from hive_scale.prepare.packages import members
-from hive_scale.prepare.readers import Item, Source, json_records
+from hive_scale.prepare.readers import records_of
 from hive_scale.prepare.writer import JOURNAL, Shard, ShardLayout, _samples, convert
 
 CACHE = ShardCache(10**9)
@@ -50,7 +51,7 @@ def read(folder: Path, split: str = "train") -> dict[str, dict[str, bytes]]:
 
 def skipped(folder: Path) -> dict[str, str]:
     lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()[1:]]
-    return {number: reason for line in lines for number, reason in line["skipped"]}
+    return {number: reason for line in lines for number, reason, _ in line["skipped"]}
 
 
 @pytest.fixture
@@ -148,8 +149,8 @@ def items_of(path: Path, images: Path, text: str | bytes) -> list[Item]:
 
 
 def captions(items: list[Item]) -> list[str]:
-    """Caption of each record, or the reason for which there is none."""
-    return [item.caption or item.reason for item in items]
+    """Captions of each record, or the reason for which there is none."""
+    return [text for item in items for text in item.record.get("captions") or [item.caption or item.reason]]
 
 
 def test_an_unquoted_tsv_keeps_its_quotation_marks_and_its_rows(tmp_path: Path) -> None:
@@ -225,7 +226,9 @@ def test_json_that_ends_early_or_goes_on_is_refused_and_a_bad_line_is_named(tmp_
 
 def test_bytes_that_are_no_text_cost_their_record_alone(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(image_bytes())
+    (tmp_path / "\xe9.jpg").write_bytes(image_bytes())
     record = json.dumps({"image": "a.jpg", "caption": "fine", "author": "\ud83d"}).encode()
+    record = record.replace(b"{", '{"place": "Łódź", '.encode())  # so that the file is seen to be UTF-8
     lines = record + b"\n" + record.replace(b"fine", b"caf\xe9") + b"\n" + record.replace(b"a.jpg", b"\xe9.jpg")
     (tmp_path / "t.jsonl").write_bytes(lines)
     convert(readers.table(tmp_path / "t.jsonl", tmp_path), tmp_path / "out", PAIRS, workers=1)
@@ -233,8 +236,8 @@ def test_bytes_that_are_no_text_cost_their_record_alone(tmp_path: Path) -> None:
     assert found["txt"] == b"fine"
     assert json.loads(found["json"])["author"] == "\ud83d"
     assert [reason.encode(errors="replace") for reason in skipped(tmp_path / "out").values()] == [
-        b"the caption is no UTF-8",
-        f"there is no ?.jpg in {tmp_path}".encode(),
+        b"the caption has bytes that are no text (--encoding NAME)",
+        f"there is no ?.jpg in {tmp_path} (--image COLUMN)".encode(),
     ]
 
 
@@ -429,7 +432,7 @@ def test_a_damaged_member_of_a_zip_is_left_out(llava: Path) -> None:
     data[at] ^= 255
     (llava / "flat.zip").write_bytes(data)
     shards = convert(readers.table(llava / "chat.json", llava / "flat.zip"), llava / "out", PAIRS, workers=1)
-    assert [reason for shard in shards for _, reason in shard.skipped] == [
+    assert [reason for shard in shards for _, reason, _ in shard.skipped] == [
         "00451/GCC_train_000000004.jpg is damaged in flat.zip"
     ]
     (llava / "cut.zip").write_bytes(data[:-30])
@@ -482,8 +485,8 @@ def test_a_conversion_that_was_stopped_gives_the_same_tars(
     shutil.rmtree(root)
 
 
-def by_name(shards: list[Shard]) -> dict[str, tuple[int, int, list[tuple[str, str]]]]:
-    return {one.name: (one.samples, one.num_bytes, [(n, r) for n, r in one.skipped]) for one in shards}
+def by_name(shards: list[Shard]) -> dict[str, tuple[int, int, list[tuple[str, ...]]]]:
+    return {one.name: (one.samples, one.num_bytes, [tuple(skip) for skip in one.skipped]) for one in shards}
 
 
 def test_another_set_in_the_output_is_refused_and_overwrite_replaces_it(llava: Path) -> None:
@@ -530,9 +533,9 @@ def test_what_is_no_list_of_records_or_wholly_useless_stops_with_one_line(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare_data.py")]
     expected = (
         "is not there",
-        "there is no record in the source",
+        "empty.json: is it empty, or cut behind its header?",
         "is not JSON at character 27",
-        "none of the first 2 records can be used: no {...}, but a int",
+        "none of the first 2 records can be used: chat.json, record 1: no {...}, but a int",
         "none of the first 1 records",
     )
     assert len(errors) == 5
@@ -553,6 +556,6 @@ def test_json_is_read_record_by_record_wherever_its_pieces_end(
         "".join(json.dumps(record) + "\n" for record in records) if lines else json.dumps(records, ensure_ascii=False)
     )
     path.write_text(text, encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch, path.open("rb") as file:
-        patch.setattr(readers, "PIECE", piece)
-        assert list(json_records(file, path)) == records
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "PIECE", piece)
+        assert [record for _, record, _ in records_of(path, "utf-8")] == records

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,9 +31,13 @@ EXAMPLES = """examples:
   python launchers/prepare_data.py easy_vqa --output data/easyvqa        48,248 questions about 5,000 images
   python launchers/prepare_data.py fashion_mnist --output data/fashion_mnist       70,000 images, 10 classes
   python launchers/prepare_data.py smollm2 --output models/smollm2       a pretrained LLM of 135M parameters
-  python launchers/prepare_data.py llava chat.json images.zip --output data/cc3m_595k     CC3M-595K, LCS-558K
-  python launchers/prepare_data.py parquet 'LLaVA-NeXT-Data/data/*.parquet' --output data/llava_next
+  python launchers/prepare_data.py cc3m                                  where its files come from; lcs, llava_next
+  python launchers/prepare_data.py cc3m downloads/cc3m --output data/cc3m_595k        check them, and convert
+  python launchers/prepare_data.py llava chat.json images.zip --output data/talks         any set in LLaVA's layout
+  python launchers/prepare_data.py parquet 'the_cauldron/*/*.parquet' --output data/cauldron   sets of the hub
   python launchers/prepare_data.py table captions.csv images/ --output data/mine        columns image, caption
+  python launchers/prepare_data.py table captions_train2017.json train2017/ --output data/coco      and Flickr's lists
+  python launchers/prepare_data.py pairs photos/ --output data/mine      img2dataset's files, .caption, tars of .json
   python launchers/prepare_data.py classes imagenet/train --output data/imagenet          a folder per class
   python launchers/prepare_data.py index 'data/emoji/train-*.tar'        counts, captions, images, faults
 img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or look them over with index.
@@ -102,11 +107,14 @@ def add_easy_vqa(subparsers: Subparsers) -> None:
 
 def run_easy_vqa(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import easyvqa, notices
+    from hive_scale.prepare.next_command import finetune_command, next_step
 
     with _waiting("fetching and converting easy-vqa"):
         samples = easyvqa.prepare(arguments.output, arguments.cache, arguments.overwrite)
     (arguments.output / "NOTICE").write_text(notices.EASY_VQA, encoding="utf-8")
     print(f"{arguments.output}: {samples['train']:,} questions to train on, {samples['heldout']:,} held out, and test/")
+    command = partial(finetune_command, words=["--preset", "vlm_small", "runs/debug", "output=runs/vlm_small"])
+    print(next_step(arguments.output, samples["train"], samples["heldout"], command, "runs/debug"))
 
 
 def add_fashion_mnist(subparsers: Subparsers) -> None:
@@ -115,11 +123,14 @@ def add_fashion_mnist(subparsers: Subparsers) -> None:
 
 def run_fashion_mnist(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import fashion_mnist, notices
+    from hive_scale.prepare.next_command import command_name
 
     with _waiting("fetching Fashion-MNIST"):
         written = fashion_mnist.prepare(arguments.output, arguments.cache)
     (arguments.output / "NOTICE").write_text(notices.FASHION_MNIST, encoding="utf-8")
     print(f"{arguments.output}: {', '.join(path.name for path in written)}")
+    words = ["runs/debug", "--set", "fashion_mnist", "--data", str(arguments.output)]
+    print(f"probe a run's encoder on it:\n  {command_name('probe')} {shlex.join(words)}")
 
 
 def add_smollm2(subparsers: Subparsers) -> None:
@@ -128,6 +139,7 @@ def add_smollm2(subparsers: Subparsers) -> None:
 
 def run_smollm2(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import notices, smollm2
+    from hive_scale.prepare.next_command import command_name
 
     start = time.monotonic()
     with _waiting("fetching (93 MB) and converting SmolLM2; a minute or two"):
@@ -135,6 +147,8 @@ def run_smollm2(arguments: argparse.Namespace) -> None:
     (arguments.output / "NOTICE").write_text(notices.SMOLLM2, encoding="utf-8")
     size = sum(path.stat().st_size for path in arguments.output.iterdir())
     print(f"{arguments.output}: {size / 1e6:.0f} MB in {time.monotonic() - start:.0f} s")
+    words = [f"{key}={arguments.output.absolute()}" for key in ("model.language.path", "data.tokenizer.path")]
+    print(f"train with it, on data/emoji:\n  {command_name('pretrain')} --preset demo {shlex.join(words)}")
 
 
 def add_index(subparsers: Subparsers) -> None:
@@ -189,6 +203,7 @@ def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notic
     from rich.progress import Progress
 
     from hive_scale.prepare.jpeg import Jpeg
+    from hive_scale.prepare.next_command import next_step, pretrain_command
     from hive_scale.prepare.records import shards_in, write
 
     recipe = Jpeg(arguments.size, arguments.quality)
@@ -206,6 +221,8 @@ def _make(arguments: argparse.Namespace, load: Callable[[], list[Record]], notic
     for left_out in summary.skipped:
         print(f"skipped {printable(left_out)}")
     print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")
+    command = partial(pretrain_command, preset="debug")  # small images of few concepts
+    print(next_step(arguments.output, summary.samples["train"], summary.samples["heldout"], command))
 
 
 def _waiting(doing: str) -> Any:

@@ -104,7 +104,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
         found = os.fstat(file.fileno())  # taken before reading, so that a change meanwhile shows in the time
         changed = 0 if is_remote(shard) else found.st_mtime_ns
         stamp = Stamp(found.st_size, changed, digest_of(file.fileno()))
-        for key, members in _groups(_files(file, gaps)):
+        for key, members in grouped(tar_files(file, gaps)):
             tick()
             try:
                 if key in seen:
@@ -113,7 +113,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
                 rows.append((key, *_examine(file.fileno(), members)))
             except ValueError as error:
                 faults.append(SampleError(shard, key, str(error)))
-        reasons = [_damage(file, gaps), _missing(shard, len(seen))]
+        reasons = [damage(file, gaps), missing_samples(shard, len(seen))]
     if reason := "; ".join(filter(None, reasons)):
         faults.append(SampleError(shard, "", reason))
     return ShardTable(
@@ -126,7 +126,7 @@ def scan_shard(shard: str, cache: ShardCache) -> ShardTable:
     )
 
 
-def _groups(files: Iterator[tuple[str, Range]]) -> Iterator[tuple[str, dict[str, Range]]]:
+def grouped(files: Iterator[tuple[str, Range]]) -> Iterator[tuple[str, dict[str, Range]]]:
     """Yield runs of members that share a key, as {extension: byte range}."""
     current, members = "", dict[str, Range]()
     for name, where in files:
@@ -144,7 +144,7 @@ def _groups(files: Iterator[tuple[str, Range]]) -> Iterator[tuple[str, dict[str,
         yield current, members
 
 
-def _files(file: IO[bytes], gaps: list[Range]) -> Iterator[tuple[str, Range]]:
+def tar_files(file: IO[bytes], gaps: list[Range]) -> Iterator[tuple[str, Range]]:
     """Yield (name, byte range) of each member; a directory's name is empty. Add bytes of no member to `gaps`.
 
     The last gap extends to the end of the file. In a sound tar it is the only one and holds only zeros.
@@ -222,7 +222,7 @@ def _next_header(file: IO[bytes], at: int, total: int) -> int | None:
     return None
 
 
-def _damage(file: IO[bytes], gaps: list[Range]) -> str:
+def damage(file: IO[bytes], gaps: list[Range]) -> str:
     """Describe the bytes in `gaps`, which belong to no member; empty if they are only the tar's end mark."""
     *between, (end, rest) = gaps
     if not between and not end:
@@ -251,8 +251,8 @@ def _is_zero(file: IO[bytes], gap: Range) -> bool:
     return not any(os.pread(file.fileno(), min(PIECE, end - at), at).strip(b"\0") for at in range(start, end, PIECE))
 
 
-def _missing(shard: str, found: int) -> str:
-    """Describe how many samples of img2dataset's ``_stats.json`` the tar lacks; empty without such a file."""
+def missing_samples(shard: str, found: int) -> str:
+    """Describe how many samples of img2dataset's ``_stats.json`` a tar or folder lacks; empty without such a file."""
     if is_remote(shard):
         return ""
     try:
@@ -272,7 +272,7 @@ def _examine(descriptor: int, members: dict[str, Range]) -> tuple[list[Range], R
     if image is None:
         raise ValueError(f"no image (.jpg, .png or .webp) beside its caption: {found}")
     if CAPTION not in members:
-        raise ValueError(f"no caption (.txt) beside its image: {found}")
+        raise ValueError(f"no caption (.txt) beside its image: {found}; prepare_data.py pairs reads other captions")
     start, length = members[CAPTION]
     if length > LARGEST_CAPTION:
         raise ValueError(f"the caption has {length:,} bytes, more than {LARGEST_CAPTION:,}")

@@ -1,7 +1,13 @@
 """Prepare shards from public data sets, your own images, and packages of public registries.
 
     commands   the converters of `prepare_data`: arguments, progress, summary
-    readers    LLaVA JSON, tables, parquet and class folders, streamed
+    items      a sample on its way from a source to a shard
+    readers    recognises a file's layout; tables, parquet and class folders, streamed
+    text_files, json_stream, delimited  text, JSON and rows, for the readers
+    pairs      images and captions side by side, in folders or tars
+    record_text  captions, conversation and image name of a record
+    published_sets  the paper's data sets: where they come from, are they complete
+    next_command  the command that trains on a set
     image_sources  location of an image: in a folder, a zip, a parquet file
     writer     writes items to shards, in several processes, resumable
     stats      statistics of a set, to look at before training on it

@@ -10,16 +10,20 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.strangers import printable
 
 if TYPE_CHECKING:
-    from hive_scale.prepare.readers import Source
+    from hive_scale.prepare.items import Source
+    from hive_scale.prepare.published_sets import PublishedSet
+    from hive_scale.prepare.writer import Shard
 
 Subparsers = Any  # argparse has no public name for this type
+NextCommand = Callable[[Path, int, int], str]  # (output, samples to train on, held-out samples) -> a command
 
 
 def add_llava(subparsers: Subparsers) -> None:
@@ -30,19 +34,22 @@ def add_llava(subparsers: Subparsers) -> None:
 
 def add_table(subparsers: Subparsers) -> None:
     parser = _add_conversion(subparsers, "table", run_table, "images with captions in a CSV, TSV, JSON or JSONL")
-    parser.add_argument("table", type=Path, metavar="FILE", help="a line or record per image")
+    help = "a line or record per image or caption; also COCO's captions JSON and Flickr's lists"
+    parser.add_argument("table", type=Path, metavar="FILE", help=help)
     _add_images_arguments(parser)
 
 
 def _add_images_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder or zip that the names are relative to")
     _add_column_arguments(parser)
+    _add_encoding_argument(parser)
 
 
 def run_table(arguments: argparse.Namespace) -> None:
     from hive_scale.prepare import readers
 
-    _convert(arguments, readers.table(arguments.table, arguments.images, arguments.image, arguments.caption))
+    columns = arguments.image, arguments.caption
+    _convert(arguments, readers.table(arguments.table, arguments.images, *columns, arguments.encoding))
 
 
 def add_parquet(subparsers: Subparsers) -> None:
@@ -53,12 +60,31 @@ def add_parquet(subparsers: Subparsers) -> None:
 
 
 def run_parquet(arguments: argparse.Namespace) -> None:
-    import glob
-
     from hive_scale.prepare import readers
 
-    files = [Path(path) for pattern in arguments.files for path in sorted(glob.glob(pattern)) or [pattern]]
-    _convert(arguments, readers.parquet(files, arguments.image, arguments.caption))
+    _convert(arguments, readers.parquet(_globbed(arguments.files), arguments.image, arguments.caption))
+
+
+def add_pairs(subparsers: Subparsers) -> None:
+    summary = "images with their captions beside them, in folders or tars"
+    parser = _add_conversion(subparsers, "pairs", run_pairs, summary)
+    help = "folders (img2dataset's files layout, .caption files) or tars (of images and .json, .caption), or globs"
+    parser.add_argument("places", nargs="+", metavar="PLACES", help=help)
+    help = "ending of the captions' files, or column of the .json (.txt, .caption, .text, or else as in a table)"
+    parser.add_argument("--caption", default="", metavar="NAME", help=help)
+    _add_encoding_argument(parser)
+
+
+def run_pairs(arguments: argparse.Namespace) -> None:
+    from hive_scale.prepare.pairs import pairs
+
+    _convert(arguments, pairs(_globbed(arguments.places), arguments.caption, arguments.encoding))
+
+
+def _globbed(patterns: Sequence[str]) -> list[Path]:
+    import glob
+
+    return [Path(path) for pattern in patterns for path in sorted(glob.glob(pattern)) or [pattern]]
 
 
 def add_classes(subparsers: Subparsers) -> None:
@@ -72,13 +98,85 @@ def run_classes(arguments: argparse.Namespace) -> None:
     _convert(arguments, readers.classes(arguments.folder))
 
 
+def add_published(subparsers: Subparsers, name: str, summary: str) -> None:
+    parser = _add_conversion(subparsers, name, run_published, summary, output_required=False)
+    help = "where its files were downloaded to; without: print where they come from"
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help=help)
+    parser.description = f"{summary}, as tars. Without FOLDER it prints the commands that fetch it."
+
+
+def run_published(arguments: argparse.Namespace) -> None:
+    """Say where a published set comes from; or check what was fetched of it, convert it and check its count."""
+    from hive_scale.prepare import readers
+    from hive_scale.prepare.next_command import next_step
+    from hive_scale.prepare.published_sets import SETS, check, find_files
+
+    one = SETS[arguments.source]
+    if arguments.folder is None:
+        print(_fetching(arguments.source, one))
+        return
+    if arguments.output is None:
+        raise ValueError("where shall the tars go? Say --output DIR")
+    files = find_files(one, arguments.folder)
+    for line in check(one, files):
+        print(printable(line))
+    if one.is_parquet:
+        source = readers.parquet([path for paths in files.values() for path in paths])
+        _check_count(one, source.length)
+    else:
+        table, images = (paths[0] for paths in files.values())
+        source = readers.table(table, images)
+    shards = _write(arguments, source)
+    _check_count(one, sum(shard.samples + len(shard.skipped) for shard in shards))
+    print(f"all {one.samples:,} records of the published set are there")
+    counts = _samples_of(shards)
+    encoder = "" if arguments.source == "cc3m" else "runs/paper_siglip"
+    command = _command_of_set(arguments.source)
+    print(next_step(arguments.output, counts["train"], counts["heldout"], command, encoder))
+
+
+def _fetching(name: str, one: PublishedSet) -> str:
+    """Return where the files of a set come from, and the commands that fetch and convert them."""
+    from hive_scale.prepare.next_command import command_name
+    from hive_scale.prepare.published_sets import describe, download_command
+
+    raw, output = f"downloads/{name}", f"data/{OUTPUTS[name]}"
+    convert = f"{command_name('prepare_data')} {name} {raw} --output {output}"
+    return "\n".join([describe(one), "fetch, check and convert it:", f"  {download_command(one, raw)}", f"  {convert}"])
+
+
+def _check_count(one: PublishedSet, found: int) -> None:
+    if found != one.samples:
+        raise ValueError(
+            f"{found:,} records where {one.repository} has {one.samples:,}: fetch its files again; to convert a part "
+            "of it on purpose, use prepare_data.py llava or parquet"
+        )
+
+
+def _command_of_set(name: str) -> NextCommand:
+    """Return what makes the command that trains on a published set, as docs/paper.md does."""
+    from hive_scale.prepare.next_command import finetune_command, pretrain_command
+
+    if name == "cc3m":
+        return partial(pretrain_command, preset="paper_siglip", run="paper_siglip")
+    key = "stages.connector.data" if name == "lcs" else "data"
+    return partial(finetune_command, words=["runs/paper_siglip", "output=runs/vlm"], key=key)
+
+
+OUTPUTS = {"cc3m": "cc3m_595k", "lcs": "lcs_558k", "llava_next": "llava_next"}  # below data/, where presets look
+
+
 def _add_conversion(
-    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], None], summary: str
+    subparsers: Subparsers,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    output_required: bool = True,
 ) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}, as tars. Run again to go on."
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the tars go")
+    parser.add_argument("--output", type=Path, required=output_required, metavar="DIR", help="where the tars go")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds already")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per tar (%(default)s)")
     help = "share of the images that go to heldout-*.tar (%(default)s)"
@@ -89,17 +187,33 @@ def _add_conversion(
 
 
 def _add_column_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", default="image", metavar="COLUMN", help="of the images (%(default)s)")
-    help = "of the captions (the conversation, or else caption, text, txt or the class)"
+    help = "of the images (image, filepath, file_name ..., the first that is there)"
+    parser.add_argument("--image", default="", metavar="COLUMN", help=help)
+    help = "of the captions (the conversation, or else caption, text, txt, title, comment or the class)"
     parser.add_argument("--caption", default="", metavar="COLUMN", help=help)
 
 
+def _add_encoding_argument(parser: argparse.ArgumentParser) -> None:
+    help = "of the text (UTF-8, UTF-16 and cp1252 are recognised), such as shift_jis"
+    parser.add_argument("--encoding", default="", metavar="NAME", help=help)
+
+
 def _convert(arguments: argparse.Namespace, source: Source) -> None:
+    """Write `source` as tars, and print the command that trains on them."""
+    from hive_scale.prepare.next_command import next_step, pretrain_command
+
+    counts = _samples_of(_write(arguments, source))
+    print(next_step(arguments.output, counts["train"], counts["heldout"], pretrain_command))
+
+
+def _write(arguments: argparse.Namespace, source: Source) -> list[Shard]:
     """Write `source` as tars with a progress bar, then print what was written and what was left out."""
     from rich.progress import Progress
 
-    from hive_scale.prepare.writer import JOURNAL, ShardLayout, convert
+    from hive_scale.prepare.writer import ShardLayout, convert
 
+    for note in source.notes:
+        print(printable(note))
     start, layout = time.monotonic(), ShardLayout(arguments.shard_size, arguments.heldout)
     with Progress() as progress:
         task = progress.add_task("converting", total=source.length)
@@ -109,18 +223,64 @@ def _convert(arguments: argparse.Namespace, source: Source) -> None:
 
         shards = convert(source, arguments.output, layout, arguments.workers, arguments.overwrite, advance)
         progress.update(task, completed=source.length)
-    for split in ("train", "heldout"):
+    for line in (*_outcome(arguments, shards), f"{arguments.output}: done in {time.monotonic() - start:.1f} s"):
+        print(printable(line))
+    return shards
+
+
+def _outcome(arguments: argparse.Namespace, shards: Sequence[Shard]) -> Iterator[str]:
+    """Yield lines on what was written and what was left out."""
+    from hive_scale.prepare.writer import JOURNAL
+
+    counts = _samples_of(shards)
+    for split, samples in counts.items():
         of_split = [shard for shard in shards if shard.name.startswith(split)]
-        samples, num_bytes = sum(shard.samples for shard in of_split), sum(shard.num_bytes for shard in of_split)
-        print(f"{split}: {samples:,} samples in {len(of_split):,} shards, {num_bytes / 1e6:,.1f} MB")
-        if not samples and arguments.heldout:
-            print(f"no {split} samples: too few for --heldout {arguments.heldout:g}; 0.05 sets a twentieth aside")
-    reasons = Counter(re.sub(r"\S*[./]\S*", "...", reason) for shard in shards for _, reason in shard.skipped)
-    for reason, count in reasons.most_common(10):
-        print(f"left out: {count:,} x {printable(reason)}")
-    if reasons:
-        print(f"each is named in {arguments.output / JOURNAL}")
-    print(f"{arguments.output}: done in {time.monotonic() - start:.1f} s")
+        yield f"{split}: {samples:,} samples in {len(of_split):,} shards, {_megabytes(of_split)}"
+    if not counts["heldout"] and arguments.heldout:
+        share = min(0.5, max(0.05, 20 / max(1, counts["train"])))
+        remedy = f"; --heldout {share:.2g} --overwrite sets about {counts['train'] * share:.0f} aside"
+        remedy = remedy if counts["train"] > 1 else ""
+        yield f"no heldout samples: too few for --heldout {arguments.heldout:g}{remedy}"
+    if not counts["train"]:
+        yield f"no train samples: all are held out with --heldout {arguments.heldout:g}; use a smaller share"
+    if conversations := sum(shard.conversations for shard in shards):
+        told = "their first answer is the caption; data.format=conversation trains on all answers"
+        yield f"{conversations:,} samples have a conversation: {told}"
+    if further := sum(shard.further for shard in shards):
+        yield f"the first caption of an image is trained on; {further:,} others are kept in the .json, as captions"
+    yield from _left_out(shards)
+    if any(shard.skipped for shard in shards):
+        yield f"each is named in {arguments.output / JOURNAL}"
 
 
-CONVERTERS = (add_llava, add_table, add_parquet, add_classes)
+def _left_out(shards: Sequence[Shard]) -> Iterator[str]:
+    """Yield the ten most common kinds of reasons, each as the first record that has it."""
+    counts, first = Counter[str](), dict[str, tuple[str, str]]()
+    for _, reason, *where in (one for shard in shards for one in shard.skipped):
+        kind = re.sub(r"'[^']*'|\S*[./]\S*", "...", reason)  # without names and what was found
+        counts[kind] += 1
+        first.setdefault(kind, (reason, where[0] if where else ""))  # journals of older versions have no place
+    for kind, count in counts.most_common(10):
+        reason, place = first[kind]
+        alike = " or alike" if count > 1 and kind != reason else ""
+        yield f"left out: {count:,} x {reason}{alike}" + (f"; first: {place}" if place else "")
+
+
+def _samples_of(shards: Sequence[Shard]) -> dict[str, int]:
+    splits = ("train", "heldout")
+    return {split: sum(one.samples for one in shards if one.name.startswith(split)) for split in splits}
+
+
+def _megabytes(shards: Sequence[Shard]) -> str:
+    return f"{sum(shard.num_bytes for shard in shards) / 1e6:,.1f} MB"
+
+
+PUBLISHED = {
+    "cc3m": "LLaVA-CC3M-Pretrain-595K: where it comes from; checks and converts it",
+    "lcs": "LLaVA-Pretrain (LCS-558K): where it comes from; checks and converts it",
+    "llava_next": "LLaVA-NeXT-Data: where it comes from; checks and converts it",
+}
+CONVERTERS: tuple[Callable[[Subparsers], None], ...] = (
+    *(add_llava, add_table, add_parquet, add_pairs, add_classes),
+    *(partial(add_published, name=name, summary=summary) for name, summary in PUBLISHED.items()),
+)

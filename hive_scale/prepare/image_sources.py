@@ -8,13 +8,11 @@ import zlib
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from hive_scale.data.images import LARGEST_FILE, check_length, read_image
 from hive_scale.data.parquet import check_row_group, parquet_error
-
-if TYPE_CHECKING:
-    pass
+from hive_scale.prepare.items import check_file
 
 LOCAL_HEADER = 30  # fixed bytes of a zip member's local header, before its name
 METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
@@ -113,11 +111,17 @@ class ImageSource:
         if not root.exists():
             raise ValueError(f"{root} is not there: give the folder or the zip that holds the images")
         if root.is_file() and not zipfile.is_zipfile(root):
+            check_file(root, "zip")
             raise ValueError(f"{root} is neither a folder nor a zip: unpack it, or fetch it again")
         self.root = root
 
     def find(self, name: str) -> Place | None:
-        """Return the location of image `name`, or None if it does not exist."""
+        """Return the location of image `name`, or None if it does not exist.
+
+        A name is relative to the root; an absolute one may lie inside of it.
+        """
+        own = f"{os.path.abspath(self.root)}/"
+        name = name.removeprefix(own) if self.root.is_dir() else name
         inside(name, self.root)
         if self.root.is_dir():
             path = self.root / name
@@ -127,6 +131,12 @@ class ImageSource:
             return None
         sizes = info.compress_size, info.file_size
         return InZip(self.root, info.filename, info.header_offset, *sizes, info.CRC, info.compress_type)
+
+    def missing(self, name: str) -> str:
+        """Return the reason for which there is no image `name`, with the folder that would have it, if one is near."""
+        above = os.path.abspath(self.root.parent)
+        remedy = f"; give {above} as IMAGES" if os.path.isfile(os.path.join(above, name)) else ""
+        return f"there is no {name} in {self.root}{remedy} (--image COLUMN)"
 
     @cached_property
     def _members(self) -> dict[str, zipfile.ZipInfo]:
@@ -151,4 +161,7 @@ class ImageSource:
 def inside(name: str, root: Path) -> None:
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the image's name '{name}' leaves {root}: not reading this set")
+        raise ValueError(
+            f"the image's name '{name}' leaves {root}: not reading this set; if you trust it, give a folder above all "
+            "images as IMAGES"
+        )

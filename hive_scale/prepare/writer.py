@@ -22,7 +22,7 @@ from PIL import Image
 
 from hive_scale.data.images import FORMATS
 from hive_scale.prepare.concepts import split_of
-from hive_scale.prepare.readers import Item, Source
+from hive_scale.prepare.items import Item, Source
 from hive_scale.prepare.records import check_made_here, write_shard
 from hive_scale.shared_files import locked
 from hive_scale.strict_json import dumps, loads
@@ -42,13 +42,16 @@ class Shard:
     name: str
     samples: int
     num_bytes: int
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (number of the record, reason)
+    skipped: list[tuple[str, ...]] = field(default_factory=list)  # (number of the record, reason, file and row)
+    further: int = 0  # captions besides the one of each sample: in its record
+    conversations: int = 0  # samples whose record has a conversation
 
     def __post_init__(self) -> None:
         """Raises TypeError for what no shard of ours is: a journal may be anyone's."""
         if not isinstance(self.name, str) or Path(self.name).name != self.name:
             raise TypeError(f"{self.name!r} is no file's name")
-        if not isinstance(self.samples, int) or not isinstance(self.num_bytes, int):
+        numbers = (self.samples, self.num_bytes, self.further, self.conversations)
+        if not all(isinstance(number, int) for number in numbers):
             raise TypeError(f"{self.name} has no number of samples or bytes")
 
 
@@ -108,7 +111,7 @@ def convert(
                         journal.add(future.result())
                 raise
         if not journal.done:
-            raise ValueError("there is no record in the source: is the file empty, or cut behind its header?")
+            raise ValueError(f"there is no record in {source.name}: is it empty, or cut behind its header?")
         return list(journal.done.values())
 
 
@@ -134,19 +137,22 @@ def _cut(items: Iterable[Item], layout: ShardLayout) -> Iterator[tuple[str, list
 
 
 def _write(path: Path, items: list[Numbered]) -> Shard:
-    skipped: list[tuple[str, str]] = []
+    skipped: list[tuple[str, ...]] = []
     samples = _samples(items, skipped)
     num_bytes = write_shard(samples, path)
     if len(skipped) == len(items):
         path.unlink()
-    return Shard(path.name, len(items) - len(skipped), num_bytes, skipped)
+    lost = {int(number) for number, *_ in skipped}
+    kept = [item for number, item in items if number not in lost]
+    conversations = sum(bool(item.record.get("conversations") or item.record.get("messages")) for item in kept)
+    return Shard(path.name, len(kept), num_bytes, skipped, sum(item.further for item in kept), conversations)
 
 
-def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[dict[str, str | bytes]]:
+def _samples(items: list[Numbered], skipped: list[tuple[str, ...]]) -> Iterator[dict[str, str | bytes]]:
     for number, item in items:
         try:
             if item.place is None:
-                raise ValueError(item.reason)
+                raise ValueError(item.reason or "no image")
             content = item.place.read()
             yield {
                 "__key__": f"{number:09d}",
@@ -156,7 +162,7 @@ def _samples(items: list[Numbered], skipped: list[tuple[str, str]]) -> Iterator[
                 "json": dumps(item.record, ensure_ascii=False, default=str).encode(errors="backslashreplace"),
             }
         except (ValueError, RecursionError) as error:
-            skipped.append((f"{number:09d}", str(error)))
+            skipped.append((f"{number:09d}", str(error), item.where))
 
 
 def _extension(content: bytes) -> str:
@@ -207,7 +213,9 @@ class _Journal:
 
     def add(self, shard: Shard) -> None:
         if not self.samples + shard.samples:
-            raise ValueError(f"none of the first {len(shard.skipped)} records can be used: {shard.skipped[0][1]}")
+            _, reason, *where = shard.skipped[0]
+            named = f"{where[0]}: " if where and where[0] else ""
+            raise ValueError(f"none of the first {len(shard.skipped)} records can be used: {named}{reason}")
         self.done[shard.name] = shard
         with self.path.open("a", encoding="utf-8") as file:
             file.write(dumps(asdict(shard)) + "\n")
