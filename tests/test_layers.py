@@ -40,13 +40,16 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"data"},
     "evaluate": {"model", "data"},
     "export": {"model", "data", "observability", "checkpoint"},
-    "feature_cache": {"model", "data"},
+    "feature_cache": {"model", "data", "observability"},
     "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
     "train": {"model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"},
-    "pipeline": {"model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"},
+    "header": {"model", "data", "observability", "checkpoint", "plan", "preflight"},
+    "pipeline": {
+        *("model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "header", "train"),
+    },
     "launch": {"observability", "resilience"},
     "run": {"model", "checkpoint"},
-    "report": {"model", "data", "observability", "checkpoint", "evaluate", "preflight", "run"},
+    "report": {"model", "data", "observability", "resilience", "checkpoint", "evaluate", "preflight", "run"},
 }
 FACES = {"__init__", "__main__", "commands", "slurm"}  # what a person calls: they see every room
 DOORS: dict[str, set[str]] = {
