@@ -202,20 +202,24 @@ def _length(config: Config, name: str, data: Mapping[str, Data], world: World) -
     micro = stage.global_batch // world.size // accumulation
     parts = [f"micro-batch {micro}", *([f"x {accumulation} accumulated"] if accumulation > 1 else [])]
     parts += [f"x {world.size} processes"] if world.size > 1 else []
-    return f"{steps:,} steps of {stage.global_batch:,} samples ({' '.join(parts)})"
+    return f"{steps:,} step{'s' * (steps != 1)} of {stage.global_batch:,} samples ({' '.join(parts)})"
 
 
 def _parts(config: Config, name: str) -> str:
-    """The parameters of each part of the model, in millions: trained, and frozen."""
+    """The parameters of each part of the model: trained, and frozen."""
     model, _ = build.for_stage(config.model, config.stages[name])
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for parameter, tensor in model.named_parameters():
         counts[tensor.requires_grad][parameter.split(".")[0]] += tensor.numel()
     trained, frozen = (
-        ", ".join(f"{part} {number / 1e6:.2f} M" for part, number in counts[is_trained].items())
+        ", ".join(f"{part} {_count(number)}" for part, number in counts[is_trained].items())
         for is_trained in (True, False)
     )
     return f"trained: {trained}; frozen: {frozen or 'nothing'}"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:,.2f} M" if number >= 1e5 else f"{number:,}"
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ def _plan(config: Config, name: str, num_samples: int, world: World) -> str:
         # the table's nodes may be larger than this one
         per_node = gpu.per_node if world.size <= gpu.per_node else gcd(world.size, gpu.per_node)
         plan = plan_stage(config, name, facts, zero, Machine(replace(gpu, per_node=per_node), world.size), num_samples)
-        return f"{_memory(name, plan.memory, capacity)}; about {clock(plan.hours * 3600)} hours:minutes:seconds"
+        return f"{_memory(name, plan.memory, capacity)}; takes about {clock(plan.hours * 3600)}"
     accumulation = stage.accumulation(world.size)
     micro_batch = stage.global_batch // world.size // accumulation
     memory = measure(facts, config.engine, zero, world.size, micro_batch, accumulation)

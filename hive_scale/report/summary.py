@@ -76,7 +76,8 @@ def show(config: Config, device: torch.device, trained: bool = True, preset: str
         if all(parts):  # else the next start tries again
             write_text(kept, text)
     else:
-        text = Text.from_ansi(kept.read_text(errors="replace")).plain + "\n"  # older versions saved colours
+        lines = kept.read_text(errors="replace").splitlines()
+        text = "".join(f"{Text.from_ansi(line).plain}\n" for line in lines)  # older versions saved colours
         text = re.sub(r"^next  .*\n", "", text, flags=re.MULTILINE)  # and the hint, which may fit no more
     console.out(text, end="")
     _hint(config, console, preset)
