@@ -20,6 +20,7 @@ import torch
 
 from hive_scale import device
 from hive_scale.checkpoint.format import step_of, steps_in
+from hive_scale.checkpoint.run_claims import Overwrite
 from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
@@ -33,9 +34,11 @@ from hive_scale.plan.devices import this_gpu
 from hive_scale.plan.memory import Memory, examine, measure
 from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, plan_stage, zero_of
 from hive_scale.preflight import Data
+from hive_scale.rundir import look
+from hive_scale.strangers import some
 
 ENOUGH = 10.0  # seconds after which no further stage is planned: a start must not wait long for estimates
-REASONS = 3  # number of reasons to name for unusable samples
+NAMED = 3  # most shard patterns, and reasons for unusable samples, to name
 logger = logging.getLogger(__name__)
 
 
@@ -52,19 +55,16 @@ class _View(NamedTuple):
 _calls = count()  # each exchange between ranks needs a name of its own
 
 
-def show_run(config: Config, left: Sequence[str], world: World, anew: bool) -> None:
-    """Show the run, its stages, the devices, the processes and the engine. `left`: stages to train. A collective.
-
-    `anew` is True if an earlier run in the directory will be moved away.
-    """
+def show_run(config: Config, left: Sequence[str], world: World, overwrite: Overwrite = False) -> None:
+    """Show the run, its stages, the devices, the processes and the engine. `left`: stages to train. A collective."""
     views = [_View(*one) for one in world.exchange(f"header/{next(_calls)}", _look(world.device))]
     if not world.is_main:
         return
     hosts = Counter(view.host for view in views)
     lines = {
         "run": config.name,
-        "output": f"{config.run_dir}{' (what is there is moved away first)' if anew else ''}",
-        "stages": ", ".join(_state(config, name, left, anew) for name in config.stages),
+        "output": f"{config.run_dir}{_replaced(config, overwrite)}",
+        "stages": ", ".join(_state(config, name, left, bool(overwrite)) for name in config.stages),
         "device": _devices(world.device, views, hosts[views[0].host]),
         "processes": _processes(world.size, len(hosts)),
         "engine": _engine(config, world.size),
@@ -76,9 +76,16 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
     """Show the data sets, and each stage's steps, batches and parameters. `left`: stages to train."""
     if not world.is_main:
         return
-    for names, one in _shared(data, left).items():
-        of = f" of {names}" if len(_shared(data, left)) > 1 else ""
-        _show({"data": f"training{of}: {_samples(one.train)}", "": f"held-out{of}: {_samples(one.heldout)}"})
+    sets = _sets(data, left)
+    for names in sets:
+        of, one, patterns = f" of {', '.join(names)}" * (len(sets) > 1), data[names[0]], config.data_of(names[0])
+        train, heldout = (f"{some(each, NAMED)}: " for each in (patterns.train, patterns.heldout))
+        _show(
+            {
+                "data": f"training{of}, {train}{_samples(one.train)}",
+                "": f"held-out{of}, {heldout}{_samples(one.heldout)}",
+            }
+        )
     for name in left:
         _show({"stage": f"{name}: {_length(config, name, data, world)}; {_parts(config, name)}"})
 
@@ -109,6 +116,12 @@ def _show(lines: Mapping[str, str]) -> None:
 # -- the run ----------------------------------------------------------------------------------------------------
 
 
+def _replaced(config: Config, overwrite: Overwrite) -> str:
+    if not overwrite or look(config.run_dir) != "ours":
+        return ""
+    return f", where a run is {'deleted' if overwrite == 'delete' else 'moved aside'} first"
+
+
 def _state(config: Config, name: str, left: Sequence[str], anew: bool) -> str:
     stage_dir = config.run_dir / name
     if name not in left:
@@ -129,10 +142,11 @@ def _look(own: torch.device) -> _View:
 def _devices(own: torch.device, views: Sequence[_View], on_this_node: int) -> str:
     """The devices of all ranks; `on_this_node` is the number of ranks beside this one, with it."""
     if not device.is_accelerator(own):
+        threads = torch.get_num_threads()
         why = "torch finds none" if torch.version.cuda or torch.version.hip else "this torch is built for CPUs alone"
         return (
-            f"CPU, {torch.get_num_threads()} threads per process, {_gb(views[0].total)} of memory; no GPU was found "
-            f"({why}), so training runs on the CPU"
+            f"CPU, {threads} thread{'s' * (threads != 1)} per process, {_gb(views[0].total)} of memory; no GPU was "
+            f"found ({why}), so training runs on the CPU"
         )
     kinds = Counter((view.device, view.total) for view in views)
     told = ", ".join(f"{number} x {name}, {_gb(total)} each" for (name, total), number in kinds.items())
@@ -171,12 +185,12 @@ def _engine(config: Config, size: int) -> str:
 # -- data and stages --------------------------------------------------------------------------------------------
 
 
-def _shared(data: Mapping[str, Data], left: Sequence[str]) -> dict[str, Data]:
-    """Each set of data once, by the names of the stages in `left` that use it."""
+def _sets(data: Mapping[str, Data], left: Sequence[str]) -> list[list[str]]:
+    """The names of the stages in `left`, grouped by the set of data that they share."""
     users: dict[int, list[str]] = {}
     for name in left:
         users.setdefault(id(data[name]), []).append(name)
-    return {", ".join(names): data[names[0]] for names in users.values()}
+    return list(users.values())
 
 
 def _samples(loader: Loader) -> str:
@@ -188,8 +202,8 @@ def _samples(loader: Loader) -> str:
     if not faults:
         return told
     reasons = Counter(fault.reason for fault in faults)
-    named = ", ".join(f"{number:,} x {reason}" for reason, number in reasons.most_common(REASONS))
-    others = len(reasons) - REASONS
+    named = ", ".join(f"{number:,} x {reason}" for reason, number in reasons.most_common(NAMED))
+    others = len(reasons) - NAMED
     return (
         f"{told}; {len(faults):,} unusable ({len(faults) / (usable + len(faults)):.1%}): {named}"
         f"{f', and {others} other reasons' if others > 0 else ''}"

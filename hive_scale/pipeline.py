@@ -128,7 +128,7 @@ def run_pipeline(
         world.barrier()
         if left := _left(config, wanted, world, bool(overwrite)):
             if not follows:
-                header.show_run(config, left, world, bool(overwrite))
+                header.show_run(config, left, world, overwrite)
             if any(world.sum(preemption.requested())):
                 raise Stopped("stopped before it began")
             take = partial(claim_run_dir, config, world, lock, overwrite, follows)

@@ -46,7 +46,7 @@ def test_a_header_says_what_will_run_where_on_what(
     config = run(tmp_path)
     (tmp_path / "run" / "language" / "step_00000003").mkdir(parents=True)
     left = ["language", "joint"]
-    header.show_run(config, left, world, anew=False)
+    header.show_run(config, left, world)
     header.show_data(config, open_all(config, noted=False), left, world)
     shown = capsys.readouterr().out
     lines = [(line[:10].strip(), line[11:]) for line in shown.splitlines()]
@@ -57,8 +57,8 @@ def test_a_header_says_what_will_run_where_on_what(
     assert told["stages"] == "projector (not now), language (goes on from step 3), joint"
     assert told["processes"] == "1, no launcher"
     assert told["engine"] == "FSDP2 engine in one process, nothing is sharded; fp32"
-    assert told["data"].startswith("training: 7 samples in 1 shard; 2 unusable (22.2%): 1 x ")
-    assert told[""].startswith("held-out: 7 samples in 1 shard; 2 unusable")
+    assert told["data"].startswith(f"training, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable (22.2%): 1 x ")
+    assert told[""].startswith(f"held-out, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable")
     language, joint = (text for label, text in lines if label == "stage")
     assert language.startswith("language: 5 steps of 8 samples (micro-batch 4 x 2 accumulated); trained: language ")
     assert "frozen: vision" in language
