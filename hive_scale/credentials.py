@@ -47,6 +47,12 @@ _hidden: dict[str, str] = {}  # replacement text, by credential found in those p
 _places: dict[str, str] = {}  # address of a shard, by its public name
 
 
+def forget() -> None:
+    """Forget every credential that this process knows."""
+    for known in (_given, _hidden, _places):
+        known.clear()
+
+
 def take(pattern: str, own: bool = False) -> str:
     """Return the public form of a shard `pattern`, and remember the original in this process.
 

@@ -140,7 +140,7 @@ def _alone(place: Place, before: Callable[[World], None] | None) -> Iterator[Wor
     if before:
         before(World(0, 1, device))
     # a HashStore needs neither a port nor a launcher
-    dist.init_process_group(_backend(device), store=stores.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend(device), store=stores.HashStore(), rank=0, world_size=1)
     try:
         yield World(0, 1, device)
     finally:
@@ -157,7 +157,7 @@ def _among_others(place: Place, before: Callable[[World], None] | None) -> Itera
             before(World(place.rank, place.size, device, guard.store))
         on = device if device.type == "cuda" else None
         dist.init_process_group(
-            _backend(device), store=guard.store, rank=place.rank, world_size=place.size, device_id=on
+            backend(device), store=guard.store, rank=place.rank, world_size=place.size, device_id=on
         )
         yield World(place.rank, place.size, device, guard.store)
         dist.barrier()  # the store ends with rank 0, so all ranks must be done with it first
@@ -195,7 +195,7 @@ def _meet(place: Place) -> _Guard:
     return _Guard(Meeting(place).hold(), place.rank, place.size)
 
 
-def _backend(device: torch.device) -> str:
+def backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 

@@ -101,7 +101,7 @@ def _fill(
     shown: Iterable[Seen] = images
     if world.is_main and mine:
         console.print(f"the frozen encoder runs once on {sum(map(len, missing)):,} images, in batches of {AT_ONCE}")
-        shown = track(images, "features", total=len(mine))
+        shown = track(images, "features")
     for read, broken, pixels, error in shown:
         if error is not None:
             raise error

@@ -21,7 +21,7 @@ def once_per_node(world: World, make: Callable[[], str]) -> str:
 
     Raises ValueError if the results of two nodes differ.
     """
-    nodes = _gather(world, _node())
+    nodes = _gather(world, node_id())
     first = [nodes.index(node) for node in nodes]  # for each rank, the first rank of its node
     made = _gather(world, make() if first[world.rank] == world.rank else None)
     for rank in sorted(set(first)):
@@ -40,7 +40,7 @@ def use_cores(world: World) -> None:
     torchrun sets one thread per process by default. With CPU offload AdamW runs on the CPU, where a single core uses
     only a fraction of the memory bandwidth. An OMP_NUM_THREADS above 1 is the user's choice, and is kept.
     """
-    everyone: list[Cores] = _gather(world, (_node(), _cores()))
+    everyone: list[Cores] = _gather(world, (node_id(), _cores()))
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(share(everyone, world.rank))
 
@@ -61,7 +61,7 @@ def _gather(world: World, own: Any) -> list[Any]:
     return found
 
 
-def _node() -> str:
+def node_id() -> str:
     """An id of this machine, unique even among machines of the same name; it starts with the host name."""
     return f"{socket.gethostname()} {machine()}"
 

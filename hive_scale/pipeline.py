@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hive_scale import checksums, header
+from hive_scale.callbacks import Callback
 from hive_scale.checkpoint.io import published
 from hive_scale.checkpoint.run_claims import (
     Overwrite,
@@ -99,6 +100,7 @@ def run_pipeline(
     until: str | None = None,
     patience: float = 0.0,
     follows: bool = False,
+    callbacks: Sequence[Callback] = (),
 ) -> bool:
     """Train every unfinished stage, each from the weights of the previous one; a finished run returns at once.
 
@@ -106,6 +108,7 @@ def run_pipeline(
 
     With `overwrite` an existing run is moved aside, or deleted, and started over. `until` is the last stage to train
     (None: all). A run that `follows` another, such as its blank-image control, accepts changes of that run's config.
+    `callbacks` are called while it trains, see `hive_scale.callbacks`.
     Raises ValueError for what the user must change, before training starts and without leaving files behind; also
     if the last stage's weights or encoder are corrupt. Raises TryAgain if another process works on the same run
     directory for longer than `patience` seconds, and Stopped on a signal or a file STOP.
@@ -132,7 +135,7 @@ def run_pipeline(
             if any(world.sum(preemption.requested())):
                 raise Stopped("stopped before it began")
             take = partial(claim_run_dir, config, world, lock, overwrite, follows)
-            _run_stages(config, wanted, left, world, preemption, bool(overwrite), take, not follows)
+            _run_stages(config, wanted, left, world, preemption, bool(overwrite), take, callbacks, not follows)
         elif world.is_main:
             _check_result(config, wanted[-1])
     return bool(left)
@@ -156,6 +159,7 @@ def _run_stages(
     preemption: Preemption,
     anew: bool,
     take: Callable[[], None],
+    callbacks: Sequence[Callback],
     with_header: bool,
 ) -> None:
     found = open_all(config, noted=False)
@@ -190,7 +194,7 @@ def _run_stages(
         if name in left:
             world.timer.enter("start")
             begin_stage(config, name, world)
-            checkpoint = StageRun(config, name, data[name], world, weights, preemption).run()
+            checkpoint = StageRun(config, name, data[name], world, weights, preemption, callbacks).run()
             world.timer.enter("handoff")
             memory.release()
             if world.is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from hive_scale.batch import Batch
+from hive_scale.callbacks import Callback, Callbacks
 from hive_scale.checkpoint.checkpointer import Checkpointer
+from hive_scale.checkpoint.format import directory_name
 from hive_scale.checkpoint.optimizer_transfer import OptimizerTransfer
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config
@@ -138,8 +141,16 @@ class StageRun:
     """Runs one stage, from its newest checkpoint if it has one, to its end."""
 
     def __init__(
-        self, config: Config, name: str, data: Data, world: World, parent: Path, preemption: Preemption
+        self,
+        config: Config,
+        name: str,
+        data: Data,
+        world: World,
+        parent: Path,
+        preemption: Preemption,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
+        self.callbacks = Callbacks(callbacks)
         self.config, self.name, self.data, self.world, self.preemption = config, name, data, world, preemption
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
@@ -158,7 +169,7 @@ class StageRun:
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = LossGuard(config.guard)
         self.at = TrainState(self.checkpoints, self.engine, self.guard, origin, known)
-        self.heldout = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
+        self.heldout: Iterable[Batch] = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
         self.interval = CheckpointInterval(config.save_interval, config.expected_failures_per_day, config.grace_seconds)
         self.data_stall, self.waited = DataStall(data.train.config.workers), 0.0
@@ -174,6 +185,7 @@ class StageRun:
             self._warn_if_restarted()
             self.moments.fill(self.engine.fragments())
         self.goodput = Goodput(self.world.timer, read_metrics(self.metrics), self.at.step)
+        self.callbacks.on_stage(self)
         while not self._train():
             self.at.rollback()
             self.goodput.rollback(read_metrics(self.metrics), self.at.step)
@@ -240,16 +252,18 @@ class StageRun:
                     self.goodput.skip_batch(perf_counter() - began - self.waited)
                     if self.guard.reject():
                         return False
+                self.callbacks.on_step(self, output)
                 # the interval balances the cost of saving against the work lost in a failure (Daly 2006)
                 self.interval.stepped(self.checkpoints.write_seconds)
                 log.print(self.interval.warning())
                 log.print(self.data_stall.warning())
-                saved = self._save(wait=bool(stop)) if stop or save else True
-                if stop and at.step < self.num_steps:
-                    how = "and saved it" if saved else "which is not fit to be saved"
-                    raise Stopped(f"{self.name} stopped after step {at.step} of {self.num_steps}, {how}")
-                if not saved:
-                    return False
+                if (stop or save) and at.step < self.num_steps:  # the last step is saved below
+                    saved = self._save(wait=bool(stop))
+                    if stop:
+                        how = "and saved it" if saved else "which is not fit to be saved"
+                        raise Stopped(f"{self.name} stopped after step {at.step} of {self.num_steps}, {how}")
+                    if not saved:
+                        return False
             log.print(f"{self.name}: {self.goodput.close()}")
         return self._save(wait=False)
 
@@ -260,6 +274,7 @@ class StageRun:
         saved = self.at.save(self.stage.global_batch, wait)
         if saved:
             self.interval.saved(perf_counter() - began)
+            self.callbacks.on_checkpoint(self, self.dir / directory_name(self.at.step))
         return saved
 
     def _flags(self) -> tuple[float, ...]:
@@ -276,13 +291,15 @@ class StageRun:
         if at.step < self.num_steps and not (interval and at.step % interval == 0):
             return {}
         began = perf_counter()
-        loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout, len(self.heldout)))
+        loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout))
         at.eval_loss, seconds = loss_sum / max(1, num_tokens), round(perf_counter() - began, 6)
         second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
         behind = self.moments.steps
         # read from the optimizer's state, so that it needs no extra backward
         gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
-        return {"eval_loss": at.eval_loss, "eval_seconds": seconds, **gauges}
+        metrics = {"eval_loss": at.eval_loss, "eval_seconds": seconds, **gauges}
+        self.callbacks.on_evaluate(self, metrics)
+        return metrics
 
     def _skip_batch(self, output: StepOutput, log: StageLog) -> None:
         """Count the batch as skipped, and log its samples, loss and gradient norm."""

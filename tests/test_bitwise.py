@@ -16,10 +16,12 @@ import tiny
 import torch
 
 from hive_scale import presets, train
+from hive_scale.callbacks import Callback
 from hive_scale.checkpoint.stage_files import WEIGHTS
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, EngineConfig, PartConfig
 from hive_scale.distributed import World
+from hive_scale.engine import StepOutput
 from hive_scale.exit_codes import Stopped
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
@@ -47,18 +49,24 @@ def small(output: Path, engine: EngineConfig) -> Config:
     return replace(run, model=model, stages={"joint": joint}, engine=engine, save_interval=100)
 
 
+class NotEvaluated(Callback):
+    """Leaves out the held-out samples, which take longer than all else here."""
+
+    def on_stage(self, stage: StageRun) -> None:
+        stage.heldout = ()
+
+
 def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[str, list[Any]]:
     """Of each engine: what is left of the run in one part, and in two."""
     seen: list[Any] = []
-    votes, half = StageRun._flags, False
+    half = False
 
-    def watch_and_stop(self: StageRun) -> tuple[float, ...]:
-        seen.append((self.at.step, world.timer.keys, torch.get_rng_state().numpy().tobytes()))
-        stop, *others = votes(self)
-        return stop or (half and self.at.step == STEPS // 2 - 1), *others
+    class WatchAndStop(NotEvaluated):
+        def on_step(self, stage: StageRun, _: StepOutput) -> None:
+            seen.append((stage.at.step, world.timer.keys, torch.get_rng_state().numpy().tobytes()))
+            if half and stage.at.step == STEPS // 2 - 1:
+                stage.preemption.request()
 
-    StageRun._flags = watch_and_stop  # type: ignore[method-assign]
-    StageRun._evaluate_if_due = lambda self: {}  # type: ignore[method-assign]
     found: dict[str, list[Any]] = {}
     for name, engine in engines.items():
         for parts in (1, 2):
@@ -66,12 +74,12 @@ def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[st
             config, half = small(Path(folder, f"{name}_{parts}"), engine), parts == 2
             if half:
                 try:
-                    run_pipeline(config, world)
+                    run_pipeline(config, world, callbacks=[WatchAndStop()])
                     raise AssertionError("not stopped")
                 except Stopped:
                     half = False
                 torch.manual_seed(parts)  # what was drawn before must not matter
-            run_pipeline(config, world)
+            run_pipeline(config, world, callbacks=[WatchAndStop()])
             weights = read_weights(config.run_dir / "joint" / WEIGHTS)
             losses = [line["loss"] for line in read_metrics(config.run_dir / "joint" / "metrics.jsonl")]
             found.setdefault(name, []).append((weights.identity, losses, list(seen)))
@@ -90,7 +98,6 @@ def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str
     """Of each engine: bytes of tensors alive when each of three stages opens its own."""
     held: dict[str, list[int]] = {}
     opening = train.open_engine
-    StageRun._evaluate_if_due = lambda self: {}  # type: ignore[method-assign]
     found: list[int] = []
 
     def watched(*arguments: Any) -> Any:
@@ -104,7 +111,7 @@ def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str
         run = small(Path(folder, name), engine)
         stages = presets.load("debug", None, []).stages
         stages = {stage: replace(one, max_steps=2, global_batch=8, micro_batch=2) for stage, one in stages.items()}
-        run_pipeline(replace(run, stages=stages), world)
+        run_pipeline(replace(run, stages=stages), world, callbacks=[NotEvaluated()])
     return held
 
 

@@ -38,8 +38,7 @@ SAS = "sv=2024-11-04&ss=b&srt=co&sp=rl&se=2030-01-01T00:00:00Z&sig=planted%2Babc
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another test's credentials are not this one's."""
-    for ring in ("_given", "_hidden", "_places"):
-        monkeypatch.setattr(credentials, ring, {})
+    credentials.forget()
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config_home"))
 
 
@@ -146,7 +145,7 @@ def test_the_user_s_own_words_and_file_may_name_a_variable_of_shards(
     monkeypatch.setenv("BASE", str(tmp_path / "elsewhere"))
     assert presets.load(None, file, ["data.train=[${oc.env:BASE}/*.tar]"]) == run
     # in a process that was not told, the saved config reads no variable
-    monkeypatch.setattr(credentials, "_given", {})
+    credentials.forget()
     with pytest.raises(ValueError, match=r"'\$BASE/\{a,b\}.tar' is missing .is \$NAME for a variable"):
         expand(run.data.heldout)
 
@@ -388,8 +387,7 @@ def test_jobs_find_credentials_in_a_file_that_only_the_user_can_read(
     assert stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
     assert "resolved" not in kept.read_text()
     assert not kept.is_relative_to(run.run_dir)
-    for ring in ("_given", "_hidden"):  # another process
-        monkeypatch.setattr(credentials, ring, {})
+    credentials.forget()  # as another process
     credentials.recall(tmp_path / "other")
     assert credentials.private("https://host/a.tar") == "https://host/a.tar"
     credentials.recall(run.run_dir)

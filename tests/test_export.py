@@ -26,6 +26,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from hive_scale.checkpoint.run_reader import Run
 from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.commands.export import main
 from hive_scale.config import Config, ModelConfig, PartConfig, TokenizerConfig
@@ -35,6 +36,7 @@ from hive_scale.export import export_run, from_pretrained, huggingface, save_pre
 from hive_scale.model.build import init_model, load_model
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import run_pipeline
+from hive_scale.shared_files import locked, own_lock
 
 pytestmark = pytest.mark.contract
 NUM_VISUAL = (tiny.IMAGE // tiny.SIGLIP["patch_size"]) ** 2
@@ -193,6 +195,14 @@ def test_torch_alone_loads_the_distributed_checkpoint_as_its_card_says(run: Path
     found, wanted = load_file(out / "state.safetensors"), load_file(run / "projector" / "weights.safetensors")
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_two_exports_at_once_do_not_share_a_folder(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "encoder"
+    out.parent.mkdir()
+    with locked(own_lock(out)), pytest.raises(ValueError, match=r"another process exports to .*encoder: wait for it"):
+        export_run("encoder", run, out)
+    assert export_run("encoder", run, out) == Run(run).stage("")
 
 
 def test_an_encoder_that_is_still_to_be_trained_is_given_away_on_request_alone(run: Path, tmp_path: Path) -> None:

@@ -42,10 +42,15 @@ ROOMS: dict[str, set[str]] = {
     "export": {"model", "data", "observability", "checkpoint"},
     "feature_cache": {"model", "data", "observability"},
     "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
-    "train": {"model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"},
     "header": {"model", "data", "observability", "checkpoint", "plan", "preflight"},
+    "callbacks": {"engine", "train"},  # the types of what they are given
+    "train": {
+        *("model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"),
+        "callbacks",
+    },
     "pipeline": {
-        *("model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "header", "train"),
+        *("model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"),
+        *("callbacks", "header"),
     },
     "launch": {"observability", "resilience"},
     "run": {"model", "checkpoint"},
@@ -61,7 +66,7 @@ DOORS: dict[str, set[str]] = {
     "submitit": {"hive_scale/slurm/"},
     "transformers": {
         *("hive_scale/model/", "hive_scale/data/tokenizer.py", "hive_scale/data/byte_tokenizer.py"),
-        *("hive_scale/export/", "hive_scale/evaluate/llava.py", "hive_scale/prepare/smollm2.py"),
+        *("hive_scale/export/", "hive_scale/prepare/smollm2.py"),
         "launchers/benchmarks/",  # as the peer that is measured
     },
     "accelerate": {"hive_scale/model/build.py", "launchers/benchmarks/"},

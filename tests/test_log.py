@@ -101,6 +101,16 @@ def written(folder: Path, steps: int = 8) -> Path:
     return folder / "joint" / "metrics.jsonl"
 
 
+def test_what_is_not_finite_is_left_out_of_a_line(tmp_path: Path) -> None:
+    run_dir(tmp_path)
+    with StageLog(tmp_path / "joint", 10, 0, 0, OFF, WORLD) as log:
+        log.step(1, 4, values(eval_loss=float("nan"), gates={"0": float("inf"), "1": 0.5}))
+    (line,) = (tmp_path / "joint" / "metrics.jsonl").read_text().splitlines()
+    found = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert found["gates"] == {"1": 0.5}
+    assert "eval_loss" not in found
+
+
 def wrong_key(text: str) -> str:
     return text.replace('"step"', '"stpe"')
 
@@ -431,7 +441,7 @@ def screen(width: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[console.S
 def test_an_evaluation_shows_how_far_it_is_and_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def act(view: console.StageView) -> None:
         view.show({**LINE, "step": 2999}, samples=64, tokens=800)
-        for _ in view.track("abc", "held-out", 3):
+        for _ in view.track("abc", "held-out"):
             time.sleep(0.15)  # the bar moves ten times a second
 
     shown = screen(80, monkeypatch, act)
@@ -444,10 +454,12 @@ def test_without_a_terminal_progress_is_a_line_every_few_seconds(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(console, "INTERVAL", 0.0)
-    assert list(console.track("abc", "features", 3)) == ["a", "b", "c"]
+    assert list(console.track("abc", "features")) == ["a", "b", "c"]
     assert capsys.readouterr().out == "features 1/3\nfeatures 2/3\nfeatures 3/3\n"
+    assert list(console.track(iter("ab"), "features")) == ["a", "b"]
+    assert capsys.readouterr().out == "features 1\nfeatures 2\n", "of an unknown number"
     monkeypatch.setattr(console, "INTERVAL", 100.0)
-    assert list(console.track("abc", "features", 3)) == ["a", "b", "c"]
+    assert list(console.track("abc", "features")) == ["a", "b", "c"]
     assert not capsys.readouterr().out
 
 

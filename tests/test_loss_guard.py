@@ -16,15 +16,18 @@ from typing import Any
 import pytest
 import ranks
 from test_parity import Cell, my_batches, opened, small_jsons
+from torch import Tensor
 
 from hive_scale import presets
+from hive_scale.batch import Batch
+from hive_scale.callbacks import Callback
 from hive_scale.checkpoint.format import steps_in
 from hive_scale.checkpoint.stage_files import WEIGHTS
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, GuardConfig
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World, session
-from hive_scale.engine import Engine
+from hive_scale.engine import Engine, StepOutput, token_loss
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
 from hive_scale.resilience.loss_guard import LEAST, LossGuard
@@ -46,8 +49,12 @@ def left_out(world: World, cells: list[Cell], folder: str) -> list[tuple[str, st
     return [(train(world, cell, folder, bad=False), train(world, cell, folder, bad=True)) for cell in cells]
 
 
+def no_number(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
+    return token_loss(forward, batch) * math.nan
+
+
 def train(world: World, cell: Cell, folder: str, bad: bool) -> str:
-    engine: Any = opened(cell, world, folder)[0]
+    engine = opened(cell, world, folder)[0]
     for step in range(3):
         output = engine.step(my_batches(cell, step, world), 1.0, votes=lambda: (world.rank, 1))
         assert output.applied
@@ -57,11 +64,10 @@ def train(world: World, cell: Cell, folder: str, bad: bool) -> str:
         after = engine.step(my_batches(cell, 10 + step, world), 1.0, max_loss=output.loss / 2)
         assert not after.applied
         assert math.isfinite(after.grad_norm)
-        loss = engine._loss
         if world.rank == 1:  # and no other
-            engine._loss = lambda *given: loss(*given) * math.nan  # noqa: B023
+            engine.loss = no_number
         after = engine.step(my_batches(cell, 20 + step, world), 1.0)
-        engine._loss = loss
+        engine.loss = token_loss
         assert not after.applied
         assert math.isnan(after.loss)
         assert math.isnan(after.grad_norm)
@@ -156,15 +162,17 @@ def run(output: Path, *words: str) -> Config:
     return presets.load("debug", None, [*stage, "data.heldout=[sample:heldout]", f"output={output}", *words])
 
 
-def sabotage(monkeypatch: pytest.MonkeyPatch, harm: Callable[[StageRun], object]) -> None:
-    votes = StageRun._flags
+class Sabotage(Callback):
+    """Calls `harm` after each step. Leaves out the held-out samples, which take longer than all else here."""
 
-    def harmed(self: StageRun) -> tuple[float, ...]:
-        harm(self)
-        return votes(self)
+    def __init__(self, harm: Callable[[StageRun], object] = lambda _: None) -> None:
+        self.harm = harm
 
-    monkeypatch.setattr(StageRun, "_flags", harmed)
-    monkeypatch.setattr(StageRun, "_evaluate_if_due", lambda self: {})  # it takes longer than all else here
+    def on_stage(self, stage: StageRun) -> None:
+        stage.heldout = ()
+
+    def on_step(self, stage: StageRun, _: StepOutput) -> None:
+        self.harm(stage)
 
 
 def test_a_run_with_a_bad_batch_is_the_run_without_it(
@@ -177,113 +185,96 @@ def test_a_run_with_a_bad_batch_is_the_run_without_it(
         start = how["start"] // how["global_batch"]
         return (batch for number, batch in enumerate(steps(self, **how), start) if number != bad)
 
-    sabotage(monkeypatch, lambda stage: None)
     with monkeypatch.context() as patch:
         patch.setattr(Loader, "steps", without)
-        run_pipeline(run(tmp_path / "without"), world, until="projector")
+        run_pipeline(run(tmp_path / "without"), world, until="projector", callbacks=[Sabotage()])
 
-    open_stage = StageRun.__init__
+    def poison(stage: StageRun) -> None:
+        stage.engine.loss = no_number if stage.at.batch == bad else token_loss
 
-    def open_and_poison(self: StageRun, *arguments: Any) -> None:
-        open_stage(self, *arguments)
-        engine: Any = self.engine
-        loss = engine._loss
-        engine._loss = lambda *given: loss(*given) * (math.nan if self.at.batch == bad else 1)
-
-    monkeypatch.setattr(StageRun, "__init__", open_and_poison)
-    run_pipeline(run(tmp_path / "with"), world, until="projector")
+    run_pipeline(run(tmp_path / "with"), world, until="projector", callbacks=[Sabotage(poison)])
     ours, theirs = (dict(read_weights(tmp_path / name / "projector" / WEIGHTS).items()) for name in ("with", "without"))
     assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
     (line,) = [json.loads(line) for line in (tmp_path / "with" / "bad_batches.jsonl").read_text().splitlines()]
     assert (line["stage"], line["step"], line["loss"], len(line["keys"])) == ("projector", bad + 1, None, 4)
 
 
-def test_bad_weights_send_a_run_back_to_other_batches(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_weights_send_a_run_back_to_other_batches(tmp_path: Path, world: World) -> None:
     harmed: list[int] = []
 
     def harm(stage: StageRun) -> None:
-        if stage.at.step == 20 and not harmed:
+        if stage.at.step == 21 and not harmed:
             harmed.append(stage.at.step)
             for fragment in stage.engine.fragments():
                 if fragment.kind == "master":
                     fragment.data.fill_(math.nan)
 
-    sabotage(monkeypatch, harm)
-    config = run(tmp_path / "run")
-    run_pipeline(config, world, until="projector")
+    run_pipeline(run(tmp_path / "run"), world, until="projector", callbacks=[Sabotage(harm)])
     stage_dir = tmp_path / "run" / "projector"
     lines = read_metrics(stage_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 25))
     assert max(line["loss"] for line in lines) < 10
     state = json.loads((stage_dir / "step_00000024" / "manifest.json").read_text())["content"]["state"]
-    # the step under way, taken with weights that were spoiled after its forward; then three that were refused
+    # the step whose weights were spoiled; then three that were refused
     assert state["passed"] == 21 - 18 + 3
     assert lines[-1]["lost_steps"] == 3 + 3
     assert lines[-1]["spent"]["lost"] > 0
 
 
-def spoil(value: float, kind: str = "master", at: int = 23) -> Callable[[StageRun], None]:
-    """Whoever is called at the end of the last step of 24 spoils what it leaves."""
+def spoil(value: float, kind: str) -> Callable[[StageRun], None]:
+    """Spoils what the last step of 24 leaves behind."""
 
     def harm(stage: StageRun) -> None:
-        if stage.at.step == at:
-            step = stage.engine.step
-
-            def spoiling(*given: Any) -> Any:
-                output = step(*given)
-                for fragment in stage.engine.fragments():
-                    if fragment.kind == kind:
-                        fragment.data[:1] = value
-                return output
-
-            stage.engine.step = spoiling  # type: ignore[method-assign]
+        if stage.at.step == 24:
+            for fragment in stage.engine.fragments():
+                if fragment.kind == kind:
+                    fragment.data[:1] = value
 
     return harm
 
 
 @pytest.mark.parametrize(("value", "kind"), [(math.nan, "master"), (math.inf, "exp_avg_sq")])
 def test_a_stage_that_ends_in_what_is_no_number_is_not_done(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, value: float, kind: str
+    tmp_path: Path, world: World, value: float, kind: str
 ) -> None:
-    """The step before the last leaves it behind, the last is one too many for the guard to see."""
-    sabotage(monkeypatch, spoil(value, kind, at=22))
-    monkeypatch.setattr(StageRun, "_skip_batch", lambda *_: None)
+    """No later step shows it to the guard."""
     with pytest.raises(ValueError, match=r"after going back 1 times the loss or the weights are again not finite"):
-        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")
+        run_pipeline(
+            run(tmp_path / "run", "guard.rollbacks=1"),
+            world,
+            until="projector",
+            callbacks=[Sabotage(spoil(value, kind))],
+        )
     assert not (tmp_path / "run" / "projector" / WEIGHTS).exists()
     assert [path.name for path in steps_in(tmp_path / "run" / "projector")][-1] == "step_00000018"
 
 
-def test_a_held_out_loss_that_is_no_number_is_not_published_and_no_json(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Finite weights may be ruined, too: only the look at the end sees it."""
+def test_a_held_out_loss_that_is_no_number_is_not_published_and_no_json(tmp_path: Path, world: World) -> None:
+    """Finite weights may be ruined, too: only the held-out loss at the end shows it."""
 
-    def look(stage: StageRun) -> dict[str, Any]:
-        stage.at.eval_loss = math.nan if stage.at.step == 24 else None
-        return {"eval_loss": stage.at.eval_loss, "gates": {"0": math.inf, "1": 0.5}} if stage.at.step == 24 else {}
+    class Ruined(Callback):
+        def on_stage(self, stage: StageRun) -> None:
+            stage.engine.evaluate = lambda _: (math.nan, 1)  # type: ignore[method-assign]
 
-    sabotage(monkeypatch, lambda stage: None)
-    monkeypatch.setattr(StageRun, "_evaluate_if_due", look)
     with pytest.raises(ValueError, match="no checkpoint is there to go back to: lower the learning rates"):
-        run_pipeline(run(tmp_path / "run", "save_interval=100"), world, until="projector")
+        run_pipeline(
+            run(tmp_path / "run", "save_interval=100", "eval_interval=0"),
+            world,
+            until="projector",
+            callbacks=[Ruined()],
+        )
     stage_dir = tmp_path / "run" / "projector"
     assert not (stage_dir / WEIGHTS).exists()
     last = (stage_dir / "metrics.jsonl").read_text().splitlines()[-1]
     line = json.loads(last, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert line["step"] == 24
     assert "eval_loss" not in line
-    assert line["gates"] == {"1": 0.5}
 
 
-def test_going_back_for_ever_is_refused(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_back_for_ever_is_refused(tmp_path: Path, world: World) -> None:
     def harm(stage: StageRun) -> None:
-        engine: Any = stage.engine
-        if stage.at.step == 8:
-            engine._loss = lambda *given, loss=engine._loss: loss(*given) * math.nan
+        if stage.at.step == 9:
+            stage.engine.loss = no_number
 
-    sabotage(monkeypatch, harm)
     with pytest.raises(ValueError, match=r"after going back 1 times .* lower the learning rates"):
-        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector")
+        run_pipeline(run(tmp_path / "run", "guard.rollbacks=1"), world, until="projector", callbacks=[Sabotage(harm)])

@@ -27,7 +27,7 @@ def bytes_read() -> int:
 
 def on_nodes_of_two(world: World, folder: Path) -> tuple[list[int], str, int, str]:
     """Who of four is asked, the weights' identity and what reading them took, and what is said of different nodes."""
-    node._node = lambda: f"node{world.rank // 2} boot"  # type: ignore[assignment]
+    node.node_id = lambda: f"node{world.rank // 2} boot"  # type: ignore[assignment]
     asked: list[int] = []
     once_per_node(world, lambda: str(asked.append(world.rank)))
     before = bytes_read()

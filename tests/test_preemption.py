@@ -15,13 +15,15 @@ import ranks
 import torch
 
 from hive_scale import presets
+from hive_scale.callbacks import Callback
 from hive_scale.distributed import World
+from hive_scale.engine import StepOutput
 from hive_scale.exit_codes import Stopped
 from hive_scale.observability.metrics import read_metrics
-from hive_scale.observability.stage_log import StageLog
 from hive_scale.pipeline import run_pipeline
 from hive_scale.resilience import preemption as interrupts
 from hive_scale.resilience.preemption import SIGNALS, STOP, listening
+from hive_scale.train import StageRun
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
@@ -64,25 +66,21 @@ def test_a_stop_file_asks_whenever_it_was_made_until_it_is_removed(
 
 def stopped_by_one_rank(world: World, output: str, ask: str) -> str:
     """What ends a run of which rank 1 is signalled, or the directory given a STOP file, after step 2."""
-    log_step = StageLog.step
 
-    def step_and_ask(self: StageLog, step: int, *arguments: object) -> None:
-        log_step(self, step, *arguments)  # type: ignore[arg-type]
-        if step == 2 and world.rank == 1:
-            if ask == STOP:
-                Path(output, STOP).touch()
-            else:
-                signal.raise_signal(signal.Signals[ask])
+    class Ask(Callback):
+        def on_step(self, stage: StageRun, _: StepOutput) -> None:
+            if stage.at.step == 2 and world.rank == 1:
+                if ask == STOP:
+                    Path(output, STOP).touch()
+                else:
+                    signal.raise_signal(signal.Signals[ask])
 
-    StageLog.step = step_and_ask  # type: ignore[method-assign]
     interrupts.LOOK = 0.0
     words = [f"output={output}", "stages.projector.max_steps=5", "stages.projector.global_batch=8"]
     try:
-        run_pipeline(presets.load("debug", None, words), world)
+        run_pipeline(presets.load("debug", None, words), world, callbacks=[Ask()])
     except Stopped as stopped:
         return str(stopped)
-    finally:
-        StageLog.step = log_step  # type: ignore[method-assign]
     return "not stopped"
 
 

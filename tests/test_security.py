@@ -286,8 +286,7 @@ def test_no_planted_secret_is_in_any_output(
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """Runs a command in this process, which knows the secrets; what it said."""
-    for ring in ("_given", "_hidden", "_places"):
-        monkeypatch.setattr(credentials, ring, {})
+    credentials.forget()
 
     def run(name: str, *words: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, *words])

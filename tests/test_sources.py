@@ -293,7 +293,7 @@ def test_an_archive_other_than_the_pinned_one_is_refused(tmp_path: Path, monkeyp
     def download(command: list[str], folder: Path, doing: str) -> None:
         (folder / "toy-1.0.tgz").write_bytes(b"tampered")
 
-    monkeypatch.setattr(packages, "_run", download)
+    monkeypatch.setattr(packages, "run_client", download)
     with pytest.raises(ValueError, match="is not the archive"):
         fetch(Package("npm", "toy", "1.0", "0" * 64), tmp_path)
     assert not list((tmp_path / "packages" / "npm").iterdir())
@@ -306,7 +306,7 @@ def test_a_cached_archive_is_not_fetched_again(tmp_path: Path, monkeypatch: pyte
         calls.append(command)
         (folder / "tuxpaint-stamps-default_1_all.deb").write_bytes(b"stamps")
 
-    monkeypatch.setattr(packages, "_run", download)
+    monkeypatch.setattr(packages, "run_client", download)
     assert fetch(tuxpaint.STAMPS, tmp_path) == fetch(tuxpaint.STAMPS, tmp_path)
     assert len(calls) == 1
 
@@ -314,7 +314,7 @@ def test_a_cached_archive_is_not_fetched_again(tmp_path: Path, monkeypatch: pyte
 def test_a_client_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     talk = "import sys; sys.exit('noise\\nE: no such package\\nnoise')"
     with pytest.raises(ConnectionError, match=r"^fetching toy failed: E: no such package; [^\n]*$"):
-        packages._run([sys.executable, "-c", talk], tmp_path, "fetching toy")
+        packages.run_client([sys.executable, "-c", talk], tmp_path, "fetching toy")
 
 
 # --- writing

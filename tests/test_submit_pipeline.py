@@ -278,13 +278,13 @@ def test_a_job_is_known_again_whatever_the_run_is_called(name: str, monkeypatch:
     """One that is not is submitted a second time while it runs."""
     given = job_name(replace(presets.load("debug", None, []), name=name), "joint")
     assert re.fullmatch(r"[A-Za-z0-9._+-]+", given)
-    monkeypatch.setattr(slurm_cli, "_squeue", lambda ids: f"7|RUNNING|n[1-2]|{given}\n")
+    monkeypatch.setattr(slurm_cli, "squeue", lambda ids: f"7|RUNNING|n[1-2]|{given}\n")
     assert slurm_cli.look_up({"7": given}) == {"7": Job("7", "RUNNING", "n[1-2]")}
     # one that an earlier version has submitted under the very name
-    monkeypatch.setattr(slurm_cli, "_squeue", lambda ids: f"7|PENDING|(Dependency)|{name}-joint\n")
+    monkeypatch.setattr(slurm_cli, "squeue", lambda ids: f"7|PENDING|(Dependency)|{name}-joint\n")
     if "\n" not in name:
         assert slurm_cli.look_up({"7": given})["7"] == Job("7", "PENDING", "Dependency")
-    monkeypatch.setattr(slurm_cli, "_squeue", lambda ids: "7|RUNNING|n1|other-joint\n")
+    monkeypatch.setattr(slurm_cli, "squeue", lambda ids: "7|RUNNING|n1|other-joint\n")
     assert slurm_cli.look_up({"7": given})["7"].state == ""  # another cluster's job of that number
 
 

@@ -14,12 +14,13 @@ import ranks
 import torch
 
 from hive_scale import presets
-from hive_scale.data.workers import MicroBatchDataset
+from hive_scale.callbacks import Callback
 from hive_scale.distributed import World, session
-from hive_scale.engine.fsdp import FsdpEngine
+from hive_scale.engine import StepOutput
 from hive_scale.exit_codes import TRY_AGAIN
 from hive_scale.pipeline import run_pipeline
 from hive_scale.resilience.watchdog import Watchdog
+from hive_scale.train import StageRun
 
 FAULTS = ("sleeps in its forward", "is killed in its forward", "waits for its data", "is killed, and is rank 0")
 
@@ -30,31 +31,31 @@ def unlucky(rank: int, port: int, folder: Path, fault: str) -> None:
     os.dup2(output, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
-    if rank == (0 if "rank 0" in fault else 1):
-        bring_about(fault)
+    callbacks = [InStep3(fault)] if rank == (0 if "rank 0" in fault else 1) else []
     words = [f"output={folder / 'run'}", "watchdog_seconds=10", "stages.projector.global_batch=8", "data.workers=0"]
     with session() as world:
-        run_pipeline(presets.load("debug", None, words), world)
+        run_pipeline(presets.load("debug", None, words), world, callbacks=callbacks)
 
 
-def bring_about(fault: str) -> None:
-    calls = 0
+class InStep3(Callback):
+    """Brings about `fault` once two steps are done."""
 
-    def in_step_3(original: Any, calls_a_step: int, act: Any) -> Any:
-        def wrapped(*arguments: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 2 * calls_a_step:
-                act()
-            return original(*arguments)
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
 
-        return wrapped
+    def on_step(self, stage: StageRun, output: StepOutput) -> None:
+        if stage.at.step < 2:
+            return
 
-    if "data" in fault:  # a rank's share of a batch is 4 samples
-        MicroBatchDataset._fill = in_step_3(MicroBatchDataset._fill, 4, lambda: time.sleep(1000))  # type: ignore[method-assign]
-    else:
-        act = (lambda: os.kill(os.getpid(), signal.SIGKILL)) if "killed" in fault else (lambda: time.sleep(1000))
-        FsdpEngine._loss = in_step_3(FsdpEngine._loss, 1, act)  # type: ignore[method-assign]
+        def act(*_: Any) -> Any:
+            if "killed" in self.fault:
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(1000)
+
+        if "data" in self.fault:
+            stage.train.read = act  # type: ignore[method-assign]
+        else:
+            stage.engine.loss = act
 
 
 @pytest.mark.parametrize("fault", FAULTS)

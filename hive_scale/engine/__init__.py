@@ -34,6 +34,19 @@ class StepOutput:
         return {"loss": self.loss, "grad_norm": self.grad_norm, "num_tokens": self.num_tokens}
 
 
+class Loss(Protocol):
+    """Sum of the token losses of a micro-batch, in nats. `forward` is the model, wrapped as its sharding needs it."""
+
+    def __call__(self, forward: Callable[..., Tensor], batch: Batch) -> Tensor:
+        """Return a scalar tensor. `batch` is on the device. The engines divide the gradient by the count of targets."""
+        ...
+
+
+def token_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """The loss of an engine if nobody sets another: next-token cross-entropy, summed over targets."""
+    return forward(**batch.inputs())
+
+
 class StateSharding(NamedTuple):
     """Bytes per parameter element that an engine holds, and the number of ranks that each kind is sharded over."""
 
@@ -48,10 +61,12 @@ class StateSharding(NamedTuple):
 class Engine(Protocol):
     """A model whose parameters, gradients and moments are sharded or replicated over the ranks.
 
-    `step` and `evaluate` are collectives: each rank brings its own micro-batches, the same number on every rank.
+    `step` and `evaluate` are collectives: each rank brings its own micro-batches, the same number on every rank. Both
+    call `loss`, which may be replaced, on all ranks alike.
     """
 
     model: Any
+    loss: Loss
     layout: StateSharding
 
     def step(

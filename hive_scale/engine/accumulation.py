@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hive_scale.batch import Batch
 from hive_scale.distributed import World
+from hive_scale.engine import Loss
 
 
 class StepTotals(NamedTuple):
@@ -56,19 +57,17 @@ def reduce_loss(
 
 
 @torch.no_grad()
-def evaluate_batches(
-    world: World, model: nn.Module, micro_batches: Iterable[Batch], loss_of: Callable[[Batch], Tensor]
-) -> tuple[float, int]:
+def evaluate_batches(world: World, model: nn.Module, micro_batches: Iterable[Batch], loss: Loss) -> tuple[float, int]:
     """Sum of token losses without dropout, and number of target tokens, over all ranks. A collective.
 
-    It waits for neither the device nor other ranks until the end. `loss_of` gives a batch's sum of token losses.
+    It waits for neither the device nor other ranks until the end.
     """
     losses, own_tokens = [torch.zeros((), device=world.device)], 0
     world.timer.enter("evaluate")
     model.eval()
     try:
         for batch in micro_batches:
-            losses.append(loss_of(batch))
+            losses.append(loss(model, batch.to(world.device)))
             own_tokens += batch.num_tokens
             world.timer.enter("evaluate")  # each batch counts as progress for the watchdog
     finally:

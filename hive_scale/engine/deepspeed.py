@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
-from hive_scale.engine import StateSharding, StepOutput
+from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
 from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
@@ -55,6 +55,7 @@ class DeepSpeedEngine:
         """Shard `model` as the JSON says, and fill it. Its parameters are on the meta device, ``requires_grad`` set."""
         settings = resolve(Path(config.ds_config), stage, config, world.size)
         self.model, self.world = model, world
+        self.loss: Loss = token_loss
         zero_stage = settings["zero_optimization"]["stage"]
         self.partitions_parameters = zero_stage == 3
         # DeepSpeed reads LOCAL_RANK, which not every launcher sets
@@ -128,7 +129,7 @@ class DeepSpeedEngine:
     def _run(self, share: float, batch: Batch, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.world.timer.enter("forward")
-        loss = self._loss(batch)
+        loss = self.loss(self.engine, batch.to(self.world.device))
         self.world.timer.enter("backward")
         self.engine.backward(loss * share, scale_wrt_gas=False)
         return loss.detach()
@@ -138,11 +139,7 @@ class DeepSpeedEngine:
         return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        return evaluate_batches(self.world, self.engine, micro_batches, self._loss)
-
-    def _loss(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.engine(**batch.to(self.world.device).inputs())
-        return loss
+        return evaluate_batches(self.world, self.engine, micro_batches, self.loss)
 
     def fragments(self) -> Iterator[Fragment]:
         self._create_states()

@@ -23,7 +23,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import pins_memory
 from hive_scale.distributed import Fragment, World
-from hive_scale.engine import StateSharding, StepOutput
+from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
 from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps
@@ -56,6 +56,7 @@ class FsdpEngine:
         Raises ValueError if `config.shard_size` does not divide the number of ranks.
         """
         self.model, self.world, self.config = model, world, config
+        self.loss: Loss = token_loss
         self.max_grad_norm = stage.max_grad_norm
         checkpoint_blocks(model.blocks(), config.checkpointing)
         shard = config.shard_size or world.size
@@ -154,13 +155,13 @@ class FsdpEngine:
     def _run(self, batch: Batch, is_last: bool) -> Tensor:
         with self._reducing(is_last):
             self.world.timer.enter("forward")
-            loss = self._loss(batch, self._forward)
+            loss = self.loss(self._forward, batch.to(self.world.device))
             self.world.timer.enter("backward")
             torch.autograd.backward(loss * self.world.size)  # undoes the averaging over ranks
         return loss.detach()
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        found = evaluate_batches(self.world, self.model, micro_batches, lambda batch: self._loss(batch, self.model))
+        found = evaluate_batches(self.world, self.model, micro_batches, self.loss)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # the root stays unsharded after a forward, for a backward that does not come here
@@ -176,9 +177,6 @@ class FsdpEngine:
             waiting: AbstractContextManager[None] = self._forward.no_sync()
             return waiting
         return nullcontext()
-
-    def _loss(self, batch: Batch, forward: Callable[..., Tensor]) -> Tensor:
-        return forward(**batch.to(self.world.device).inputs())
 
     def _grad_norm(self) -> float:
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])

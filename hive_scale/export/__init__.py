@@ -26,6 +26,7 @@ from hive_scale.export.model_card import card
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
+from hive_scale.shared_files import Held, locked, own_lock
 from hive_scale.strict_json import dumps
 from hive_scale.version import code_version
 
@@ -34,7 +35,8 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
     """Export `kind` (a key of `KINDS`) of the run in `directory` to the new directory `out`; return the stage exported.
 
     `out` appears complete or not at all. Raises ValueError if no `stage` is named and the run is not finished, if the
-    stage is not done, the weights are damaged, `out` exists, or the model cannot be exported as this kind.
+    stage is not done, the weights are damaged, `out` exists, the model cannot be exported as this kind, or another
+    process exports to `out`.
     """
     if os.path.lexists(out):  # a link, too, whose disk may be away
         raise ValueError(f"{out} exists: give another --output, or remove it")
@@ -47,10 +49,14 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
         )
     stage = run.stage(stage)
     weights = read_weights(run.weights(stage))
-    with published(out, replace=False) as folder:
-        config = replace(run.config, data=run.config.data_of(stage))
-        KINDS[kind](config, weights, folder, DTYPES[dtype])
-        (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(own_lock(out), patience=0), published(out, replace=False) as folder:
+            config = replace(run.config, data=run.config.data_of(stage))
+            KINDS[kind](config, weights, folder, DTYPES[dtype])
+            (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
+    except Held as held:
+        raise ValueError(f"another process exports to {out}: wait for it, or give another --output. {held}") from None
     return stage
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from hive_scale.checkpoint.run_reader import Run
 from hive_scale.config import PartConfig
@@ -12,74 +13,93 @@ from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps
 from hive_scale.version import code_version
 
-LIBRARIES = {"hive": "hive_scale", "dcp": "pytorch"}
-TASKS = {
-    "encoder": "image-feature-extraction",
-    "llm": "text-generation",
-    "hive": "image-to-text",
-    "llava": "image-text-to-text",
-    "dcp": "image-to-text",
-}
-WHAT = {
-    "encoder": "The vision encoder of a HIVE. Read `hidden_states[-2]`: the block after it is never trained.",
-    "llm": "The language model of a HIVE, alone: without an image it says what the whole model says.",
-    "hive": "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
-    "llava": "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
-    "dcp": "The tensors of a HIVE by name, as a torch.distributed.checkpoint.",
-}
 MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # characters with a meaning in Markdown, HTML or mathematics
 BORDER = r"\|"
 PAPER = "[Hierarchical Pre-Training of Vision Encoders with Large Language Models](https://arxiv.org/abs/2604.00086)"
-LOAD = {
-    "encoder": """\
+
+
+@dataclass(frozen=True)
+class KindText:
+    """What the card of one kind of export says."""
+
+    what: str  # one or two sentences
+    usage: str  # Python that loads it from "."
+    pipeline_tag: str  # the hub's name of its task
+    library_name: str = "transformers"
+
+
+KINDS = {
+    "encoder": KindText(
+        "The vision encoder of a HIVE. Read `hidden_states[-2]`: the block after it is never trained.",
+        """\
 from transformers import AutoImageProcessor, AutoModel
 
-encoder = AutoModel.from_pretrained(DIRECTORY)
-inputs = AutoImageProcessor.from_pretrained(DIRECTORY)(images=image, return_tensors="pt")
+encoder = AutoModel.from_pretrained(".")
+inputs = AutoImageProcessor.from_pretrained(".")(images=image, return_tensors="pt")
 features = encoder(**inputs, output_hidden_states=True).hidden_states[-2]""",
-    "llm": """\
+        "image-feature-extraction",
+    ),
+    "llm": KindText(
+        "The language model of a HIVE, alone: without an image it says what the whole model says.",
+        """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-llm, tokenizer = AutoModelForCausalLM.from_pretrained(DIRECTORY), AutoTokenizer.from_pretrained(DIRECTORY)""",
-    "hive": """\
+llm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""",
+        "text-generation",
+    ),
+    "hive": KindText(
+        "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
+        """\
 from pathlib import Path
 
 from hive_scale.export import from_pretrained
 
-hive = from_pretrained(Path(DIRECTORY))  # needs hive_scale, unlike the other exports""",
-    "llava": """\
+hive = from_pretrained(Path("."))  # needs hive_scale, unlike the other exports""",
+        "image-to-text",
+        "hive_scale",
+    ),
+    "llava": KindText(
+        "The self-attention baseline of HIVE, whose visual tokens run through the LLM, as a LLaVA.",
+        """\
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-llava, processor = LlavaForConditionalGeneration.from_pretrained(DIRECTORY), AutoProcessor.from_pretrained(DIRECTORY)
+llava, processor = LlavaForConditionalGeneration.from_pretrained("."), AutoProcessor.from_pretrained(".")
 start = processor.tokenizer.bos_token or processor.tokenizer.eos_token
 inputs = processor(images=image, text=f"{start}<image>", add_special_tokens=False, return_tensors="pt")
 caption = processor.decode(llava.generate(**inputs)[0], skip_special_tokens=True)""",
-    "dcp": """\
+        "image-text-to-text",
+    ),
+    "dcp": KindText(
+        "The tensors of a HIVE by name, as a torch.distributed.checkpoint.",
+        """\
 import torch
 import torch.distributed.checkpoint as dcp
 
-metadata = dcp.FileSystemReader(DIRECTORY).read_metadata().state_dict_metadata
+metadata = dcp.FileSystemReader(".").read_metadata().state_dict_metadata
 state = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in metadata.items()}
-dcp.load(state, checkpoint_id=DIRECTORY)""",
+dcp.load(state, checkpoint_id=".")""",
+        "image-to-text",
+        "pytorch",
+    ),
 }
 
 
 def card(kind: str, run: Run, stage: str, identity: str, dtype: str) -> str:
     """Return the text of an export's README.md. `identity` is the hash of the weights it was made from."""
-    config = run.config
+    config, about = run.config, KINDS[kind]
     return f"""\
 ---
-library_name: {LIBRARIES.get(kind, "transformers")}
-pipeline_tag: {TASKS[kind]}
+library_name: {about.library_name}
+pipeline_tag: {about.pipeline_tag}
 tags: [hive, vision]
 ---
 
 # {_plain(config.name)}: {kind} after stage {_plain(stage)}
 
-{WHAT[kind]} After {PAPER}. The weights are in {dtype}.
+{about.what} After {PAPER}. The weights are in {dtype}.
 
 ```python
-{LOAD[kind].replace("DIRECTORY", '"."')}
+{about.usage}
 ```
 
 ## Training

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import IO, Any, TypeVar
 
 from rich.cells import cell_len
@@ -60,15 +60,16 @@ class ProgressView:
     def stop(self) -> None:
         self._bar.stop()
 
-    def track(self, items: Iterable[T], title: str, total: int) -> Iterator[T]:
-        """Yield `items`, and show how many of the `total` are done."""
+    def track(self, items: Iterable[T], title: str) -> Iterator[T]:
+        """Yield `items`, and show how many of them are done."""
+        total = len(items) if isinstance(items, Sized) else None
         task = self._bar.add_task(_name(title), total=total, now="")
         self._fit()
         try:
             for number, item in enumerate(items, 1):
                 yield item
                 self._bar.update(task, completed=number)
-                self._say(f"{title} {number:,}/{total:,}")
+                self._say(f"{title} {number:,}" + (f"/{total:,}" if total else ""))
         finally:
             self._bar.remove_task(task)
             self._fit()
@@ -84,12 +85,12 @@ class ProgressView:
             console.print(text, soft_wrap=True)
 
 
-def track(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """Yield `items`, and show how many of the `total` are done."""
+def track(items: Iterable[T], title: str) -> Iterator[T]:
+    """Yield `items`, and show how many of them are done."""
     view = ProgressView()
     view.start()
     try:
-        yield from view.track(items, title, total)
+        yield from view.track(items, title)
     finally:
         view.stop()
 

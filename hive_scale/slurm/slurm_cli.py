@@ -73,7 +73,7 @@ def look_up(jobs: Mapping[str, str]) -> dict[str, Job]:
     if not jobs:
         return {}
     ids = ",".join(jobs)
-    found = _parse(_squeue(ids), jobs)
+    found = _parse(squeue(ids), jobs)
     if lost := [job for job in jobs if job not in found]:
         # sacct prints nothing without accounting
         command = ["sacct", "-X", "-n", "-P", "-o", "JobID,State,NodeList,JobName", "-j", ",".join(lost)]
@@ -94,7 +94,7 @@ def cancel(jobs: Sequence[str]) -> None:
         subprocess.run(["scancel", job], check=False)
 
 
-def _squeue(ids: str) -> str:
+def squeue(ids: str) -> str:
     command = ["squeue", "--noheader", "--states=all", f"--jobs={ids}", "--format=%i|%T|%R|%j"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode and "Invalid job id" not in done.stderr:  # it fails so if the only job is forgotten

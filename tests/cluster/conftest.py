@@ -27,10 +27,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm here: {reason}")
     folder = tmp_path_factory.mktemp("slurm")
-    env = os.environ | {"SLURM_TEST_PORT": str(free_ports())}
+    os.environ["SLURM_TEST_PORT"] = str(free_ports())  # also for a test that starts a lost daemon again
     # what the daemons inherit must not be a pipe that somebody reads to its end
     with (folder / "start.txt").open("w") as out:
-        started = subprocess.run(["bash", SCRIPT, "start", folder], env=env, stdout=out, stderr=out, check=False)
+        started = subprocess.run(["bash", SCRIPT, "start", folder], stdout=out, stderr=out, check=False)
     try:
         if started.returncode:
             pytest.fail(f"no Slurm here: {(folder / 'start.txt').read_text()}")
@@ -38,7 +38,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["bash", SCRIPT, "stop", folder], check=False)
-        os.environ.pop("SLURM_CONF", None)
+        for name in ("SLURM_CONF", "SLURM_TEST_PORT"):
+            os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
 
 

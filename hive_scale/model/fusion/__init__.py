@@ -109,7 +109,7 @@ class Fusion(nn.Module, metaclass=ABCMeta):
         self, depth: int, hidden_BND: Tensor, context: Context, host: nn.Module, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Attention weights (B, heads, T, V) of each text token on each patch, in LLM layer `depth`."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} has no attention maps")
 
     def visual_kv(self, visual: Sequence[Tensor], image_of_B: Tensor, slots: Tensor | None) -> list[KeyValue]:
         """Visual keys and values of each fused layer, computed once per image for all texts: (B, K, V, h) each."""
