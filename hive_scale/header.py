@@ -16,6 +16,7 @@ from math import gcd
 from time import perf_counter
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from hive_scale import device
@@ -35,7 +36,7 @@ from hive_scale.plan.memory import Memory, examine, measure
 from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, plan_stage, zero_of
 from hive_scale.preflight import Data
 from hive_scale.rundir import look
-from hive_scale.strangers import some
+from hive_scale.strangers import printable, some
 
 ENOUGH = 10.0  # seconds after which no further stage is planned: a start must not wait long for estimates
 NAMED = 3  # most shard patterns, and reasons for unusable samples, to name
@@ -93,9 +94,10 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
 def show_plan(config: Config, data: Mapping[str, Data], left: Sequence[str], world: World) -> None:
     """Show the planned memory of each stage in `left`, and its time if the device is in the planner's table.
 
-    Nothing for a CPU, of which the planner knows neither. Warns of stages that do not fit.
+    Warns of stages that do not fit. Nothing for devices without memory of their own (a CPU, a Mac), of which the
+    planner knows neither.
     """
-    if not world.is_main or not device.is_accelerator(world.device):
+    if not world.is_main or not device.pins_memory(world.device):
         return
     began = perf_counter()
     for name in left:
@@ -110,7 +112,7 @@ def show_plan(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
 
 
 def _show(lines: Mapping[str, str]) -> None:
-    show_and_log("\n".join(f"{label:<10} {text}" for label, text in lines.items()))
+    show_and_log("\n".join(f"{label:<10} {printable(text)}" for label, text in lines.items()))
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
@@ -134,9 +136,16 @@ def _look(own: torch.device) -> _View:
     host = socket.gethostname()
     if device.is_accelerator(own):
         name = device.name_of(own) or own.type
-        return _View(host, name, *device.memory_of(own), torch.accelerator.device_count())
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return _View(host, "CPU", total, total, 0)
+        return _View(host, name, *_memory_of(own), torch.accelerator.device_count())
+    return _View(host, "CPU", *_memory_of(own), 0)
+
+
+def _memory_of(own: torch.device) -> tuple[int, int]:
+    """(free, total) bytes that the device has; a CPU and a Mac have the host's."""
+    if device.pins_memory(own):
+        return device.memory_of(own)
+    host = psutil.virtual_memory()
+    return host.available, host.total
 
 
 def _devices(own: torch.device, views: Sequence[_View], on_this_node: int) -> str:

@@ -105,7 +105,7 @@ def test_devices_are_counted_and_idle_ones_are_named() -> None:
 
 def gpu(monkeypatch: pytest.MonkeyPatch, name: str, memory: float) -> None:
     """Let the CPU pass for a GPU: the plan needs its name and memory only."""
-    monkeypatch.setattr(device, "is_accelerator", lambda _: True)
+    monkeypatch.setattr(device, "pins_memory", lambda _: True)
     monkeypatch.setattr(device, "name_of", lambda _: name)
     monkeypatch.setattr(device, "memory_of", lambda _: (round(memory), round(memory)))
 
@@ -132,6 +132,13 @@ def test_stages_are_planned_for_a_device_that_the_planner_knows(
     monkeypatch.setattr(header, "ENOUGH", -1.0)
     header.show_plan(config, data, ["joint"], world)
     assert "not made here" in capsys.readouterr().out
+
+
+def test_what_strangers_wrote_cannot_pass_for_a_line_of_the_header(capsys: pytest.CaptureFixture[str]) -> None:
+    header._show({"data": "a.tar\nprocesses  8\x1b[2J"})
+    shown = capsys.readouterr().out
+    assert shown.count("\n") == 1
+    assert "\x1b" not in shown
 
 
 def test_a_plan_that_fails_stops_nothing(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -25,6 +26,7 @@ import psutil
 import pytest
 import torch
 import wandb_server
+from rich.cells import cell_len
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -423,6 +425,20 @@ def test_the_counter_and_the_bar_survive_a_narrow_terminal(width: int, monkeypat
     shown = screen(width, monkeypatch, lambda view: view.show(LINE, samples=64, tokens=800))
     assert shown[-1] == SCREENS[width]
     assert "language 3000/6978  held-out loss 1.7000  in 0:02" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 300])
+def test_no_name_makes_the_bar_wrap(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("数" * 60, "x" * 100, "a"):
+        monkeypatch.setattr(console, "console", Console(file=StringIO(), force_terminal=True, width=width))
+        one = console.StageView(name, 100_000, 7)
+        one.start()
+        one.show({**LINE, "step": 8, "loss": math.nan}, samples=64, tokens=800)
+        one.stop()
+        lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", console.console.file.getvalue()).splitlines()
+        bars = [line for line in lines if "━" in line]
+        assert "8/100000" in bars[-1]
+        assert max(map(cell_len, bars)) <= width
 
 
 def screen(width: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[console.StageView], object]) -> list[str]:

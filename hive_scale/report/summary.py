@@ -188,7 +188,7 @@ def _sibling(config: Config, is_baseline: bool) -> str:
             other = configs.load(path)
             if FUSIONS[other.model.fusion].is_llava != is_baseline and _parts(other) == _parts(config):
                 return str(path.parent)
-        except (ValueError, OSError):  # another program's file, or of another version
+        except (ValueError, TypeError, OSError):  # another program's file, or of another version
             continue
     return ""
 
