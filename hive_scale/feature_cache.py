@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,6 +32,7 @@ from hive_scale.exit_codes import TryAgain
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.model.identity import identity, key_of
+from hive_scale.observability.console import console, track
 from hive_scale.phase_timer import tick
 from hive_scale.precision import DTYPES
 
@@ -97,19 +97,19 @@ def _fill(
     options = worker_options(loader.config.workers)
     images = DataLoader(_Images(loader), batch_size=None, sampler=mine, generator=torch.Generator(), **options)
     world.timer.enter("features")
-    count = sum(map(len, missing))
-    quiet = not (world.is_main and count)
     failed: OSError | None = None
-    for read, broken, pixels, error in track(
-        images, f"features of {count} images, once", total=len(mine), disable=quiet
-    ):
+    shown: Iterable[Seen] = images
+    if world.is_main and mine:
+        console.print(f"the frozen encoder runs once on {sum(map(len, missing)):,} images, in batches of {AT_ONCE}")
+        shown = track(images, "features")
+    for read, broken, pixels, error in shown:
         if error is not None:
             raise error
         if any(world.sum(stop(), failed is not None)):
             break
         tick()
         try:
-            if read:
+            if pixels is not None:
                 kept.put(read, _features(model, pixels))
             kept.give_up(broken)
         except OSError as full:

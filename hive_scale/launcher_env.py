@@ -33,6 +33,21 @@ OTHERS = (
     ("FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", ""),
     ("PMI_RANK", "PMI_SIZE", "PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"),
 )
+# variables by which a launcher is known, for people: what was started last comes first
+LAUNCHERS = {
+    "ACCELERATE_MIXED_PRECISION": "accelerate launch",
+    "TORCHELASTIC_RUN_ID": "torchrun",
+    "CROSS_SIZE": "the deepspeed launcher",
+    "SUBMITIT_EXECUTOR": "submitit",
+    "OMPI_COMM_WORLD_SIZE": "Open MPI's mpirun",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "MV2_COMM_WORLD_SIZE": "MVAPICH's mpirun",
+    "MPI_LOCALRANKID": "mpiexec",
+    "SLURM_STEP_ID": "srun",
+    "FLUX_TASK_RANK": "flux run",
+    "PMI_SIZE": "mpiexec",
+    "WORLD_SIZE": "hand, by WORLD_SIZE",
+}
 STARTS = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "FLUX_JOB_ID", "PALS_APID")  # ids unique to one start
 JOBS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID")  # ids that several starts of one job share
 
@@ -55,6 +70,25 @@ def place_of(env: Mapping[str, str]) -> Place:
             "this name, for a Service that is called master)"
         )
     return found
+
+
+def launcher_of(env: Mapping[str, str]) -> str:
+    """The launcher that started this process, for people; "" if there was none."""
+    return next((name for variable, name in LAUNCHERS.items() if env.get(variable)), "")
+
+
+def check_all_started(env: Mapping[str, str]) -> None:
+    """Raises ValueError for a Slurm batch script that asked for several tasks, and then started one process itself.
+
+    A shell in an allocation (salloc) is left alone: nothing but a script has asked for this very command.
+    """
+    tasks = env.get("SLURM_NTASKS", "1")
+    by_script = "SLURM_PROCID" in env and "SLURM_STEP_ID" not in env  # a task of srun has a step
+    if by_script and tasks.isdecimal() and int(tasks) > 1 and not launcher_of(env):
+        raise ValueError(
+            f"the Slurm job has {tasks} tasks (SLURM_NTASKS), and its script starts one process: put srun before the "
+            "command, or set WORLD_SIZE=1 for one process"
+        )
 
 
 def _place(env: Mapping[str, str]) -> Place:
@@ -93,8 +127,16 @@ def _place(env: Mapping[str, str]) -> Place:
 
 
 def _check_half_set(env: Mapping[str, str]) -> None:
-    """Raises ValueError for one of several processes that would take itself for the only one."""
-    ranks, sizes = {"RANK", "PMIX_RANK"}, set[str]()
+    """Raises ValueError for one of several processes, or one in place of several, that would take itself for all."""
+    # accelerate starts one process where it sees no GPU, however many were asked for; it then sets just these
+    if "ACCELERATE_USE_CPU" in env and "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        raise ValueError(
+            "accelerate launch was asked for several processes and has started one, as it does where it finds no GPU: "
+            "use accelerate launch --multi_gpu --num_processes N, which runs on CPUs, too, or torchrun "
+            "--nproc_per_node N; for one process unset MASTER_ADDR and MASTER_PORT, and ask for one"
+        )
+    # the last three are said by torchrun to its processes, and by Kubernetes to torchrun
+    ranks, sizes = {"RANK", "PMIX_RANK"}, {"LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NPROC_PER_NODE"}
     for rank, size, *_ in (*MPI, HYDRA, *OTHERS):
         ranks.add(rank)
         sizes.add(size)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hive_scale import checksums
+from hive_scale import checksums, header
 from hive_scale.callbacks import Callback
 from hive_scale.checkpoint.io import published
 from hive_scale.checkpoint.run_claims import (
@@ -101,8 +101,10 @@ def run_pipeline(
     patience: float = 0.0,
     follows: bool = False,
     callbacks: Sequence[Callback] = (),
-) -> None:
+) -> bool:
     """Train every unfinished stage, each from the weights of the previous one; a finished run returns at once.
+
+    Returns True if there was anything to train.
 
     With `overwrite` an existing run is moved aside, or deleted, and started over. `until` is the last stage to train
     (None: all). A run that `follows` another, such as its blank-image control, accepts changes of that run's config.
@@ -128,12 +130,15 @@ def run_pipeline(
                 _mend_encoder(config, name)
         world.barrier()
         if left := _left(config, wanted, world, bool(overwrite)):
+            if not follows:
+                header.show_run(config, left, world, overwrite)
             if any(world.sum(preemption.requested())):
                 raise Stopped("stopped before it began")
             take = partial(claim_run_dir, config, world, lock, overwrite, follows)
-            _run_stages(config, wanted, left, world, preemption, bool(overwrite), take, callbacks)
+            _run_stages(config, wanted, left, world, preemption, bool(overwrite), take, callbacks, not follows)
         elif world.is_main:
             _check_result(config, wanted[-1])
+    return bool(left)
 
 
 def _left(config: Config, wanted: Sequence[str], world: World, anew: bool) -> list[str]:
@@ -155,11 +160,14 @@ def _run_stages(
     anew: bool,
     take: Callable[[], None],
     callbacks: Sequence[Callback],
+    with_header: bool,
 ) -> None:
     found = open_all(config, noted=False)
     if anew:
         check_shards_stay(config, found)
     check(config, found, dict.fromkeys(left, world.size))
+    if with_header:
+        header.show_data(config, found, left, world)
     del found
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
@@ -178,6 +186,8 @@ def _run_stages(
     if first is not None:
         write_weights(weights, dict(first.named_parameters()))
         del first
+    if with_header:
+        header.show_plan(config, data, left, world)
     world.barrier()
     for name in wanted:
         stage_dir = config.run_dir / name

@@ -218,6 +218,7 @@ class StageRun:
             self.work.total if self.work else None,
             peak_flops(self.world.device, config.engine.precision),
             self.world.size,
+            timer,
         )
         log = StageLog(self.dir, self.num_steps, at.step, at.tokens, config.log, self.world)
         with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
@@ -244,7 +245,7 @@ class StageRun:
                     self.goodput.held_up(max(waits) - self.waited)
                     rates = {name: group.lr * factor for name, group in stage.groups.items()}
                     metrics = output.metrics() | {"lr": rates, "data_seconds": round(max(waits), 6)}
-                    metrics |= held | meter.step(micro_batches, output.num_tokens) | self._evaluate_if_due()
+                    metrics |= held | meter.step(micro_batches, output.num_tokens) | self._evaluate_if_due(log)
                     log.step(at.step, at.step * stage.global_batch, metrics | self.goodput.line())
                 else:
                     self._skip_batch(output, log)
@@ -283,19 +284,20 @@ class StageRun:
             stop, save = stop or self.interval.time_is_up(), self.interval.due(self.at.step + 1)
         return stop, save, *rank_report(self.world, self.waited)
 
-    def _evaluate_if_due(self) -> dict[str, Any]:
+    def _evaluate_if_due(self, log: StageLog) -> dict[str, Any]:
         """Evaluate if this step is due: held-out loss per target token in nats, and per-layer gradient statistics."""
         at, interval = self.at, self.config.eval_interval
         at.eval_loss = None
         if at.step < self.num_steps and not (interval and at.step % interval == 0):
             return {}
-        loss_sum, num_tokens = self.engine.evaluate(self.heldout)
-        at.eval_loss = loss_sum / max(1, num_tokens)
+        began = perf_counter()
+        loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout))
+        at.eval_loss, seconds = loss_sum / max(1, num_tokens), round(perf_counter() - began, 6)
         second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
         behind = self.moments.steps
         # read from the optimizer's state, so that it needs no extra backward
         gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
-        metrics = {"eval_loss": at.eval_loss, **gauges}
+        metrics = {"eval_loss": at.eval_loss, "eval_seconds": seconds, **gauges}
         self.callbacks.on_evaluate(self, metrics)
         return metrics
 

@@ -15,7 +15,7 @@ import torch
 
 from hive_scale.distributed import session
 from hive_scale.exit_codes import TRY_AGAIN
-from hive_scale.launcher_env import first_host, place_of
+from hive_scale.launcher_env import check_all_started, first_host, launcher_of, place_of
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 SRUN = {
@@ -26,6 +26,8 @@ SRUN = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_NODELIST": "gpu[007-008]",
 }
+# as accelerate launch --num_processes 2 sets it where it finds no GPU
+ACCELERATE_ON_CPU = {"ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 def test_launchers_are_believed() -> None:
@@ -250,11 +252,45 @@ def test_half_an_environment_is_refused() -> None:
         (LAUNCHED | {"MASTER_ADDR": ""}, "WORLD_SIZE=4 is set but not MASTER_ADDR"),
         (LAUNCHED | {"WORLD_SIZE": "two"}, "WORLD_SIZE=two is no number"),
         ({"SUBMITIT_LOCAL_GLOBALID": "0"}, "SUBMITIT_LOCAL_NTASKS is not set, though others"),
+        # one process where several were asked for
+        (ACCELERATE_ON_CPU, "was asked for several processes and has started one"),
+        ({"LOCAL_WORLD_SIZE": "2"}, "LOCAL_WORLD_SIZE=2 is set but nothing says which of them"),
+        ({"PET_NPROC_PER_NODE": "8"}, "PET_NPROC_PER_NODE=8 is set but nothing says which of them"),
     ],
 )
 def test_words_that_say_too_little_or_contradict_each_other_are_refused(env: dict[str, str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         place_of(env)
+
+
+def test_accelerate_with_one_process_or_with_mpirun_is_believed() -> None:
+    assert place_of({"ACCELERATE_USE_CPU": "True"}).size == 1
+    assert place_of(ACCELERATE_ON_CPU | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}).size == 2
+
+
+def test_a_batch_script_that_forgot_srun_is_refused_before_it_trains() -> None:
+    batch = {"SLURM_JOB_ID": "12", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    with pytest.raises(ValueError, match=r"8 tasks .* put srun before the command"):
+        check_all_started(batch)
+    shell = {"SLURM_JOB_ID": "12", "SLURM_NTASKS": "8"}  # of salloc
+    torchrun = batch | LAUNCHED
+    for env in (SRUN, shell, torchrun, batch | {"SLURM_NTASKS": "1"}, batch | {"WORLD_SIZE": "1"}, {}):
+        check_all_started(env)
+
+
+@pytest.mark.parametrize(
+    ("env", "name"),
+    [
+        ({}, ""),
+        (SRUN, "srun"),
+        (SRUN | LAUNCHED | {"TORCHELASTIC_RUN_ID": "x"}, "torchrun"),
+        (SRUN | {"SUBMITIT_EXECUTOR": "slurm"}, "submitit"),
+        (LAUNCHED | {"CROSS_SIZE": "1"}, "the deepspeed launcher"),
+        (LAUNCHED, "hand, by WORLD_SIZE"),
+    ],
+)
+def test_the_launcher_has_a_name_for_people(env: dict[str, str], name: str) -> None:
+    assert launcher_of(env) == name
 
 
 def test_a_launcher_that_does_not_say_the_number_on_the_node_is_believed() -> None:

@@ -51,7 +51,7 @@ from hive_scale.slurm.slurm_cli import Silent, SlurmError
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = World(0, 1, torch.device("cpu"))
-ARGUMENTS = Namespace(log_level="warning", quiet=True)
+ARGUMENTS = Namespace(log_level="warning", quiet=True, preset="debug", config=None, default_preset="debug")
 KILLED = -signal.SIGKILL
 LOST_DEVICES = (
     *("uncorrectable ECC error encountered", "uncorrectable NVLink error detected during the execution"),

@@ -17,7 +17,7 @@ COMMANDS = {
     "deepspeed": "deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json",
     "deepspeed-2": "deepspeed --num_gpus 2 launchers/pretrain.py --ds_config ds_configs/zero3_offload.json",
     "torchrun": "torchrun --nproc_per_node 2 launchers/pretrain.py",
-    "accelerate": "accelerate launch --num_processes 2 launchers/pretrain.py --ds_config ds_configs/zero1.json",
+    "accelerate": "accelerate launch --multi_gpu --num_processes 2 launchers/pretrain.py --ds_config zero1",
 }
 
 

@@ -40,8 +40,9 @@ ROOMS: dict[str, set[str]] = {
     "prepare": {"data"},
     "evaluate": {"model", "data"},
     "export": {"model", "data", "observability", "checkpoint"},
-    "feature_cache": {"model", "data"},
+    "feature_cache": {"model", "data", "observability"},
     "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
+    "header": {"model", "data", "observability", "checkpoint", "plan", "preflight"},
     "callbacks": {"engine", "train"},  # the types of what they are given
     "train": {
         *("model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"),
@@ -49,12 +50,12 @@ ROOMS: dict[str, set[str]] = {
     },
     "pipeline": {
         *("model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"),
-        "callbacks",
+        *("callbacks", "header"),
     },
     "launch": {"observability", "resilience"},
     "run": {"model", "checkpoint"},
     "captioner": {"model", "data", "export", "report", "run"},
-    "report": {"model", "data", "observability", "checkpoint", "evaluate", "preflight", "run"},
+    "report": {"model", "data", "observability", "resilience", "checkpoint", "evaluate", "preflight", "run"},
 }
 FACES = {"__init__", "__main__", "commands", "slurm"}  # what a person calls: they see every room
 DOORS: dict[str, set[str]] = {

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
 import resource
 import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -23,17 +26,20 @@ import psutil
 import pytest
 import torch
 import wandb_server
+from rich.cells import cell_len
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hive_scale import config as configs
 from hive_scale import presets
+from hive_scale.batch import Sample, collate
 from hive_scale.config import LogConfig
 from hive_scale.distributed import World
 from hive_scale.observability import console, goodput, logging_setup, trackers
 from hive_scale.observability.goodput import Goodput
 from hive_scale.observability.metrics import MetricsTail, damage, read_metrics
 from hive_scale.observability.stage_log import StageLog
+from hive_scale.observability.throughput import Throughput
 from hive_scale.observability.trackers import replay, wandb_id
 from hive_scale.phase_timer import PhaseTimer
 from hive_scale.report import run_view as gallery
@@ -398,11 +404,108 @@ def test_afterwards_the_screen_is_where_stdout_is(tmp_path: Path, monkeypatch: p
     assert moved.getvalue() == "here\n"
 
 
+LINE = {
+    **{"step": 3000, "seconds": 3.5, "loss": 1.5, "mfu": 0.41, "data_seconds": 0.5, "memory_gb": 7.2, "grad_norm": 1},
+    **{"lr": {"a": 0.1}, "eval_loss": 1.7, "eval_seconds": 1.5},
+}
+SCREENS = {
+    60: "language   ━━━━━━╸━━━━━━━━━ 3000/6978 loss 1.500",
+    80: "language   ━━━━━━╸━━━━━━━━━ 3000/6978 loss 1.500  32 samples/s  ETA 3:52:03",
+    100: "language   ━━━━━━╸━━━━━━━━━ 3000/6978 loss 1.500  32 samples/s  400 tokens/s  MFU 41.0%  ETA 3:52:03",
+    120: "language   ━━━━━━╸━━━━━━━━━ 3000/6978 loss 1.500  32 samples/s  400 tokens/s  MFU 41.0%  ETA 3:52:03  "
+    "data 25%  7.20 GB",
+    160: "language   ━━━━━━╸━━━━━━━━━ 3000/6978 loss 1.500  32 samples/s  400 tokens/s  MFU 41.0%  ETA 3:52:03  "
+    "data 25%  7.20 GB  lr 1.0e-01  grad 1.00",
+}
+
+
+@pytest.mark.parametrize("width", SCREENS)
+def test_the_counter_and_the_bar_survive_a_narrow_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is least important goes first; nothing wraps, and nothing is cut."""
+    shown = screen(width, monkeypatch, lambda view: view.show(LINE, samples=64, tokens=800))
+    assert shown[-1] == SCREENS[width]
+    assert "language 3000/6978  held-out loss 1.7000  in 0:02" in shown
+
+
+@pytest.mark.parametrize("width", [60, 80, 300])
+def test_no_name_makes_the_bar_wrap(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("数" * 60, "x" * 100, "a"):
+        monkeypatch.setattr(console, "console", Console(file=StringIO(), force_terminal=True, width=width))
+        one = console.StageView(name, 100_000, 7)
+        one.start()
+        one.show({**LINE, "step": 8, "loss": math.nan}, samples=64, tokens=800)
+        one.stop()
+        lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", console.console.file.getvalue()).splitlines()
+        bars = [line for line in lines if "━" in line]
+        assert "8/100000" in bars[-1]
+        assert max(map(cell_len, bars)) <= width
+
+
+def screen(width: int, monkeypatch: pytest.MonkeyPatch, act: Callable[[console.StageView], object]) -> list[str]:
+    """The lines that a terminal of `width` columns shows after `act`, as a terminal emulator would."""
+    file = StringIO()
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, highlight=False, width=width))
+    view = console.StageView("language", 6978, 2999)
+    view.start()
+    act(view)
+    view.stop()
+    text = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", file.getvalue()).replace("\r", "\n")
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def test_an_evaluation_shows_how_far_it_is_and_leaves_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def act(view: console.StageView) -> None:
+        view.show({**LINE, "step": 2999}, samples=64, tokens=800)
+        for _ in view.track("abc", "held-out"):
+            time.sleep(0.15)  # the bar moves ten times a second
+
+    shown = screen(80, monkeypatch, act)
+    assert any(re.fullmatch(r"held-out   ━+[╸╺]?━* +[12]/3", line) for line in shown)
+    assert shown[-1].startswith("language   ━"), "the bar of the evaluation is gone at its end"
+    assert max(map(len, shown)) <= 80
+
+
+def test_without_a_terminal_progress_is_a_line_every_few_seconds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "INTERVAL", 0.0)
+    assert list(console.track("abc", "features")) == ["a", "b", "c"]
+    assert capsys.readouterr().out == "features 1/3\nfeatures 2/3\nfeatures 3/3\n"
+    assert list(console.track(iter("ab"), "features")) == ["a", "b"]
+    assert capsys.readouterr().out == "features 1\nfeatures 2\n", "of an unknown number"
+    monkeypatch.setattr(console, "INTERVAL", 100.0)
+    assert list(console.track("abc", "features")) == ["a", "b", "c"]
+    assert not capsys.readouterr().out
+
+
+def test_rates_leave_out_evaluation() -> None:
+    timer = PhaseTimer()
+    meter = Throughput(None, None, 1, timer)
+    batch = collate([Sample("a", None, [1, 2], [False, True])] * 4, pad_id=0, image_size=2)
+    time.sleep(0.05)
+    plain = meter.step([batch], 8)["samples_per_second"]
+    timer.enter("evaluate")
+    time.sleep(0.5)
+    timer.enter("data")
+    time.sleep(0.05)
+    assert meter.step([batch], 8)["samples_per_second"] > plain / 3, "with the evaluation it would be an eleventh"
+
+
+def test_what_is_on_the_screen_already_is_logged_and_not_said_twice(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with logging_setup.capture_library_logs(tmp_path, WORLD, level="info"):
+        logging_setup.show_and_log("run        mine\noutput     there")
+    shown = "".join(capfd.readouterr())
+    assert shown == "run        mine\noutput     there\n"
+    assert "run        mine\n    output     there\n" in (tmp_path / "rank_00000.log").read_text()
+
+
 def test_the_screen_shows_what_a_watcher_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = {"step": 3, "seconds": 2.0, "loss": 1.5, "mfu": 0.41, "data_seconds": 0.5, "memory_gb": 7.2, "grad_norm": 1}
-    text = console.describe(line | {"lr": {"a": 0.1}, "eval_loss": 1.7}, samples=64, tokens=800, seconds_left=3723)
-    words = "loss 1.500", "32 samples/s", "MFU 41.0%", "ETA 1:02:03", "data 25%", "7.20 GB", "held-out 1.700"
-    assert all(word in text for word in words)
+    parts = console.describe(LINE, samples=64, tokens=800, seconds_left=3723)
+    words = "loss 1.500", "32 samples/s", "400 tokens/s", "MFU 41.0%", "ETA 1:02:03", "data 25%", "7.20 GB"
+    assert tuple(parts.values())[:7] == ("loss 1.500", "32 samples/s", "400 tokens/s", "MFU 41.0%", *words[4:])
     for slurm in (False, True):
         with (tmp_path / "screen").open("w") as file:
             monkeypatch.setattr(console, "console", Console(file=file, force_terminal=True, highlight=False, width=200))

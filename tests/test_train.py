@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionModel
 
+from hive_scale import config as configs
 from hive_scale import presets
 from hive_scale.checkpoint.format import StepCheckpoint
 from hive_scale.checkpoint.stage_files import WEIGHTS, is_stage_done
@@ -39,8 +41,9 @@ from hive_scale.observability.metrics import read_metrics
 from hive_scale.observability.stage_log import StageLog
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preflight import Data, open_all, open_data
-from hive_scale.report.summary import blank_image_control, heldout_losses, show
+from hive_scale.report.summary import _next, blank_image_control, heldout_losses, show
 from hive_scale.seeding import seed_step
+from hive_scale.strict_json import append_line
 
 ROOT = Path(__file__).resolve().parents[1]
 LLM = tiny.language(vocab_size=259, hidden_size=32)
@@ -323,17 +326,67 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "projector" / f"step_{steps:08d}" / "manifest.json").exists()
 
 
+def shown(config: Config, world: World, **how: Any) -> str:
+    with console.capture() as text:
+        show(config, world.device, **how)
+    return text.get()
+
+
 def test_the_outcome_tells_what_a_person_wants_to_know(tmp_path: Path, world: World) -> None:
+    shards = [tars.write_tar(tmp_path / "mine.tar", [("a", tars.pair(0)), ("b", {"jpg": b"none", "txt": b"b"})]), SOME]
     config = small(tmp_path / "run", steps=2)
-    config = replace(config, blank_image_control=True)
-    run_pipeline(config, world)
+    config = replace(config, blank_image_control=True, data=replace(config.data, train=shards))
+    assert run_pipeline(config, world)
     run_pipeline(blank_image_control(config), world)
-    with console.capture() as shown:
-        show(config, world.device)
-    text = shown.get()
-    assert (config.run_dir / "outcome.txt").read_text() == text
+    append_line(config.run_dir / "bad_batches.jsonl", {"stage": "joint"})
+    text = shown(config, world, preset="debug")
+    assert text.startswith((config.run_dir / "outcome.txt").read_text())
     for word in (*config.stages, "truth:", "model:", "own image", "blank images", "encoder", "next"):
         assert word in text, word
+    assert "unusable 1 samples were left out (1 x " in text
+    assert "skipped  1 batch, for loss or gradient: " in text
+    assert text.endswith(f"the same command with fusion=concat output={tmp_path}/run_concat\n")
+
+
+def test_a_finished_run_has_nothing_to_do_and_says_since_when(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", steps=1)
+    assert run_pipeline(config, world)
+    first = shown(config, world)
+    with console.capture() as header:
+        assert not run_pipeline(config, world)
+    assert not header.get()
+    again = shown(config, world, trained=False)
+    line, _, rest = again.partition("\n")
+    assert re.fullmatch(r"nothing to do: finished on \d{4}-\d\d-\d\d \d\d:\d\d\. To train it again .*", line)
+    assert rest == first
+    # an older version saved colours, if it had a terminal, and the hint
+    kept = config.run_dir / "outcome.txt"
+    kept.write_text(f"\x1b[1mbold\x1b[0m\n{kept.read_text()}next     something else\n")
+    assert shown(config, world, trained=False) == f"{line}\nbold\n{rest}"
+
+
+def test_the_hint_fits_the_run(tmp_path: Path) -> None:
+    hive, other = (
+        replace(small(tmp_path / name, name), output=str(tmp_path / name)) for name in ("cross_attention", "concat")
+    )
+    by_preset = presets.load("debug", None, [])
+    assert _next(by_preset, "debug").endswith("the same command with fusion=concat")
+    assert _next(replace(by_preset, name="mine"), "debug").endswith("fusion=concat output=runs/mine_concat")
+    assert _next(hive, "debug").endswith(f"fusion=concat output={hive.run_dir}_concat")
+    assert "fusion=" not in _next(hive, ""), "the command named a file, which takes no fusion"
+    assert _next(other, "debug").endswith(
+        f"HIVE's cross-attention: the same command with fusion=cross_attention output={other.run_dir}_cross_attention"
+    )
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "config.yaml").write_text("stages: [")
+    for run in (hive, other):
+        run.run_dir.mkdir()
+        configs.save(run, run.run_dir / "config.yaml")
+    for run in (hive, other):
+        words = _next(run, "debug")
+        assert "visualize report" in words
+        assert str(hive.run_dir) in words
+        assert str(other.run_dir) in words
 
 
 def test_an_outcome_that_cannot_be_shown_whole_shows_the_rest(tmp_path: Path, world: World) -> None:
@@ -343,16 +396,12 @@ def test_an_outcome_that_cannot_be_shown_whole_shows_the_rest(tmp_path: Path, wo
     config = replace(config, data=replace(config.data, heldout=[str(shard)]))
     run_pipeline(config, world)
     away = shard.rename(tmp_path / "away")
-    with console.capture() as shown:
-        show(config, world.device)
-    text = shown.get()
+    text = shown(config, world)
     assert "training is done and saved, but not all of it can be shown: ValueError: " in text
     for word in (*config.stages, "weights  ", "encoder  ", "next  "):
         assert word in text, word
     away.rename(shard)
-    with console.capture() as shown:
-        show(config, world.device)
-    assert "truth:" in shown.get()
+    assert "truth:" in shown(config, world)
 
 
 def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:

@@ -74,18 +74,21 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.pipeline import run_pipeline
 
     def work(world: World) -> None:
-        run_pipeline(config, world, arguments.overwrite)
-        by_main(config, world, lambda: _give(config))
+        trained = run_pipeline(config, world, arguments.overwrite)
+        by_main(config, world, lambda: _give(config, trained))
 
     return launch(config, arguments, work)
 
 
-def _give(config: Config) -> None:
+def _give(config: Config, trained: bool) -> None:
     """Export the finished run as a LLaVA directory, if it is one, and print the next command."""
     from hive_scale.export import export_run
     from hive_scale.observability.console import console
     from hive_scale.registry import FUSIONS
+    from hive_scale.report.summary import finished
 
+    if not trained:
+        console.print(finished(config), soft_wrap=True)
     llava = config.run_dir / "llava"
     if FUSIONS[config.model.fusion].is_llava and not llava.exists():
         export_run("llava", config.run_dir, llava)

@@ -42,13 +42,13 @@ def _pretrain(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: Config, arguments: argparse.Namespace) -> int:
-    from hive_scale.launch import by_main, launch
+    from hive_scale.launch import by_main, launch, preset_of
     from hive_scale.observability.console import console
     from hive_scale.pipeline import run_pipeline
     from hive_scale.report.summary import blank_image_control, show
 
     def work(world: World) -> None:
-        run_pipeline(config, world, arguments.overwrite)
+        trained = run_pipeline(config, world, arguments.overwrite)
         if config.blank_image_control:
             control = blank_image_control(config)
             if world.is_main and not (control.run_dir / "data.json").exists():
@@ -57,8 +57,8 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
                     f"{control.run_dir} (blank_image_control=false leaves it out)",
                     soft_wrap=True,
                 )
-            run_pipeline(control, world, follows=True)
-        by_main(config, world, lambda: show(config, world.device))
+            trained |= run_pipeline(control, world, follows=True)
+        by_main(config, world, lambda: show(config, world.device, trained, preset=preset_of(arguments)))
 
     return launch(config, arguments, work)
 

@@ -133,7 +133,7 @@ class Passes(Iterable[Batch]):
     def __init__(
         self, loader: Loader, slots: Iterable[Slots], order: SampleStream | None, size: int, held: int, world: World
     ) -> None:
-        self.note, self.features = loader.note, loader.features
+        self.note, self.features, self._slots = loader.note, loader.features, slots
         self._batches = MicroBatchDataset(loader, order, size, held)
         self._loader = DataLoader(
             self._batches,
@@ -143,6 +143,10 @@ class Passes(Iterable[Batch]):
             generator=torch.Generator(),  # separate, so that loading does not advance the model's random state
             **worker_options(loader.config.workers),
         )
+
+    def __len__(self) -> int:
+        """Number of batches of a pass. Raises TypeError if the slots are endless."""
+        return len(self._slots)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
         for loaded in self._batches.watch(self._loader):

@@ -20,6 +20,8 @@ from hive_scale.strangers import printable
 LEVELS = ("debug", "info", "warning", "error")
 LOUD = ("DeepSpeed", "transformers", "torch", "accelerate")  # loggers that install their own handlers
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+SHOWN = "is_on_the_screen"  # attribute of log records that have been printed already
+logger = logging.getLogger(__name__)
 RECORD = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+ (?:WARNING|ERROR|CRITICAL) (.*)")
 
 
@@ -66,6 +68,12 @@ def capture_library_logs(
             for logger, (kind, own) in zip(loggers, before[1], strict=True):
                 logger.__class__ = kind
                 logger.handlers[:] = own
+
+
+def show_and_log(text: str) -> None:
+    """Print `text` on the screen, and write it to the run's log, which keeps it where the screen is lost or quiet."""
+    console.print(text, soft_wrap=True)
+    logger.info(text, extra={SHOWN: True})
 
 
 def tell_others() -> None:
@@ -139,6 +147,8 @@ class _Teller(logging.Handler):
         self._read = {path: path.stat().st_size for path in self._others()}  # skip what earlier runs have printed
 
     def emit(self, record: logging.LogRecord) -> None:
+        if hasattr(record, SHOWN):
+            return
         text = printable(credentials.hide(f"{record.name}: {record.getMessage()}").split("\n")[0])
         if text not in self._told:
             self._told.add(text)

@@ -16,7 +16,8 @@ Schema 1. In every line:
     restarts      number of restarts of the stage so far
     spent         {account: seconds} of the stage over all its restarts: steps, data, evaluate, save, start, lost, down
     lost_steps    steps repeated or discarded, over all restarts
-    samples_per_second, tokens_per_second, tflops_per_device    of all ranks, of all ranks, of rank 0
+    samples_per_second, tokens_per_second, tflops_per_device    of all ranks, of all ranks, of rank 0; time of
+                  evaluation is left out
 
 In some lines:
 
@@ -25,6 +26,7 @@ In some lines:
     pinned_gb     as memory_gb, in CUDA runs: pinned on the host, as torch rounds it up; may be part of host_gb
     mfu, hfu      share of its GPU's peak that rank 0 reaches: without and with recomputation
     eval_loss     mean over all held-out target tokens, nats, after the update
+    eval_seconds  of `seconds`, spent on that evaluation
     gates         {LLM depth's place among the fused ones: tanh(g)}, after the update, of trainable gates
     grad_rms      {layer: L2 norm of its gradient}, after clipping, root mean square over about the last
                   1 / (1 - beta2) steps, from Adam's second moments
@@ -54,7 +56,7 @@ Line = dict[str, Any]
 
 # keys that schema 1 had from its first day, without numbers that may be non-finite and so left out
 ALWAYS = {"samples", "tokens", "lr", "seconds", "data_seconds", "memory_gb", "time", "restarts"}
-NUMBERS = ALWAYS - {"lr"} | {"loss", "grad_norm", "lost_steps", "mfu", "hfu", "eval_loss"}
+NUMBERS = ALWAYS - {"lr"} | {"loss", "grad_norm", "lost_steps", "mfu", "hfu", "eval_loss", "eval_seconds"}
 TABLES = {"lr", "spent", "gates", "grad_rms"}  # values that are {name: number}
 LARGEST = 2**53  # integers below this are exact in every JSON reader
 

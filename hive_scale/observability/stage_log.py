@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from errno import ENOSPC
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from hive_scale.config import LogConfig
 from hive_scale.distributed import World
@@ -21,6 +21,7 @@ from hive_scale.observability.trackers import open_trackers
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class StageLog(AbstractContextManager["StageLog"]):
@@ -62,6 +63,10 @@ class StageLog(AbstractContextManager["StageLog"]):
             self._file.close()
             self._warn([mirror.close() for mirror in self._mirrors])
             tell_others()
+
+    def evaluating(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yield the held-out `batches`, and show how many are done."""
+        yield from self._view.track(batches, "held-out") if self.active else batches
 
     def print(self, text: str, keep: str = "") -> None:
         """Print `text`; if `keep` is given, also write it to a file of that name beside the metrics."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from hive_scale.batch import Batch
+from hive_scale.phase_timer import PhaseTimer
 
 
 class FlopCount(Protocol):
@@ -19,24 +20,28 @@ class FlopCount(Protocol):
 
 
 class Throughput:
-    """Rates between successive calls of `step`, so waiting for data, evaluation and saving are included."""
+    """Rates between successive calls of `step`: waiting for data and saving are included, evaluation is not."""
 
     def __init__(
-        self, work: Callable[[float, float, float], FlopCount] | None, peak: float | None, world_size: int
+        self,
+        work: Callable[[float, float, float], FlopCount] | None,
+        peak: float | None,
+        world_size: int,
+        timer: PhaseTimer | None = None,
     ) -> None:
         """`work` returns FLOPs of (samples, tokens per sample, target tokens); `peak` is a device's FLOP/s. None:
-        unknown.
+        unknown. `timer` knows the seconds of evaluation.
         """
-        self.work, self.peak, self.world_size = work, peak, world_size
-        self.now = time.perf_counter()
+        self.work, self.peak, self.world_size, self.timer = work, peak, world_size, timer
+        self.now = self._training_time()
 
     def step(self, micro_batches: Sequence[Batch], num_tokens: int) -> dict[str, float]:
         """Return rates of all ranks together, and this rank's share of its device's peak.
 
         `num_tokens`: target tokens of all ranks. MFU excludes recomputation, HFU includes it.
         """
-        now = time.perf_counter()
-        seconds, self.now = now - self.now, now
+        now = self._training_time()
+        seconds, self.now = max(1e-6, now - self.now), now
         images = self.world_size * sum(len(batch) for batch in micro_batches)
         rates = {"samples_per_second": images / seconds, "tokens_per_second": num_tokens / seconds}
         if self.work:
@@ -46,3 +51,8 @@ class Throughput:
             if self.peak:
                 rates |= {"mfu": useful / self.peak, "hfu": done / self.peak}
         return {name: float(f"{rate:.4g}") for name, rate in rates.items()}
+
+    def _training_time(self) -> float:
+        """A clock that stands still during evaluation."""
+        evaluating = self.timer.so_far().get("evaluate", 0.0) if self.timer else 0.0
+        return time.perf_counter() - evaluating

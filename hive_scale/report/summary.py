@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from functools import wraps
+from io import StringIO
 from itertools import islice
 from typing import Any
 
@@ -13,24 +17,30 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
+from hive_scale import config as configs
 from hive_scale.atomic import write_text
 from hive_scale.batch import Batch
 from hive_scale.checkpoint.stage_files import WEIGHTS
 from hive_scale.checkpoint.weights import read_weights
-from hive_scale.config import Config
+from hive_scale.config import Config, ModelConfig
+from hive_scale.data.bad_samples import read_faults
 from hive_scale.distributed import World
 from hive_scale.evaluate.captions import matched_share, write
 from hive_scale.model import build
 from hive_scale.observability import goodput
-from hive_scale.observability.console import console
+from hive_scale.observability.console import Screen, console
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.phase_timer import tick
 from hive_scale.preflight import open_data
 from hive_scale.registry import FUSIONS
+from hive_scale.resilience.loss_guard import BAD_BATCHES
 from hive_scale.strangers import printable
+from hive_scale.strict_json import read_lines
 
 PAIRS = 512  # most held-out pairs to evaluate
 BATCH = 32
+BASELINE = "concat"  # the fusion that others are compared with (paper, 4.1)
+MOST = 50  # most runs beside this one to look at
 
 
 def blank_image_control(config: Config) -> Config:
@@ -42,33 +52,55 @@ def blank_image_control(config: Config) -> Config:
     )
 
 
-def show(config: Config, device: torch.device) -> None:
+def show(config: Config, device: torch.device, trained: bool = True, preset: str = "") -> None:
     """Print the outcome of a finished run, and save it to `<output>/outcome.txt`. Needs no other process.
 
     The run is trained and saved by then, so a part that cannot be shown is reported in a line, and nothing is raised.
+
+    Args:
+        trained: False if there was nothing left to train, which is said, and an outcome that was saved is shown again.
+        preset: the preset that the command named, which takes words such as ``fusion=concat``; "": none.
     """
     kept = config.run_dir / "outcome.txt"
-    if not kept.exists():
-        with console.capture() as text:
-            whole = all([_losses(config), _looks(config, device), _files(config)])
-        if not whole:  # not saved, so that the next start tries again
-            console.out(text.get(), end="")
-            return
-        write_text(kept, text.get())  # whole: it is shown from now on
-    console.out(kept.read_text(errors="replace"), end="")
+    if not trained:
+        console.print(finished(config), soft_wrap=True)
+    if trained or not kept.exists():
+        screen = Screen(StringIO())  # plain text, wherever it is shown later
+        parts = [
+            _losses(config, screen),
+            _looks(config, screen, device),
+            _faults(config, screen),
+            _files(config, screen),
+        ]
+        text = screen.file.getvalue()  # type: ignore[attr-defined]
+        if all(parts):  # else the next start tries again
+            write_text(kept, text)
+    else:
+        lines = kept.read_text(errors="replace").splitlines()
+        text = "".join(f"{Text.from_ansi(line).plain}\n" for line in lines)  # older versions saved colours
+        text = re.sub(r"^next  .*\n", "", text, flags=re.MULTILINE)  # and the hint, which may fit no more
+    console.out(text, end="")
+    _hint(config, console, preset)
+
+
+def finished(config: Config) -> str:
+    """A line that says when a run was finished, if there was nothing left to train."""
+    lines = read_metrics(config.run_dir / list(config.stages)[-1] / "metrics.jsonl")
+    when = f" on {datetime.fromtimestamp(lines[-1]['time']):%Y-%m-%d %H:%M}" if lines and "time" in lines[-1] else ""
+    return f"nothing to do: finished{when}. To train it again use --overwrite, or another output=DIR"
 
 
 def _told(what: Callable[..., None]) -> Callable[..., bool]:
     """Wrap a part of the outcome: on an exception, print the reason in a line. Returns True if the part was shown."""
 
     @wraps(what)
-    def part(*arguments: Any) -> bool:
+    def part(config: Config, screen: Screen, *arguments: Any) -> bool:
         try:
-            what(*arguments)
+            what(config, screen, *arguments)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             text = f"training is done and saved, but not all of it can be shown: {type(error).__name__}: {reason}"
-            console.print(text, soft_wrap=True)
+            screen.print(text, soft_wrap=True)
             return False
         return True
 
@@ -76,13 +108,13 @@ def _told(what: Callable[..., None]) -> Callable[..., bool]:
 
 
 @_told
-def _losses(config: Config) -> None:
-    console.print(_losses_table(config, heldout_losses(config)))
-    console.print(_time(config), soft_wrap=True)
+def _losses(config: Config, screen: Screen) -> None:
+    screen.print(_losses_table(config, heldout_losses(config)))
+    screen.print(_time(config), soft_wrap=True)
 
 
 @_told
-def _looks(config: Config, device: torch.device) -> None:
+def _looks(config: Config, screen: Screen, device: torch.device) -> None:
     """Show whether the model uses the image, with some of its captions beside the true ones."""
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
@@ -90,12 +122,12 @@ def _looks(config: Config, device: torch.device) -> None:
     if config.blank_image_control:
         batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
         share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
-        console.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
-        console.print(_gain(config, heldout_losses(config)))
+        screen.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
+        screen.print(_gain(config, heldout_losses(config)), soft_wrap=True)
     if pairs := list(data.heldout.spread(3)):
         written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
         for (_, truth), text in zip(pairs, written, strict=True):
-            console.print(f"  truth: {printable(truth)}\n  model: {printable(text)}")
+            screen.print(f"  truth: {printable(truth)}\n  model: {printable(text)}", soft_wrap=True)
 
 
 def _got_on(batch: Batch) -> Batch:
@@ -103,24 +135,66 @@ def _got_on(batch: Batch) -> Batch:
     return batch
 
 
-def _next(config: Config) -> str:
-    if FUSIONS[config.model.fusion].is_llava:
-        return (
-            f"see both side by side: python -m hive_scale visualize report OTHER_RUN {shlex.quote(str(config.run_dir))}"
+@_told
+def _faults(config: Config, screen: Screen) -> None:
+    """Name what was wrong with the data: samples that could not be used, and batches that were skipped."""
+    if faults := read_faults(bad := config.run_dir / "bad_samples.jsonl"):
+        reasons = Counter(fault.reason for fault in faults).most_common(3)
+        told = ", ".join(f"{number:,} x {reason}" for reason, number in reasons)
+        screen.print(f"unusable {len(faults):,} samples were left out ({told}): {bad}", soft_wrap=True)
+    if (skipped := config.run_dir / BAD_BATCHES).is_file():
+        lines, cut = read_lines(skipped)
+        number = len(lines) + len(cut)
+        screen.print(
+            f"skipped  {number:,} batch{'es' * (number != 1)}, for loss or gradient: {skipped}", soft_wrap=True
         )
-    return "compare with the self-attention baseline: the same command with fusion=concat"
 
 
 @_told
-def _files(config: Config) -> None:
+def _files(config: Config, screen: Screen) -> None:
     stage_dir = config.run_dir / list(config.stages)[-1]
-    console.print(
+    screen.print(
         f"weights  {stage_dir / WEIGHTS}\n"
         f"encoder  {stage_dir / 'encoder'}  (loads with transformers' from_pretrained)\n"
-        f"metrics  {config.run_dir}/<stage>/metrics.jsonl\n"
-        f"next     {_next(config)}",
+        f"metrics  {config.run_dir}/<stage>/metrics.jsonl",
         soft_wrap=True,
     )
+
+
+@_told
+def _hint(config: Config, screen: Screen, preset: str) -> None:
+    screen.print(f"next     {_next(config, preset)}", soft_wrap=True)
+
+
+def _next(config: Config, preset: str) -> str:
+    """What to do next: compare with the same run of the other kind of fusion, if there is one, or train that."""
+    is_baseline, run = FUSIONS[config.model.fusion].is_llava, str(config.run_dir)
+    if sibling := _sibling(config, is_baseline):
+        return f"compare both: python -m hive_scale visualize report {shlex.quote(sibling)} {shlex.quote(run)}"
+    if not preset:
+        return f"see its curves, maps and captions: python -m hive_scale visualize report {shlex.quote(run)}"
+    other = ModelConfig.fusion if is_baseline else BASELINE
+    # only a folder named by the preset changes with the fusion
+    is_default = config.output == Config.output and config.name in (preset, f"{preset}_{config.model.fusion}")
+    output = "" if is_default else f" output={shlex.quote(f'{run}_{other}')}"
+    what = "HIVE's cross-attention" if is_baseline else "the self-attention baseline"
+    return f"compare with {what}: the same command with fusion={other}{output}"
+
+
+def _sibling(config: Config, is_baseline: bool) -> str:
+    """A run beside this one, of the same components and data, where one is the baseline and the other is not; or ""."""
+    for path in islice(sorted(config.run_dir.parent.glob("*/config.yaml")), MOST):
+        try:
+            other = configs.load(path)
+            if FUSIONS[other.model.fusion].is_llava != is_baseline and _parts(other) == _parts(config):
+                return str(path.parent)
+        except (ValueError, TypeError, OSError):  # another program's file, or of another version
+            continue
+    return ""
+
+
+def _parts(config: Config) -> tuple[Any, ...]:
+    return config.model.vision, config.model.language, config.data.train, list(config.stages)
 
 
 def heldout_losses(config: Config) -> dict[str, list[float]]:
