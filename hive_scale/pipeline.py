@@ -31,7 +31,7 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
-from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all
+from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, check_sources, open_all
 from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog
@@ -53,18 +53,6 @@ def initial_model(config: ModelConfig, seed: int) -> Hive:
         more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
         raise ValueError(f"{spoiled[0]}{more} would begin with values that are not finite: give the part other weights")
     return model
-
-
-def check_paths(config: ModelConfig) -> None:
-    """Raises ValueError if the local path of a component does not exist; hub names cannot be checked offline."""
-    for part, path in (("vision", config.vision.path), ("language", config.language.path)):
-        _check_there(f"model.{part}.path", path)
-    _check_there("model.connector_weights", config.connector_weights)
-
-
-def _check_there(key: str, path: str) -> None:
-    if (path.startswith((".", "/", "~")) or holds_weights_alone(path)) and not Path(path).expanduser().exists():
-        raise ValueError(f"{key}={path} is not there: give a directory, a safetensors file or a name on the hub")
 
 
 def _is_ours(path: str) -> bool:
@@ -152,16 +140,18 @@ def _run_stages(
     anew: bool,
     take: Callable[[], None],
 ) -> None:
+    weights = config.run_dir / "initial" / WEIGHTS
+    first = None
+    # until a stage has begun, the user may still edit the initial weights in the config, so they are made again
+    begun = any(is_begun(config.run_dir / name) for name in config.stages)
+    begins = anew or not begun or not find_weights(weights)
+    check_sources(config, begins and world.is_main)  # other ranks take the first weights from the run
     found = open_all(config, noted=False)
     if anew:
         check_shards_stay(config, found)
     check(config, found, dict.fromkeys(left, world.size))
     del found
-    weights = config.run_dir / "initial" / WEIGHTS
-    first = None
-    # until a stage has begun, the user may still edit the initial weights in the config, so they are made again
-    begun = any(is_begun(config.run_dir / name) for name in config.stages)
-    if world.is_main and (anew or not begun or not find_weights(weights)):
+    if world.is_main and begins:
         world.timer.enter(FETCH if _comes_from_a_hub(config.model) else "start")
         first = initial_model(config.model, seed=next(iter(config.stages.values())).seed)
         world.timer.enter("start")

@@ -70,12 +70,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.vqa_runner import answer_all, read_predictions, result
+    from hive_scale.locate import check_there
     from hive_scale.resilience.run_lock import locked
     from hive_scale.resilience.watchdog import watching
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
     asked, results = _questions(arguments), {}
+    check_there(arguments.model)
     with session() as world, watching(world):
         output, answerer, identity = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
