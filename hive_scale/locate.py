@@ -46,9 +46,9 @@ def locate(name: str, key: str) -> str:
     Raises:
         ValueError: There is no such path, the hub has no such model or does not give it, or it cannot be reached.
     """
-    place = Path(name).expanduser()
-    if place.exists():
-        return str(place)
+    place = os.path.expanduser(name)
+    if os.path.exists(place):
+        return str(Path(place))
     if "://" in name:
         raise ValueError(f"{key}={name} is a URL: give the model's name on the hub, as org/model, or a folder")
     if not is_hub_name(name):
@@ -86,8 +86,9 @@ def missing(path: str | Path) -> str:
     """The message that `path` does not exist, with the command that makes it, the nearest name, or what is there."""
     if command := prepared_by(path):
         return f"{path} is not there: make it with {command}"
-    steps = [Path(path).expanduser(), *Path(path).expanduser().parents]
-    there = next((number for number, step in enumerate(steps) if step.exists()), len(steps) - 1)
+    whole = Path(os.path.expanduser(path))
+    steps = [whole, *whole.parents]
+    there = next((number for number, step in enumerate(steps) if os.path.exists(step)), len(steps) - 1)
     folder, wanted = steps[there], steps[there - 1].name
     if not folder.is_dir():
         return f"{path} is not there: {folder} is a file, not a folder"
@@ -96,7 +97,7 @@ def missing(path: str | Path) -> str:
     except OSError as error:
         return f"{path} is not there: {folder} cannot be listed ({error.strerror})"
     if near := get_close_matches(wanted, names, n=1, cutoff=0.7):
-        rest = Path(*Path(path).expanduser().parts[len(folder.parts) + 1 :])
+        rest = Path(*whole.parts[len(folder.parts) + 1 :])
         return f"{path} is not there: did you mean {folder / near[0] / rest}?"
     if folder == Path():
         return f"{path} is not there: there is no '{wanted}' in {Path.cwd()}"

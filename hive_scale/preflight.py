@@ -54,7 +54,7 @@ def check_sources(config: Config, begins: bool = True) -> None:
     wanted += [("data.tokenizer.path", data.tokenizer.path) for data in datas if data.tokenizer.path != "bytes"]
     problems = [_problem(path, key) for key, path in dict.fromkeys(wanted) if path]
     weights = config.model.connector_weights
-    if begins and weights and not Path(weights).expanduser().exists():
+    if begins and weights and not os.path.exists(os.path.expanduser(weights)):
         problems.append(f"model.connector_weights={missing(weights)}")
     folders = [os.path.dirname(pattern) for data in datas for pattern in (*data.train, *data.heldout)]
     sets = [folder for folder in dict.fromkeys(folders) if prepared_by(folder) and not Path(folder).is_dir()]

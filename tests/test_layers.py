@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
 LEAVES = {
-    *("config", "config_merge", "credentials", "rundir", "version", "exit_codes", "registry"),
+    *("config", "config_merge", "key_guesses", "credentials", "rundir", "version", "exit_codes", "registry"),
     *("strangers", "strict_json", "atomic", "checksums", "shared_files", "locate"),
     *("batch", "schedule", "seeding", "precision", "param_groups", "phase_timer", "chat_template"),
     *("distributed", "rendezvous", "launcher_env", "heartbeat", "device", "placement", "node"),

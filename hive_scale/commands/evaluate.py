@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale import strict_json
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 from hive_scale.strangers import printable
 
@@ -218,9 +219,7 @@ def _lmms_eval(arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("model", type=Path, nargs="?", help="a run, one of its stages, or a LLaVA directory")
     parser.add_argument("--tasks", required=True, metavar="A,B", help="mme, gqa, okvqa, scienceqa, easyvqa")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds DIR/<task> (%(default)s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 EXAMPLES = """\
@@ -30,9 +31,7 @@ KINDS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     subparsers = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     for kind, text in KINDS.items():
         subparser = subparsers.add_parser(kind, help=text)

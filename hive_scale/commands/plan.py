@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.cli import add_run_arguments, named_run
+from hive_scale.cli import Parser, add_run_arguments, named_run
 from hive_scale.exit_codes import ended
 from hive_scale.strict_json import dumps
 
@@ -183,9 +183,7 @@ def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> i
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     add_run_arguments(parser)
     parser.add_argument("--stage", help="this stage only")
     parser.add_argument("--world", type=int, default=1, help="GPUs (default 1)")
@@ -205,4 +203,4 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
     parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
     parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
-    return parser.parse_intermixed_args()  # overrides may come anywhere among the options
+    return parser.parse_args()  # overrides may come anywhere among the options

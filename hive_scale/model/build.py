@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -225,7 +226,7 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
     if run := run_of(part.path):
         return _config(getattr(run.model, role), role)
     place = locate(part.path, f"model.{role}.path")
-    if Path(place).exists() and not (Path(place) / "config.json").is_file():
+    if os.path.exists(place) and not (Path(place) / "config.json").is_file():
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
     if "vision_config" not in said and "model_type" in said:  # refuse it before transformers asks for more packages
@@ -289,8 +290,8 @@ def _as_said(
 
 def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
     """The ``config.json`` beside the weights, {} if there is none. Raises ValueError if they cannot be trained."""
-    place = str(Path(part.path).expanduser()) if offline else locate(part.path, f"model.{role}.path")
-    if offline and not is_hub_name(part.path) and not Path(place).exists():  # planned before it is there
+    place = os.path.expanduser(part.path) if offline else locate(part.path, f"model.{role}.path")
+    if offline and not is_hub_name(part.path) and not os.path.exists(place):  # planned before it is there
         return {}
     checksums.check(Path(place), weights=False)
     try:
