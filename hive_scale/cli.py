@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._is_mixing = False
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        found: argparse.Namespace
         found, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest[0])}")
