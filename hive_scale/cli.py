@@ -195,6 +195,17 @@ def named_run(arguments: argparse.Namespace, words: Sequence[str]) -> Config:
     return config
 
 
+def check_new_run(config: Config) -> None:
+    """Raises ValueError if a new run's models or prepared sets are missing, before torch is imported, which takes long.
+
+    Other runs may need none of them any more: they are checked when that is known.
+    """
+    from hive_scale.locate import check_sources
+
+    if not config.run_dir.exists() and os.environ.get("RANK", "0") == "0":
+        check_sources(config)
+
+
 def _meant_by(word: str) -> str:
     from hive_scale.presets import PRESETS
 

@@ -13,8 +13,12 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from hive_scale.strangers import some
+
+if TYPE_CHECKING:
+    from hive_scale.config import Config
 
 logger = logging.getLogger(__name__)
 # folders of the presets and the docs, with the words of `prepare_data` that make them
@@ -58,7 +62,36 @@ def locate(name: str, key: str) -> str:
     if copy := _fetched_before(name):
         logger.log(logging.INFO if _told_offline() else logging.WARNING, "%s; its local copy is used", problem)
         return copy
-    raise ValueError(f"{key}={missing(name)}; and as a name on the hub: {problem}")
+    here = missing(name) if os.path.exists(name.split("/")[0]) else f"{name} is not there"
+    raise ValueError(f"{key}={here}; and as a name on the hub: {problem}")
+
+
+def check_sources(config: Config, begins: bool = True) -> None:
+    """Raises ValueError that names all models, tokenizers and prepared sets that are missing, before any is opened.
+
+    A run that `begins` needs the models of its first weights, too. Other shards are looked for when they are opened.
+    """
+    datas = [config.data_of(stage) for stage in config.stages]
+    model = {"vision.path": config.model.vision.path, "language.path": config.model.language.path}
+    wanted = [(f"model.{part}", path) for part, path in model.items()] if begins else []
+    wanted += [("data.tokenizer.path", data.tokenizer.path) for data in datas if data.tokenizer.path != "bytes"]
+    problems = [_problem(path, key) for key, path in dict.fromkeys(wanted) if path]
+    weights = config.model.connector_weights
+    if begins and weights and not os.path.exists(os.path.expanduser(weights)):
+        problems.append(f"model.connector_weights={missing(weights)}")
+    folders = [os.path.dirname(pattern) for data in datas for pattern in (*data.train, *data.heldout)]
+    sets = [folder for folder in dict.fromkeys(folders) if prepared_by(folder) and not Path(folder).is_dir()]
+    problems += [f"data.train: {missing(folder)}" for folder in sets]
+    if found := list(filter(None, problems)):
+        raise ValueError("; ".join(dict.fromkeys(found)))
+
+
+def _problem(path: str, key: str) -> str:
+    try:
+        locate(path, key)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def is_hub_name(name: str) -> bool:

@@ -27,11 +27,12 @@ from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.exit_codes import Stopped
 from hive_scale.export.huggingface import export_encoder
+from hive_scale.locate import check_sources
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
-from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, check_sources, open_all
+from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all
 from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from glob import glob
@@ -22,7 +21,6 @@ from hive_scale.device import kind
 from hive_scale.distributed import World
 from hive_scale.engine import check_compiler, check_device
 from hive_scale.feature_cache import check_disk
-from hive_scale.locate import locate, missing, prepared_by
 from hive_scale.model import build
 from hive_scale.strict_json import dumps
 
@@ -41,34 +39,6 @@ class Data:
     def names(self) -> list[str]:
         """Names of these data in checkpoints: the present fingerprint first, then the one of older versions."""
         return [f"{self.train.fingerprint}-{self.heldout.fingerprint}", self.train.layout]
-
-
-def check_sources(config: Config, begins: bool = True) -> None:
-    """Raises ValueError that names all models, tokenizers and prepared sets that are missing, before any is opened.
-
-    A run that `begins` needs the models of its first weights, too. Other shards are looked for when they are opened.
-    """
-    datas = [config.data, *map(config.data_of, config.stages)]
-    model = {"vision.path": config.model.vision.path, "language.path": config.model.language.path}
-    wanted = [(f"model.{part}", path) for part, path in model.items()] if begins else []
-    wanted += [("data.tokenizer.path", data.tokenizer.path) for data in datas if data.tokenizer.path != "bytes"]
-    problems = [_problem(path, key) for key, path in dict.fromkeys(wanted) if path]
-    weights = config.model.connector_weights
-    if begins and weights and not os.path.exists(os.path.expanduser(weights)):
-        problems.append(f"model.connector_weights={missing(weights)}")
-    folders = [os.path.dirname(pattern) for data in datas for pattern in (*data.train, *data.heldout)]
-    sets = [folder for folder in dict.fromkeys(folders) if prepared_by(folder) and not Path(folder).is_dir()]
-    problems += [f"data.train: {missing(folder)}" for folder in sets]
-    if found := list(filter(None, problems)):
-        raise ValueError("; ".join(dict.fromkeys(found)))
-
-
-def _problem(path: str, key: str) -> str:
-    try:
-        locate(path, key)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:

@@ -43,7 +43,14 @@ def main() -> int:
         "run", type=Path, metavar="RUN", help="the run's directory, or one that was exported"
     )
     arguments = parser.parse_args()
-    return ended(lambda: _verify(arguments.run) if arguments.what == "verify" else _export(arguments))
+    return ended(lambda: _act(arguments))
+
+
+def _act(arguments: argparse.Namespace) -> int:
+    from hive_scale.locate import check_there
+
+    check_there(arguments.run)  # before torch is imported, which takes long
+    return _verify(arguments.run) if arguments.what == "verify" else _export(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

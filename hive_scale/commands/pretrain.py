@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hive_scale.cli import Parser, add_run_arguments, add_training_arguments, named_run
+from hive_scale.cli import Parser, add_run_arguments, add_training_arguments, check_new_run, named_run
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config.to_yaml(resolved), end="")
         return 0
+    check_new_run(resolved)
     return _train(resolved, arguments)
 
 

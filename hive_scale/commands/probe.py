@@ -44,6 +44,9 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
+    from hive_scale.locate import check_there
+
+    check_there(arguments.encoder)  # before torch is imported, which takes long
     from hive_scale.device import choose_precision
     from hive_scale.distributed import session
     from hive_scale.evaluate.encoder import Encoder

@@ -55,13 +55,14 @@ def _refuse(message: str) -> int:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from hive_scale.cli import named_run
+    from hive_scale.cli import check_new_run, named_run
     from hive_scale.slurm import chain, downstream, resources, submission
 
     plain, slurm_words = resources.split(arguments.overrides)
     plain, then_words = downstream.split(plain)
     config = named_run(arguments, plain)
     before = chain.Record.read(config.run_dir) or chain.Record()
+    check_new_run(config)
     followers = downstream.read(arguments.then, then_words, config) or before.followers()
     bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
     asked = resources.read(arguments.profile, slurm_words, bases)

@@ -26,6 +26,10 @@ def main() -> int:
 
 
 def _act(arguments: argparse.Namespace) -> int:
+    from hive_scale.locate import check_there
+
+    for path in [*getattr(arguments, "runs", ()), *getattr(arguments, "images", ())] or [arguments.run]:
+        check_there(path)  # before torch is imported, which takes long
     act: Callable[[argparse.Namespace], None] = arguments.act
     act(arguments)
     return 0

@@ -65,7 +65,8 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     """Return the optimizer steps of each stage. Raises ValueError for mistakes that a job would find hours later."""
     from hive_scale.checkpoint.run_claims import check_owner
     from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights
-    from hive_scale.preflight import check, check_sources, open_all
+    from hive_scale.locate import check_sources
+    from hive_scale.preflight import check, open_all
 
     check_place(config)
     check_owner(config)
