@@ -48,9 +48,13 @@ class Parser(argparse.ArgumentParser):
         """As argparse's, which parses a subcommand by it, too."""
         if self._has_commands or self._is_mixing:
             return super().parse_known_args(args, namespace)
-        self._is_mixing = True  # argparse parses mixed arguments by two calls of this method
+        return self.parse_known_intermixed_args(args, namespace)
+
+    def parse_known_intermixed_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._is_mixing = True  # argparse does it by two calls of `parse_known_args`
         try:
-            return self.parse_known_intermixed_args(self._plain(sys.argv[1:] if args is None else args), namespace)
+            words = self._plain(sys.argv[1:] if args is None else args)
+            return super().parse_known_intermixed_args(words, namespace)
         finally:
             self._is_mixing = False
 

@@ -61,13 +61,11 @@ class Hub:
 
         class Handler(BaseHTTPRequestHandler):
             def do_HEAD(self) -> None:
-                requests.extend(
-                    [self.path] if "/resolve/" in self.path else []
-                )  # not what the client reports of itself
                 repository, _, file = self.path.lstrip("/").partition("/resolve/main/")
                 path = folder / repository / file
+                if not repository.startswith("api/"):
+                    requests.append(self.path)
                 if repository.startswith("api/"):  # the client reports itself, and lists what a repository has besides
-                    requests.pop()
                     status, headers = 404, {"X-Error-Code": "EntryNotFound"}
                 elif repository in REFUSALS:
                     status, headers = REFUSALS[repository]
@@ -139,7 +137,7 @@ def test_what_the_hub_refuses_is_said_with_its_remedy_after_one_request(hub: Hub
         "org/broken": "answers 503 to a request for org/broken: try again later",
     }.items():
         assert words in found[name]
-        assert found[name].startswith(f"error: model.vision.path={name} is not there: there is no 'org' in ")
+        assert found[name].startswith(f"error: model.vision.path={name} is not there; and as a name on the hub: ")
     assert not log
 
 
