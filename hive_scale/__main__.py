@@ -33,7 +33,9 @@ def run(command: str, words: list[str] | None = None, program: str | None = None
     if command not in COMMANDS:
         from difflib import get_close_matches
 
-        near = get_close_matches(command, COMMANDS, n=1)
+        if command.startswith("-"):
+            return _refuse(f"name a command before {command}, such as pretrain: there are {', '.join(COMMANDS)}")
+        near = get_close_matches(command.lower(), COMMANDS, n=1) or [name for name in COMMANDS if command in name]
         known = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         return _refuse(f"no command '{command}': {known}")
     if code := check_packages():

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from hive_scale import checksums, credentials
 from hive_scale.atomic import write_text
-from hive_scale.config_merge import flatten, resolve
+from hive_scale.config_merge import STAGE_ORDER, flatten, resolve
 from hive_scale.registry import FUSIONS, OPTIMIZERS
 
 Depths = Literal["uniform", "later"]
@@ -443,7 +443,7 @@ def load(path: Path) -> Config:
 
 def run_of(path: str) -> Config | None:
     """The config of the run at `path`, which is a run directory or a stage directory; None if it is neither."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     if (place / "config.json").is_file():  # a Hugging Face directory is no run, even inside of one
         return None
     saved = [found for found in (place / "config.yaml", place.parent / "config.yaml") if found.is_file()]
@@ -509,4 +509,6 @@ def _with_data(config: Config, stages: Collection[str]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The config as YAML, in the form that a run saves."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    text: str = OmegaConf.to_yaml(OmegaConf.structured(config))
+    order: str = OmegaConf.to_yaml(OmegaConf.create({STAGE_ORDER: list(config.stages)})) if config.stages else ""
+    return text + order

@@ -19,11 +19,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hive_scale import credentials
+from hive_scale.key_guesses import guess, is_known_elsewhere
 from hive_scale.strangers import check_yaml, read_yaml_text
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")  # Config, or another dataclass of settings
+STAGE_ORDER = "stage_order"  # key of a YAML file beside those of Config, since tools sort keys
 # words that YAML would change: 10:13 becomes 613 (base 60), off becomes false, and an empty value becomes null
 LITERAL = re.compile(r"\d+:\d+|on|off|")
 RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # a shard range or a variable: YAML would read its brace as a mapping
@@ -42,9 +44,10 @@ def resolve(base: T, *layers: Any) -> T:
     """Merge `layers` over `base`, in order: each is a mapping, the path of a saved YAML, or ``key=value`` words.
 
     Mappings and words are the user's own input: ``${another.key}`` is interpolated, and shard patterns may name
-    environment variables. A saved config may hold no references. Raises ValueError: for a typo it names the nearest
-    key, for a bad value the remedy.
+    environment variables. A saved config may hold no references. `STAGE_ORDER` in a layer says how the stages follow
+    each other. Raises ValueError: for a typo it names the nearest key, for a bad value the remedy.
     """
+    order: list[str] = []
     try:
         node = cast(DictConfig, OmegaConf.structured(base))
         _own(OmegaConf.to_container(node))  # the base may hold user input too: a preset's arguments are words
@@ -53,14 +56,20 @@ def resolve(base: T, *layers: Any) -> T:
             if not isinstance(layer, Path | Mapping):
                 _check_stages(node, layer)
             read = _with_new_names(_read(layer, type(base)), type(base), is_users=not isinstance(layer, Path))
+            order = _take_order(read) or order
             _check_text(type(base), OmegaConf.to_container(read, resolve=False))
             if isinstance(layer, Path):
                 refuse_references(OmegaConf.to_container(read), layer)
             else:
                 read = OmegaConf.create(_own(OmegaConf.to_container(read)))
-            _check_kinds(OmegaConf.to_container(node), OmegaConf.to_container(read))
+            old, new = OmegaConf.to_container(node), OmegaConf.to_container(read)
+            _check_kinds(old, new)
+            _check_names(type(base), new, list(flatten(old)))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
+        if order:
+            stages = ordered(list(node.stages), order)
+            OmegaConf.update(node, "stages", {name: node.stages[name] for name in stages}, merge=False)
         found = cast(T, OmegaConf.to_object(node))
         plain = asdict(cast(Any, found))
         refuse_references(plain, None)
@@ -177,13 +186,60 @@ def _check_kinds(old: Any, new: Any, key: str = "") -> None:
     if isinstance(new, str) and new.startswith("${"):
         return  # an interpolation: its value is checked once it is resolved
     if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
-        some = f", such as {key}.{next(iter(old))}=..." if old and key else ""
+        some = f", such as {next(iter(flatten(old, key)))}=..." if flatten(old) and key else ""
         raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
     if isinstance(old, list | tuple) and not isinstance(new, list | tuple | None):
         raise ValueError(f"config: {key}: a list is wanted here: [a, b]")
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in old.keys() & new.keys():
             _check_kinds(old[name], new[name], f"{key}.{name}" if key else str(name))
+
+
+def _check_names(kind: Any, new: Any, keys: Sequence[str], place: str = "") -> None:
+    """Raises ValueError for a key in `new` that was meant for another one of `keys`, or is another program's.
+
+    Other typos are left to omegaconf, which names the nearest key at the same place.
+    """
+    if not isinstance(new, Mapping):
+        return
+    known = [one.name for one in fields(kind)] if is_dataclass(kind) else None
+    for name, child in new.items():
+        key = f"{place}.{name}" if place else str(name)
+        if known is None or name in known:
+            _check_names(_type_of(kind, [str(name)]), child, keys, key)
+            continue
+        is_ours = get_close_matches(str(name), known) and not is_known_elsewhere(str(name))
+        if not is_ours and (hint := guess(next(iter(flatten(child, key)), key), keys)):
+            raise ValueError(f"config: {key}: there is no such key: {hint}")
+
+
+def _take_order(layer: DictConfig | ListConfig) -> list[str]:
+    """Remove `STAGE_ORDER` from a layer, and return it; [] if it is not there. Raises ValueError if it is no list."""
+    if not isinstance(layer, DictConfig) or STAGE_ORDER not in layer:
+        return []
+    order = OmegaConf.to_container(layer.pop(STAGE_ORDER)) if OmegaConf.is_list(layer.get(STAGE_ORDER)) else None
+    if not isinstance(order, list) or not all(isinstance(name, str) for name in order):
+        raise ValueError(f"config: {STAGE_ORDER}: a list of the stages' names is wanted here: [a, b]")
+    return [str(name) for name in order]
+
+
+def ordered(stages: Sequence[str], order: Sequence[str]) -> list[str]:
+    """The names of `stages` in the order in which they run: as they stand, unless a tool has sorted them.
+
+    `order` is what the file says of it. It may lack a stage that was added by hand, and have one that was removed.
+    Raises ValueError if the two contradict each other.
+    """
+    said = [name for name in dict.fromkeys(order) if name in stages]
+    if [name for name in stages if name in said] == said:
+        return list(stages)
+    if list(stages) != sorted(stages):
+        raise ValueError(
+            f"config: {STAGE_ORDER} is {', '.join(order)}, and the stages stand as {', '.join(stages)}: put them in "
+            f"one order, or leave {STAGE_ORDER} out"
+        )
+    if missing := [name for name in stages if name not in said]:
+        raise ValueError(f"config: {STAGE_ORDER} does not name the stage '{missing[0]}': add it where it belongs")
+    return said
 
 
 def _check_stages(node: DictConfig, words: Sequence[str]) -> None:

@@ -28,6 +28,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.exit_codes import Stopped
 from hive_scale.export.huggingface import export_encoder
+from hive_scale.locate import check_sources
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
@@ -54,18 +55,6 @@ def initial_model(config: ModelConfig, seed: int) -> Hive:
         more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
         raise ValueError(f"{spoiled[0]}{more} would begin with values that are not finite: give the part other weights")
     return model
-
-
-def check_paths(config: ModelConfig) -> None:
-    """Raises ValueError if the local path of a component does not exist; hub names cannot be checked offline."""
-    for part, path in (("vision", config.vision.path), ("language", config.language.path)):
-        _check_there(f"model.{part}.path", path)
-    _check_there("model.connector_weights", config.connector_weights)
-
-
-def _check_there(key: str, path: str) -> None:
-    if (path.startswith((".", "/", "~")) or holds_weights_alone(path)) and not Path(path).expanduser().exists():
-        raise ValueError(f"{key}={path} is not there: give a directory, a safetensors file or a name on the hub")
 
 
 def _is_ours(path: str) -> bool:
@@ -162,6 +151,12 @@ def _run_stages(
     callbacks: Sequence[Callback],
     with_header: bool,
 ) -> None:
+    weights = config.run_dir / "initial" / WEIGHTS
+    first = None
+    # until a stage has begun, the user may still edit the initial weights in the config, so they are made again
+    begun = any(is_begun(config.run_dir / name) for name in config.stages)
+    begins = anew or not begun or not find_weights(weights)
+    check_sources(config, begins and world.is_main)  # other ranks take the first weights from the run
     found = open_all(config, noted=False)
     if anew:
         check_shards_stay(config, found)
@@ -169,11 +164,7 @@ def _run_stages(
     if with_header:
         header.show_data(config, found, left, world)
     del found
-    weights = config.run_dir / "initial" / WEIGHTS
-    first = None
-    # until a stage has begun, the user may still edit the initial weights in the config, so they are made again
-    begun = any(is_begun(config.run_dir / name) for name in config.stages)
-    if world.is_main and (anew or not begun or not find_weights(weights)):
+    if world.is_main and begins:
         world.timer.enter(FETCH if _comes_from_a_hub(config.model) else "start")
         first = initial_model(config.model, seed=next(iter(config.stages.values())).seed)
         world.timer.enter("start")

@@ -9,6 +9,7 @@ from hive_scale.checkpoint.run_reader import CONFIG, Run, encoder_remedy
 from hive_scale.checkpoint.stage_files import ENCODER
 from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config, ModelConfig, PartConfig
+from hive_scale.locate import check_there
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 
@@ -62,4 +63,5 @@ def _find(path: Path) -> tuple[Run, str]:
     if (path.parent / CONFIG).is_file():
         run = Run(path.parent)
         return run, run.stage(path.name)
+    check_there(path)
     raise ValueError(f"{path} is no Hugging Face directory (config.json), no run ({CONFIG}) and no stage of one")

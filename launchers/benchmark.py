@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -28,11 +27,10 @@ BENCHMARKS = (
 
 
 def main() -> int:
+    from hive_scale.cli import Parser
     from hive_scale.exit_codes import ended
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     subparsers = parser.add_subparsers(required=True, metavar="WHAT")
     for name in BENCHMARKS:
         benchmark = import_module(f"benchmarks.{name}")

@@ -131,9 +131,9 @@ def _write(path: Path, content: Any) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from hive_scale.cli import Parser
+
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--scale", choices=("smoke", "small", "paper"), default="small", help="(default small)")
     parser.add_argument("--seeds", type=int, default=0, help="instead of the scale's own number")
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time (%(default)s)")
@@ -146,7 +146,7 @@ def _parse() -> argparse.Namespace:
     paper.add_argument("--dry_run", action="store_true", help="with --submit: check everything, print the scripts")
     paper.add_argument("--profile", help="with --submit: a site's resources, as of submit_pipeline.py")
     paper.add_argument("words", nargs="*", metavar="slurm.key=value", help="with --submit: resources over the profile")
-    return parser.parse_intermixed_args()
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import yaml
 
-from hive_scale import config, presets
+from hive_scale import config, config_merge, presets
 from hive_scale.config import GroupConfig, StageConfig
 from hive_scale.schedule import lr_factor, warmup_steps
 
@@ -52,7 +53,27 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
     ("words", "message"),
     [
         (["modle.fusion=concat"], "Did you mean: 'model'"),
-        (["stages.joint.epoch=1"], "Did you mean: 'epochs'"),
+        (["stages.joint.epoch=1"], "did you mean stages.joint.epochs"),
+        (["stages.joint.epohcs=1"], "Did you mean one of: 'epochs'"),
+        (["lr=1e-3"], "lr: there is no such key: did you mean stages.STAGE.groups.GROUP.lr, such as stages.joint"),
+        (["learning_rate=1e-3"], "did you mean stages.STAGE.groups.GROUP.lr"),
+        (["stages.joint.learning_rate=1"], "did you mean stages.joint.groups.GROUP.lr, such as stages.joint.groups.v"),
+        (["stages.joint.groups.vision.learning_rate=1"], r"did you mean stages.joint.groups.vision.lr\?"),
+        (["joint.lr=1"], "did you mean stages.joint.groups.GROUP.lr"),
+        (["batch_size=8"], "did you mean stages.STAGE.global_batch or stages.STAGE.micro_batch"),
+        (["stages.joint.batch_size=8"], r"did you mean stages.joint.global_batch or stages.joint.micro_batch\?"),
+        (["epochs=3"], "did you mean stages.STAGE.epochs, such as stages.joint.epochs"),
+        (["max_stpes=3"], "did you mean stages.STAGE.max_steps"),
+        (["output_dir=x"], r"did you mean output\?"),
+        (["output-dir=x"], r"did you mean output\?"),
+        (["train=x"], r"did you mean data.train\?"),
+        (["vision.path=x"], r"did you mean model.vision.path\?"),
+        (["data.num_workers=2"], r"did you mean data.workers\?"),
+        (["resume=true"], "resume: there is no such key: the same command resumes a run"),
+        (["engine.bf16=true"], "engine.bf16: there is no such key: give engine.precision=bf16"),
+        (["gradient_accumulation_steps=4"], "accumulation follows from stages.*.global_batch, stages.*.micro_batch"),
+        (["data=x.tar"], r"data: keys of its own are wanted here, such as data\.train="),
+        (["model=x"], r"model: keys of its own are wanted here, such as model\.vision\.path="),
         (["stages.jiont.epochs=1"], "did you mean joint"),
         (["fusion=conct"], "did you mean concat"),
         (["engine.precision=fp16"], "expected one of"),
@@ -339,3 +360,44 @@ def test_a_run_saved_before_images_had_a_position_goes_on_as_it_began(tmp_path: 
     assert config.load(saved).data.image_position == "user"
     saved.write_text("preset: debug\ndata: {format: conversation}\n")
     assert presets.load(None, saved, []).data.image_position == "user"
+
+
+def test_keys_sorted_by_a_tool_do_not_reorder_the_stages(tmp_path: Path) -> None:
+    run = presets.load("debug", None, [])
+    saved = tmp_path / "config.yaml"
+    config.save(run, saved)
+    content = yaml.safe_load(saved.read_text())
+    assert content["stage_order"] == ["projector", "language", "joint"]
+    saved.write_text(yaml.safe_dump(content, sort_keys=True))
+    assert saved.read_text().index("\n  joint:") < saved.read_text().index("\n  projector:")
+    for loaded in (config.load(saved), presets.load(None, saved, []), presets.load("debug", saved, ["name=debug"])):
+        assert loaded == run
+        assert list(loaded.stages) == ["projector", "language", "joint"]
+    del content["stage_order"]  # as an older version saved it
+    saved.write_text(yaml.safe_dump(content, sort_keys=False))
+    assert list(config.load(saved).stages) == ["projector", "language", "joint"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "order", "found"),
+    [
+        ("b a c", "b a c", "b a c"),
+        ("a b c", "b a c", "b a c"),  # sorted by a tool
+        ("b new a", "b a", "b new a"),  # added by hand
+        ("b c", "b a c", "b c"),  # removed by hand
+        ("b last", "b c", "b last"),  # renamed by hand
+        ("a b", "b b a", "b a"),
+    ],
+)
+def test_stages_run_in_the_order_that_the_file_means(stages: str, order: str, found: str) -> None:
+    assert config_merge.ordered(stages.split(), order.split()) == found.split()
+
+
+def test_two_orders_of_stages_in_one_file_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage_order is b, a, c, and the stages stand as c, a, b: put them in one"):
+        config_merge.ordered(["c", "a", "b"], ["b", "a", "c"])
+    with pytest.raises(ValueError, match="stage_order does not name the stage 'new': add it where it belongs"):
+        config_merge.ordered(["a", "b", "new"], ["b", "a"])
+    (tmp_path / "mine.yaml").write_text("preset: debug\nstage_order: joint\n")
+    with pytest.raises(ValueError, match="stage_order: a list of the stages' names is wanted here"):
+        presets.load(None, tmp_path / "mine.yaml", [])

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hive_scale"
 
 LEAVES = {
-    *("config", "config_merge", "credentials", "rundir", "version", "exit_codes", "registry"),
-    *("strangers", "strict_json", "atomic", "checksums", "shared_files"),
+    *("config", "config_merge", "key_guesses", "credentials", "rundir", "version", "exit_codes", "registry"),
+    *("strangers", "strict_json", "atomic", "checksums", "shared_files", "locate"),
     *("batch", "schedule", "seeding", "precision", "param_groups", "phase_timer", "chat_template"),
     *("distributed", "rendezvous", "launcher_env", "heartbeat", "device", "placement", "node"),
 }
@@ -71,6 +71,7 @@ DOORS: dict[str, set[str]] = {
         *("hive_scale/export/", "hive_scale/prepare/smollm2.py"),
         "launchers/benchmarks/",  # as the peer that is measured
     },
+    "huggingface_hub": {"hive_scale/locate.py", "hive_scale/export/"},
     "accelerate": {"hive_scale/model/build.py", "launchers/benchmarks/"},
 }
 

@@ -82,8 +82,8 @@ def test_a_preset_whose_llm_is_not_fetched_yet_does_not_ask_the_hub_for_it(tmp_p
     command = [sys.executable, str(LAUNCHER), "--preset", "demo", f"output={tmp_path / 'run'}", "log.wandb=off"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
     assert done.returncode == 2, done.stderr
-    assert "./data/smollm2 is no directory" in done.stderr
-    assert "prepare_data smollm2" in done.stderr
+    assert "./data/smollm2 is not there: make it with python -m hive_scale prepare_data smollm2" in done.stderr
+    assert "data/emoji is not there: make it with python -m hive_scale prepare_data emoji --styles all" in done.stderr
 
 
 def test_compilation_without_a_compiler_is_refused_before_training(tmp_path: Path) -> None:

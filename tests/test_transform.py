@@ -258,5 +258,5 @@ def test_a_tokenizer_that_will_not_do_names_the_remedy(tmp_path: Path) -> None:
         open_tokenizer(TokenizerConfig(path))
     with pytest.raises(ValueError, match="<pad> is not in the vocabulary"):
         open_tokenizer(TokenizerConfig(path, pad_token="<pad>"))
-    with pytest.raises(ValueError, match=r"data\.tokenizer\.path=.*nowhere is no directory"):
+    with pytest.raises(ValueError, match=r"data\.tokenizer\.path=.*nowhere is not there"):
         open_tokenizer(TokenizerConfig(str(tmp_path / "nowhere")))

@@ -424,7 +424,7 @@ def test_scores_without_a_model(
     ("words", "message"),
     [
         (["runs/none", "--tasks", "gqua"], "did you mean gqa"),
-        (["runs/none", "--tasks", "easyvqa"], "runs/none is no Hugging Face directory"),
+        (["runs/none", "--tasks", "easyvqa"], "runs/none is not there"),
         (["--tasks", "easyvqa"], "name the model"),
         (["runs/none", "--tasks", "easyvqa", "--limit", "0"], "--limit 0 must be at least 1"),
         (["runs/none", "--tasks", "easyvqa", "--limit", "-1"], "--limit -1 must be at least 1"),

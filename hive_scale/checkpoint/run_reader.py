@@ -13,6 +13,7 @@ from hive_scale import config as configs
 from hive_scale.checkpoint.format import MANIFEST, StepCheckpoint, audit, steps_in
 from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights
 from hive_scale.checkpoint.weights import read_weights
+from hive_scale.locate import check_there
 from hive_scale.rundir import BEGAN, MARKER
 
 CONFIG = "config.yaml"
@@ -27,6 +28,7 @@ class Run:
 
     def __init__(self, directory: Path) -> None:
         """Open a run. Raises ValueError if `directory` holds none, or its config is corrupt."""
+        check_there(directory)
         if not (directory / CONFIG).is_file():
             raise ValueError(
                 f"{directory} is no run, for it has no {CONFIG} (a stage is not a run): give the directory that "

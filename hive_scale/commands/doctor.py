@@ -16,6 +16,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -419,9 +420,7 @@ def _judged(told: str, speed: float, failed: bool, accelerated: bool) -> Line:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--dir", type=Path, help="a folder for runs or features: its locks, and what is seen of others")
     parser.add_argument("--seconds", type=float, default=5.0, help="of all-reduces; 120 for a long check (%(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

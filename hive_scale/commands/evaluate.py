@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale import strict_json
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 from hive_scale.strangers import printable
 
@@ -70,12 +71,14 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     from hive_scale.distributed import session
     from hive_scale.evaluate.vqa_runner import answer_all, read_predictions, result
+    from hive_scale.locate import check_there
     from hive_scale.resilience.run_lock import locked
     from hive_scale.resilience.watchdog import watching
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
     asked, results = _questions(arguments), {}
+    check_there(arguments.model)
     with session() as world, watching(world):
         output, answerer, identity = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
@@ -216,9 +219,7 @@ def _lmms_eval(arguments: argparse.Namespace) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("model", type=Path, nargs="?", help="a run, one of its stages, or a LLaVA directory")
     parser.add_argument("--tasks", required=True, metavar="A,B", help="mme, gqa, okvqa, scienceqa, easyvqa")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="holds DIR/<task> (%(default)s)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 EXAMPLES = """\
@@ -30,9 +31,7 @@ KINDS = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     subparsers = parser.add_subparsers(required=True, metavar="WHAT", dest="what")
     for kind, text in KINDS.items():
         subparser = subparsers.add_parser(kind, help=text)
@@ -44,7 +43,14 @@ def main() -> int:
         "run", type=Path, metavar="RUN", help="the run's directory, or one that was exported"
     )
     arguments = parser.parse_args()
-    return ended(lambda: _verify(arguments.run) if arguments.what == "verify" else _export(arguments))
+    return ended(lambda: _act(arguments))
+
+
+def _act(arguments: argparse.Namespace) -> int:
+    from hive_scale.locate import check_there
+
+    check_there(arguments.run)  # before torch is imported, which takes long
+    return _verify(arguments.run) if arguments.what == "verify" else _export(arguments)
 
 
 def _export(arguments: argparse.Namespace) -> int:

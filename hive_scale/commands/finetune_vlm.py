@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hive_scale.cli import add_run_arguments, add_training_arguments, named_run
+from hive_scale.cli import Parser, add_run_arguments, add_training_arguments, check_new_run, named_run
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -39,12 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from hive_scale import config
+    from hive_scale.locate import check_there
+
+    check_there(arguments.encoder)  # before torch is imported, which takes long
     from hive_scale.run import find_encoder
 
     resolved = _run(arguments, find_encoder(arguments.encoder))
     if arguments.print_config:
         print(config.to_yaml(resolved), end="")
         return 0
+    check_new_run(resolved)
     return _train(resolved, arguments)
 
 
@@ -99,10 +103,8 @@ def _give(config: Config, trained: bool) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
     add_run_arguments(parser, default="vlm")
     add_training_arguments(parser)
-    return parser.parse_intermixed_args(argv)  # options may come anywhere between encoder and overrides
+    return parser.parse_args(argv)  # options may come anywhere between encoder and overrides

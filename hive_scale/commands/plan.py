@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.cli import add_run_arguments, named_run
+from hive_scale.cli import Parser, add_run_arguments, named_run
 from hive_scale.exit_codes import ended
 from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
+    from hive_scale.plan.devices import Gpu
     from hive_scale.plan.run import Machine, StagePlan
 
 EXAMPLES = """\
@@ -26,6 +27,7 @@ examples:
 
 Exit codes: 0 planned (and fits), 1 planned and does not fit, 2 something to change.
 """
+DEFAULT_GPU = "rtx3090"  # on machines without one
 CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K, the paper's training set
 
 
@@ -35,15 +37,23 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from hive_scale.plan.devices import find
     from hive_scale.plan.run import Machine
 
     config = named_run(arguments, arguments.overrides)
     host = arguments.host_gb * 1e9 if arguments.host_gb else None
-    machine = Machine(find(arguments.gpu), arguments.world, host)
+    machine = Machine(_gpu(arguments), arguments.world, host)
     if arguments.sweep:
         return _sweep(config, machine, arguments)
     return _plan(config, machine, arguments)
+
+
+def _gpu(arguments: argparse.Namespace) -> Gpu:
+    """The GPU that is named or described; else this machine's, else the default."""
+    from hive_scale.plan.devices import described, find, gpu_here
+
+    named = find(arguments.gpu) if arguments.gpu else None
+    figures = arguments.gpu_memory_gb, arguments.gpu_tflops, arguments.gpu_bandwidth_gb_s
+    return described(named, *figures) or gpu_here() or find(DEFAULT_GPU)
 
 
 def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> int:
@@ -61,9 +71,12 @@ def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> in
     else:
         plans = plan_run(config, machine, arguments.samples)
     if arguments.json:
-        print(dumps({"stages": [plan.to_dict() for plan in plans], "settings": words}, indent=2))
+        stages = [plan.to_dict() for plan in plans]
+        print(dumps({"gpu": machine.gpu.title, "stages": stages, "settings": words}, indent=2))
     else:
         print(_report(plans, machine, arguments))
+        if config.engine.precision == "bf16" and not machine.gpu.has_bf16:
+            print(f"The {machine.gpu.title} has no bf16: the plan is at its fp32 speed. Set engine.precision=fp32.")
         if words:
             preset = f" --preset {arguments.preset}" if arguments.preset else ""
             given = [word for word in arguments.overrides if word.split("=")[0] not in _keys(words)]
@@ -87,7 +100,7 @@ def _report(plans: list[StagePlan], machine: Machine, arguments: argparse.Namesp
         "| " + " | ".join(_cell(cell, width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     hours = sum(plan.hours for plan in plans) + max(plan.seeing for plan in plans) / 3600
-    gpu = f"{machine.world} x {machine.gpu.title}"
+    gpu = f"{machine.world} x {machine.gpu.title} (--gpu)"
     lines.append(
         f"\n{gpu}, {arguments.samples:,} pairs (--samples): {hours:.1f} hours in all. Memory is planned; time is an "
         "estimate (see plan/time.py)."
@@ -170,13 +183,19 @@ def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> i
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     add_run_arguments(parser)
     parser.add_argument("--stage", help="this stage only")
     parser.add_argument("--world", type=int, default=1, help="GPUs (default 1)")
-    parser.add_argument("--gpu", default="rtx3090", help="rtx3090 (default), a100-40, a100-80, h100, h200")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"such as rtx4090, a100-80, l40s, h100-pcie (this machine's, else {DEFAULT_GPU})"
+    )
+    for name, help in (
+        ("memory_gb", "memory of a GPU that --gpu does not know, 1e9 bytes"),
+        ("tflops", "its dense matrix products a second, in the precision of the run"),
+        ("bandwidth_gb_s", "the bandwidth of its memory"),
+    ):
+        parser.add_argument(f"--gpu_{name}", type=float, metavar="N", help=help)
     parser.add_argument("--host_gb", type=float, help="host memory per GPU, 1e9 bytes, for offload and checkpoints")
     parser.add_argument("--samples", type=int, default=CC3M, help=f"pairs of the training set (default {CC3M})")
     parser.add_argument("--fit", action="store_true", help="find the fastest settings that fit")
@@ -184,4 +203,4 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")
     parser.add_argument("--output", default="sweep.png", help="with --sweep: where to draw it (sweep.png)")
     parser.add_argument("--json", action="store_true", help="print as JSON, in bytes and seconds")
-    return parser.parse_intermixed_args()  # overrides may come anywhere among the options
+    return parser.parse_args()  # overrides may come anywhere among the options

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import code_of
 from hive_scale.prepare.commands import CONVERTERS  # imports heavy modules late, as this file does
 from hive_scale.strangers import printable
@@ -46,10 +47,8 @@ img2dataset's tars (cc3m-wds) need no conversion: train on them as they are, or 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand. Returns 0 if done, 2 for user errors, 75 for temporary failures, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        description="Turn public packages and sets into WebDataset tars of image, caption and record.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        description="Turn public packages and sets into WebDataset tars of image, caption and record.", epilog=EXAMPLES
     )
     subparsers = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for add in (add_emoji, add_tuxpaint, add_easy_vqa, add_fashion_mnist, add_smollm2, *CONVERTERS, add_index):
@@ -175,14 +174,10 @@ def run_index(arguments: argparse.Namespace) -> None:
     print(describe(index))
 
 
-def _add(
-    subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], None], summary: str
-) -> argparse.ArgumentParser:
+def _add(subparsers: Subparsers, name: str, run: Callable[[argparse.Namespace], None], summary: str) -> Parser:
     from hive_scale.shared_files import cache_dir
 
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
-    )
+    parser: Parser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where the result goes")
     parser.add_argument(
         "--cache", type=Path, default=cache_dir(), metavar="DIR", help="downloads are kept here (%(default)s)"
@@ -192,7 +187,7 @@ def _add(
     return parser
 
 
-def _add_image_arguments(parser: argparse.ArgumentParser, size: int) -> None:
+def _add_image_arguments(parser: Parser, size: int) -> None:
     parser.add_argument("--size", type=int, default=size, help="pixels a side (%(default)s)")
     parser.add_argument("--quality", type=int, default=65, help="of the JPEGs, 1 to 95 (%(default)s)")
     parser.add_argument("--shard-size", type=int, default=500, help="samples per tar (%(default)s)")

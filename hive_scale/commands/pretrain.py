@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from hive_scale.cli import add_run_arguments, add_training_arguments, named_run
+from hive_scale.cli import Parser, add_run_arguments, add_training_arguments, check_new_run, named_run
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def _pretrain(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config.to_yaml(resolved), end="")
         return 0
+    check_new_run(resolved)
     return _train(resolved, arguments)
 
 
@@ -64,9 +65,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     add_run_arguments(parser)
     add_training_arguments(parser)
-    return parser.parse_intermixed_args()  # overrides may come anywhere among the options
+    return parser.parse_args()  # overrides may come anywhere among the options

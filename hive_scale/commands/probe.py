@@ -9,6 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def check(argv: Sequence[str]) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> int:
+    from hive_scale.locate import check_there
+
+    check_there(arguments.encoder)  # before torch is imported, which takes long
     from hive_scale.device import choose_precision
     from hive_scale.distributed import session
     from hive_scale.evaluate.encoder import Encoder
@@ -139,9 +143,7 @@ def _show(results: dict[str, Any]) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("encoder", type=Path, help="a run, one of its stages, or a Hugging Face directory")
     parser.add_argument("--set", required=True, metavar="A,B", help="see below")
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds DIR/<set> (data), or is the one set itself")

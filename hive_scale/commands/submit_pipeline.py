@@ -9,9 +9,11 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -42,18 +44,25 @@ def main() -> int:
     commands = {"status": follow, "logs": logs, "cancel": cancel, "resume": resume}
     if words and words[0] in commands:
         return ended(lambda: commands[words[0]](words[1:]))
-    arguments = _parser().parse_intermixed_args(words)
+    if words and (near := get_close_matches(words[0], commands, n=1, cutoff=0.7)):
+        return ended(lambda: _refuse(f"there is no '{words[0]}': did you mean {near[0]}?"))
+    arguments = _parser().parse_args(words)
     return ended(lambda: _submit(arguments))
 
 
+def _refuse(message: str) -> int:
+    raise ValueError(message)
+
+
 def _submit(arguments: argparse.Namespace) -> int:
-    from hive_scale.cli import named_run
+    from hive_scale.cli import check_new_run, named_run
     from hive_scale.slurm import chain, downstream, resources, submission
 
     plain, slurm_words = resources.split(arguments.overrides)
     plain, then_words = downstream.split(plain)
     config = named_run(arguments, plain)
     before = chain.Record.read(config.run_dir) or chain.Record()
+    check_new_run(config)
     followers = downstream.read(arguments.then, then_words, config) or before.followers()
     bases = dict.fromkeys([*config.stages, *followers], resources.Resources())
     asked = resources.read(arguments.profile, slurm_words, bases)
@@ -68,7 +77,7 @@ def follow(words: list[str]) -> int:
 
     parser = _sub_parser("status", "How the stages of a run stand.")
     parser.add_argument("--follow", action="store_true", help="until no job is left")
-    arguments = parser.parse_intermixed_args(words)
+    arguments = parser.parse_args(words)
     return status.show(_read(arguments.run)[0], arguments.follow)
 
 
@@ -76,7 +85,7 @@ def logs(words: list[str]) -> int:
     parser = _sub_parser("logs", "What a stage's first process has printed.")
     parser.add_argument("stage", nargs="?", help="default: the last that has begun")
     parser.add_argument("--follow", action="store_true", help="as it grows")
-    arguments = parser.parse_intermixed_args(words)
+    arguments = parser.parse_args(words)
     config, record = _read(arguments.run)
     known = [*config.stages, *record.then]
     if arguments.stage and arguments.stage not in known:
@@ -108,7 +117,7 @@ def resume(words: list[str]) -> int:
 
     parser = _sub_parser("resume", "Submit what is left of a run, as it was submitted or with other resources.")
     parser.add_argument("overrides", nargs="*", metavar="slurm.key=value")
-    arguments = parser.parse_intermixed_args(words)
+    arguments = parser.parse_args(words)
     config, record = _read(arguments.run)
     plain, slurm_words = resources.split(arguments.overrides)
     if plain:
@@ -133,18 +142,16 @@ def _read(run: Path) -> tuple[Config, Record]:
     return config, record
 
 
-def _sub_parser(name: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(f"submit_pipeline.py {name}", description=description)
+def _sub_parser(name: str, description: str) -> Parser:
+    parser = Parser(f"submit_pipeline.py {name}", description=description)
     parser.add_argument("run", type=Path, help="the run's directory, such as runs/debug")
     return parser
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     from hive_scale.cli import add_run_arguments
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     add_run_arguments(parser, "any key of the config, slurm.KEY, or after.NAME")
     parser.add_argument("--then", default="", metavar="A,B", help="after the last stage: probe, vlm, evaluate")
     parser.add_argument("--profile", help="a site's resources: a name in slurm/profiles, or a YAML file")

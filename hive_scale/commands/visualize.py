@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 EXAMPLES = """\
@@ -25,6 +26,10 @@ def main() -> int:
 
 
 def _act(arguments: argparse.Namespace) -> int:
+    from hive_scale.locate import check_there
+
+    for path in [*getattr(arguments, "runs", ()), *getattr(arguments, "images", ())] or [arguments.run]:
+        check_there(path)  # before torch is imported, which takes long
     act: Callable[[argparse.Namespace], None] = arguments.act
     act(arguments)
     return 0
@@ -85,9 +90,7 @@ def _tell(paths: list[Path]) -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="WHAT")
     gradients = commands.add_parser("gradients", help="d loss / d hidden state of each encoder layer, patch by patch")
     gradients.add_argument("runs", nargs="+", type=Path, metavar="RUN")

@@ -18,6 +18,7 @@ from hive_scale import credentials
 from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.shard_cache import ShardCache, digest_of, is_remote
 from hive_scale.data.tar_scan import Stamp
+from hive_scale.locate import prepared_by
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # tars that ship with the package
 
@@ -90,12 +91,12 @@ def _find(pattern: str, shown: str) -> list[str]:
                 )
             what = missing[0] if shown == pattern else "a shard"
             asked = " (is $NAME for a variable of the command that began the run? Give that command)" * ("$" in pattern)
-            raise ValueError(
-                f"shard {what} of '{shown}' is missing{asked}: correct the pattern, or make the shard again"
-            )
+            remedy = f"make it with {made}" if (made := prepared_by(shown)) else "make the shard again"
+            raise ValueError(f"shard {what} of '{shown}' is missing{asked}: correct the pattern, or {remedy}")
         paths += found
     if not paths:
-        raise ValueError(f"no shard matches '{shown}': correct the pattern, or make the shards with prepare_data.py")
+        made = prepared_by(shown) or "prepare_data.py"
+        raise ValueError(f"no shard matches '{shown}': correct the pattern, or make the shards with {made}")
     return paths
 
 

@@ -18,6 +18,7 @@ from hive_scale.batch import Sample
 from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
+from hive_scale.locate import locate
 
 # data workers tokenize in parallel: the tokenizer's own threads would oversubscribe CPUs, and do not survive a fork
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -134,19 +135,17 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         special = {"pad_token": PAD, "eos_token": END, "unk_token": UNKNOWN}
         stock: Any = PreTrainedTokenizerFast
         return Tokenizer(stock(tokenizer_object=byte_tokenizer(), **special))
-    if config.path.startswith((".", "/", "~")) and not Path(config.path).expanduser().is_dir():
-        raise ValueError(
-            f"data.tokenizer.path={config.path} is no directory: give one, or a name on the hub (the presets' SmolLM2 "
-            "is fetched by `prepare_data smollm2`)"
-        )
+    place = locate(config.path, "data.tokenizer.path")
+    if Path(place).is_file():
+        raise ValueError(f"data.tokenizer.path={config.path} is a file: give the directory of a tokenizer")
     try:
-        checksums.check(Path(config.path).expanduser(), weights=False)
-        tokenizer = AutoTokenizer.from_pretrained(config.path, trust_remote_code=False)
+        checksums.check(Path(place), weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
-            f"data.tokenizer.path={config.path} cannot be loaded: {reason}: give a directory, or a name on the hub, "
-            "which needs a network, and for some models a login (hf auth login)"
+            f"data.tokenizer.path={config.path} cannot be loaded: {reason}: give a tokenizer's directory, or a name on "
+            "the hub"
         ) from None
     if config.pad_token:
         if config.pad_token not in tokenizer.get_vocab():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,14 +10,16 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
-from hive_scale.device import SINGLE, exact_fp32
+from hive_scale.device import SINGLE, default_precision, exact_fp32
 from hive_scale.distributed import Fragment, World
 from hive_scale.param_groups import ParamGroup
 
+logger = logging.getLogger(__name__)
 COMPILERS = ("g++", "clang++", "c++")
 
 
@@ -107,7 +110,7 @@ def check_compiler(config: EngineConfig) -> None:
 
 
 def check_device(config: EngineConfig, of: str) -> None:
-    """Raises ValueError for options that a device of type `of` (`device.kind`) does not support."""
+    """Raises ValueError for options that this machine's device, of type `of` (`device.kind`), does not support."""
     refused = {
         "engine.precision=bf16": config.precision != "fp32",  # FSDP2, like the next two, needs device collectives
         "engine.cpu_offload=true": config.cpu_offload,
@@ -118,6 +121,8 @@ def check_device(config: EngineConfig, of: str) -> None:
             f"{what} was never tried on a device of type {of}: set engine.precision=fp32 engine.cpu_offload=false, "
             "leave --ds_config out, and see docs/devices.md"
         )
+    if config.precision == "bf16" and of == "cuda" and default_precision(torch.device(of)) != "bf16":
+        logger.warning("this GPU has no bf16, and computes it at fp32's speed or slower: set engine.precision=fp32")
 
 
 def open_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +23,7 @@ from transformers import (
 
 from hive_scale import checksums
 from hive_scale.config import ModelConfig, PartConfig, StageConfig, holds_weights_alone, run_of
+from hive_scale.locate import is_hub_name, locate
 from hive_scale.model import pretrained
 from hive_scale.model.encoders import family_of
 from hive_scale.model.hive import Hive
@@ -77,14 +79,19 @@ def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, 
             _check_function(made, part, role, offline=False)  # online, since the weights are fetched next anyway
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = pretrained.load_pretrained(_vision_class(vision), config.vision.path, vision, given.get("vision"))
-        llm = pretrained.load_pretrained(
-            _language_class(language), config.language.path, language, given.get("language")
-        )
+        tower = _load(_vision_class(vision), config.vision, "vision", vision, given)
+        llm = _load(_language_class(language), config.language, "language", language, given)
         model = Hive(tower or _vision_from(vision), llm or _language_from(language), config)
     if "connector" in given:
         pretrained.load_connector(model, given["connector"], config.connector_weights)
     return model
+
+
+def _load(
+    kind: Any, part: PartConfig, role: str, config: PretrainedConfig, given: Mapping[str, Mapping[str, Tensor]]
+) -> nn.Module | None:
+    place = locate(part.path, f"model.{role}.path") if part.path and role not in given else part.path
+    return pretrained.load_pretrained(kind, place, config, given.get(role))
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
@@ -218,13 +225,14 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         raise ValueError(f"model.{role}.path={part.path} holds weights alone: give model.{role}.config, too")
     if run := run_of(part.path):
         return _config(getattr(run.model, role), role)
-    if part.path.startswith((".", "/", "~")) and not (Path(part.path).expanduser() / "config.json").is_file():
+    place = locate(part.path, f"model.{role}.path")
+    if os.path.exists(place) and not (Path(place) / "config.json").is_file():
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
     if "vision_config" not in said and "model_type" in said:  # refuse it before transformers asks for more packages
         _known(said["model_type"], part, role)
     try:
-        return _float32(AutoConfig.from_pretrained(part.path, trust_remote_code=False))
+        return _float32(AutoConfig.from_pretrained(place, trust_remote_code=False))
     except Exception as error:  # transformers raises many types for a malformed config.json
         raise _unreadable(part, role, error) from None
 
@@ -282,9 +290,12 @@ def _as_said(
 
 def _said_beside(part: PartConfig, role: str, offline: bool = False) -> dict[str, Any]:
     """The ``config.json`` beside the weights, {} if there is none. Raises ValueError if they cannot be trained."""
-    checksums.check(Path(part.path).expanduser(), weights=False)
+    place = os.path.expanduser(part.path) if offline else locate(part.path, f"model.{role}.path")
+    if offline and not is_hub_name(part.path) and not os.path.exists(place):  # planned before it is there
+        return {}
+    checksums.check(Path(place), weights=False)
     try:
-        said, _ = PretrainedConfig.get_config_dict(part.path, local_files_only=offline)
+        said, _ = PretrainedConfig.get_config_dict(place, local_files_only=offline)
     except (OSError, TypeError):  # not available, or not a JSON object
         return {}
     except Exception as error:  # transformers raises many types, as in _config

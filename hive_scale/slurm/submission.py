@@ -65,13 +65,13 @@ def validate(config: Config, asked: Asked, then: Followers) -> dict[str, int]:
     """Return the optimizer steps of each stage. Raises ValueError for mistakes that a job would find hours later."""
     from hive_scale.checkpoint.run_claims import check_owner
     from hive_scale.checkpoint.stage_files import WEIGHTS, find_weights
-    from hive_scale.pipeline import check_paths
+    from hive_scale.locate import check_sources
     from hive_scale.preflight import check, open_all
 
     check_place(config)
     check_owner(config)
-    if not find_weights(config.run_dir / "initial" / WEIGHTS):  # a run that has begun continues from these
-        check_paths(config.model)
+    # a run that has begun continues from its own weights
+    check_sources(config, begins=not find_weights(config.run_dir / "initial" / WEIGHTS))
     data = open_all(config, noted=False)
     check(config, data, {name: asked[name].world_size for name in config.stages}, here=False)
     for name, follower in then.items():
