@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 from hive_scale.strangers import printable
 
@@ -29,9 +30,7 @@ BATCH = 16  # images at once
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("model", type=Path, metavar="RUN_OR_DIR", help="a run, a stage, or what `export hive` wrote")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP")
     parser.add_argument("--prompt", default="", help="a question, or the beginning of the caption")
@@ -43,11 +42,11 @@ def main() -> int:
 def _caption(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens < 1:
         raise ValueError(f"--max_tokens {arguments.max_tokens} must be at least 1")
-    if not arguments.model.exists():
-        raise ValueError(f"{arguments.model} does not exist: give a run, a stage, or what `export hive` wrote")
     from hive_scale.captioner import Captioner
     from hive_scale.device import this_device
+    from hive_scale.locate import check_there
 
+    check_there(arguments.model)
     captioner = Captioner.open(arguments.model, this_device())
     unread = 0
     for first in range(0, len(arguments.images), BATCH):

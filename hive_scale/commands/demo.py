@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hive_scale.cli import Parser
 from hive_scale.exit_codes import ended
 
 if TYPE_CHECKING:
@@ -27,9 +28,7 @@ HOST = "127.0.0.1"  # not for other machines
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("model", type=Path, metavar="RUN_OR_DIR", help="a run, a stage, or what `export hive` wrote")
     parser.add_argument("--port", type=int, default=7860, help="of the page (7860)")
     arguments = parser.parse_args()
@@ -39,11 +38,11 @@ def main() -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     if not find_spec("gradio"):
         raise ValueError("the page needs gradio: pip install 'hive_scale[demo]'")
-    if not arguments.model.exists():
-        raise ValueError(f"{arguments.model} does not exist: give a run, a stage, or what `export hive` wrote")
     from hive_scale.captioner import Captioner
     from hive_scale.device import this_device
+    from hive_scale.locate import check_there
 
+    check_there(arguments.model)
     shown = page(Captioner.open(arguments.model, this_device()), arguments.model.resolve().name)
     try:
         shown.launch(server_name=HOST, server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True)
