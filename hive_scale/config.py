@@ -453,11 +453,6 @@ def run_of(path: str) -> Config | None:
     return load(saved[0])
 
 
-def holds_weights_alone(path: str) -> bool:
-    """True if `path` names a safetensors file or a safetensors index."""
-    return path.endswith((".safetensors", ".safetensors.index.json"))
-
-
 EDITED = "restore it; or, if you changed it yourself, go on with the run by --config, which takes the change up"
 # Keys that may change when a run is resumed: how it uses the hardware, intervals and limits.
 FREE = (

@@ -29,7 +29,13 @@ LITERAL = re.compile(r"\d+:\d+|on|off|")
 RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # a shard range or a variable: YAML would read its brace as a mapping
 IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
 QUOTED = re.compile(IN_QUOTES)
-ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # one item of a list
+# one item of a list; a comma between braces (set/{a,b}.tar) ends none
+ITEM = re.compile(rf"\s*({IN_QUOTES}|(?:\{{[^{{}}]*\}}|[^,])*?)\s*(?:,|$)")
+# in YAML's [...] and {...}, text with a shard range, which YAML would end at the brace: 3 x set/{00..99}.tar
+UNQUOTED = re.compile(
+    rf"{IN_QUOTES}|#.*|(?:[\d.]+ x )?(?:[^\s,\[\]{{}}'\"#]|\{{\d+\.\.\d+\}})*\{{\d+\.\.\d+\}}"
+    rf"(?:[^\s,\[\]{{}}'\"#]|\{{\d+\.\.\d+\}})*"
+)
 RESOLVER = re.compile(r"\$\{[^}]*:")  # a resolver, which reads the environment or runs code; not ${another.key}
 SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
 SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
@@ -47,7 +53,8 @@ def resolve(base: T, *layers: Any) -> T:
     """
     try:
         node = cast(DictConfig, OmegaConf.structured(base))
-        _own(OmegaConf.to_container(node))  # the base may hold user input too: a preset's arguments are words
+        start = OmegaConf.to_container(node)
+        _own(start)  # the base may hold user input too: a preset's arguments are words
         for layer in layers:
             _unlock(node)  # omegaconf makes frozen dataclasses read-only nodes
             if not isinstance(layer, Path | Mapping):
@@ -58,6 +65,7 @@ def resolve(base: T, *layers: Any) -> T:
                 refuse_references(OmegaConf.to_container(read), layer)
             else:
                 read = OmegaConf.create(_own(OmegaConf.to_container(read)))
+            _follow_paths(node, read, start)
             _check_kinds(OmegaConf.to_container(node), OmegaConf.to_container(read))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
@@ -145,6 +153,45 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: list(node) if isinstance(node, tuple) else node}
     dotted = prefix and prefix + "."
     return {key: value for name, child in node.items() for key, value in flatten(child, f"{dotted}{name}").items()}
+
+
+def holds_weights_alone(path: str) -> bool:
+    """True if `path` names a safetensors file or a safetensors index."""
+    return path.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _follow_paths(node: DictConfig, layer: DictConfig | ListConfig, start: Any) -> None:
+    """Clear a component's config in `node` if `layer` names another directory for it, which has a config of its own.
+
+    The tokenizer follows the LLM if both had one directory. ``config=preset`` in `layer` stands for the config in
+    `start`, which is plain data from before all layers.
+    """
+    new = OmegaConf.to_container(layer, resolve=False)
+    for role in ("vision", "language"):
+        key = f"model.{role}"
+        path, before = _at(new, f"{key}.path"), OmegaConf.select(node, f"{key}.path")
+        if isinstance(path, str) and path not in ("", before) and not holds_weights_alone(path):
+            OmegaConf.update(node, f"{key}.config", {}, merge=False)
+            tokenizer = "data.tokenizer.path"
+            if role == "language" and before == OmegaConf.select(node, tokenizer) and _may_have_tokenizer(path):
+                OmegaConf.update(node, tokenizer, path)
+        if _at(new, f"{key}.config") == "preset":
+            if not (own := _at(start, f"{key}.config")):
+                raise ValueError(f"config: {key}.config=preset: the preset gives no config here: leave this word out")
+            OmegaConf.update(layer, f"{key}.config", own, merge=False)
+
+
+def _may_have_tokenizer(path: str) -> bool:
+    """False for a local directory without a tokenizer, such as a run's."""
+    place = Path(path).expanduser()
+    return not place.is_dir() or any(place.glob("tokenizer*"))
+
+
+def _at(node: Any, key: str) -> Any:
+    """The value at a dotted `key` of plain data, or None."""
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
