@@ -32,7 +32,7 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
-from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all
+from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all, warn_of_memory
 from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
 from hive_scale.resilience.watchdog import Watchdog
@@ -158,6 +158,8 @@ def _run_stages(
         check_shards_stay(config, found)
     check(config, found, dict.fromkeys(left, world.size))
     del found
+    if world.is_main:  # a stage that has begun has shown whether it fits
+        warn_of_memory(config, [name for name in left if anew or not is_begun(config.run_dir / name)], world)
     weights = config.run_dir / "initial" / WEIGHTS
     first = None
     # until a stage has begun, the user may still edit the initial weights in the config, so they are made again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -17,11 +17,12 @@ from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import Config, DataConfig
 from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
-from hive_scale.device import kind
+from hive_scale.device import kind, memory_of, pins_memory
 from hive_scale.distributed import World
 from hive_scale.engine import check_compiler, check_device
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
+from hive_scale.plan.fit import too_large
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,20 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
             raise ValueError(
                 f"the tokenizer has {size} tokens, the LLM {known}: set data.tokenizer.path to the LLM's own directory"
             )
+
+
+def warn_of_memory(config: Config, stages: Sequence[str], world: World) -> None:
+    """Warn of those of `stages` that may not fit in this process's device. Takes seconds per stage.
+
+    A run on blank images is not checked, since it needs the memory of the same run on images.
+    """
+    if not pins_memory(world.device) or config.data.blank_images:
+        return
+    try:
+        for line in too_large(config, stages, world.size, memory_of(world.device)[1]):
+            logger.warning("%s", line)
+    except ValueError as error:  # what the planner refuses, such as an engine it does not know, may yet train
+        logger.info("memory is not planned: %s", error)
 
 
 def _check_engines(config: Config, worlds: Mapping[str, int], here: bool) -> None:

@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "evaluate": {"model", "data"},
     "export": {"model", "data", "observability", "checkpoint"},
     "feature_cache": {"model", "data"},
-    "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
+    "preflight": {"model", "data", "engine", "checkpoint", "feature_cache", "plan"},
     "train": {"model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"},
     "pipeline": {"model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"},
     "launch": {"observability", "resilience"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,19 +15,20 @@ import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hive_scale import presets
+from hive_scale import preflight, presets
 from hive_scale.config import CheckpointingConfig, Config, EngineConfig, ModelConfig, PartConfig, StageConfig
+from hive_scale.distributed import World
 from hive_scale.engine.activation_checkpointing import checkpoint_blocks
 from hive_scale.model.build import for_stage, init_model, meta_model
 from hive_scale.observability.throughput import Throughput
 from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan import complexity
 from hive_scale.plan.devices import GPUS, find
-from hive_scale.plan.fit import fit
+from hive_scale.plan.fit import fit, too_large
 from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp_memory import Fsdp, Pass
 from hive_scale.plan.memory import examine
-from hive_scale.plan.run import Machine, StagePlan, plan_run, plan_stage
+from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, StagePlan, plan_run, plan_stage
 from hive_scale.plan.sweep import sweep
 from hive_scale.plan.trace import CPU_ATTENTION
 from hive_scale.presets import three_stages
@@ -311,3 +313,36 @@ def test_a_sweep_is_a_table_and_an_image(tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown.count("| weak |") == shown.count("| strong |") == 12
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_micro_batch_that_does_not_fit_is_answered_with_one_that_does() -> None:
+    run = run_config()
+    (plan,) = plan_run(replace(run, stages={"joint": run.stages["joint"]}), Machine(GPUS["rtx3090"], 1), 100)
+
+    def device(peak: float) -> float:
+        """Memory of a device of which just `peak` bytes can be used."""
+        return peak / (1 - FRAGMENTATION) + CONTEXT
+
+    assert too_large(run, STAGES, 1, device(plan.memory.peak * 1.01)) == []
+    (line,) = too_large(run, ["joint"], 1, device(plan.memory.peak * 0.99))
+    assert re.search(r"^stages\.joint: micro_batch=4 may not fit: .*: set stages\.joint\.micro_batch=[12],", line)
+    smaller = int(line.split("micro_batch=")[2].split(",")[0])
+    fitting = replace(run, stages={"joint": replace(run.stages["joint"], micro_batch=smaller)})
+    assert too_large(fitting, ["joint"], 1, device(plan.memory.peak * 0.99)) == []
+    assert all("nor would micro_batch=1" in line for line in too_large(run, STAGES, 1, CONTEXT))
+
+
+def test_a_run_is_warned_before_it_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device's answers are replaced, as there may be no GPU here; its plan is real."""
+    run = replace(run_config(), output=str(tmp_path))
+    world = World(0, 1, torch.device("cpu"))
+    preflight.warn_of_memory(run, STAGES, world)  # a CPU's memory is not planned
+    monkeypatch.setattr(preflight, "pins_memory", lambda device: True)
+    monkeypatch.setattr(preflight, "memory_of", lambda device: (0, 80 << 30))
+    preflight.warn_of_memory(run, STAGES, world)
+    assert not caplog.records
+    monkeypatch.setattr(preflight, "memory_of", lambda device: (0, int(CONTEXT) + 1000))
+    preflight.warn_of_memory(run, STAGES, world)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"stages.{name}" for name in STAGES]

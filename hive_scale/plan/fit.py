@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hive_scale.config import CheckpointingConfig, Config, StageConfig
-from hive_scale.plan.memory import StageProfile, examine
-from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
+from hive_scale.plan.memory import StageProfile, examine, measure
+from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, usable, zero_of
 
 # Activation checkpointing to try, from no recomputation to all; per component where that pays.
 RECOMPUTED = (
@@ -78,6 +78,37 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
             "a larger GPU (--gpu), or offload (--host_gb)"
         )
     return best
+
+
+def too_large(config: Config, stages: Sequence[str], world: int, memory: float) -> list[str]:
+    """A line with the remedy for each of `stages` that is planned to need more than a device of `memory` bytes has.
+
+    Takes seconds per stage, as each is traced at full size with texts of `data.max_tokens`. Raises ValueError for
+    settings that training would refuse as well.
+    """
+    found, room = [], usable(memory)
+    for name in stages:
+        stage = config.stages[name]
+        zero = zero_of(config, stage, world)
+        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
+        per_rank = stage.global_batch // world
+        given = per_rank // stage.accumulation(world)
+        sizes = [size for size in range(given, 0, -1) if per_rank % size == 0]
+        peaks = [measure(facts, config.engine, zero, world, size, per_rank // size).peak for size in sizes]
+        if peaks[0] <= room:
+            continue
+        fitting = next((size for size, peak in zip(sizes, peaks, strict=True) if peak <= room), 0)
+        found.append(
+            f"stages.{name}: micro_batch={given} may not fit: {peaks[0] / 1e9:.3g} GB are planned, and "
+            f"{room / 1e9:.3g} GB of this device can be used: {_smaller(name, fitting)}"
+        )
+    return found
+
+
+def _smaller(stage: str, micro_batch: int) -> str:
+    if micro_batch:
+        return f"set stages.{stage}.micro_batch={micro_batch}, with the same global batch"
+    return "nor would micro_batch=1: recompute activations (engine.checkpointing.*=full), use more GPUs, or offload"
 
 
 def _engines(config: Config, machine: Machine) -> Iterator[Config]:
