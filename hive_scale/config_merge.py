@@ -29,13 +29,12 @@ LITERAL = re.compile(r"\d+:\d+|on|off|")
 RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # a shard range or a variable: YAML would read its brace as a mapping
 IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
 QUOTED = re.compile(IN_QUOTES)
-# one item of a list; a comma between braces (set/{a,b}.tar) ends none
+# one item of a list; a comma inside of braces, as in set/{a,b}.tar, ends none
 ITEM = re.compile(rf"\s*({IN_QUOTES}|(?:\{{[^{{}}]*\}}|[^,])*?)\s*(?:,|$)")
-# in YAML's [...] and {...}, text with a shard range, which YAML would end at the brace: 3 x set/{00..99}.tar
-UNQUOTED = re.compile(
-    rf"{IN_QUOTES}|#.*|(?:[\d.]+ x )?(?:[^\s,\[\]{{}}'\"#]|\{{\d+\.\.\d+\}})*\{{\d+\.\.\d+\}}"
-    rf"(?:[^\s,\[\]{{}}'\"#]|\{{\d+\.\.\d+\}})*"
-)
+# text with a shard range, such as 3 x set/{00..99}.tar; in a list of YAML, its brace would begin a mapping
+WITH_RANGE = r"(?:[\d.]+ x )?(?:[^\s,\[\]{}'\"#]*\{\d+\.\.\d+\})+[^\s,\[\]{}'\"#]*"
+IN_YAML = re.compile(rf"{IN_QUOTES}|#.*|({WITH_RANGE})")
+KEY_REFERENCE = re.compile(r"\$\{[^}:]*\}")  # ${another.key}
 RESOLVER = re.compile(r"\$\{[^}]*:")  # a resolver, which reads the environment or runs code; not ${another.key}
 SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
 SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
@@ -256,7 +255,7 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
 
     A config saved before a key existed gets the value that matches the behaviour of that time.
     """
-    text = read_yaml_text(file)
+    text = read_yaml_text(file, _with_quoted_ranges)
     try:
         read = OmegaConf.load(StringIO(text))
     except Exception as error:  # PyYAML raises many types, for instance for tags that do not fit their values
@@ -277,14 +276,18 @@ def _with_old_defaults(read: DictConfig) -> None:
         # keys that saved configs of that time had: a saved config is complete, so these mark one without the new key
         if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
             data.setdefault("image_position", "start")
+        if isinstance(data, DictConfig) and {"retry_seconds", "max_bad_samples", "max_pixels"} <= data.keys():
+            data.setdefault("max_bad_share", 1.0)
 
 
 def with_new_names(kind: Any, node: Any, is_users: bool = False, key: str = "") -> Any:
     """Rename old keys in a config of type `kind`, given as plain data, to their present names.
 
-    In a user's own config (`is_users`) each old name is answered with a warning. Raises ValueError if both the old and
-    the new name are given.
+    In a user's own config (`is_users`) each old name is answered with a warning. Where a list of texts is wanted, one
+    text becomes a list of one, and nothing an empty list. Raises ValueError if both the old and the new name are given.
     """
+    if kind == list[str] and not isinstance(node, list | Mapping) and not KEY_REFERENCE.fullmatch(str(node)):
+        return [] if node is None else [node]
     if not isinstance(node, Mapping):
         return node
     old_names = getattr(kind, "OLD_NAMES", {})
@@ -310,8 +313,23 @@ def _with_new_names(layer: DictConfig | ListConfig, kind: type, is_users: bool) 
 
 def read_words(words: Sequence[str], kind: type) -> DictConfig:
     """Merge ``key=value`` words into one layer for a config of type `kind`. Raises ValueError for a bad word."""
+    _check_expanded(words)
     read = [_read_word(word, kind) for word in words]
     return cast(DictConfig, OmegaConf.merge(*read) if read else OmegaConf.create())
+
+
+def _check_expanded(words: Sequence[str]) -> None:
+    """Raises ValueError if several words name shards for one key: bash makes such of one with unquoted braces."""
+    given: dict[str, set[str]] = {}
+    for key, _, value in (word.partition("=") for word in words):
+        if SHARDS_KEY.fullmatch(key) and not value.startswith("["):
+            given.setdefault(key, set()).add(value)
+    for key, values in given.items():
+        if len(values) > 1:
+            raise ValueError(
+                f"config: {key} is given {len(values)} times, and only the last would count: put a range in quotation "
+                f"marks, as the shell has expanded it ({key}='set/{{00..99}}.tar'), or give a list ({key}='[a,b]')"
+            )
 
 
 def _read_word(word: str, kind: type) -> DictConfig:
@@ -321,7 +339,11 @@ def _read_word(word: str, kind: type) -> DictConfig:
         raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
     try:
         quoted = _quoted(value, _type_of(kind, key.split("."), old=True))
-        check_yaml(quoted)
+        try:
+            check_yaml(quoted)
+        except ValueError:
+            quoted = _with_quoted_ranges(quoted)
+            check_yaml(quoted)
         return OmegaConf.from_dotlist([f"{key}={quoted}"])
     except Exception as error:  # PyYAML and omegaconf raise many types, as in read_yaml
         told = credentials.hide(f"{key}={value}: not YAML: {_in_a_line(error)}")
@@ -362,10 +384,17 @@ def _quoted(value: str, kind: Any) -> str:
         return value
     if kind is str:
         return _as_text(value)
+    if kind == list[str] and not value.startswith("["):
+        return f"[{_as_text(value)}]" if value else "[]"
     if value.startswith("[") and value.endswith("]") and (kind == list[str] or RANGE.search(value)):
         items = filter(None, (match[1] for match in ITEM.finditer(value[1:-1])))
         return f"[{', '.join(_as_text(item) if kind == list[str] or RANGE.search(item) else item for item in items)}]"
     return f"'{value}'" if LITERAL.fullmatch(value) else value
+
+
+def _with_quoted_ranges(text: str) -> str:
+    """YAML `text` with quotation marks around what has a shard range and no quotation marks yet."""
+    return IN_YAML.sub(lambda match: f'"{match[1]}"' if match[1] else match[0], text)
 
 
 def _as_text(value: str) -> str:

@@ -158,7 +158,7 @@ class StageRun:
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = LossGuard(config.guard)
         self.at = TrainState(self.checkpoints, self.engine, self.guard, origin, known)
-        self.heldout = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
+        self.heldout = data.heldout and data.heldout.every(batch_size=self.stage.micro_batch, world=world)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
         self.interval = CheckpointInterval(config.save_interval, config.expected_failures_per_day, config.grace_seconds)
         self.data_stall, self.waited = DataStall(data.train.config.workers), 0.0
@@ -269,18 +269,22 @@ class StageRun:
         return stop, save, *rank_report(self.world, self.waited)
 
     def _evaluate_if_due(self) -> dict[str, Any]:
-        """Evaluate if this step is due: held-out loss per target token in nats, and per-layer gradient statistics."""
+        """Evaluate if this step is due: held-out loss per target token in nats, and per-layer gradient statistics.
+
+        Without held-out data there is no loss.
+        """
         at, interval = self.at, self.config.eval_interval
         at.eval_loss = None
         if at.step < self.num_steps and not (interval and at.step % interval == 0):
             return {}
-        loss_sum, num_tokens = self.engine.evaluate(self.heldout)
-        at.eval_loss = loss_sum / max(1, num_tokens)
+        if self.heldout:
+            loss_sum, num_tokens = self.engine.evaluate(self.heldout)
+            at.eval_loss = loss_sum / max(1, num_tokens)
         second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
         behind = self.moments.steps
         # read from the optimizer's state, so that it needs no extra backward
         gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
-        return {"eval_loss": at.eval_loss, **gauges}
+        return ({} if at.eval_loss is None else {"eval_loss": at.eval_loss}) | gauges
 
     def _skip_batch(self, output: StepOutput, log: StageLog) -> None:
         """Count the batch as skipped, and log its samples, loss and gradient norm."""

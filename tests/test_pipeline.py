@@ -206,8 +206,11 @@ MOBILELLM = tiny.language(rope_theta=5e4, num_hidden_layers=5) | {
     ("vision", "language"),
     [
         (VIT | {"model_type": "siglip_vision_model", "image_size": 70}, MOBILELLM),
-        ({"model_type": "siglip", "vision_config": VIT | {"image_size": 28}}, tiny.language("qwen2", hidden_size=60)),
-        ({"model_type": "clip", "vision_config": VIT | {"image_size": 42}}, tiny.language("qwen3", num_hidden_layers=3)),
+        ({"model_type": "siglip", "vision_config": VIT | {"image_size": 28}}, tiny.language("qwen2", hidden_size=36)),
+        (
+            {"model_type": "clip", "vision_config": VIT | {"image_size": 42}},
+            tiny.language("qwen3", hidden_size=36),
+        ),
     ],
     ids=["siglip and mobilellm", "a whole siglip and qwen2", "clip and qwen3"],
 )
@@ -253,8 +256,9 @@ def test_a_changed_field_is_merged_into_the_paths_own_config(tmp_path: Path) -> 
     words = [f"model.vision.path={path}", "model.vision.config.attention_dropout=0.25"]
     made = vision_config(presets.load("paper_siglip", None, words).model.vision)
     assert (made.num_hidden_layers, made.attention_dropout) == (6, 0.25)
+    other = presets.load("paper_siglip", None, [*words[:1], "model.vision.config.hidden_act=gelu"])
     with pytest.raises(ValueError, match=r"trained with hidden_act=gelu_pytorch_tanh \(here gelu\)"):
-        vision_config(presets.load("paper_siglip", None, [*words[:1], "model.vision.config.hidden_act=gelu"]).model.vision)
+        vision_config(other.model.vision)
 
 
 def test_the_tokenizer_follows_the_llm(tmp_path: Path) -> None:

@@ -369,7 +369,7 @@ def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
         (lambda c: _stage(c, groups={"x": GroupConfig(["projektor.*"], 1e-3)}), "'projektor.*' matches no parameter"),
         (lambda c: replace(c, data=replace(c.data, train=["nowhere/*.tar"])), "data.train: no shard .*nowhere"),
         (lambda c: replace(c, data=replace(c.data, heldout=["nowhere/*.tar"])), "data.heldout: no shard .*nowhere"),
-        (lambda c: replace(c, data=replace(c.data, train=[str(ROOT)])), "is a folder, and shards are tars"),
+        (lambda c: replace(c, data=replace(c.data, train=[str(ROOT)])), "data.train: there are no tars in the folder"),
         (lambda c: _llm(c, vocab_size=100), "259 tokens, the LLM 100"),
     ],
 )

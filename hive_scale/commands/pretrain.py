@@ -45,11 +45,11 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import by_main, launch
     from hive_scale.observability.console import console
     from hive_scale.pipeline import run_pipeline
-    from hive_scale.report.summary import blank_image_control, show
+    from hive_scale.report.summary import blank_image_control, has_blank_image_control, show
 
     def work(world: World) -> None:
         run_pipeline(config, world, arguments.overwrite)
-        if config.blank_image_control:
+        if has_blank_image_control(config):
             control = blank_image_control(config)
             if world.is_main and not (control.run_dir / "data.json").exists():
                 console.print(

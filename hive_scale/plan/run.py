@@ -131,7 +131,7 @@ def plan_stage(
         components=facts.components(),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        steps=stage.num_steps(num_samples),
+        steps=stage.num_steps(num_samples - round(num_samples * config.data_of(name).heldout_share)),
         samples=stage.global_batch,
         memory=memory,
         capacity=machine.capacity,

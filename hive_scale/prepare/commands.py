@@ -114,7 +114,10 @@ def _convert(arguments: argparse.Namespace, source: Source) -> None:
         samples, num_bytes = sum(shard.samples for shard in of_split), sum(shard.num_bytes for shard in of_split)
         print(f"{split}: {samples:,} samples in {len(of_split):,} shards, {num_bytes / 1e6:,.1f} MB")
         if not samples and arguments.heldout:
-            print(f"no {split} samples: too few for --heldout {arguments.heldout:g}; 0.05 sets a twentieth aside")
+            print(
+                f"no {split} samples: too few for --heldout {arguments.heldout:g}; repeat the command with --overwrite "
+                "--heldout 0.05, which sets a twentieth aside, or train with data.heldout=5%"
+            )
     reasons = Counter(re.sub(r"\S*[./]\S*", "...", reason) for shard in shards for _, reason in shard.skipped)
     for reason, count in reasons.most_common(10):
         print(f"left out: {count:,} x {printable(reason)}")
