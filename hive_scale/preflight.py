@@ -77,10 +77,10 @@ def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
 
 
 def _other_heldout(data: DataConfig) -> str:
-    """What `data.heldout` could be instead, to end a message with."""
+    """What `data.heldout` could be instead, as the end of a message."""
     beside = _heldout_beside(data)
-    there = f"data.heldout='[{','.join(beside)}]', which is there, " if beside and beside != data.heldout else ""
-    return f"; or set {there}data.heldout=5% for a share of data.train, or data.heldout=none"
+    there = f"; there is data.heldout='[{','.join(beside)}]'" if beside and beside != data.heldout else ""
+    return f"{there}; data.heldout=5% holds out a share of data.train, data.heldout=none nothing"
 
 
 def _heldout_beside(data: DataConfig) -> list[str]:
@@ -181,8 +181,8 @@ def _check_heldout(config: Config, stage: str) -> None:
     data = config.data_of(stage)
     if data.heldout == ["sample:heldout"] and data.train != ["sample:train"]:
         logger.warning(
-            "held-out losses are of the shipped emoji, not of data like data.train: %s",
-            _other_heldout(data).removeprefix("; or "),
+            "held-out losses are of the shipped emoji, not of data like data.train: set data.heldout%s",
+            _other_heldout(data),
         )
     if not data.heldout and config.keep.best:
         raise ValueError(
