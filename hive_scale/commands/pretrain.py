@@ -16,7 +16,7 @@ EXAMPLES = """\
 examples:
   python launchers/pretrain.py --preset debug                       one process, CPU or one GPU
   python launchers/pretrain.py --preset debug fusion=concat         the self-attention baseline
-  deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json ZeRO on this node
+  deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json  ZeRO on this node
   torchrun --nproc_per_node 2 launchers/pretrain.py                 FSDP2 on two processes
   python launchers/pretrain.py --preset paper_siglip --print_config stages.joint.epochs=2
   python launchers/pretrain.py --config runs/debug/config.yaml      a run again, or on
