@@ -40,9 +40,12 @@ class PartConfig:
     `path` is a local Hugging Face directory, a hub name, the directory of another run (its last finished stage is
     used) or of one of its stages, or a safetensors file or index. `config` has the keys of ``config.json``, including
     ``model_type``; weights in a bare safetensors file need it. If both are given, the weights come from `path`, and
-    `config` may change how the model is built but not what it computes: `model.build` refuses such keys by name. A
-    `config` with another `model_type`, or an empty one, replaces the `config` of an earlier layer; any other is merged
-    into it.
+    `config` may change how the model is built but not what it computes: `model.build` refuses such keys by name.
+    Without ``model_type``, `config` has only what differs from the config at `path`.
+
+    A new `path` brings its own config in place of that of an earlier layer, such as a preset; ``config=preset`` goes
+    back to the preset's. A `config` with another ``model_type``, or an empty one, replaces that of an earlier layer;
+    any other is merged into it.
     """
 
     path: str = ""
