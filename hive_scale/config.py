@@ -165,7 +165,8 @@ def _check_share(heldout: Sequence[str]) -> None:
     """Raises ValueError if a share is not written as one, out of range or among others."""
     for one in heldout:
         if re.fullmatch(r"\d*\.?\d+", one):
-            raise ValueError(f"data.heldout={one}: write a share of the training set as {float(one) * 100:g}%")
+            share = f"{float(one) * 100:g}%" if 0 < float(one) < 1 else "5%"
+            raise ValueError(f"data.heldout={one} is neither shards nor a share: write a share as {share}")
         if (match := SHARE.fullmatch(one)) and (len(heldout) > 1 or not 0 < float(match[1]) < 100):
             raise ValueError(f"data.heldout={one}: give one share, above 0% and below 100%; or shards; or none")
 

@@ -23,6 +23,7 @@ from hive_scale.engine import check_compiler, check_device
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
 from hive_scale.plan.fit import too_large
+from hive_scale.strangers import some
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
         check_compiler(config.engine)
         check_device(config.engine, kind())
     for name, stage in config.stages.items():
-        _check_heldout(config, name)
+        _check_heldout(config, name, data[name])
         try:
             model, _ = build.for_stage(config.model, stage)
             if name in worlds:
@@ -173,8 +174,8 @@ def _check_optimizers(config: Config) -> None:
         before = stage.optimizer
 
 
-def _check_heldout(config: Config, stage: str) -> None:
-    """Warn if the held-out set of `stage` is the shipped one, and the training set is not.
+def _check_heldout(config: Config, stage: str, opened: Data) -> None:
+    """Warn if the held-out set of `stage` is the shipped one and the training set is not, or if it is trained on.
 
     Raises ValueError if nothing is held out, and the run needs a held-out loss.
     """
@@ -184,6 +185,19 @@ def _check_heldout(config: Config, stage: str) -> None:
             "held-out losses are of the shipped emoji, not of data like data.train: set data.heldout%s",
             _other_heldout(data),
         )
+    if opened.heldout and not data.heldout_share:
+        trained = {stamp.digest for stamp in opened.train.index.stamps}
+        both = [
+            shard
+            for shard, stamp in zip(opened.heldout.index.shards, opened.heldout.index.stamps, strict=True)
+            if stamp.digest in trained
+        ]
+        if both:
+            logger.warning(
+                "data.heldout: %s is trained on, too, so that the held-out loss says little about new data%s",
+                some(both, 1),
+                _other_heldout(data),
+            )
     if not data.heldout and config.keep.best:
         raise ValueError(
             f"stages.{stage}: keep.best=true needs a held-out loss, and data.heldout=none: set data.heldout, such as "

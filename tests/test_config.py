@@ -223,7 +223,9 @@ def test_held_out_data_are_shards_a_share_or_none(tmp_path: Path) -> None:
     assert config.load(tmp_path / "config.yaml") == own
     assert config.differences(own, presets.load("debug", None, ["data.heldout=none"])) != []
     for wrong, message in (
-        ("0.05", "write a share of the training set as 5%"),
+        ("0.05", "write a share as 5%"),
+        ("0.2", "write a share as 20%"),
+        ("200", "neither shards nor a share"),
         ("0%", "above 0% and below 100%"),
         ("100%", "above 0% and below 100%"),
         ("[5%,a.tar]", "give one share"),

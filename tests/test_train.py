@@ -420,6 +420,18 @@ def test_ones_own_images_beside_the_shipped_held_out_ones_are_warned_of(
     assert "data.heldout=5% holds out a share of data.train, data.heldout=none nothing" in told
 
 
+def test_held_out_data_that_are_trained_on_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tars.write_set(tmp_path / "set", [20])
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    base = small(tmp_path / "run", steps=1)
+    for heldout, is_told in (("set", True), ("copy", True), ("5%", False)):
+        own = str(tmp_path / heldout) if is_told else heldout
+        config = replace(base, data=replace(base.data, train=[str(tmp_path / "set")], heldout=[own]))
+        check(config, open_all(config, noted=False), {})
+        assert ["is trained on, too" in record.getMessage() for record in caplog.records] == [True] * 3 * is_told
+        caplog.clear()
+
+
 def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
     data = open_data(blank_image_control(small(tmp_path / "run")))
     pixels = data.train.sample(0).pixels

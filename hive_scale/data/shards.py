@@ -90,8 +90,9 @@ def _find(pattern: str, shown: str, split: str) -> list[str]:
         if missing := [one for one in found if not os.path.isfile(one)]:
             what = missing[0] if shown == pattern else "a shard"
             asked = " (is $NAME for a variable of the command that began the run? Give that command)" * ("$" in pattern)
+            several = ", or give several as a list, '[a.tar,b.tar]'" if "," in shown and "{" not in shown else ""
             raise ValueError(
-                f"shard {what} of '{shown}' is missing{asked}: correct the pattern, or make the shard again"
+                f"shard {what} of '{shown}' is missing{asked}: correct the pattern{several}, or make the shard again"
             )
         paths += found
     if not paths:

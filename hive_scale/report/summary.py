@@ -98,9 +98,10 @@ def _looks(config: Config, device: torch.device) -> None:
     data = open_data(config, stage_dir.name)
     model = build.load_model(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
     if has_blank_image_control(config) and data.heldout:
-        batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
-        share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
-        console.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
+        if len(data.heldout.numbers) > 1:  # else there is no other image
+            batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
+            share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
+            console.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
         console.print(_gain(config, heldout_losses(config)))
     if not data.heldout:
         console.print("captions of images that it was trained on:")
