@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from math import ceil, floor, isfinite
@@ -40,9 +40,12 @@ class PartConfig:
     `path` is a local Hugging Face directory, a hub name, the directory of another run (its last finished stage is
     used) or of one of its stages, or a safetensors file or index. `config` has the keys of ``config.json``, including
     ``model_type``; weights in a bare safetensors file need it. If both are given, the weights come from `path`, and
-    `config` may change how the model is built but not what it computes: `model.build` refuses such keys by name. A
-    `config` with another `model_type`, or an empty one, replaces the `config` of an earlier layer; any other is merged
-    into it.
+    `config` may change how the model is built but not what it computes: `model.build` refuses such keys by name.
+    Without ``model_type``, `config` has only what differs from the config at `path`.
+
+    A new `path` brings its own config in place of that of an earlier layer, such as a preset; ``config=preset`` goes
+    back to the preset's. A `config` with another ``model_type``, or an empty one, replaces that of an earlier layer;
+    any other is merged into it.
     """
 
     path: str = ""
@@ -90,6 +93,10 @@ SHARDS = ("train", "heldout")  # keys of DataConfig that hold shard patterns
 class DataConfig:
     """Shards are WebDataset tars: paths, ``{0000..0099}`` ranges, globs or URLs; ``sample:train`` is the shipped set.
 
+    One pattern needs no list, and a folder stands for its ``train-*.tar`` or ``heldout-*.tar``; if it has neither, for
+    all its tars. `heldout` may also be ``none``, or a share of the training set, such as ``5%``: samples are then held
+    out by a hash of their key, so the same ones whatever the order of the shards.
+
     ``3 x small/*.tar`` reads a set three times per epoch of the mixture, ``0.5 x large/*.tar`` half of it. Credentials
     in a URL are removed from the config and kept apart: see `credentials`.
     """
@@ -103,7 +110,8 @@ class DataConfig:
     }
 
     train: list[str] = field(default_factory=lambda: ["sample:train"])
-    heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])
+    heldout: list[str] = field(default_factory=lambda: ["sample:heldout"])  # shards, a share such as 5%, or none
+    heldout_samples: int = 0  # most held-out samples that an evaluation reads, always the same ones; 0: all
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     format: TextMode = "caption"  # caption, or conversation: the LLM's chat template, with the answers as targets
     # where a conversation has its image: before the first question (user, as LLaVA), or after the start token (start)
@@ -117,6 +125,7 @@ class DataConfig:
     cache_gb: float = 100.0  # disk space in GB for shards fetched from URLs, in $XDG_CACHE_HOME or ~/.cache
     retry_seconds: float = 300.0  # a shard's download may stall this many seconds; then the run stops, to be restarted
     max_bad_samples: int = 1000  # broken samples are skipped and logged; more than this many stop the run
+    max_bad_share: float = 0.05  # a larger share of broken samples in a set stops the run, too; 1: no limit
     max_pixels: int = 50_000_000  # images with more pixels are refused before decoding
 
     def __post_init__(self) -> None:
@@ -130,8 +139,36 @@ class DataConfig:
             raise ValueError(
                 f"data.shuffle_window={self.shuffle_window} must be at least 1; 1 keeps the order inside shards"
             )
+        if self.heldout_samples < 0:
+            raise ValueError(f"data.heldout_samples={self.heldout_samples} must be at least 0; 0 evaluates all")
+        if not 0 <= self.max_bad_share <= 1:
+            raise ValueError(f"data.max_bad_share={self.max_bad_share:g} is a share: set it from 0 to 1")
         for name in SHARDS:  # strip credentials here, so that no way of making a config lets one in
-            object.__setattr__(self, name, [credentials.take(pattern) for pattern in getattr(self, name)])
+            given = getattr(self, name)
+            patterns = [given] if isinstance(given, str) else given
+            object.__setattr__(self, name, [credentials.take(pattern) for pattern in patterns])
+        if [one.lower() for one in self.heldout] == ["none"]:
+            object.__setattr__(self, "heldout", [])
+        _check_share(self.heldout)
+
+    @property
+    def heldout_share(self) -> float:
+        """Share of the training set that is held out; 0 if `heldout` names shards, or nothing."""
+        match = SHARE.fullmatch(self.heldout[0]) if len(self.heldout) == 1 else None
+        return float(match[1]) / 100 if match else 0.0
+
+
+SHARE = re.compile(r"(\d+\.?\d*|\.\d+) ?%")
+
+
+def _check_share(heldout: Sequence[str]) -> None:
+    """Raises ValueError if a share is not written as one, out of range or among others."""
+    for one in heldout:
+        if re.fullmatch(r"\d*\.?\d+", one):
+            share = f"{float(one) * 100:g}%" if 0 < float(one) < 1 else "5%"
+            raise ValueError(f"data.heldout={one} is neither shards nor a share: write a share as {share}")
+        if (match := SHARE.fullmatch(one)) and (len(heldout) > 1 or not 0 < float(match[1]) < 100):
+            raise ValueError(f"data.heldout={one}: give one share, above 0% and below 100%; or shards; or none")
 
 
 @dataclass(frozen=True)
@@ -404,7 +441,8 @@ class Config:
 
 def _without_credentials(data: dict[str, Any]) -> dict[str, Any]:
     """Strip credentials from a stage's `data`. Its values are not yet checked, so they may have a wrong type."""
-    lists = {name: data[name] for name in SHARDS if isinstance(data.get(name), list)}
+    given = {name: data[name] for name in SHARDS if name in data}
+    lists = {name: [one] if isinstance(one, str) else one for name, one in given.items() if isinstance(one, str | list)}
     return data | {
         name: [credentials.take(one) if isinstance(one, str) else one for one in value] for name, value in lists.items()
     }
@@ -453,11 +491,6 @@ def run_of(path: str) -> Config | None:
     return load(saved[0])
 
 
-def holds_weights_alone(path: str) -> bool:
-    """True if `path` names a safetensors file or a safetensors index."""
-    return path.endswith((".safetensors", ".safetensors.index.json"))
-
-
 EDITED = "restore it; or, if you changed it yourself, go on with the run by --config, which takes the change up"
 # Keys that may change when a run is resumed: how it uses the hardware, intervals and limits.
 FREE = (
@@ -473,6 +506,7 @@ FREE = (
     ),
     *("expected_failures_per_day", "grace_seconds", "watchdog_seconds", "guard.*", "keep.*", "max_failed_saves"),
     *("*data.workers", "*data.decode_threads", "*data.cache_gb", "*data.retry_seconds", "*data.max_bad_samples"),
+    *("*data.max_bad_share", "*data.heldout_samples"),
     *("feature_cache", "extensions"),
 )
 PLACES = ("data.train", "data.heldout")

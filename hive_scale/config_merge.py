@@ -31,7 +31,12 @@ LITERAL = re.compile(r"\d+:\d+|on|off|")
 RANGE = re.compile(r"\{\d+\.\.\d+\}|\$\{")  # a shard range or a variable: YAML would read its brace as a mapping
 IN_QUOTES = r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\""""
 QUOTED = re.compile(IN_QUOTES)
-ITEM = re.compile(rf"\s*({IN_QUOTES}|[^,]*?)\s*(?:,|$)")  # one item of a list
+# one item of a list; a comma inside of braces, as in set/{a,b}.tar, ends none
+ITEM = re.compile(rf"\s*({IN_QUOTES}|(?:\{{[^{{}}]*\}}|[^,])*?)\s*(?:,|$)")
+# text with a shard range, such as 3 x set/{00..99}.tar; in a list of YAML, its brace would begin a mapping
+WITH_RANGE = r"(?:[\d.]+ x )?(?:[^\s,\[\]{}'\"#]*\{\d+\.\.\d+\})+[^\s,\[\]{}'\"#]*"
+IN_YAML = re.compile(rf"{IN_QUOTES}|#.*|({WITH_RANGE})")
+KEY_REFERENCE = re.compile(r"\$\{[^}:]*\}")  # ${another.key}
 RESOLVER = re.compile(r"\$\{[^}]*:")  # a resolver, which reads the environment or runs code; not ${another.key}
 SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
 SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
@@ -50,7 +55,8 @@ def resolve(base: T, *layers: Any) -> T:
     order: list[str] = []
     try:
         node = cast(DictConfig, OmegaConf.structured(base))
-        _own(OmegaConf.to_container(node))  # the base may hold user input too: a preset's arguments are words
+        start = OmegaConf.to_container(node)
+        _own(start)  # the base may hold user input too: a preset's arguments are words
         for layer in layers:
             _unlock(node)  # omegaconf makes frozen dataclasses read-only nodes
             if not isinstance(layer, Path | Mapping):
@@ -62,6 +68,7 @@ def resolve(base: T, *layers: Any) -> T:
                 refuse_references(OmegaConf.to_container(read), layer)
             else:
                 read = OmegaConf.create(_own(OmegaConf.to_container(read)))
+            _follow_paths(node, read, start)
             old, new = OmegaConf.to_container(node), OmegaConf.to_container(read)
             _check_kinds(old, new)
             _check_names(type(base), new, list(flatten(old)))
@@ -154,6 +161,45 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: list(node) if isinstance(node, tuple) else node}
     dotted = prefix and prefix + "."
     return {key: value for name, child in node.items() for key, value in flatten(child, f"{dotted}{name}").items()}
+
+
+def holds_weights_alone(path: str) -> bool:
+    """True if `path` names a safetensors file or a safetensors index."""
+    return path.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _follow_paths(node: DictConfig, layer: DictConfig | ListConfig, start: Any) -> None:
+    """Clear a component's config in `node` if `layer` names another directory for it, which has a config of its own.
+
+    The tokenizer follows the LLM if both had one directory. ``config=preset`` in `layer` stands for the config in
+    `start`, which is plain data from before all layers.
+    """
+    new = OmegaConf.to_container(layer, resolve=False)
+    for role in ("vision", "language"):
+        key = f"model.{role}"
+        path, before = _at(new, f"{key}.path"), OmegaConf.select(node, f"{key}.path")
+        if isinstance(path, str) and path not in ("", before) and not holds_weights_alone(path):
+            OmegaConf.update(node, f"{key}.config", {}, merge=False)
+            tokenizer = "data.tokenizer.path"
+            if role == "language" and before == OmegaConf.select(node, tokenizer) and _may_have_tokenizer(path):
+                OmegaConf.update(node, tokenizer, path)
+        if _at(new, f"{key}.config") == "preset":
+            if not (own := _at(start, f"{key}.config")):
+                raise ValueError(f"config: {key}.config=preset: the preset gives no config here: leave this word out")
+            OmegaConf.update(layer, f"{key}.config", own, merge=False)
+
+
+def _may_have_tokenizer(path: str) -> bool:
+    """False for a local directory without a tokenizer, such as a run's."""
+    place = Path(path).expanduser()
+    return not place.is_dir() or any(place.glob("tokenizer*"))
+
+
+def _at(node: Any, key: str) -> Any:
+    """The value at a dotted `key` of plain data, or None."""
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
@@ -265,7 +311,7 @@ def read_yaml(file: Path) -> DictConfig | ListConfig:
 
     A config saved before a key existed gets the value that matches the behaviour of that time.
     """
-    text = read_yaml_text(file)
+    text = read_yaml_text(file, _with_quoted_ranges)
     try:
         read = OmegaConf.load(StringIO(text))
     except Exception as error:  # PyYAML raises many types, for instance for tags that do not fit their values
@@ -286,14 +332,18 @@ def _with_old_defaults(read: DictConfig) -> None:
         # keys that saved configs of that time had: a saved config is complete, so these mark one without the new key
         if isinstance(data, DictConfig) and {"text", "max_pixels", "window"} <= data.keys():
             data.setdefault("image_position", "start")
+        if isinstance(data, DictConfig) and {"retry_seconds", "max_bad_samples", "max_pixels"} <= data.keys():
+            data.setdefault("max_bad_share", 1.0)
 
 
 def with_new_names(kind: Any, node: Any, is_users: bool = False, key: str = "") -> Any:
     """Rename old keys in a config of type `kind`, given as plain data, to their present names.
 
-    In a user's own config (`is_users`) each old name is answered with a warning. Raises ValueError if both the old and
-    the new name are given.
+    In a user's own config (`is_users`) each old name is answered with a warning. Where a list of texts is wanted, one
+    text becomes a list of one, and nothing an empty list. Raises ValueError if both the old and the new name are given.
     """
+    if kind == list[str] and not isinstance(node, list | Mapping) and not KEY_REFERENCE.fullmatch(str(node)):
+        return [] if node is None else [node]
     if not isinstance(node, Mapping):
         return node
     old_names = getattr(kind, "OLD_NAMES", {})
@@ -319,8 +369,23 @@ def _with_new_names(layer: DictConfig | ListConfig, kind: type, is_users: bool) 
 
 def read_words(words: Sequence[str], kind: type) -> DictConfig:
     """Merge ``key=value`` words into one layer for a config of type `kind`. Raises ValueError for a bad word."""
+    _check_expanded(words)
     read = [_read_word(word, kind) for word in words]
     return cast(DictConfig, OmegaConf.merge(*read) if read else OmegaConf.create())
+
+
+def _check_expanded(words: Sequence[str]) -> None:
+    """Raises ValueError if several words name shards for one key: bash makes such of one with unquoted braces."""
+    given: dict[str, set[str]] = {}
+    for key, _, value in (word.partition("=") for word in words):
+        if SHARDS_KEY.fullmatch(key) and not value.startswith("["):
+            given.setdefault(key, set()).add(value)
+    for key, values in given.items():
+        if len(values) > 1:
+            raise ValueError(
+                f"config: {key} is given {len(values)} times, and only the last would count: put a range in quotation "
+                f"marks, as the shell has expanded it ({key}='set/{{00..99}}.tar'), or give a list ({key}='[a,b]')"
+            )
 
 
 def _read_word(word: str, kind: type) -> DictConfig:
@@ -330,7 +395,11 @@ def _read_word(word: str, kind: type) -> DictConfig:
         raise ValueError(f"config: '{credentials.hide(word)}' is not key=value")
     try:
         quoted = _quoted(value, _type_of(kind, key.split("."), old=True))
-        check_yaml(quoted)
+        try:
+            check_yaml(quoted)
+        except ValueError:
+            quoted = _with_quoted_ranges(quoted)
+            check_yaml(quoted)
         return OmegaConf.from_dotlist([f"{key}={quoted}"])
     except Exception as error:  # PyYAML and omegaconf raise many types, as in read_yaml
         told = credentials.hide(f"{key}={value}: not YAML: {_in_a_line(error)}")
@@ -371,10 +440,17 @@ def _quoted(value: str, kind: Any) -> str:
         return value
     if kind is str:
         return _as_text(value)
+    if kind == list[str] and not value.startswith("["):
+        return f"[{_as_text(value)}]" if value else "[]"
     if value.startswith("[") and value.endswith("]") and (kind == list[str] or RANGE.search(value)):
         items = filter(None, (match[1] for match in ITEM.finditer(value[1:-1])))
         return f"[{', '.join(_as_text(item) if kind == list[str] or RANGE.search(item) else item for item in items)}]"
     return f"'{value}'" if LITERAL.fullmatch(value) else value
+
+
+def _with_quoted_ranges(text: str) -> str:
+    """YAML `text` with quotation marks around what has a shard range and no quotation marks yet."""
+    return IN_YAML.sub(lambda match: f'"{match[1]}"' if match[1] else match[0], text)
 
 
 def _as_text(value: str) -> str:

@@ -170,7 +170,7 @@ def _digest(model: Hive) -> str:
 def _digest_of_set(loader: Loader) -> tuple[object, ...]:
     """Values that features depend on in the data: fingerprint (which covers every byte) and image transform."""
     data = loader.config  # max_pixels counts too, since too large an image is stored as broken
-    return loader.fingerprint, loader.image_size, data.image_transform, data.max_pixels
+    return loader.index.fingerprint, loader.image_size, data.image_transform, data.max_pixels
 
 
 class _Images(Dataset[Seen]):

@@ -32,8 +32,9 @@ from hive_scale.observability.console import clock
 from hive_scale.observability.logging_setup import show_and_log
 from hive_scale.phase_timer import tick
 from hive_scale.plan.devices import this_gpu
+from hive_scale.plan.fit import too_large
 from hive_scale.plan.memory import Memory, examine, measure
-from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, plan_stage, zero_of
+from hive_scale.plan.run import Machine, plan_stage, usable, zero_of
 from hive_scale.preflight import Data
 from hive_scale.rundir import look
 from hive_scale.strangers import printable, some
@@ -84,7 +85,7 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
         _show(
             {
                 "data": f"training{of}, {train}{_samples(one.train)}",
-                "": f"held-out{of}, {heldout}{_samples(one.heldout)}",
+                "": f"held-out{of}, {heldout if one.heldout else ''}{_samples(one.heldout)}",
             }
         )
     for name in left:
@@ -202,11 +203,13 @@ def _sets(data: Mapping[str, Data], left: Sequence[str]) -> list[list[str]]:
     return list(users.values())
 
 
-def _samples(loader: Loader) -> str:
-    usable, faults = len(loader.index), loader.index.faults
+def _samples(loader: Loader | None) -> str:
+    if loader is None:
+        return "nothing"
+    served, faults = len(loader.numbers), loader.index.faults
     shards = len(loader.index.shards)
-    told = f"{usable:,} samples in {shards:,} shard{'s' * (shards != 1)}"
-    if loader.num_samples != usable:
+    told = f"{served:,} samples in {shards:,} shard{'s' * (shards != 1)}"
+    if loader.num_samples != served:
         told += f", {loader.num_samples:,} per epoch of the mixture"
     if not faults:
         return told
@@ -214,7 +217,7 @@ def _samples(loader: Loader) -> str:
     named = ", ".join(f"{number:,} x {reason}" for reason, number in reasons.most_common(NAMED))
     others = len(reasons) - NAMED
     return (
-        f"{told}; {len(faults):,} unusable ({len(faults) / (usable + len(faults)):.1%}): {named}"
+        f"{told}; {len(faults):,} unusable ({len(faults) / (len(loader.index) + len(faults)):.1%}): {named}"
         f"{f', and {others} other reasons' if others > 0 else ''}"
     )
 
@@ -252,25 +255,22 @@ def _plan(config: Config, name: str, num_samples: int, world: World) -> str:
     stage = config.stages[name]
     zero = zero_of(config, stage, world.size)
     facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
-    capacity = (device.memory_of(world.device)[1] - CONTEXT) * (1 - FRAGMENTATION)
+    capacity = device.memory_of(world.device)[1]
+    if warning := too_large(config, name, facts, zero, world.size, capacity):
+        logger.warning("%s", warning)
     if gpu := this_gpu(world.device):
         # the table's nodes may be larger than this one
         per_node = gpu.per_node if world.size <= gpu.per_node else gcd(world.size, gpu.per_node)
         plan = plan_stage(config, name, facts, zero, Machine(replace(gpu, per_node=per_node), world.size), num_samples)
-        return f"{_memory(name, plan.memory, capacity)}; takes about {clock(plan.hours * 3600)}"
+        return f"{_memory(plan.memory, capacity)}; takes about {clock(plan.hours * 3600)}"
     accumulation = stage.accumulation(world.size)
     micro_batch = stage.global_batch // world.size // accumulation
     memory = measure(facts, config.engine, zero, world.size, micro_batch, accumulation)
-    return f"{_memory(name, memory, capacity)}; the planner does not know this device's speed"
+    return f"{_memory(memory, capacity)}; the planner does not know this device's speed"
 
 
-def _memory(name: str, memory: Memory, capacity: float) -> str:
-    if memory.peak > capacity:
-        logger.warning(
-            "stage %s is planned to need %s of %s per device: lower stages.%s.micro_batch, or see "
-            "python -m hive_scale plan --fit", name, _gb(memory.peak), _gb(capacity), name,
-        )  # fmt: skip
-    return f"{_gb(memory.peak)} of {_gb(capacity)} per device at the peak"
+def _memory(memory: Memory, capacity: float) -> str:
+    return f"{_gb(memory.peak)} of {_gb(usable(capacity))} per device at the peak"
 
 
 def _gb(size: float) -> str:

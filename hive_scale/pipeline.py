@@ -23,7 +23,8 @@ from hive_scale.checkpoint.run_claims import (
 from hive_scale.checkpoint.run_reader import Run, encoder_remedy
 from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights, is_stage_done
 from hive_scale.checkpoint.weights import Weights, merge_trained_weights, read_weights, write_weights
-from hive_scale.config import Config, ModelConfig, holds_weights_alone, run_of
+from hive_scale.config import Config, ModelConfig, run_of
+from hive_scale.config_merge import holds_weights_alone
 from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.exit_codes import Stopped

@@ -22,6 +22,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import check_compiler, check_device
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
+from hive_scale.strangers import some
 from hive_scale.strict_json import dumps
 
 logger = logging.getLogger(__name__)
@@ -33,12 +34,17 @@ class Data:
 
     tokenizer: Tokenizer
     train: Loader
-    heldout: Loader
+    heldout: Loader | None  # None: nothing is held out
 
     @property
     def names(self) -> list[str]:
         """Names of these data in checkpoints: the present fingerprint first, then the one of older versions."""
-        return [f"{self.train.fingerprint}-{self.heldout.fingerprint}", self.train.layout]
+        heldout = self.heldout.fingerprint if self.heldout else "none"
+        return [f"{self.train.fingerprint}-{heldout}", self.train.layout]
+
+    def parts(self) -> dict[str, Loader]:
+        """The sets by the key of the config that names them."""
+        return {"train": self.train} | ({"heldout": self.heldout} if self.heldout else {})
 
 
 def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
@@ -53,18 +59,39 @@ def open_data(config: Config, stage: str = "", noted: bool = True) -> Data:
     def loader(shards: list[str], key: str) -> Loader:
         size, colour = build.image_size(config.model), build.pad_colour(config.model)
         try:
-            return Loader(data, shards, tokenizer, image_size=size, pad_colour=colour, bad_samples=bad)
+            return Loader(data, shards, tokenizer, image_size=size, pad_colour=colour, bad_samples=bad, split=key)
         except ValueError as error:
-            raise ValueError(f"data.{key}: {error}{_heldout_beside(data) if key == 'heldout' else ''}") from None
+            raise ValueError(f"data.{key}: {error}{_other_heldout(data) if key == 'heldout' else ''}") from None
 
-    return Data(tokenizer, loader(data.train, "train"), loader(data.heldout, "heldout"))
+    train = loader(data.train, "train")
+    if not data.heldout:
+        return Data(tokenizer, train, None)
+    if data.heldout_share:
+        try:
+            train, heldout = train.split(data.heldout_share)
+        except ValueError as error:
+            raise ValueError(f"data.heldout={data.heldout[0]}: {error}") from None
+    else:
+        heldout = loader(data.heldout, "heldout")
+    return Data(tokenizer, train, heldout.at_most(data.heldout_samples))
 
 
-def _heldout_beside(data: DataConfig) -> str:
-    """A hint to add to an error, if `prepare_data.py` wrote a held-out set that the config does not name; else ""."""
-    beside = [pattern.replace("train-", "heldout-") for pattern in data.train if "train-" in pattern]
-    there = [pattern for pattern in beside if any(glob(pattern))]
-    return f"; there is data.heldout='[{','.join(there)}]'" if there and there != data.heldout else ""
+def _other_heldout(data: DataConfig) -> str:
+    """What `data.heldout` could be instead, as the end of a message."""
+    beside = _heldout_beside(data)
+    there = f"; there is data.heldout='[{','.join(beside)}]'" if beside and beside != data.heldout else ""
+    return f"{there}; data.heldout=5% holds out a share of data.train, data.heldout=none nothing"
+
+
+def _heldout_beside(data: DataConfig) -> list[str]:
+    """The held-out sets that lie beside those of `data.train`, as `prepare_data.py` writes them."""
+    found = []
+    for pattern in data.train:
+        is_folder = Path(pattern).is_dir()
+        beside = pattern if is_folder else pattern.replace("train-", "heldout-")
+        tars = f"{beside}/heldout-*.tar" if is_folder else beside
+        found += [beside] if tars != pattern and any(glob(tars)) else []
+    return found
 
 
 def open_all(config: Config, noted: bool = True) -> dict[str, Data]:
@@ -85,8 +112,8 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
     if here:
         check_compiler(config.engine)
         check_device(config.engine, kind())
-    _warn_of_shipped_heldout(config.data)
     for name, stage in config.stages.items():
+        _check_heldout(config, name, data[name])
         try:
             model, _ = build.for_stage(config.model, stage)
             if name in worlds:
@@ -132,18 +159,41 @@ def _check_optimizers(config: Config) -> None:
         before = stage.optimizer
 
 
-def _warn_of_shipped_heldout(data: DataConfig) -> None:
+def _check_heldout(config: Config, stage: str, opened: Data) -> None:
+    """Warn if the held-out set of `stage` is the shipped one and the training set is not, or if it is trained on.
+
+    Raises ValueError if nothing is held out, and the run needs a held-out loss.
+    """
+    data = config.data_of(stage)
     if data.heldout == ["sample:heldout"] and data.train != ["sample:train"]:
         logger.warning(
             "held-out losses are of the shipped emoji, not of data like data.train: set data.heldout%s",
-            _heldout_beside(data),
+            _other_heldout(data),
+        )
+    if opened.heldout and not data.heldout_share:
+        trained = {stamp.digest for stamp in opened.train.index.stamps}
+        both = [
+            shard
+            for shard, stamp in zip(opened.heldout.index.shards, opened.heldout.index.stamps, strict=True)
+            if stamp.digest in trained
+        ]
+        if both:
+            logger.warning(
+                "data.heldout: %s is trained on, too, so that the held-out loss says little about new data%s",
+                some(both, 1),
+                _other_heldout(data),
+            )
+    if not data.heldout and config.keep.best:
+        raise ValueError(
+            f"stages.{stage}: keep.best=true needs a held-out loss, and data.heldout=none: set data.heldout, such as "
+            "data.heldout=5%, or keep.best=false"
         )
 
 
 def _try_some(loader: Loader, count: int = 4) -> None:
     """Raises ValueError if none of about `count` samples, spread over the set, can be read."""
-    size, reason = len(loader.index), ""
-    for i in range(0, size, max(1, size // count)):
+    reason = ""
+    for i in map(int, loader.numbers[:: max(1, len(loader.numbers) // count)]):
         try:
             loader.sample(i)
             return
@@ -155,7 +205,7 @@ def _try_some(loader: Loader, count: int = 4) -> None:
 def check_shards_stay(config: Config, data: Mapping[str, Data]) -> None:
     """Raises ValueError if a shard lies in the run directory, which will be moved away, whatever the pattern is."""
     real = config.run_dir.resolve()
-    for part, loader in ((part, getattr(one, part)) for one in data.values() for part in ("train", "heldout")):
+    for part, loader in (item for one in data.values() for item in one.parts().items()):
         for place in map(credentials.place, loader.index.shards):
             if "://" not in place and Path(place).resolve().is_relative_to(real):
                 raise ValueError(
@@ -185,13 +235,13 @@ def check_data_fingerprint(config: Config, data: Mapping[str, Data], world: Worl
 
 def _all_noted(data: Data, config: Config, stage: str) -> dict[str, Any]:
     patterns = config.data_of(stage).train
-    return {"train": _noted(data.train), "heldout": _noted(data.heldout), "patterns": patterns}
+    return {part: _noted(loader) for part, loader in data.parts().items()} | {"patterns": patterns}
 
 
 def _noted(loader: Loader) -> dict[str, Any]:
     index = loader.index
     shards = {shard: stamp.digest for shard, stamp in zip(index.shards, index.stamps, strict=True)}
-    return {"samples": len(index), "fingerprint": index.fingerprint, "shards": shards}
+    return {"samples": len(loader.numbers), "fingerprint": loader.fingerprint, "shards": shards}
 
 
 def _reads_others(noted: Mapping[str, Any], config: Config, stage: str) -> bool:
@@ -224,12 +274,13 @@ def _is_noted(part: Mapping[str, Any]) -> bool:
 
 def _compare(stage: str, before: Mapping[str, Any], data: Data) -> None:
     """Raises ValueError if the recorded data `before` of `stage` are not the present `data`."""
-    for part, loader in (("train", data.train), ("heldout", data.heldout)):
+    for part, loader in data.parts().items():
         noted = before.get(part)
         if noted and noted["fingerprint"] not in (loader.fingerprint, loader.layout):
+            which = _which(noted["shards"], _noted(loader)["shards"])
             raise ValueError(
                 f"stages.{stage}: the run began with {noted['samples']:,} samples of data.{part}, and finds "
-                f"{len(loader.index):,}, not all of them the same{_which(noted['shards'], _noted(loader)['shards'])}: "
+                f"{len(loader.numbers):,}, not all of them the same{which}: "
                 "restore its shards, or use --overwrite"
             )
 

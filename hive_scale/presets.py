@@ -414,6 +414,7 @@ def _extensions(layer: Mapping[str, Any], words: Sequence[str]) -> list[str]:
     given = [word for word in words if word.startswith("extensions=")]
     read = OmegaConf.to_container(read_words(given, Config)) if given else dict(layer)
     modules = read.get("extensions") if isinstance(read, dict) else None
+    modules = [modules] if isinstance(modules, str) else modules
     return [str(module) for module in modules] if isinstance(modules, list) else []
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -60,11 +61,21 @@ def read_bytes(path: Path, most: int) -> bytes:
     return content
 
 
-def read_yaml_text(path: Path) -> str:
-    """Read YAML text from the file `path`. Raises ValueError as `check_yaml` does, or if it is not UTF-8."""
+def read_yaml_text(path: Path, mend: Callable[[str], str] = str) -> str:
+    """Read YAML text from the file `path`; if it is not YAML, but would be after `mend`, return it mended.
+
+    Raises ValueError as `check_yaml` does, or if it is not UTF-8.
+    """
     try:
         text = read_bytes(path, LARGEST_YAML).decode("utf-8-sig")
-        check_yaml(text)
+        try:
+            check_yaml(text)
+        except ValueError as error:
+            text = mend(text)
+            with suppress(ValueError):
+                check_yaml(text)
+                return text
+            raise error
     except ValueError as error:  # UnicodeDecodeError, too
         raise ValueError(f"{path}: not YAML: {_in_a_line(error)}") from None
     return text

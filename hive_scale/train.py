@@ -169,7 +169,9 @@ class StageRun:
         known = {"config": asdict(config), "code": code_version(), **self.moments.state(groups)}
         self.guard = LossGuard(config.guard)
         self.at = TrainState(self.checkpoints, self.engine, self.guard, origin, known)
-        self.heldout: Iterable[Batch] = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
+        self.heldout: Iterable[Batch] | None = None  # None: nothing is held out
+        if data.heldout:
+            self.heldout = data.heldout.every(batch_size=self.stage.micro_batch, world=world)
         self.num_steps = self.stage.num_steps(data.train.num_samples)
         self.interval = CheckpointInterval(config.save_interval, config.expected_failures_per_day, config.grace_seconds)
         self.data_stall, self.waited = DataStall(data.train.config.workers), 0.0
@@ -285,19 +287,24 @@ class StageRun:
         return stop, save, *rank_report(self.world, self.waited)
 
     def _evaluate_if_due(self, log: StageLog) -> dict[str, Any]:
-        """Evaluate if this step is due: held-out loss per target token in nats, and per-layer gradient statistics."""
+        """Evaluate if this step is due: held-out loss per target token in nats, and per-layer gradient statistics.
+
+        Without held-out data there is no loss.
+        """
         at, interval = self.at, self.config.eval_interval
         at.eval_loss = None
         if at.step < self.num_steps and not (interval and at.step % interval == 0):
             return {}
-        began = perf_counter()
-        loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout))
-        at.eval_loss, seconds = loss_sum / max(1, num_tokens), round(perf_counter() - began, 6)
+        metrics: dict[str, Any] = {}
+        if self.heldout is not None:
+            began = perf_counter()
+            loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout))
+            at.eval_loss = loss_sum / max(1, num_tokens)
+            metrics = {"eval_loss": at.eval_loss, "eval_seconds": round(perf_counter() - began, 6)}
         second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
         behind = self.moments.steps
         # read from the optimizer's state, so that it needs no extra backward
-        gauges = layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
-        metrics = {"eval_loss": at.eval_loss, "eval_seconds": seconds, **gauges}
+        metrics |= layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
         self.callbacks.on_evaluate(self, metrics)
         return metrics
 

@@ -89,7 +89,7 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["name=a\nb"], r"name='a\\nb' cannot name a run"),
         (["name=../up"], "no '[.][.]'"),
         (["model.vision.config=3"], "model.vision.config"),
-        (["data.train=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
+        (["data.train.a=b.tar"], r"data.train: a list is wanted here: \[a, b\]"),
         (["data.train[0]=a.tar"], r"data.train: a list is wanted here: \[a, b\]"),
         (["stages=[]"], "stages: keys of its own are wanted here"),
         (["stages.joint.data=[a.tar]"], "a list stands where keys are wanted"),
@@ -185,6 +185,81 @@ def test_ranges_of_shards_in_a_list() -> None:
     word = "data.train=[shards/{00000..00595}.tar, '3 x b/{0..9}.tar',plain.tar, 0.5 x {0..9}.tar]"
     shards = ["shards/{00000..00595}.tar", "3 x b/{0..9}.tar", "plain.tar", "0.5 x {0..9}.tar"]
     assert presets.load("debug", None, [word]).data.train == shards
+
+
+@pytest.mark.parametrize(
+    ("given", "shards"),
+    [
+        ("a.tar", ["a.tar"]),
+        ("shards/{00000..00595}.tar", ["shards/{00000..00595}.tar"]),
+        ("{00000..00595}.tar", ["{00000..00595}.tar"]),
+        ("3 x my photos/*.tar", ["3 x my photos/*.tar"]),
+        ("[shards/{0..5}.tar,3 x b/{0..9}.tar]", ["shards/{0..5}.tar", "3 x b/{0..9}.tar"]),
+        ("[set/{a,b}-{0..9}.tar,c.tar]", ["set/{a,b}-{0..9}.tar", "c.tar"]),
+        ("https://host/{0..9}.tar?x=1#2", ["https://host/{0..9}.tar?x=1"]),
+    ],
+)
+def test_shards_are_named_by_one_text_or_a_list(tmp_path: Path, given: str, shards: list[str]) -> None:
+    """In words, and in YAML wherever it takes such text unquoted or quoted."""
+    file = tmp_path / "mine.yaml"
+    for word in (f"data.train={given}", f"stages.joint.data.train={given}"):
+        assert presets.load("debug", None, [word]).data_of("joint").train == shards
+    texts = [given] if "a,b" not in given and "#" not in given else []
+    texts += [] if given.startswith("[") else [f"'{given}'", f'"{given}"']
+    for text in texts:
+        for content in (
+            f"data:\n  train: {text}  # it's mine\n",
+            f"data: {{train: {text}}}",
+            f"data: {{train: [{text}]}}",
+        ):
+            file.write_text(f"preset: debug\n{content}\n")
+            if not (text.startswith("[") and "[[" in content):
+                assert presets.load(None, file, []).data.train == shards, content
+    run = presets.load("debug", None, [f"data.train={given}"])
+    config.save(run, file)
+    assert config.load(file) == run
+
+
+def test_a_range_that_the_shell_expanded_is_not_cut_to_its_last_shard() -> None:
+    words = [f"data.train=set/{i}.tar" for i in range(3)]
+    with pytest.raises(ValueError, match=r"data\.train is given 3 times, .*put a range in quotation marks"):
+        presets.load("debug", None, words)
+    assert presets.load("debug", None, ["data.train=[a.tar]", "data.train=[b.tar]"]).data.train == ["b.tar"]
+    assert presets.load("debug", None, ["data.train=a.tar", "data.train=a.tar"]).data.train == ["a.tar"]
+
+
+def test_held_out_data_are_shards_a_share_or_none(tmp_path: Path) -> None:
+    def heldout(word: str) -> config.DataConfig:
+        return presets.load("debug", None, [word]).data
+
+    assert [heldout(f"data.heldout={none}").heldout for none in ("none", "None", "[]", "", "null", "[none]")] == [
+        []
+    ] * 6
+    for share, value in (("5%", 0.05), ("[5%]", 0.05), ("0.2 %", 0.002), ("'12.5%'", 0.125)):
+        assert heldout(f"data.heldout={share}").heldout_share == pytest.approx(value)
+    assert heldout("data.heldout=a%.tar").heldout_share == 0
+    own = presets.load("debug", None, ["stages.joint.data.heldout=none", "data.heldout=1%"])
+    assert (own.data_of("joint").heldout, own.data_of("language").heldout_share) == ([], 0.01)
+    config.save(own, tmp_path / "config.yaml")
+    assert config.load(tmp_path / "config.yaml") == own
+    assert config.differences(own, presets.load("debug", None, ["data.heldout=none"])) != []
+    for wrong, message in (
+        ("0.05", "write a share as 5%"),
+        ("0.2", "write a share as 20%"),
+        ("200", "neither shards nor a share"),
+        ("0%", "above 0% and below 100%"),
+        ("100%", "above 0% and below 100%"),
+        ("[5%,a.tar]", "give one share"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            heldout(f"data.heldout={wrong}")
+
+
+def test_a_run_saved_before_the_limit_of_bad_samples_has_none(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    run = presets.load("debug", None, [])
+    saved.write_text("\n".join(line for line in config.to_yaml(run).splitlines() if "max_bad_share" not in line))
+    assert (run.data.max_bad_share, config.load(saved).data.max_bad_share) == (0.05, 1.0)
 
 
 @pytest.mark.parametrize(

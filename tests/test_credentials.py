@@ -22,6 +22,7 @@ from test_shard_cache import Remote, remote  # noqa: F401
 from hive_scale import config, credentials, presets
 from hive_scale.checkpoint.run_reader import Run
 from hive_scale.config import DataConfig
+from hive_scale.config_merge import without_credentials
 from hive_scale.data.index import open_index
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import expand
@@ -308,12 +309,24 @@ def test_a_secret_in_a_value_is_refused(word: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    "word", ["data.train=https://me:planted@host/a.tar", "data.train=['https://me:planted@h/a.tar"]
+    "word", ["data.train.0=https://me:planted@host/a.tar", "data.train=['https://me:planted@h/a.tar"]
 )
 def test_messages_about_words_have_no_credentials(word: str) -> None:
     with pytest.raises(ValueError, match=r"a list is wanted|not YAML") as refused:
         presets.load("debug", None, [word])
     assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.heldout", "stages.joint.data.train"])
+def test_one_text_in_place_of_a_list_is_kept_without_credentials(key: str, tmp_path: Path) -> None:
+    url = "https://me:planted@host/{0..9}.tar"
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"preset: debug\n{key.replace('.', ': {')}: {url}{'}' * key.count('.')}\n")
+    for run in (presets.load("debug", None, [f"{key}={url}"]), presets.load(None, file, [])):
+        assert "planted" not in config.to_yaml(run)
+        assert "https://host/{0..9}.tar" in config.to_yaml(run)
+    assert "planted" not in str(DataConfig(train=url).train)  # type: ignore[arg-type]
+    assert "planted" not in without_credentials(f"{key}={url}", config.Config)
 
 
 # -- fetching -------------------------------------------------------------------------------------------------

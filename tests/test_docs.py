@@ -5,18 +5,25 @@ Why: documentation that nobody runs becomes untrue first.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hive_scale import config
+from hive_scale import config, presets
+from hive_scale.__main__ import main as hive_scale_main
+from hive_scale.cli import named_run
 from hive_scale.commands import COMMANDS
+from hive_scale.slurm import resources
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,41 +73,92 @@ def test_the_site_reads_in_a_browser(site: Path) -> None:
 
 
 def documented() -> list[str]:
-    """Commands in the pages' code blocks, without their comments."""
+    """Commands in the pages' code blocks and in the examples of `--help`, which are a page, too."""
     blocks = [
         block for page in PAGES for block in re.findall(r"^```(?:bash)?\n(.*?)^```", page.read_text(), re.M | re.S)
     ]
-    lines = [line.partition("  #")[0].strip() for block in blocks for line in block.splitlines()]
-    return sorted({line for line in lines if line.startswith(("python ", "deepspeed ", "torchrun ", "accelerate "))})
-
-
-@pytest.mark.parametrize("command", [one for one in documented() if "launchers/pretrain.py" in one])
-def test_a_training_command_names_a_run(command: str) -> None:
-    words = shlex.split(command)
-    words = [sys.executable, *words[words.index("launchers/pretrain.py") :], "--print_config"]
-    env = os.environ | {"SCRATCH": "/scratch", "PASSWORD": "a-password"}  # which some of them name
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("command", [one for one in documented() if one.startswith("python ")])
-def test_a_command_is_there_and_knows_its_options(command: str) -> None:
-    """Every --option of a documented command is one that its --help names."""
-    _, script, *words = shlex.split(command.replace(" ..", ""))
-    if script == "-m":
-        script, words = f"launchers/{words[1]}.py", words[2:]
-    known = [
-        word
-        for word in words[:1]
-        if not word.startswith("-") and "=" not in word and "/" not in word and word.islower()
+    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    sources = [*(ROOT / "hive_scale" / "commands").glob("*.py"), *(ROOT / "launchers").glob("*.py")]
+    examples = [
+        one for path in sources for one in re.findall(r"^examples:\n(.*?)^(?!  )", path.read_text(), re.M | re.S)
     ]
-    line = [
-        sys.executable,
-        script,
-        *(known if script.endswith(("prepare_data.py", "visualize.py", "export.py", "benchmark.py")) else []),
-        "--help",
-    ]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    for option in (word.partition("=")[0] for word in words if word.startswith("--")):
-        assert option in done.stdout, f"{command}: no {option}"
+    joined = [line for block in examples for line in re.sub(r"\\+\n\s*", "", block).splitlines()]
+    lines += [re.split(r"\s{2,}", line.strip())[0] for line in joined]
+    return sorted({line for line in lines if re.match(PROGRAMS, line) and re.search(OURS, line)})
+
+
+PROGRAMS = r"(\w+=\S* )*(python|deepspeed|torchrun|accelerate|srun|mpirun) "
+OURS = r" (?:(?:launchers|slurm|tests)/\w+\.py|(?:-m|--module) hive_scale)(?=\s|$)"
+
+
+class Parsed(BaseException):
+    """Ends a command once its arguments are parsed."""
+
+
+def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """The arguments of a command, by its own parser. Raises SystemExit if that refuses them."""
+
+    def ending(method: Any) -> Any:
+        def parse(*arguments: Any) -> None:
+            raise Parsed(method(*arguments))
+
+        return parse
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
+    place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "hive_scale")
+    monkeypatch.setattr(sys, "argv", words[place:])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    start = hive_scale_main if words[place] == "hive_scale" else partial(runpy.run_path, words[place], None, "__main__")
+    with pytest.raises(Parsed) as found:
+        start()
+    arguments: argparse.Namespace = found.value.args[0]
+    return arguments
+
+
+@pytest.mark.parametrize("command", documented())
+def test_a_documented_command_is_parsed(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command's own parser; the words of a run by the config's, and those of jobs by that of their resources."""
+    monkeypatch.chdir(ROOT)
+    for name in ("SCRATCH", "PASSWORD"):  # which some of them name
+        monkeypatch.setenv(name, "/a-password")
+    with monkeypatch.context() as patch:
+        arguments = parsed(shlex.split(command, comments=True), patch)
+    if "default_preset" in arguments:
+        arguments.config = None  # a file of the reader's
+        plain, slurm_words = resources.split(arguments.overrides)
+        run = named_run(arguments, [word for word in plain if not word.startswith("after.")])
+        bases = dict.fromkeys(run.stages, resources.Resources())
+        assert resources.read(getattr(arguments, "profile", None), slurm_words, bases).keys() == bases.keys()
+
+
+def test_the_pages_have_the_commands_that_a_reader_would_copy() -> None:
+    """The parsing above finds them, also in blocks with comments, launchers and continued lines."""
+    found = documented()
+    for command in COMMANDS:
+        assert any(
+            re.search(rf"(launchers/{command}\.py|hive_scale {command}|slurm/{command}\.py)", one) for one in found
+        ), command
+    assert any(one.startswith("deepspeed ") for one in found)
+    assert len(found) > 100
+
+
+SPAN = re.compile(r"`([^`]+)`")
+
+
+def words_in_text() -> list[str]:
+    """Words of a run, such as `engine.compile=true`, that the pages' text names between code blocks."""
+    keys = {field.name for field in dataclasses.fields(config.Config)}
+    texts = [re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S) for page in PAGES]
+    found = set()
+    for span in (span for text in texts for span in SPAN.findall(text)):
+        with suppress(ValueError):  # other code than a shell's
+            words = [word for word in shlex.split(span) if re.match(r"[a-z_]+(\.\w+)*=.", word)]
+            for key, value in (word.split("=", 1) for word in words if re.split(r"[.=]", word)[0] in keys):
+                found |= {f"{key}={one}" for one in ([value] if key.startswith("data.") else value.split("|"))}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("word", words_in_text())
+def test_a_word_in_the_text_is_one_of_a_run(word: str) -> None:
+    presets.load("rtx3090", None, [word])

@@ -128,7 +128,7 @@ def test_stages_are_planned_for_a_device_that_the_planner_knows(
     gpu(monkeypatch, "NVIDIA Nothing", 0.8 * GB + 1e6)
     header.show_plan(config, data, ["joint"], world)
     assert capsys.readouterr().out.endswith("; the planner does not know this device's speed\n")
-    assert "stage joint is planned to need" in caplog.text
+    assert "stages.joint: micro_batch=" in caplog.text
     monkeypatch.setattr(header, "ENOUGH", -1.0)
     header.show_plan(config, data, ["joint"], world)
     assert "not made here" in capsys.readouterr().out

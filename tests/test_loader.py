@@ -62,7 +62,13 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _loader(shards: list[str], tokenizer: Tokenizer, bad: Path | None = None, **config: object) -> Loader:
-    return Loader(DataConfig(**{"shuffle_window": 9} | config), shards, tokenizer, image_size=16, bad_samples=bad)
+    return Loader(
+        DataConfig(**{"shuffle_window": 9, "max_bad_share": 1.0} | config),
+        shards,
+        tokenizer,
+        image_size=16,
+        bad_samples=bad,
+    )
 
 
 def _steps(loader: Loader, world_size: int, accumulation: int, start: int, count: int) -> list[list[Batch]]:
@@ -453,3 +459,81 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split(") ")[1][0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def _served(loader: Loader) -> set[str]:
+    return {loader.index.key(int(i)) for i in loader.numbers}
+
+
+def test_a_share_is_held_out_by_key_whatever_the_order_of_shards(shards: list[str], tokenizer: Tokenizer) -> None:
+    whole = _loader(shards, tokenizer)
+    train, heldout = whole.split(0.3)
+    assert (_served(train) | _served(heldout), _served(train) & _served(heldout)) == (_served(whole), set())
+    assert 0 < len(heldout.numbers) < len(whole.numbers) // 2
+    for other in (shards[::-1], [f"2 x {shards[1]}", shards[0], shards[2]]):
+        assert _served(_loader(other, tokenizer).split(0.3)[1]) == _served(heldout)
+    alone = _loader(shards[:1], tokenizer).split(0.3)  # other shards do not matter either
+    assert _served(alone[1]) == {key for key in _served(heldout) if key in _served(_loader(shards[:1], tokenizer))}
+    assert _served(heldout) <= _served(whole.split(0.6)[1])
+    names = {one.fingerprint for one in (whole, train, heldout, *whole.split(0.6))}
+    assert len(names) == 5
+    assert whole.split(0.3)[0].fingerprint == train.fingerprint
+
+
+def test_training_never_reads_what_is_held_out(shards: list[str], tokenizer: Tokenizer) -> None:
+    for names in (shards, [f"2 x {shards[0]}", *shards[1:]]):
+        train, heldout = _loader(names, tokenizer).split(0.3)
+        steps = [key for step in _keys(_steps(train, 2, 3, 0, 12)) for key in step]
+        assert set(steps) == _served(train)
+        if names is shards:
+            epochs = Counter(steps).values()
+            assert max(epochs) - min(epochs) <= 1
+        read = [key for world in worlds(2) for batch in heldout.once(batch_size=2, world=world) for key in batch.keys]
+        assert sorted(filter(None, read)) == sorted(_served(heldout))
+    order = train.stream(3)
+    assert all(set(order.substitutes(position)) <= set(train.numbers) for position in range(20))
+
+
+def test_some_sample_is_held_out_and_some_are_left(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    two = _loader([write_tar(tmp_path / "two.tar", [("a", pair(1)), ("b", pair(2))])], tokenizer)
+    assert [len(part.numbers) for part in two.split(1e-9)] == [1, 1]
+    one = _loader([write_tar(tmp_path / "one.tar", [("a", pair(1))])], tokenizer)
+    with pytest.raises(ValueError, match=r"all 1 samples of data\.train would be held out"):
+        one.split(0.5)
+    write_tar(tmp_path / "three.tar", [(str(i), pair(i)) for i in range(20)])
+    train, heldout = _loader([f"2 x {tmp_path}/one.tar", f"{tmp_path}/three.tar"], tokenizer).split(0.1)
+    assert "a" not in _served(heldout)  # a set may have none, and yet be evaluated
+    assert (train.num_samples, len(list(heldout.spread(9)))) == (2 + 20 - len(heldout.numbers), len(heldout.numbers))
+    with pytest.raises(ValueError, match=r"no usable sample is left to train on in '.*one\.tar'"):
+        _loader([f"2 x {tmp_path}/one.tar", f"{tmp_path}/three.tar"], tokenizer).split(0.95)
+
+
+def test_a_limit_evaluates_the_same_samples_each_time(shards: list[str], tokenizer: Tokenizer) -> None:
+    whole = _loader(shards, tokenizer)
+    some = whole.at_most(5)
+    read = [key for batch in some.once(batch_size=2, world=next(worlds(1))) for key in batch.keys]
+    assert (len(read), set(read)) == (5, _served(some))
+    assert _served(_loader(shards[::-1], tokenizer).at_most(5)) == _served(some)
+    assert len(list(some.spread(3))) == 3
+    assert all(whole.at_most(count) is whole for count in (0, 23, 99))
+    assert some.fingerprint == whole.fingerprint
+
+
+def test_a_set_of_which_too_large_a_share_is_broken_is_refused(
+    broken: list[str], shards: list[str], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    samples = [(str(i), pair(i) if i % 2 else {"jpg": image_bytes()}) for i in range(60)]
+    half = write_tar(tmp_path / "half.tar", samples)
+    with pytest.raises(
+        ValueError, match=r"^30 bad samples are more than data\.max_bad_share=0\.05 of 60 \(30 x .*half"
+    ):
+        _loader([half], tokenizer, max_bad_share=0.05)
+    assert _loader([half], tokenizer, max_bad_share=0.5).num_samples == 30
+    # found only when they are decoded, by two ranks; other sets of the same run do not count
+    path = tmp_path / "bad_samples.jsonl"
+    _loader([half], tokenizer, path)
+    with pytest.raises(
+        ValueError, match=r"^3 bad samples are more than data\.max_bad_share=0\.1 of 23 \(3 x the image"
+    ):
+        _steps(_loader(broken, tokenizer, path, max_bad_share=0.1), 2, 1, 0, 4)
+    _steps(_loader(broken, tokenizer, path, max_bad_share=0.14), 2, 1, 0, 4)

@@ -13,9 +13,11 @@ import tiny
 import torch
 
 from hive_scale import config as configs
+from hive_scale import presets
 from hive_scale.checkpoint.weights import find_weights, write_weights
 from hive_scale.config import Config, ModelConfig, PartConfig
-from hive_scale.model.build import meta_model
+from hive_scale.model.build import for_stage, meta_model, vision_config
+from hive_scale.model.encoders import encoder_depths
 from hive_scale.model.hive import Hive
 from hive_scale.pipeline import initial_model
 
@@ -189,3 +191,89 @@ def test_an_unfinished_run_has_nothing_to_begin_with(tmp_path: Path) -> None:
     configs.save(Config(model=tiny.model_config(), stages={"first": tiny_stage()}), tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"every stage of .* is still to be done"):
         initial_model(begun(tmp_path), seed=0)
+
+
+VIT = {"hidden_size": 36, "intermediate_size": 80, "num_hidden_layers": 9, "num_attention_heads": 3, "patch_size": 14}
+MOBILELLM = tiny.language(rope_theta=5e4, num_hidden_layers=5) | {
+    "model_type": "mobilellm",
+    "tie_word_embeddings": False,
+    "share_embedding": True,
+    "auto_map": {"AutoConfig": "configuration_mobilellm.MobileLLMConfig"},
+}
+
+
+@pytest.mark.parametrize(
+    ("vision", "language"),
+    [
+        (VIT | {"model_type": "siglip_vision_model", "image_size": 70}, MOBILELLM),
+        ({"model_type": "siglip", "vision_config": VIT | {"image_size": 28}}, tiny.language("qwen2", hidden_size=36)),
+        (
+            {"model_type": "clip", "vision_config": VIT | {"image_size": 42}},
+            tiny.language("qwen3", hidden_size=36),
+        ),
+    ],
+    ids=["siglip and mobilellm", "a whole siglip and qwen2", "clip and qwen3"],
+)
+def test_a_users_encoder_and_llm_bring_their_own_sizes_into_a_preset(
+    tmp_path: Path, vision: dict[str, Any], language: dict[str, Any]
+) -> None:
+    words = [
+        f"model.vision.path={published(tmp_path / 'vit', vision)}",
+        f"model.language.path={published(tmp_path / 'llm', language)}",
+    ]
+    run = presets.load("rtx3090", None, words)
+    model = meta_model(run.model)
+    assert model.vision.config.num_hidden_layers == 9
+    assert model.encoder_depths == encoder_depths(9, 0.25, "later")
+    assert (model.vision.config.hidden_size, model.language.config.hidden_size) == (36, language["hidden_size"])
+    tied = model.language.get_output_embeddings().weight is model.language.get_input_embeddings().weight
+    assert tied == language.get("share_embedding", language["tie_word_embeddings"])
+    assert all(for_stage(run.model, stage)[1] for stage in run.stages.values())
+    if language is MOBILELLM:
+        assert model.language.config.rope_parameters["rope_theta"] == 5e4
+
+
+def test_a_presets_own_config_comes_back_by_a_word(tmp_path: Path) -> None:
+    own = presets.load("rtx3090", None, []).model.vision
+    word = f"model.vision.path={tmp_path}"
+    assert presets.load("rtx3090", None, [word]).model.vision == PartConfig(str(tmp_path))
+    for back in ([word, "model.vision.config=preset"], ["model.vision.config=preset", word]):
+        assert presets.load("rtx3090", None, back).model.vision == replace(own, path=str(tmp_path))
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"preset: rtx3090\nmodel: {{vision: {{path: {tmp_path}}}}}\n")
+    assert presets.load(None, file, ["model.vision.config=preset"]).model.vision == replace(own, path=str(tmp_path))
+    file.write_text(f"preset: rtx3090\nmodel: {{vision: {{path: {tmp_path}, config: preset}}}}\n")
+    assert presets.load(None, file, []).model.vision == replace(own, path=str(tmp_path))
+    # what brings no config of its own takes the preset's: bare weights, the preset's own path, training from scratch
+    for kept in ("tower.safetensors", own.path, ""):
+        assert presets.load("rtx3090", None, [f"model.vision.path={kept}"]).model.vision.config == own.config
+    with pytest.raises(ValueError, match="config=preset: the preset gives no config here"):
+        presets.load("demo", None, ["model.language.config=preset"])
+
+
+def test_a_changed_field_is_merged_into_the_paths_own_config(tmp_path: Path) -> None:
+    path = published(tmp_path / "vit", tiny.SIGLIP | {"num_hidden_layers": 6})
+    words = [f"model.vision.path={path}", "model.vision.config.attention_dropout=0.25"]
+    made = vision_config(presets.load("paper_siglip", None, words).model.vision)
+    assert (made.num_hidden_layers, made.attention_dropout) == (6, 0.25)
+    other = presets.load("paper_siglip", None, [*words[:1], "model.vision.config.hidden_act=gelu"])
+    with pytest.raises(ValueError, match=r"trained with hidden_act=gelu_pytorch_tanh \(here gelu\)"):
+        vision_config(other.model.vision)
+
+
+def test_the_tokenizer_follows_the_llm(tmp_path: Path) -> None:
+    def tokenizer(*words: str) -> str:
+        return presets.load("rtx3090", None, [*words]).data.tokenizer.path
+
+    assert tokenizer("model.language.path=other/llm") == "other/llm"
+    assert tokenizer("model.language.path=other/llm", "data.tokenizer.path=bytes") == "bytes"
+    (tmp_path / "config.yaml").write_text("")  # a directory without a tokenizer, such as a run's
+    assert tokenizer(f"model.language.path={tmp_path}") == "facebook/MobileLLM-350M"
+    run = presets.load("debug", None, ["model.language.path=other/llm"])
+    assert run.data.tokenizer.path == "bytes"
+
+
+def test_a_mobilellm_that_shares_layers_is_refused(tmp_path: Path) -> None:
+    path = published(tmp_path / "llm", MOBILELLM | {"layer_sharing": True})
+    with pytest.raises(ValueError, match="use the MobileLLM of the same size without LS"):
+        meta_model(replace(tiny.model_config(), language=PartConfig(path)))

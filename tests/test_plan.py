@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,11 +23,11 @@ from hive_scale.observability.throughput import Throughput
 from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan import complexity
 from hive_scale.plan.devices import GPUS
-from hive_scale.plan.fit import fit
+from hive_scale.plan.fit import fit, too_large
 from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp_memory import Fsdp, Pass
 from hive_scale.plan.memory import examine
-from hive_scale.plan.run import Machine, StagePlan, plan_run, plan_stage
+from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, StagePlan, plan_run, plan_stage
 from hive_scale.plan.sweep import sweep
 from hive_scale.plan.trace import CPU_ATTENTION
 from hive_scale.presets import three_stages
@@ -309,3 +310,21 @@ def test_a_sweep_is_a_table_and_an_image(tmp_path: Path) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown.count("| weak |") == shown.count("| strong |") == 12
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_micro_batch_that_does_not_fit_is_answered_with_one_that_does() -> None:
+    run = run_config()
+    (plan,) = plan_run(replace(run, stages={"joint": run.stages["joint"]}), Machine(GPUS["rtx3090"], 1), 100)
+
+    def device(peak: float) -> float:
+        """Memory of a device of which just `peak` bytes can be used."""
+        return peak / (1 - FRAGMENTATION) + CONTEXT
+
+    facts = examine(run, run.stages["joint"], run.data.max_tokens)
+    assert too_large(run, "joint", facts, {}, 1, device(plan.memory.peak * 1.01)) == ""
+    line = too_large(run, "joint", facts, {}, 1, device(plan.memory.peak * 0.99))
+    assert re.search(r"^stages\.joint: micro_batch=4 may not fit: .*: set stages\.joint\.micro_batch=[12],", line)
+    smaller = int(line.split("micro_batch=")[2].split(",")[0])
+    fitting = replace(run, stages={"joint": replace(run.stages["joint"], micro_batch=smaller)})
+    assert too_large(fitting, "joint", facts, {}, 1, device(plan.memory.peak * 0.99)) == ""
+    assert "nor would micro_batch=1" in too_large(run, "joint", facts, {}, 1, CONTEXT)

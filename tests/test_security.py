@@ -139,7 +139,7 @@ def test_an_image_of_600_megapixels_and_a_pickle_in_a_shard_are_left_out(tmp_pat
                 member.size = len(bomb)
                 tar.addfile(member, BytesIO(bomb))
     config = small(tmp_path / "run")
-    data = open_data(replace(config, data=replace(config.data, train=[str(shard)])))
+    data = open_data(replace(config, data=replace(config.data, train=[str(shard)], max_bad_share=0.5)))
     keys = {data.train.index.key(i): i for i in range(len(data.train.index))}
     assert data.train.sample(keys["good"]).pixels is not None
     assert "large" not in keys

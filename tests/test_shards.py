@@ -32,6 +32,28 @@ def test_paths_ranges_and_globs_name_shards_in_order(directory: Path) -> None:
     assert all_shards(expand([f"{directory}/a-{{0002,0001}}.tar"])) == [names[2], names[1]]
 
 
+def test_a_folder_stands_for_its_tars_of_the_split(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tars(pattern: str, split: str = "train") -> list[str]:
+        return [Path(shard).name for shard in all_shards(expand([pattern], split))]
+
+    names = [f"a-{s:04d}.tar" for s in range(3)]
+    assert tars(str(directory)) == tars(f"{directory}/", "heldout") == names
+    assert expand([f"2 x {directory}"])[0].repeats == 2
+    mine = directory / "mine [1]"
+    mine.mkdir()
+    for name in ("train-0.tar", "train-1.tar", "heldout-0.tar", "other.tar", "train-0.txt"):
+        (mine / name).write_bytes(b"x")
+    assert (tars(str(mine)), tars(str(mine), "heldout")) == (["train-0.tar", "train-1.tar"], ["heldout-0.tar"])
+    monkeypatch.setenv("HOME", str(directory))
+    assert (tars("~/mine [1]"), tars("~/a-{0000..0001}.tar")) == (["train-0.tar", "train-1.tar"], names[:2])
+    (mine / "heldout-0.tar").unlink()
+    with pytest.raises(ValueError, match=r"no heldout-\*\.tar in the folder '.*mine \[1\]'"):
+        expand([str(mine)], "heldout")
+    (directory / "photos").mkdir()
+    with pytest.raises(ValueError, match=r"no tars in the folder '.*photos'.*prepare_data\.py"):
+        expand([f"{directory}/photos"])
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [

@@ -35,13 +35,16 @@ from hive_scale.checksums import SUMS
 from hive_scale.config import Config, GroupConfig, KeepConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.exit_codes import Stopped
+from hive_scale.export import export_run
 from hive_scale.model import build
 from hive_scale.observability.console import console
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.observability.stage_log import StageLog
 from hive_scale.pipeline import run_pipeline
-from hive_scale.preflight import Data, open_all, open_data
-from hive_scale.report.summary import _next, blank_image_control, heldout_losses, show
+from hive_scale.preflight import Data, check, open_all, open_data
+from hive_scale.report.report import report
+from hive_scale.report.run_view import RunView
+from hive_scale.report.summary import _next, blank_image_control, has_blank_image_control, heldout_losses, show
 from hive_scale.seeding import seed_step
 from hive_scale.strict_json import append_line
 
@@ -404,6 +407,80 @@ def test_an_outcome_that_cannot_be_shown_whole_shows_the_rest(tmp_path: Path, wo
     assert "truth:" in shown(config, world)
 
 
+def test_a_run_without_held_out_data_is_trained_shown_and_reported(tmp_path: Path, world: World) -> None:
+    config = small(tmp_path / "run", steps=2, eval_interval=1)
+    stages = {name: config.stages[name] for name in ("projector", "joint")}
+    config = replace(config, stages=stages, data=replace(config.data, heldout=["none"]), blank_image_control=True)
+    assert not has_blank_image_control(config)  # which compares held-out losses
+    run_pipeline(config, world)
+    lines = [line for name in config.stages for line in read_metrics(config.run_dir / name / "metrics.jsonl")]
+    assert len(lines) == 4
+    assert all("eval_loss" not in line and line["grad_rms"] for line in lines)
+    with console.capture() as shown:
+        show(config, world.device)
+    for word in ("training loss, first", f"{lines[-1]['loss']:.4f}", "nothing is held out", "truth:", "next  "):
+        assert word in shown.get(), word
+    assert (config.run_dir / "outcome.txt").exists()
+    found = report([RunView(config.run_dir)], images=1)
+    assert any("run held nothing out" in note for note in found.notes)
+    assert (found.runs[0]["held-out loss"], len(found.captions)) == ("-", 1)
+    assert found.maps
+    export_run("encoder", config.run_dir, tmp_path / "encoder")
+    assert (tmp_path / "encoder" / "README.md").read_text().count("not measured") == 2
+    run_pipeline(config, world)  # finished
+    with pytest.raises(ValueError, match=r"keep\.best=true needs a held-out loss"):
+        run_pipeline(replace(config, output=str(tmp_path / "best"), keep=KeepConfig(best=True)), world)
+    assert not (tmp_path / "best").exists()
+
+
+def test_a_share_that_is_held_out_stays_held_out_for_the_whole_run(tmp_path: Path, world: World) -> None:
+    tars.write_set(tmp_path / "set", [20, 20])
+    config = small(tmp_path / "run", steps=2)
+    config = replace(config, data=replace(config.data, train=[str(tmp_path / "set")], heldout=["20%"]))
+    run_pipeline(config, world, until="projector")
+    noted = json.loads((config.run_dir / "data.json").read_text())["projector"]
+    assert noted["train"]["samples"] + noted["heldout"]["samples"] == 40
+    assert heldout_losses(config)["projector"]
+    for other in (["30%"], [], [SOME]):
+        with pytest.raises(ValueError, match=r"holds another run \(other data\.heldout\)"):
+            run_pipeline(replace(config, data=replace(config.data, heldout=other)), world)
+    run_pipeline(replace(config, data=replace(config.data, heldout_samples=3)), world)  # only evaluates less
+    assert is_stage_done(config.run_dir / "joint")
+    data = open_data(config)
+    assert data.heldout is not None
+    assert data.names[0] != replace(data, heldout=None).names[0]
+    assert open_data(config).names == data.names
+    read = {key for step in range(9) for key in data.train.keys(0, 8 * step, 8)}
+    assert len(read) == noted["train"]["samples"]
+    assert not read & {data.heldout.index.key(int(i)) for i in data.heldout.numbers}
+
+
+def test_ones_own_images_beside_the_shipped_held_out_ones_are_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tars.write_set(tmp_path / "set", [20])
+    base = small(tmp_path / "run", steps=1)
+    own = {"train": [str(tmp_path / "set")], "heldout": ["sample:heldout"]}
+    stage = replace(base.stages["joint"], data=own)
+    config = replace(base, stages=base.stages | {"joint": stage}, data=replace(base.data, heldout=["sample:heldout"]))
+    check(config, open_all(config, noted=False), {})
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "of the shipped emoji" in told
+    assert "data.heldout=5% holds out a share of data.train, data.heldout=none nothing" in told
+
+
+def test_held_out_data_that_are_trained_on_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tars.write_set(tmp_path / "set", [20])
+    shutil.copytree(tmp_path / "set", tmp_path / "copy")
+    base = small(tmp_path / "run", steps=1)
+    for heldout, is_told in (("set", True), ("copy", True), ("5%", False)):
+        own = str(tmp_path / heldout) if is_told else heldout
+        config = replace(base, data=replace(base.data, train=[str(tmp_path / "set")], heldout=[own]))
+        check(config, open_all(config, noted=False), {})
+        assert ["is trained on, too" in record.getMessage() for record in caplog.records] == [True] * 3 * is_told
+        caplog.clear()
+
+
 def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
     data = open_data(blank_image_control(small(tmp_path / "run")))
     pixels = data.train.sample(0).pixels
@@ -418,7 +495,7 @@ def test_the_blank_twin_sees_nothing(tmp_path: Path) -> None:
         (lambda c: _stage(c, groups={"x": GroupConfig(["projektor.*"], 1e-3)}), "'projektor.*' matches no parameter"),
         (lambda c: replace(c, data=replace(c.data, train=["nowhere/*.tar"])), "data.train: no shard .*nowhere"),
         (lambda c: replace(c, data=replace(c.data, heldout=["nowhere/*.tar"])), "data.heldout: no shard .*nowhere"),
-        (lambda c: replace(c, data=replace(c.data, train=[str(ROOT)])), "is a folder, and shards are tars"),
+        (lambda c: replace(c, data=replace(c.data, train=[str(ROOT)])), "data.train: there are no tars in the folder"),
         (lambda c: _llm(c, vocab_size=100), "259 tokens, the LLM 100"),
     ],
 )

@@ -16,7 +16,7 @@ EXAMPLES = """\
 examples:
   python launchers/pretrain.py --preset debug                       one process, CPU or one GPU
   python launchers/pretrain.py --preset debug fusion=concat         the self-attention baseline
-  deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json ZeRO on this node
+  deepspeed launchers/pretrain.py --ds_config ds_configs/zero2.json  ZeRO on this node
   torchrun --nproc_per_node 2 launchers/pretrain.py                 FSDP2 on two processes
   python launchers/pretrain.py --preset paper_siglip --print_config stages.joint.epochs=2
   python launchers/pretrain.py --config runs/debug/config.yaml      a run again, or on
@@ -46,11 +46,11 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
     from hive_scale.launch import by_main, launch, preset_of
     from hive_scale.observability.console import console
     from hive_scale.pipeline import run_pipeline
-    from hive_scale.report.summary import blank_image_control, show
+    from hive_scale.report.summary import blank_image_control, has_blank_image_control, show
 
     def work(world: World) -> None:
         trained = run_pipeline(config, world, arguments.overwrite)
-        if config.blank_image_control:
+        if has_blank_image_control(config):
             control = blank_image_control(config)
             if world.is_main and not (control.run_dir / "data.json").exists():
                 console.print(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -15,20 +15,30 @@ from hive_scale.shared_files import PATIENCE, Held, locked
 from hive_scale.strict_json import LARGEST_LINE, loads
 
 
+@dataclass(frozen=True)
+class Share:
+    """The largest share of bad samples that is tolerated in a set of `num_samples`, good and bad ones, in `shards`."""
+
+    most: float
+    shards: frozenset[str]
+    num_samples: int
+
+
 class BadSampleLog:
     """Bad samples, kept in `path` (JSON lines of shard, key and reason), or only in memory if `path` is None.
 
     `budget` is the largest number of bad samples a run tolerates. It applies to all samples in the file, whichever
-    rank or earlier run added them.
+    rank or earlier run added them. `share` limits those of one set.
     """
 
-    def __init__(self, path: Path | None, budget: int) -> None:
+    def __init__(self, path: Path | None, budget: int, share: Share | None = None) -> None:
         self.path = path
         self.budget = budget
+        self.share = share
         self._known: dict[tuple[str, str], SampleError] = {}
 
     def add(self, faults: Iterable[SampleError]) -> None:
-        """Record those of `faults` that are new. Raises ValueError with a summary when the budget is exceeded."""
+        """Record those of `faults` that are new. Raises ValueError with a summary if there are too many by now."""
         new = {(fault.shard, fault.key): fault for fault in faults}
         for place in new.keys() & self._known.keys():
             del new[place]  # already logged in an earlier epoch
@@ -43,16 +53,20 @@ class BadSampleLog:
                 file.writelines(json.dumps(asdict(fault), allow_nan=False) + "\n" for fault in fresh)
             self._known |= new
         if len(self._known) > self.budget:
-            raise ValueError(self._summary())
+            raise ValueError(self._summary(self._known.values(), f"data.max_bad_samples={self.budget}"))
+        if self.share:
+            bad = [fault for fault in self._known.values() if fault.shard in self.share.shards]
+            if len(bad) > self.share.most * self.share.num_samples:
+                limit = f"data.max_bad_share={self.share.most:g} of {self.share.num_samples:,}"
+                raise ValueError(self._summary(bad, limit))
 
-    def _summary(self) -> str:
-        reasons = Counter(fault.reason for fault in self._known.values())
+    def _summary(self, bad: Collection[SampleError], limit: str) -> str:
+        reasons = Counter(fault.reason for fault in bad)
         told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        first = next(iter(self._known.values()))
+        first = next(iter(bad))
         return (
-            f"{len(self._known)} bad samples are more than data.max_bad_samples={self.budget} ({told}; the first is "
-            f"{first.shard}: {first.key}): repair the shards{f' listed in {self.path}' if self.path else ''}, or "
-            "raise the budget"
+            f"{len(bad):,} bad samples are more than {limit} ({told}; the first is {first.shard}: {first.key}): repair "
+            f"the shards{f' listed in {self.path}' if self.path else ''}, or raise the limit"
         )
 
 

@@ -64,6 +64,7 @@ class SampleReader:
     ) -> None:
         self.config = config
         self.index = index
+        self.numbers: Sequence[int] | NDArray[np.int64] = range(len(index))  # of the samples that are served
         self.tokenizer = tokenizer
         self.image_size = image_size
         self.pad_colour = pad_colour
@@ -144,8 +145,8 @@ class SampleReader:
 
     def spread(self, count: int) -> Iterator[tuple[Tensor, str]]:
         """Yield (image, caption) of up to `count` samples, evenly spaced through the set; skips broken samples."""
-        stride = max(1, len(self.index) // count)
-        pairs = (self._pair(i) for i in range(stride // 2, len(self.index), stride))
+        stride = max(1, len(self.numbers) // count)
+        pairs = (self._pair(int(i)) for i in self.numbers[stride // 2 :: stride])
         yield from islice(filter(None, pairs), count)
 
     def _pair(self, i: int) -> tuple[Tensor, str] | None:

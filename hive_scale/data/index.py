@@ -98,6 +98,14 @@ class Index:
         start = int(self.arrays["key_ends"][sample - 1]) if sample else 0
         return self.arrays["keys"][start : int(self.arrays["key_ends"][sample])].tobytes().decode()
 
+    @cached_property
+    def key_hashes(self) -> NDArray[np.uint64]:
+        """A hash of each sample's key, evenly spread over 64 bits: uint64 (N,). It depends on nothing but the key."""
+        keys, ends = self.arrays["keys"].tobytes(), self.arrays["key_ends"].tolist()
+        spans = zip([0, *ends], ends, strict=False)
+        hashes = (xxhash.xxh3_64_intdigest(keys[start:end]) for start, end in spans)
+        return np.fromiter(hashes, np.uint64, len(ends))
+
     def __reduce__(self) -> tuple[Any, ...]:
         # a process that is not forked reopens the file, instead of receiving the arrays
         return _load, (self.path, self.shards)

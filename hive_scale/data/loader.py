@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from hive_scale.batch import Batch
 from hive_scale.config import DataConfig
-from hive_scale.data.bad_samples import BadSampleLog
+from hive_scale.data.bad_samples import BadSampleLog, Share
 from hive_scale.data.dataset import SampleReader
 from hive_scale.data.feature_store import FeatureStore
 from hive_scale.data.index import open_index
@@ -34,8 +35,9 @@ from hive_scale.distributed import World
 class Loader(SampleReader):
     """A set of image-caption pairs, served as batches.
 
-    `shards` are patterns as in `shards.expand`. Unusable samples are logged in the file `bad_samples`. Raises
-    ValueError if a shard is missing or more than `config.max_bad_samples` samples are bad.
+    `shards` are patterns as in `shards.expand`, `split` says what a folder among them stands for. Unusable samples are
+    logged in the file `bad_samples`. Raises ValueError if a shard is missing, or if more samples are bad than
+    `config.max_bad_samples` and `config.max_bad_share` allow.
     """
 
     def __init__(
@@ -47,14 +49,21 @@ class Loader(SampleReader):
         image_size: int,
         pad_colour: Colour = GREY,
         bad_samples: Path | None = None,
+        split: str = "train",
     ) -> None:
-        self.sets = expand(shards)
+        self.sets = expand(shards, split)
         cache = ShardCache(round(config.cache_gb * 1e9), config.retry_seconds)
         super().__init__(config, open_index(all_shards(self.sets), cache), cache, tokenizer, image_size, pad_colour)
-        self.num_samples = self.stream(0).num_samples  # per epoch, with repeats
+        self.stream(0)  # raises ValueError if one of the sets is empty
         self.fingerprint, self.layout = self.index.fingerprint, self.index.layout
-        self._ledger = BadSampleLog(bad_samples, config.max_bad_samples)
+        of_set = Share(config.max_bad_share, frozenset(self.index.shards), len(self.index) + len(self.index.faults))
+        self._ledger = BadSampleLog(bad_samples, config.max_bad_samples, of_set)
         self._ledger.add(self.index.faults)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples per epoch, with repeats."""
+        return self.stream(0).num_samples
 
     def steps(
         self, *, global_batch: int, accumulation: int, seed: int, start: int, world: World
@@ -82,6 +91,39 @@ class Loader(SampleReader):
         loader.features = features
         return loader
 
+    def split(self, share: float) -> tuple[Loader, Loader]:
+        """Return (the set without a held-out `share` of it, that share); at least one sample is held out.
+
+        A sample's hash decides, which depends on its key alone: not on the order of the shards, nor on other samples.
+        Raises ValueError if no sample is left to train on, in all sets or in one of them.
+        """
+        hashes = self.index.key_hashes
+        heldout = hashes < np.uint64(share * 2**64)
+        heldout |= hashes == hashes.min()
+        if heldout.all():
+            raise ValueError(f"all {len(hashes)} samples of data.train would be held out: give a smaller share")
+        rest = self._part(~heldout, f"all but {share:g}")
+        rest.stream(0)  # raises ValueError if one of the sets is empty
+        return rest, self._part(heldout, f"{share:g}")
+
+    def _part(self, chosen: NDArray[np.bool_], name: str) -> Loader:
+        loader = copy(self)
+        loader.numbers = np.flatnonzero(chosen)
+        loader.fingerprint = loader.layout = f"{self.fingerprint}:{name}"
+        return loader
+
+    def at_most(self, count: int) -> Loader:
+        """Return the same set, which serves `count` of its samples, or all if it has no more; 0 stands for all.
+
+        Which ones depends on their keys alone.
+        """
+        numbers = np.asarray(self.numbers)
+        if not 0 < count < len(numbers):
+            return self
+        loader = copy(self)
+        loader.numbers = np.sort(numbers[np.argsort(self.index.key_hashes[numbers], kind="stable")[:count]])
+        return loader
+
     def keys(self, seed: int, start: int, count: int) -> list[str]:
         """Return the keys of the samples at the stream positions [start, start + count)."""
         return [self.index.key(int(sample)) for sample in self.stream(seed).ids(start, count)]
@@ -97,22 +139,29 @@ class Loader(SampleReader):
         All ranks get the same number of batches, so that collectives match. A rank that has run out of samples, or
         whose whole batch is bad, gets a batch without images and targets, which contributes 0 to every sum.
         """
+        numbers = np.asarray(self.numbers)
         slots: list[Slots] = [
-            [(-1, int(sample)) for sample in batch] for batch in eval_batches(self.text_bytes, batch_size)
+            [(-1, int(sample)) for sample in numbers[batch]]
+            for batch in eval_batches(self.text_bytes[numbers], batch_size)
         ]
         slots += [[] for _ in range(-len(slots) % world.size)]
         return Passes(self, slots[world.rank :: world.size], None, batch_size, held=2, world=world)
 
     def stream(self, seed: int) -> SampleStream:
         """The endless order of samples for `seed`. Raises ValueError if one of the sets has no usable sample."""
-        sizes = np.split(self.index.shard_sizes, np.cumsum([len(one.shards) for one in self.sets])[:-1])
+        ends = np.cumsum(self.index.shard_sizes)
+        is_whole = len(self.numbers) == len(self.index)
+        numbers = None if is_whole else np.asarray(self.numbers)
+        of_shards = np.diff(ends if numbers is None else np.searchsorted(numbers, ends), prepend=0)
+        sizes = np.split(of_shards, np.cumsum([len(one.shards) for one in self.sets])[:-1])
         for one, size in zip(self.sets, sizes, strict=True):
             if not size.sum():
-                raise ValueError(f"no usable sample in '{one.pattern}': leave it out, or repair it")
+                left = "" if is_whole else " is left to train on"
+                raise ValueError(f"no usable sample{left} in '{one.pattern}': leave it out, or repair it")
         repeats = [one.repeats for one in self.sets]
         if all(repeat == 1 for repeat in repeats):
-            return ShuffledSampler(self.index.shard_sizes, seed, self.config.shuffle_window)
-        return MixtureSampler(sizes, repeats, seed, self.config.shuffle_window)
+            return ShuffledSampler(of_shards, seed, self.config.shuffle_window, numbers)
+        return MixtureSampler(sizes, repeats, seed, self.config.shuffle_window, numbers)
 
     def _dealt(
         self, order: SampleStream, global_batch: int, accumulation: int, start: int, world: World

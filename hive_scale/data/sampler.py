@@ -21,12 +21,16 @@ CLOCK = 2**40  # ticks per epoch on which mixtures are scheduled; integers, sinc
 
 
 class SampleStream(ABC):
-    """Endless stream of sample numbers, epoch after epoch. Its only state is a cache of the last window."""
+    """Endless stream of sample numbers, epoch after epoch. Its only state is a cache of the last window.
 
-    def __init__(self, num_samples: int, seed: int, window: int) -> None:
+    `numbers` translates the numbers that the subclass deals, from 0 on, if only some samples of a set are streamed.
+    """
+
+    def __init__(self, num_samples: int, seed: int, window: int, numbers: Ints | None = None) -> None:
         self.num_samples = num_samples  # per epoch
         self.seed = seed
         self.window = window
+        self.numbers = numbers
         self._last: tuple[int, int, Ints] = (-1, -1, np.empty(0, np.int64))
 
     def ids(self, start: int, count: int) -> Ints:
@@ -57,7 +61,8 @@ class SampleStream(ABC):
         if self._last[:2] != (epoch, window):
             low = window * self.window
             ids = self._between(epoch, low, min(low + self.window, self.num_samples))
-            self._last = (epoch, window, ids[_shuffle(len(ids), self.seed, epoch, window)])
+            ids = ids[_shuffle(len(ids), self.seed, epoch, window)]
+            self._last = (epoch, window, ids if self.numbers is None else self.numbers[ids])
         return self._last[2]
 
     @abstractmethod
@@ -68,9 +73,9 @@ class SampleStream(ABC):
 class ShuffledSampler(SampleStream):
     """Stream over one set: each sample once per epoch. `shard_sizes` are the numbers of samples per shard."""
 
-    def __init__(self, shard_sizes: ArrayLike, seed: int, window: int) -> None:
+    def __init__(self, shard_sizes: ArrayLike, seed: int, window: int, numbers: Ints | None = None) -> None:
         self.sizes = np.asarray(shard_sizes, np.int64)
-        super().__init__(int(self.sizes.sum()), seed, window)
+        super().__init__(int(self.sizes.sum()), seed, window, numbers)
         self._starts = np.cumsum(self.sizes) - self.sizes
         self._epoch: tuple[int, Ints, Ints] = (-1, self.sizes, self.sizes)
 
@@ -97,11 +102,18 @@ class MixtureSampler(SampleStream):
     so with a repeat of 0.5 the next epoch reads the set's other half.
     """
 
-    def __init__(self, sets: Sequence[ArrayLike], repeats: Sequence[float], seed: int, window: int) -> None:
+    def __init__(
+        self,
+        sets: Sequence[ArrayLike],
+        repeats: Sequence[float],
+        seed: int,
+        window: int,
+        numbers: Ints | None = None,
+    ) -> None:
         self.orders = [ShuffledSampler(sizes, seed, window) for sizes in sets]
         sizes = [order.num_samples for order in self.orders]
         self.counts = [max(1, round(repeat * size)) for repeat, size in zip(repeats, sizes, strict=True)]
-        super().__init__(sum(self.counts), seed, window)
+        super().__init__(sum(self.counts), seed, window, numbers)
         self._starts = np.cumsum(sizes) - sizes
 
     def _between(self, epoch: int, low: int, high: int) -> Ints:

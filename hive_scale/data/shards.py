@@ -20,6 +20,7 @@ from hive_scale.data.shard_cache import ShardCache, digest_of, is_remote
 from hive_scale.data.tar_scan import Stamp
 from hive_scale.locate import prepared_by
 
+SPLITS = ("train", "heldout")
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # tars that ship with the package
 
 
@@ -35,15 +36,18 @@ class ShardSet:
     repeats: float = 1.0
 
 
-def expand(patterns: Sequence[str]) -> list[ShardSet]:
-    """Expand `patterns`, in order: paths, ``{0000..0099}`` ranges, globs, URLs, ``sample:train``.
+def expand(patterns: Sequence[str], split: str = "train") -> list[ShardSet]:
+    """Expand `patterns`, in order: paths, ``{0000..0099}`` ranges, globs, folders, URLs, ``sample:train``.
+
+    A folder stands for the tars in it that are named after the `split`: for train, ``train-*.tar``. If none is named
+    after any split, it stands for all its tars.
 
     A prefix says how often an epoch reads a set: ``3 x small/*.tar``, ``0.5 x large/*.tar``. Raises ValueError if a
     shard is missing (naming it and its pattern) or named twice, and for ``pipe:`` URLs, which run commands.
     """
-    sets = [_expand_one(pattern) for pattern in patterns]
+    sets = [_expand_one(pattern, split) for pattern in patterns]
     if not sets:
-        raise ValueError("no shards given: name tars in data.train and data.heldout, such as 'set/{0000..0099}.tar'")
+        raise ValueError("no shards given: name tars in data.train, such as 'set/{0000..0099}.tar', or their folder")
     twice = [shard for shard, count in Counter(all_shards(sets)).items() if count > 1]
     if twice:
         raise ValueError(f"shard {twice[0]} is named twice: to read a set twice as often, write '2 x PATTERN'")
@@ -54,12 +58,12 @@ def all_shards(sets: Sequence[ShardSet]) -> list[str]:
     return [shard for one in sets for shard in one.shards]
 
 
-def _expand_one(pattern: str) -> ShardSet:
+def _expand_one(pattern: str, split: str) -> ShardSet:
     shown = credentials.take(pattern)
     repeats, bare = _share(shown)
     if repeats == 0:
         raise ValueError(f"'{bare}' is to be read 0 times: leave it out, or give it a share above 0")
-    places = _find(_share(credentials.private(shown))[1], bare)
+    places = _find(_share(credentials.private(shown))[1], bare, split)
     return ShardSet(bare, [credentials.name(shown, place) for place in places], repeats)
 
 
@@ -68,7 +72,7 @@ def _share(pattern: str) -> tuple[float, str]:
     return (float(match[1]), match[2]) if match else (1.0, pattern)
 
 
-def _find(pattern: str, shown: str) -> list[str]:
+def _find(pattern: str, shown: str, split: str) -> list[str]:
     """Return the paths or URLs of the shards that match `pattern`; error messages call it `shown`."""
     if pattern.startswith("sample:"):
         name = pattern.removeprefix("sample:")
@@ -81,23 +85,35 @@ def _find(pattern: str, shown: str) -> list[str]:
     if is_remote(pattern):
         return list(braceexpand(pattern))
     paths: list[str] = []
-    for path in braceexpand(pattern):
-        found = sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    for path in map(os.path.expanduser, braceexpand(pattern)):
+        matching = sorted(glob.glob(path)) if glob.has_magic(path) and not os.path.exists(path) else [path]
+        found = [tar for one in matching for tar in (_tars_in(one, shown, split) if os.path.isdir(one) else [one])]
         if missing := [one for one in found if not os.path.isfile(one)]:
-            if os.path.isdir(missing[0]):
-                raise ValueError(
-                    f"'{shown}' is a folder, and shards are tars: name them, such as '{shown}/train-*.tar'; images and "
-                    "captions become tars by prepare_data.py"
-                )
             what = missing[0] if shown == pattern else "a shard"
             asked = " (is $NAME for a variable of the command that began the run? Give that command)" * ("$" in pattern)
+            several = ", or give several as a list, '[a.tar,b.tar]'" if "," in shown and "{" not in shown else ""
             remedy = f"make it with {made}" if (made := prepared_by(shown)) else "make the shard again"
-            raise ValueError(f"shard {what} of '{shown}' is missing{asked}: correct the pattern, or {remedy}")
+            raise ValueError(f"shard {what} of '{shown}' is missing{asked}: correct the pattern{several}, or {remedy}")
         paths += found
     if not paths:
         made = prepared_by(shown) or "prepare_data.py"
         raise ValueError(f"no shard matches '{shown}': correct the pattern, or make the shards with {made}")
     return paths
+
+
+def _tars_in(folder: str, shown: str, split: str) -> list[str]:
+    """Return the tars in `folder` that are of `split`. Raises ValueError if there are none."""
+    tars = sorted(glob.glob(os.path.join(glob.escape(folder), "*.tar")))
+    by_split = {name: [tar for tar in tars if os.path.basename(tar).startswith(f"{name}-")] for name in SPLITS}
+    found = by_split[split] if any(by_split.values()) else tars
+    if not tars:
+        raise ValueError(
+            f"there are no tars in the folder '{shown}': name one that holds some; images and captions become tars by "
+            "prepare_data.py"
+        )
+    if not found:
+        raise ValueError(f"there is no {split}-*.tar in the folder '{shown}': name its tars, or another folder")
+    return found
 
 
 class ShardReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import TokenizerConfig
 from hive_scale.data.byte_tokenizer import END, PAD, UNKNOWN, byte_tokenizer
 from hive_scale.locate import locate
+
+logger = logging.getLogger(__name__)
 
 # data workers tokenize in parallel: the tokenizer's own threads would oversubscribe CPUs, and do not survive a fork
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -147,13 +150,18 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
             f"data.tokenizer.path={config.path} cannot be loaded: {reason}: give a tokenizer's directory, or a name on "
             "the hub"
         ) from None
-    if config.pad_token:
-        if config.pad_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"data.tokenizer.pad_token={config.pad_token} is not in the vocabulary of {config.path}: name one of "
-                "its tokens, such as <unk>"
-            )
+    if config.pad_token and config.pad_token in tokenizer.get_vocab():
         tokenizer.pad_token = config.pad_token
+    elif config.pad_token and tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"data.tokenizer.pad_token={config.pad_token} is not in the vocabulary of {config.path}: name one of "
+            "its tokens, such as <unk>"
+        )
+    elif config.pad_token:  # a preset's, whose LLM has been replaced; padding is masked, so any token will do
+        logger.warning(
+            "data.tokenizer.pad_token=%s is not in the vocabulary of %s, whose own %s is used",
+            config.pad_token, config.path, tokenizer.pad_token,
+        )  # fmt: skip
     if tokenizer.pad_token_id is None:
         raise ValueError(
             f"the tokenizer {config.path} has no padding token: set data.tokenizer.pad_token to one of its tokens, "

@@ -39,7 +39,7 @@ LOADING = {
         "cache_gb",
         "retry_seconds",
     ),
-    "max_bad_samples",
+    *("max_bad_samples", "max_bad_share", "heldout_samples"),
 }
 
 

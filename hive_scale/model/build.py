@@ -22,11 +22,13 @@ from transformers import (
 )
 
 from hive_scale import checksums
-from hive_scale.config import ModelConfig, PartConfig, StageConfig, holds_weights_alone, run_of
+from hive_scale.config import ModelConfig, PartConfig, StageConfig, run_of
+from hive_scale.config_merge import holds_weights_alone
 from hive_scale.locate import is_hub_name, locate
 from hive_scale.model import pretrained
 from hive_scale.model.encoders import family_of
 from hive_scale.model.hive import Hive
+from hive_scale.model.hosts import ALIASES
 from hive_scale.param_groups import ParamGroup, apply_trainable_groups
 from hive_scale.registry import ENCODERS, HOSTS
 
@@ -181,7 +183,7 @@ def _vision_class(config: PretrainedConfig) -> Any:
 def vision_config(part: PartConfig) -> PretrainedConfig:
     """The encoder's Hugging Face config. Raises ValueError for an unsupported one."""
     config = _config(part, "vision")
-    config = getattr(config, "vision_config", config)  # a whole CLIP or SigLIP directory holds the encoder's config
+    config = _inner(config)
     _known(config.model_type, part, "vision")
     for name in ("image_size", "patch_size"):
         if not isinstance(side := getattr(config, name), int):
@@ -207,9 +209,16 @@ def language_config(part: PartConfig) -> PretrainedConfig:
     return config
 
 
+def _inner(config: PretrainedConfig) -> PretrainedConfig:
+    """The encoder's config, also from that of a whole CLIP or SigLIP, which holds it."""
+    return cast(PretrainedConfig, getattr(config, "vision_config", config))
+
+
 def _config(part: PartConfig, role: str) -> PretrainedConfig:
     if part.config:
         fields = dict(part.config)
+        if "model_type" not in fields and part.path and not holds_weights_alone(part.path):
+            fields = _fields(_inner(_config(PartConfig(part.path), role))) | fields  # changes to the path's own config
         model_type = fields.pop("model_type", None)
         _known(model_type, part, role)
         _check_fields(model_type, fields, role)
@@ -230,6 +239,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
     if "vision_config" not in said and "model_type" in said:  # refuse it before transformers asks for more packages
+        if said["model_type"] in ALIASES and role == "language":
+            return _float32(ALIASES[said["model_type"]](said))
         _known(said["model_type"], part, role)
     try:
         return _float32(AutoConfig.from_pretrained(place, trust_remote_code=False))

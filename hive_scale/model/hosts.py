@@ -5,11 +5,11 @@ Shapes: B samples, N tokens in the stream, D LLM width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 from hive_scale.registry import HOSTS
 
@@ -59,6 +59,19 @@ class Host:
         """Last hidden states (..., D) to (..., vocabulary): final norm and head."""
         scores: Tensor = llm.lm_head(llm.model.norm(hidden))
         return scores
+
+
+def _mobilellm(said: Mapping[str, Any]) -> PretrainedConfig:
+    """MobileLLM is Llama; it shares its embeddings by a key of its own. Raises ValueError if it also shares layers."""
+    if said.get("layer_sharing"):
+        raise ValueError("model.language: a MobileLLM-LS shares layers: use the MobileLLM of the same size without LS")
+    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
+    fields = {name: said[name] for name in known & said.keys() if name not in ("model_type", "transformers_version")}
+    return LlamaConfig(**fields | {"tie_word_embeddings": bool(said.get("share_embedding", True))})
+
+
+# Types of published configs that transformers does not know, but whose models are of a family that it knows.
+ALIASES: Mapping[str, Callable[[Mapping[str, Any]], PretrainedConfig]] = {"mobilellm": _mobilellm}
 
 
 def host_of(llm: Any) -> Host:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hive_scale.config import CheckpointingConfig, Config, StageConfig
-from hive_scale.plan.memory import StageProfile, examine
-from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
+from hive_scale.plan.memory import StageProfile, examine, measure
+from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, usable, zero_of
 
 # Activation checkpointing to try, from no recomputation to all; per component where that pays.
 RECOMPUTED = (
@@ -78,6 +79,30 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
             "a larger GPU (--gpu), or offload (--host_gb)"
         )
     return best
+
+
+def too_large(
+    config: Config, name: str, facts: StageProfile, zero: Mapping[str, Any], world: int, memory: float
+) -> str:
+    """Warning, with the remedy, that stage `name` is planned to need more than a device of `memory` bytes; or ""."""
+    stage, room = config.stages[name], usable(memory)
+    per_rank = stage.global_batch // world
+    given = per_rank // stage.accumulation(world)
+    sizes = [size for size in range(given, 0, -1) if per_rank % size == 0]
+    peaks = [measure(facts, config.engine, zero, world, size, per_rank // size).peak for size in sizes]
+    if peaks[0] <= room:
+        return ""
+    fitting = next((size for size, peak in zip(sizes, peaks, strict=True) if peak <= room), 0)
+    return (
+        f"stages.{name}: micro_batch={given} may not fit: {peaks[0] / 1e9:.3g} GB are planned, and {room / 1e9:.3g} GB "
+        f"of this device can be used: {_smaller(name, fitting)}"
+    )
+
+
+def _smaller(stage: str, micro_batch: int) -> str:
+    if micro_batch:
+        return f"set stages.{stage}.micro_batch={micro_batch}, with the same global batch"
+    return "nor would micro_batch=1: recompute activations (engine.checkpointing.*=full), use more GPUs, or offload"
 
 
 def _engines(config: Config, machine: Machine) -> Iterator[Config]:

@@ -17,6 +17,11 @@ from hive_scale.precision import DTYPES
 CONTEXT, FRAGMENTATION = 0.8e9, 0.05
 
 
+def usable(memory: float) -> float:
+    """Bytes that are available to tensors on a device of `memory` bytes."""
+    return (memory - CONTEXT) * (1 - FRAGMENTATION)
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """Plan of one stage for one of `world` processes. Bytes, FLOPs and seconds."""
@@ -82,7 +87,7 @@ class Machine:
     @property
     def capacity(self) -> float:
         """Bytes of one device that are available to tensors."""
-        return (self.gpu.memory - CONTEXT) * (1 - FRAGMENTATION)
+        return usable(self.gpu.memory)
 
 
 def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
@@ -126,7 +131,7 @@ def plan_stage(
         components=facts.components(),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        steps=stage.num_steps(num_samples),
+        steps=stage.num_steps(num_samples - round(num_samples * config.data_of(name).heldout_share)),
         samples=stage.global_batch,
         memory=memory,
         capacity=machine.capacity,

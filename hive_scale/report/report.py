@@ -75,7 +75,7 @@ Captioned = tuple[Tensor, Mapping[str, str]]  # an image, and its captions by au
 def report(runs: Sequence[RunView], look: bool = True, images: int = 4) -> Report:
     """Gather the report of `runs`. With `look` False no model is loaded: no captions and no maps."""
     histories = [run.history() for run in runs]
-    notes = _holes(runs) + _other_recipes(runs)
+    notes = _holes(runs) + _other_recipes(runs) + _without_heldout(runs)
     captions: list[Captioned] = []
     maps: dict[str, str] = {}
     if look:
@@ -187,6 +187,14 @@ def _faults(run: RunView) -> list[dict[str, str]]:
 def _holes(runs: Sequence[RunView]) -> list[str]:
     paths = [run.dir / stage / "metrics.jsonl" for run in runs for stage in run.config.stages]
     return [f"{path}: {text}" for path in paths for text in damage(path)]
+
+
+def _without_heldout(runs: Sequence[RunView]) -> list[str]:
+    return [
+        f"{run.name} held nothing out (data.heldout=none): its images here are ones that it was trained on"
+        for run in runs
+        if not run.config.data.heldout
+    ]
 
 
 def _other_recipes(runs: Sequence[RunView]) -> list[str]:

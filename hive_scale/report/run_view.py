@@ -54,10 +54,15 @@ class RunView(run_reader.Run):
             raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
 
     def heldout(self, count: int) -> list[Pair]:
-        """Return up to `count` held-out pairs, evenly spaced through the set. Raises ValueError if none can be read."""
-        pairs = list(open_data(self.config).heldout.spread(count))
+        """Return up to `count` held-out pairs, evenly spaced through the set; training pairs if nothing is held out.
+
+        Raises ValueError if none can be read.
+        """
+        data = open_data(self.config)
+        pairs = list((data.heldout or data.train).spread(count))
         if not pairs:
-            raise ValueError(f"no held-out image of {self.dir} can be read: give --images")
+            which = "held-out" if data.heldout else "training"
+            raise ValueError(f"no {which} image of {self.dir} can be read: give --images")
         return pairs
 
 

@@ -52,6 +52,11 @@ def blank_image_control(config: Config) -> Config:
     )
 
 
+def has_blank_image_control(config: Config) -> bool:
+    """True if the run is to be compared with a control, by the held-out loss of the last stage."""
+    return config.blank_image_control and bool(config.data_of(list(config.stages)[-1]).heldout)
+
+
 def show(config: Config, device: torch.device, trained: bool = True, preset: str = "") -> None:
     """Print the outcome of a finished run, and save it to `<output>/outcome.txt`. Needs no other process.
 
@@ -109,7 +114,12 @@ def _told(what: Callable[..., None]) -> Callable[..., bool]:
 
 @_told
 def _losses(config: Config, screen: Screen) -> None:
-    screen.print(_losses_table(config, heldout_losses(config)))
+    losses = heldout_losses(config)
+    if any(losses.values()):
+        screen.print(_losses_table(config, losses, "held-out"))
+    else:
+        screen.print(_losses_table(config, losses_of(config, "loss"), "training"))
+        screen.print("nothing is held out (data.heldout=none): how the model does on new data is not known")
     screen.print(_time(config), soft_wrap=True)
 
 
@@ -119,12 +129,15 @@ def _looks(config: Config, screen: Screen, device: torch.device) -> None:
     stage_dir = config.run_dir / list(config.stages)[-1]
     data = open_data(config, stage_dir.name)
     model = build.load_model(config.model, read_weights(stage_dir / WEIGHTS)).to(device)
-    if config.blank_image_control:
-        batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
-        share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
-        screen.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
+    if has_blank_image_control(config) and data.heldout:
+        if len(data.heldout.numbers) > 1:  # else there is no other image
+            batches = islice(data.heldout.once(batch_size=BATCH, world=World(0, 1, device)), PAIRS // BATCH)
+            share = matched_share(model, (_got_on(batch.to(device)) for batch in batches))
+            screen.print(f"captions likelier with their own image than with another's: {share:.0%} (chance 50%)")
         screen.print(_gain(config, heldout_losses(config)), soft_wrap=True)
-    if pairs := list(data.heldout.spread(3)):
+    if not data.heldout:
+        screen.print("captions of images that it was trained on:")
+    if pairs := list((data.heldout or data.train).spread(3)):
         written = write(model, data.tokenizer, [pixels for pixels, _ in pairs])
         for (_, truth), text in zip(pairs, written, strict=True):
             screen.print(f"  truth: {printable(truth)}\n  model: {printable(text)}", soft_wrap=True)
@@ -199,8 +212,13 @@ def _parts(config: Config) -> tuple[Any, ...]:
 
 def heldout_losses(config: Config) -> dict[str, list[float]]:
     """Return every held-out loss of each stage, in order, in nats per token."""
+    return losses_of(config, "eval_loss")
+
+
+def losses_of(config: Config, key: str) -> dict[str, list[float]]:
+    """Return what each stage logged as `key`, in order."""
     lines = {name: read_metrics(config.run_dir / name / "metrics.jsonl") for name in config.stages}
-    return {name: [line["eval_loss"] for line in stage if "eval_loss" in line] for name, stage in lines.items()}
+    return {name: [line[key] for line in stage if line.get(key) is not None] for name, stage in lines.items()}
 
 
 def _time(config: Config) -> str:
@@ -209,10 +227,11 @@ def _time(config: Config) -> str:
     return goodput.summary(*goodput.added(last))
 
 
-def _losses_table(config: Config, losses: dict[str, list[float]]) -> Table:
-    table = Table("stage", "held-out loss, first", "last", title=Text(f"{config.name} (nats per token)"))
+def _losses_table(config: Config, losses: dict[str, list[float]], of: str) -> Table:
+    table = Table("stage", f"{of} loss, first", "last", title=Text(f"{config.name} (nats per token)"))
     for name, values in losses.items():
-        table.add_row(name, f"{values[0]:.4f}" if len(values) > 1 else "", f"{values[-1]:.4f}")
+        last = f"{values[-1]:.4f}" if values else "nothing held out"
+        table.add_row(name, f"{values[0]:.4f}" if len(values) > 1 else "", last)
     return table
 
 
