@@ -33,7 +33,14 @@ from hive_scale.pipeline import run_pipeline
 from hive_scale.resilience.loss_guard import LEAST, LossGuard
 from hive_scale.train import StageRun
 
-CELLS = [Cell("ddp"), Cell("fsdp"), Cell("zero1"), Cell("zero2_offload"), Cell("zero2", precision="bf16")]
+CELLS = [
+    Cell("ddp"),
+    Cell("ddp", precision="bf16"),
+    Cell("fsdp"),
+    Cell("zero1"),
+    Cell("zero2_offload"),
+    Cell("zero2", precision="bf16"),
+]
 
 
 def digest(engine: Engine) -> str:
