@@ -1,8 +1,8 @@
 """Memory of the native engine during a micro-batch: gathered units, gradients, buffers of collectives.
 
-Unsharded models train as they are. Otherwise FSDP2 gathers and shards in the order of torch 2.14: a unit is gathered when its forward begins and freed when it ends; in backward the
-preceding unit is prefetched. Gradients are reduced in float32 once the gradients of a unit's inputs are known, or at
-the very end for a unit whose inputs need none.
+Unsharded models train as they are. Otherwise FSDP2 gathers and shards in the order of torch 2.14: a unit is gathered
+when its forward begins and freed when it ends; in backward the preceding unit is prefetched. Gradients are reduced in
+float32 once the gradients of a unit's inputs are known, or at the very end for a unit whose inputs need none.
 """
 
 from __future__ import annotations
