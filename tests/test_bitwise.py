@@ -32,6 +32,7 @@ ENGINES = {
     "ddp": EngineConfig(shard_size=1),
     "fsdp": EngineConfig(),
     "fsdp, offload": EngineConfig(cpu_offload=True),
+    "ddp, bf16": EngineConfig("bf16", shard_size=1),
     "fsdp, bf16": EngineConfig("bf16"),
     **{name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero1", "zero2", "zero2_offload")},
     "zero2, bf16": EngineConfig("bf16", ds_config=str(JSONS / "zero2.json")),

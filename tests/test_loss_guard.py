@@ -33,7 +33,8 @@ from hive_scale.pipeline import run_pipeline
 from hive_scale.resilience.loss_guard import LEAST, LossGuard
 from hive_scale.train import StageRun
 
-CELLS = [Cell("ddp"), Cell("fsdp"), Cell("zero1"), Cell("zero2_offload"), Cell("zero2", precision="bf16")]
+CELLS = [Cell(name) for name in ("ddp", "fsdp", "zero1", "zero2_offload")]
+CELLS += [Cell(name, precision="bf16") for name in ("ddp", "zero2")]
 
 
 def digest(engine: Engine) -> str:

@@ -1,7 +1,8 @@
-"""The FSDP2 engine: one mesh (replicate, shard) covers a single process, DDP, HSDP and FSDP with the same code.
+"""The native engine: unsharded (one process, or DDP), or with FSDP2 (FSDP and HSDP by one mesh: replicate, shard).
 
-Without sharding and in fp32, the parameters are the master weights. FSDP2 would then still copy every weight, at an
-eighth of a step's time, so the module is left unwrapped, or wrapped in DDP if there are several ranks.
+Unsharded, nothing is wrapped. In fp32 the parameters are the master weights, and DDP reduces gradients if there are
+several ranks. In bf16 the masters are apart (`masters`). FSDP2 would copy every weight for nothing, and keep float32
+masters of frozen parameters, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
 from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
+from hive_scale.engine.masters import MasterWeights, use_dtype
 from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
@@ -64,26 +66,35 @@ class FsdpEngine:
             raise ValueError(
                 f"engine.shard_size={shard} does not divide the {world.size} processes: use a divisor of it"
             )
-        plain = shard == 1 and config.precision == "fp32" and not config.cpu_offload
+        compute = DTYPES[config.precision]
+        plain = shard == 1 and not config.cpu_offload
+        has_masters = plain and compute != torch.float32
+        if has_masters:
+            use_dtype(model, compute)
         if not plain:
             self._shard(config, shard)
         # filled after sharding, shard by shard: the whole model may not fit on one device
         self._fill(weights, "cpu" if config.cpu_offload else world.device)
+        self.masters = MasterWeights(model, groups, weights, world) if has_masters else None
         if not plain:
             self._unshard_frozen_once()
         if config.compile:
             for block in blocks_of(model):
                 block.compile()
         self._forward: Callable[..., Tensor] = model
-        if plain and world.size > 1:
+        if plain and world.size > 1 and not has_masters:
             options: dict[str, Any] = {_BUFFERS: False}  # buffers are equal on all ranks and constant
             self._forward = DistributedDataParallel(model, gradient_as_bucket_view=True, **options)
         # under gradient accumulation (no sync) gradients stay unsharded, unless each micro-batch is reduced
         reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
         gradient_ranks = shard if reduces else 1
         self.kind = optimizer_kind(stage)
-        self.layout = StateSharding(4, shard, 4, gradient_ranks, 4 * len(self.kind.states), shard)
-        self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
+        states = len(self.kind.states) + has_masters
+        self.layout = StateSharding(compute.itemsize if has_masters else 4, shard, 4, gradient_ranks, 4 * states, shard)
+        if self.masters:
+            self.optimizer = make_optimizer(self.masters.flat, self.masters.groups(groups), stage)
+        else:
+            self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
         if config.cpu_offload:
             use_cores(world)
 
@@ -139,6 +150,8 @@ class FsdpEngine:
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
         total = accumulate(self.world, micro_batches, self._run)
+        if self.masters:
+            self.masters.reduce()
         # the norm of undivided gradients: the number of targets on all ranks arrives with the loss, in one reduction
         norm = self._grad_norm()
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
@@ -149,7 +162,11 @@ class FsdpEngine:
         if taken:
             self._scale(divisor, norm)
             self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.masters:
+            self.masters.copy_back()
+            self.masters.clear()
+        else:
+            self.optimizer.zero_grad()
         return StepOutput(mean, norm if math.isfinite(norm) else math.nan, num_tokens, taken, voted)
 
     def _run(self, batch: Batch, is_last: bool) -> Tensor:
@@ -157,7 +174,7 @@ class FsdpEngine:
             self.world.timer.enter("forward")
             loss = self.loss(self._forward, batch.to(self.world.device))
             self.world.timer.enter("backward")
-            torch.autograd.backward(loss * self.world.size)  # undoes the averaging over ranks
+            torch.autograd.backward(loss if self.masters else loss * self.world.size)  # undoes averaging over ranks
         return loss.detach()
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
@@ -193,6 +210,13 @@ class FsdpEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         self._create_states()
+        if self.masters:
+            for name, place in self.masters.places.items():
+                flat = self.masters.flat[place.group]
+                state = self.optimizer.state[flat]
+                for kind, tensor in (("master", flat), *((key, state[key]) for key in self.kind.states)):
+                    yield Fragment(name, kind, place.shape, 0, tensor.narrow(0, place.start, place.numel))
+            return
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -203,7 +227,9 @@ class FsdpEngine:
                     yield Fragment(name, kind, tuple(parameter.shape), offset, local)
 
     def after_load(self, num_steps: int) -> None:
-        # compute copies need no update: each forward makes them from the masters
+        # FSDP2's compute copies need no update: each forward makes them from the masters
+        if self.masters:
+            self.masters.copy_back()
         self._create_states()
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:

@@ -45,14 +45,14 @@ def planned(engine: Engine) -> dict[str, Bytes]:
 
 def found(engine: Engine) -> dict[str, Bytes]:
     """Bytes by component that this process holds now. Gradients exist only between a backward and its step."""
-    result = defaultdict[str, Bytes](Bytes)
-    for name, parameter in engine.model.named_parameters():
+    result, named = defaultdict[str, Bytes](Bytes), list(engine.model.named_parameters())
+    for name, parameter in named:
         part = result[_component(name)]
         part.parameters += sum(_nbytes(tensor) for tensor in _held(parameter))
         part.gradients += 0 if parameter.grad is None else _nbytes(parameter.grad)
-    masters_are_parameters = engine.layout.optimizer_bytes == 8
+    parameters = {_local(tensor).untyped_storage().data_ptr() for _, one in named for tensor in _held(one)}
     for fragment in engine.fragments():
-        if not (fragment.kind == "master" and masters_are_parameters):
+        if not (fragment.kind == "master" and fragment.data.untyped_storage().data_ptr() in parameters):
             result[_component(fragment.name)].optimizer += fragment.data.nbytes
     return dict(result)
 
@@ -88,7 +88,11 @@ def _held(parameter: Any) -> Iterator[Tensor]:
 
 
 def _nbytes(tensor: Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+    return _local(tensor).nbytes
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _sum(parts: Mapping[str, Bytes]) -> Bytes:

@@ -1,9 +1,8 @@
 """Memory of the native engine during a micro-batch: gathered units, gradients, buffers of collectives.
 
-Unsharded float32 models train as they are, under DDP if there are several processes. Otherwise FSDP2 gathers and
-shards in the order of torch 2.14: a unit is gathered when its forward begins and freed when it ends; in backward the
-preceding unit is prefetched. Gradients are reduced in float32 once the gradients of a unit's inputs are known, or at
-the very end for a unit whose inputs need none.
+Unsharded models train as they are. Otherwise FSDP2 gathers and shards in the order of torch 2.14: a unit is gathered
+when its forward begins and freed when it ends; in backward the preceding unit is prefetched. Gradients are reduced in
+float32 once the gradients of a unit's inputs are known, or at the very end for a unit whose inputs need none.
 """
 
 from __future__ import annotations
@@ -186,18 +185,21 @@ class Fsdp:
 
 
 class Unsharded:
-    """Simulation of one micro-batch of an unsharded float32 model.
+    """Simulation of one micro-batch of an unsharded model.
 
-    On one rank, gradients appear one by one and stay. DDP's gradients lie in buckets that exist from the start, as do
-    accumulated ones.
+    On one rank in float32, gradients appear one by one and stay. DDP's gradients lie in buckets that exist from the
+    start, as do accumulated ones, and the float32 sums of gradients in bf16, each of which is freed at once.
     """
 
-    def __init__(self, trace: Trace, units: Units, ranks: int, waiting: bool) -> None:
+    def __init__(self, trace: Trace, units: Units, ranks: int, itemsize: int, waiting: bool) -> None:
         self.line = Timeline(trace)
         numel = {param.name: param.numel for members in units.members.values() for param in members}
-        if ranks > 1 or waiting:
+        gradients = [(at, numel[name]) for at, kind, name in trace.events if kind == "gradient"]
+        if ranks > 1 or waiting or itemsize != MASTER:
             self.line.hold(0, "gradients", float(MASTER * sum(units.trained(unit, 1) for unit in units.members)))
+            if itemsize != MASTER:
+                for at, size in gradients:
+                    self.line.spike(at, "gradients", float(itemsize * size))
             return
-        for at, kind, name in trace.events:
-            if kind == "gradient":
-                self.line.hold(at, "gradients", float(MASTER * numel[name]))
+        for at, size in gradients:
+            self.line.hold(at, "gradients", float(MASTER * size))

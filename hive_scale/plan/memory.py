@@ -128,23 +128,30 @@ def _native(
     facts: StageProfile, engine: EngineConfig, world: int, itemsize: int, micro_batch: int, waiting: bool
 ) -> Memory:
     shard = engine.shard_size or world
+    if shard == 1 and not engine.cpu_offload:
+        return _unsharded(facts, world, itemsize, micro_batch, waiting)
     masters = float(MASTER * sum(param.padded(shard) for param in facts.params) / shard)
     moments = float(MASTER * facts.states * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
-    if shard == 1 and itemsize == MASTER and not engine.cpu_offload:
-        lines = [Unsharded(facts.trace, facts.units, world, waiting).line]
-    else:
-        keeps = waiting and not engine.reshard_after_backward
-        waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
-        # the first micro-batch holds no earlier gradients, the last one reduces
-        passes = [Pass(keeps=keeps), Pass(waits, begins_gathered=keeps)] if waiting else [Pass()]
-        passes += [Pass(waits, begins_gathered=True, keeps=True)] if keeps else []
-        reshard = engine.reshard_after_forward
-        lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, one).line for one in passes]
+    keeps = waiting and not engine.reshard_after_backward
+    waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
+    # the first micro-batch holds no earlier gradients, the last one reduces
+    passes = [Pass(keeps=keeps), Pass(waits, begins_gathered=keeps)] if waiting else [Pass()]
+    passes += [Pass(waits, begins_gathered=True, keeps=True)] if keeps else []
+    reshard = engine.reshard_after_forward
+    lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, one).line for one in passes]
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
     batch = facts.trace.input_bytes * micro_batch
     if engine.cpu_offload:
         return Memory(0.0, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # masters, moments and reduced gradients
     return Memory(masters, 0.0, moments, batch, moment, 0.0)
+
+
+def _unsharded(facts: StageProfile, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:
+    trained = float(facts.numel(True))
+    moment = Unsharded(facts.trace, facts.units, world, itemsize, waiting).line.worst(micro_batch)
+    masters = MASTER * trained if itemsize != MASTER else 0.0  # in fp32 the parameters are the masters
+    moments, batch = MASTER * facts.states * trained, facts.trace.input_bytes * micro_batch
+    return Memory(float(itemsize * facts.numel()), masters, moments, batch, moment, 0.0)
 
 
 def _deepspeed(

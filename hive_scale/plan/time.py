@@ -91,7 +91,8 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
     share = (world - 1) / world
     if not zero:
         shard = engine.shard_size or world
-        units = len(facts.units.members)
+        # unsharded in bf16, all gradients are reduced as one
+        units = 1 if shard == 1 and itemsize < 4 and not engine.cpu_offload else len(facts.units.members)
         cut, copies = (shard - 1) / shard, world // shard
         gathers = accumulation * (2 if engine.reshard_after_forward else 1)
         gathers -= 0 if engine.reshard_after_backward else accumulation - 1  # later forwards find units gathered

@@ -1,0 +1,95 @@
+"""Float32 master weights of a model that is not sharded and computes in bf16.
+
+The module stays as it is: no hooks, and no float32 copy of what is frozen. Autograd adds the gradients of all
+micro-batches in float32. Masters, gradients and bf16 copies of all trained parameters lie in one buffer each, so that a
+step takes a few operators, whatever the number of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hive_scale.distributed import World
+from hive_scale.param_groups import ParamGroup
+
+ALIGNED = 64  # elements: a parameter begins at a multiple of 128 bytes, which matrix products want
+
+
+def use_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all parameters of `model`, which are on the meta device, the dtype `dtype`. Buffers keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in the flat tensor of its group."""
+
+    shape: tuple[int, ...]
+    group: str
+    start: int
+    numel: int
+
+
+class MasterWeights:
+    """Masters of a model's trained parameters: one flat tensor for each parameter group, with its gradient."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: nn.Module, groups: Sequence[ParamGroup], weights: Mapping[str, Tensor], world: World
+    ) -> None:
+        """Take the masters' values from `weights`, which are float32. The model's parameters become views."""
+        self.world = world
+        parameters = dict(model.named_parameters())
+        sizes = [sum(_aligned(parameters[name].numel()) for name in group.parameters) for group in groups]
+        self._masters, self._sums = (torch.zeros(sum(sizes), device=world.device) for _ in range(2))
+        self._copies = torch.zeros_like(self._masters, dtype=next(model.parameters()).dtype)
+        self.flat: dict[str, Tensor] = {}  # by number of the group
+        self.places: dict[str, Place] = {}
+        cut = zip(
+            groups,
+            torch.split(self._masters, sizes),
+            torch.split(self._sums, sizes),
+            torch.split(self._copies, sizes),
+            strict=True,
+        )
+        for number, (group, masters, sums, copies) in enumerate(cut):
+            self.flat[str(number)] = masters
+            masters.grad = sums
+            start = 0
+            for name in group.parameters:
+                parameter = parameters[name]
+                place = Place(tuple(parameter.shape), str(number), start, parameter.numel())
+                end, self.places[name] = start + place.numel, place
+                masters[start:end].copy_(weights[name].flatten())
+                parameter.data = copies[start:end].view(place.shape)
+                parameter.grad_dtype = torch.float32
+                parameter.grad = sums[start:end].view(place.shape)
+                start += _aligned(place.numel)
+        self.copy_back()
+
+    def groups(self, groups: Sequence[ParamGroup]) -> list[ParamGroup]:
+        """`groups`, each of which names its flat tensor, a key of `flat`, in place of its parameters."""
+        return [replace(group, parameters=(str(number),)) for number, group in enumerate(groups)]
+
+    def reduce(self) -> None:
+        """Add up the gradients of all ranks. A collective."""
+        if self.world.size > 1:
+            dist.all_reduce(self._sums)
+
+    def clear(self) -> None:
+        """Set the gradients to zero for the next step."""
+        self._sums.zero_()
+
+    def copy_back(self) -> None:
+        """Round the masters into the module's parameters."""
+        self._copies.copy_(self._masters)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNED) * ALIGNED
