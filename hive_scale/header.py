@@ -178,7 +178,7 @@ def _engine(config: Config, size: int) -> str:
     if engine.ds_config:
         name = f"DeepSpeed, {engine.ds_config}"
     elif size == 1:
-        name = "FSDP2 engine in one process, nothing is sharded"
+        name = "native engine in one process, nothing is sharded"
     elif shard == 1:
         name = f"DDP: {size} replicas"
     else:

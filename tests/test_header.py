@@ -56,7 +56,7 @@ def test_a_header_says_what_will_run_where_on_what(
     assert told["run"] == "debug"
     assert told["stages"] == "projector (not now), language (goes on from step 3), joint"
     assert told["processes"] == "1, no launcher"
-    assert told["engine"] == "FSDP2 engine in one process, nothing is sharded; fp32"
+    assert told["engine"] == "native engine in one process, nothing is sharded; fp32"
     assert told["data"].startswith(f"training, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable (22.2%): 1 x ")
     assert told[""].startswith(f"held-out, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable")
     language, joint = (text for label, text in lines if label == "stage")
