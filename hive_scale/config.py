@@ -24,6 +24,7 @@ from hive_scale.registry import FUSIONS, OPTIMIZERS
 
 Depths = Literal["uniform", "later"]
 Positions = Literal["grid", "line"]
+Frozen = Literal["replicate", "shard"]
 Precision = Literal["fp32", "bf16"]
 Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
@@ -302,6 +303,7 @@ class EngineConfig:
 
     precision: Precision = "fp32"  # of compute; master weights and moments are always fp32
     shard_size: int = 0  # ranks that share one copy of the state; 0: all (FSDP), 1: replicated (DDP), between: HSDP
+    frozen: Frozen = "replicate"  # frozen parameters under FSDP2: whole on each rank, in `precision`; or shard, in fp32
     reshard_after_forward: bool = True  # false: blocks stay unsharded until the backward (more memory, fewer gathers)
     reshard_after_backward: bool = True  # false: parameters stay unsharded between micro-batches of a step
     sync_each_micro_batch: bool = False  # true: reduce-scatter gradients after each micro-batch, not once per step

@@ -205,8 +205,8 @@ def test_what_happens_between_micro_batches_is_planned() -> None:
     assert cut < whole / 2 < waiting
     sent = [plan.time.volume.sent for plan in (kept, usual, synced)]
     assert sent[0] < sent[1] < sent[2]
-    numbers = sum(trained + frozen for trained, frozen in usual.components.values())
-    assert sent[1] - sent[0] == pytest.approx(3 * 2 * numbers * 3 / 4), "a gather of bf16 for each micro-batch but one"
+    gather = 2 * sum(trained for trained, _ in usual.components.values()) * 3 / 4  # of bf16, but for padding
+    assert sent[1] - sent[0] == pytest.approx(3 * gather, rel=0.03), "one for each micro-batch but one"
     facts = examine(run_config(precision="bf16"), stage_of("cross_attention", "joint"), 12)
     ends = [Fsdp(facts.trace, facts.units, 4, 2, True, one).gathered for one in (Pass(), Pass("whole", True, True))]
     assert ends == [set(), set(facts.units.members)]

@@ -51,10 +51,15 @@ def token_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 
 class StateSharding(NamedTuple):
-    """Bytes per parameter element that an engine holds, and the number of ranks that each kind is sharded over."""
+    """Bytes per parameter element that an engine holds, and the number of ranks that each kind is sharded over.
+
+    `parameter_*` are of trained parameters, whose gradients and optimizer states follow; `frozen_*` of frozen ones.
+    """
 
     parameter_bytes: int
     parameter_ranks: int
+    frozen_bytes: int
+    frozen_ranks: int
     gradient_bytes: int
     gradient_ranks: int
     optimizer_bytes: int

@@ -67,7 +67,8 @@ class DeepSpeedEngine:
         self.divides = zero_stage > 1 or compute == torch.float32  # ZeRO-1's bf16 optimizer ignores the loss scale
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # of parameters, gradients, optimizer
         self.kind = optimizer_kind(stage)
-        self.layout = StateSharding(compute.itemsize, cut[0], 4, cut[1], 4 + 4 * len(self.kind.states), cut[2])
+        parameters = compute.itemsize, cut[0]
+        self.layout = StateSharding(*parameters, *parameters, 4, cut[1], 4 + 4 * len(self.kind.states), cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
         if config.compile:

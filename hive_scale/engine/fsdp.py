@@ -69,14 +69,16 @@ class FsdpEngine:
         compute = DTYPES[config.precision]
         plain = shard == 1 and not config.cpu_offload
         has_masters = plain and compute != torch.float32
+        frozen = {one for one in model.parameters() if not one.requires_grad and config.frozen == "replicate"}
         if has_masters:
-            use_dtype(model, compute)
+            use_dtype(model.parameters(), compute)
         if not plain:
-            self._shard(config, shard)
+            use_dtype(frozen, compute)
+            self._shard(config, shard, frozen)
         # filled after sharding, shard by shard: the whole model may not fit on one device
         self._fill(weights, "cpu" if config.cpu_offload else world.device)
         self.masters = MasterWeights(model, groups, weights, world) if has_masters else None
-        if not plain:
+        if not plain and not frozen:
             self._unshard_frozen_once()
         if config.compile:
             for block in blocks_of(model):
@@ -90,7 +92,9 @@ class FsdpEngine:
         gradient_ranks = shard if reduces else 1
         self.kind = optimizer_kind(stage)
         states = len(self.kind.states) + has_masters
-        self.layout = StateSharding(compute.itemsize if has_masters else 4, shard, 4, gradient_ranks, 4 * states, shard)
+        trained = (compute.itemsize if has_masters else 4), shard
+        held = (compute.itemsize, 1) if frozen else trained
+        self.layout = StateSharding(*trained, *held, 4, gradient_ranks, 4 * states, shard)
         if self.masters:
             self.optimizer = make_optimizer(self.masters.flat, self.masters.groups(groups), stage)
         else:
@@ -98,7 +102,8 @@ class FsdpEngine:
         if config.cpu_offload:
             use_cores(world)
 
-    def _shard(self, config: EngineConfig, shard: int) -> None:
+    def _shard(self, config: EngineConfig, shard: int, apart: set[nn.Parameter]) -> None:
+        """Shard the parameters that are not `apart`; a block without such is left as it is."""
         # a mesh dimension of size one would still cost an all-reduce per unit
         dims = {"shard": shard} if shard == self.world.size else {"replicate": self.world.size // shard, "shard": shard}
         mesh = init_device_mesh(self.world.device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
@@ -111,8 +116,10 @@ class FsdpEngine:
             else OffloadPolicy(),
             "reshard_after_forward": config.reshard_after_forward,
         }
+        options["ignored_params"] = apart
         for block in blocks_of(self.model):
-            fully_shard(block, **options)
+            if not apart.issuperset(block.parameters()):
+                fully_shard(block, **options)
         # the root unit holds the head, the last in forward and the first in backward: keep it unsharded in between
         fully_shard(self.model, **options | {"reshard_after_forward": False})
 
@@ -122,6 +129,9 @@ class FsdpEngine:
         model: nn.Module = self.model
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         model.to_empty(device=device)  # this empties buffers too, which held values; they are restored below
+        for parameter in model.parameters():
+            if not isinstance(parameter, DTensor):  # what is not sharded is never offloaded
+                parameter.data = parameter.data.to(self.world.device)
         self.model.language.tie_weights()  # to_empty breaks weight tying if the parameter is not sharded
         for name, buffer in buffers.items():
             owner, _, attribute = name.rpartition(".")

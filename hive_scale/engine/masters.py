@@ -7,7 +7,7 @@ step takes a few operators, whatever the number of parameters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from hive_scale.param_groups import ParamGroup
 ALIGNED = 64  # elements: a parameter begins at a multiple of 128 bytes, which matrix products want
 
 
-def use_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give all parameters of `model`, which are on the meta device, the dtype `dtype`. Buffers keep theirs."""
-    for parameter in model.parameters():
+def use_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Give `parameters`, which are on the meta device, the dtype `dtype`."""
+    for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
 
 
@@ -46,7 +46,7 @@ class MasterWeights:
         """Take the masters' values from `weights`, which are float32. The model's parameters become views."""
         self.world = world
         parameters = dict(model.named_parameters())
-        sizes = [sum(_aligned(parameters[name].numel()) for name in group.parameters) for group in groups]
+        sizes = [sum(aligned(parameters[name].numel()) for name in group.parameters) for group in groups]
         self._masters, self._sums = (torch.zeros(sum(sizes), device=world.device) for _ in range(2))
         self._copies = torch.zeros_like(self._masters, dtype=next(model.parameters()).dtype)
         self.flat: dict[str, Tensor] = {}  # by number of the group
@@ -70,7 +70,7 @@ class MasterWeights:
                 parameter.data = copies[start:end].view(place.shape)
                 parameter.grad_dtype = torch.float32
                 parameter.grad = sums[start:end].view(place.shape)
-                start += _aligned(place.numel)
+                start += aligned(place.numel)
         self.copy_back()
 
     def groups(self, groups: Sequence[ParamGroup]) -> list[ParamGroup]:
@@ -91,5 +91,6 @@ class MasterWeights:
         self._copies.copy_(self._masters)
 
 
-def _aligned(numel: int) -> int:
+def aligned(numel: int) -> int:
+    """Elements that a parameter of `numel` elements takes in a flat tensor."""
     return -(-numel // ALIGNED) * ALIGNED

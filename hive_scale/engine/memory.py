@@ -36,8 +36,10 @@ def planned(engine: Engine) -> dict[str, Bytes]:
     layout, result = engine.layout, defaultdict[str, Bytes](Bytes)
     for name, parameter in engine.model.named_parameters():
         part, numel = result[_component(name)], getattr(parameter, "ds_numel", parameter.numel())
-        part.parameters += numel * layout.parameter_bytes / layout.parameter_ranks
-        if parameter.requires_grad:
+        if not parameter.requires_grad:
+            part.parameters += numel * layout.frozen_bytes / layout.frozen_ranks
+        else:
+            part.parameters += numel * layout.parameter_bytes / layout.parameter_ranks
             part.gradients += numel * layout.gradient_bytes / layout.gradient_ranks
             part.optimizer += numel * layout.optimizer_bytes / layout.optimizer_ranks
     return dict(result)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hive_scale.config import CheckpointingConfig, Config, StageConfig
+from hive_scale.config import CheckpointingConfig, Config, Frozen, StageConfig
 from hive_scale.plan.memory import StageProfile, examine, measure
 from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, usable, zero_of
 
@@ -20,7 +20,8 @@ RECOMPUTED = (
 )
 
 
-NATIVE = ("shard_size", "reshard_after_forward", "cpu_offload")
+NATIVE = ("shard_size", "frozen", "reshard_after_forward", "cpu_offload")
+FROZEN: tuple[Frozen, ...] = ("replicate", "shard")
 NEAR = 1.02  # stop searching once the time is within this factor of the lower bound
 
 
@@ -102,7 +103,10 @@ def too_large(
 def _smaller(stage: str, micro_batch: int) -> str:
     if micro_batch:
         return f"set stages.{stage}.micro_batch={micro_batch}, with the same global batch"
-    return "nor would micro_batch=1: recompute activations (engine.checkpointing.*=full), use more GPUs, or offload"
+    return (
+        "nor would micro_batch=1: recompute activations (engine.checkpointing.*=full), use more GPUs, shard frozen "
+        "parameters, too (engine.frozen=shard), or offload"
+    )
 
 
 def _engines(config: Config, machine: Machine) -> Iterator[Config]:
@@ -114,8 +118,9 @@ def _engines(config: Config, machine: Machine) -> Iterator[Config]:
     for shard in sorted({1, node, machine.world}):
         for reshard in (False, True) if shard > 1 else (True,):
             for offload in (False, True) if machine.host_memory is not None else (False,):
-                engine = replace(config.engine, shard_size=shard, reshard_after_forward=reshard, cpu_offload=offload)
-                yield replace(config, engine=engine)
+                sharded = replace(config.engine, shard_size=shard, reshard_after_forward=reshard, cpu_offload=offload)
+                for frozen in FROZEN if shard > 1 else FROZEN[:1]:
+                    yield replace(config, engine=replace(sharded, frozen=frozen))
 
 
 def _facts(

@@ -49,6 +49,11 @@ class Units:
         """Elements of `unit` when gathered, padding included."""
         return sum(param.padded(ranks) for param in self.members[unit])
 
+    def trained_alone(self) -> Units:
+        """The units without frozen parameters; a block that has no others is none. The root stays."""
+        left = {unit: [param for param in members if param.trained] for unit, members in self.members.items()}
+        return Units({unit: members for unit, members in left.items() if members or not unit})
+
     def trained(self, unit: str, ranks: int) -> int:
         """Elements of `unit` that get a gradient, padding included."""
         return sum(param.padded(ranks) for param in self.members[unit] if param.trained)

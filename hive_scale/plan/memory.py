@@ -130,7 +130,10 @@ def _native(
     shard = engine.shard_size or world
     if shard == 1 and not engine.cpu_offload:
         return _unsharded(facts, world, itemsize, micro_batch, waiting)
-    masters = float(MASTER * sum(param.padded(shard) for param in facts.params) / shard)
+    apart = float(itemsize * facts.numel(False)) if engine.frozen == "replicate" else 0.0
+    units = facts.units.trained_alone() if apart else facts.units
+    sharded = [param for members in units.members.values() for param in members]
+    masters = float(MASTER * sum(param.padded(shard) for param in sharded) / shard)
     moments = float(MASTER * facts.states * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
     keeps = waiting and not engine.reshard_after_backward
     waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
@@ -138,12 +141,12 @@ def _native(
     passes = [Pass(keeps=keeps), Pass(waits, begins_gathered=keeps)] if waiting else [Pass()]
     passes += [Pass(waits, begins_gathered=True, keeps=True)] if keeps else []
     reshard = engine.reshard_after_forward
-    lines = [Fsdp(facts.trace, facts.units, shard, itemsize, reshard, one).line for one in passes]
+    lines = [Fsdp(facts.trace, units, shard, itemsize, reshard, one).line for one in passes]
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
     batch = facts.trace.input_bytes * micro_batch
     if engine.cpu_offload:
-        return Memory(0.0, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # masters, moments and reduced gradients
-    return Memory(masters, 0.0, moments, batch, moment, 0.0)
+        return Memory(apart, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # masters, moments and reduced gradients
+    return Memory(apart + masters, 0.0, moments, batch, moment, 0.0)
 
 
 def _unsharded(facts: StageProfile, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:

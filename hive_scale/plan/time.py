@@ -14,6 +14,7 @@ from math import log2
 from typing import Any
 
 from hive_scale.config import EngineConfig
+from hive_scale.engine.masters import aligned
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import StageProfile, offloaded
 from hive_scale.precision import DTYPES
@@ -90,16 +91,7 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
     every, trained = facts.numel(), facts.numel(True)
     share = (world - 1) / world
     if not zero:
-        shard = engine.shard_size or world
-        # unsharded in bf16, all gradients are reduced as one
-        units = 1 if shard == 1 and itemsize < 4 and not engine.cpu_offload else len(facts.units.members)
-        cut, copies = (shard - 1) / shard, world // shard
-        gathers = accumulation * (2 if engine.reshard_after_forward else 1)
-        gathers -= 0 if engine.reshard_after_backward else accumulation - 1  # later forwards find units gathered
-        reductions = accumulation if engine.sync_each_micro_batch else 1
-        sent = gathers * itemsize * every * cut + reductions * 4 * trained * cut
-        sent += 2 * 4 * trained / shard * (copies - 1) / copies
-        return Volume(sent, units * (gathers * (shard > 1) + reductions))
+        return _native(facts, engine, world, itemsize, accumulation)
     buckets = max(1, round(trained / int(zero["reduce_bucket_size"])))
     if zero["stage"] == 3:
         modules = len(facts.modules)
@@ -107,6 +99,27 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
         return Volume(sent, accumulation * (2 * modules + buckets))
     reductions = accumulation if zero["stage"] == 2 else 1
     return Volume(share * (reductions * 2 * 4 * trained + itemsize * trained), reductions * buckets + 1)
+
+
+def _native(facts: StageProfile, engine: EngineConfig, world: int, itemsize: int, accumulation: int) -> Volume:
+    shard = engine.shard_size or world
+    units = facts.units.trained_alone() if engine.frozen == "replicate" else facts.units
+    cut, copies = (shard - 1) / shard, world // shard
+    if shard == 1 and not engine.cpu_offload:
+        # in bf16 all gradients are reduced at once; DDP reduces buckets, about as many as there are units
+        numels = [param.numel for param in facts.params if param.trained]
+        elements = sum(map(aligned, numels)) if itemsize < 4 else sum(numels)
+        return Volume(2 * 4 * elements * (world - 1) / world, 1 if itemsize < 4 else len(units.members))
+    gathered = {unit: itemsize * units.gathered(unit, shard) for unit in units.members}
+    forwards = accumulation if engine.reshard_after_backward else 1  # later ones find units gathered
+    backwards = accumulation if engine.reshard_after_forward else 0
+    reductions = accumulation if engine.sync_each_micro_batch else 1
+    every, blocks = sum(gathered.values()), sum(gathered.values()) - gathered[""]  # the root stays after its forward
+    trained = sum(units.trained(unit, shard) for unit in units.members)
+    sent = (forwards * every + backwards * blocks + reductions * 4 * trained) * cut
+    sent += 2 * 4 * trained / shard * (copies - 1) / copies
+    collectives = len(gathered) * (forwards + reductions) + (len(gathered) - 1) * backwards
+    return Volume(sent, collectives if shard > 1 else len(gathered) * reductions)
 
 
 def checkpoint_bytes(facts: StageProfile) -> float:
