@@ -191,9 +191,9 @@ def paper_clip(fusion: str = "cross_attention") -> Config:
 
 # Micro-batch of each stage on a 24 GB card with 1.5 GB to spare, found by `plan.py --fit`, which shows the memory.
 RTX3090: dict[str, tuple[int, int, int]] = {
-    "cross_attention": (64, 64, 16),
-    "joint_attention": (64, 64, 16),
-    "concat": (16, 16, 8),
+    "cross_attention": (128, 64, 16),
+    "joint_attention": (128, 64, 16),
+    "concat": (32, 16, 8),
 }
 
 

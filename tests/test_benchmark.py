@@ -62,6 +62,15 @@ def test_dealing_by_length_pads_less() -> None:
     assert shares["by length"] < shares["as they come"]
 
 
+def test_an_unsharded_step_calls_hardly_more_operators_than_a_bare_loop() -> None:
+    """Counts, which are exact; times are for the page. In joint, where most is trained, FSDP2 calls a third more."""
+    rows = [line.strip("| ").split(" | ") for line in printed("host", "--stages", "joint").splitlines()]
+    counts = {row[1]: int(row[-1].replace(",", "")) for row in rows if row[0] == "joint"}
+    bare = counts["bare loop, bf16"]
+    assert counts["hive_scale, bf16"] < 1.08 * bare
+    assert counts["FSDP2 of each block, bf16"] > 1.3 * bare
+
+
 def test_efficiency_with_kept_features_leaves_the_encoder_out_of_both() -> None:
     words = ("efficiency", "--stages", "projector")
     plain, kept = (
