@@ -519,7 +519,7 @@ def test_what_another_command_reads_names_that_command(tmp_path: Path, capsys: p
         "s:train",
         "ü*?",
         "a\\b",
-        "~",
+        "~mine",
         "$HOME",
         "#1 x: y",
     ],
@@ -528,6 +528,7 @@ def test_the_command_that_trains_finds_the_shards(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no name here may lead to the user's own
     images(Path(), *(f"{i}.jpg" for i in range(12)))
     Path("t.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,caption {i}\n" for i in range(12)))
     assert convert("table", "t.csv", ".", output=Path(name), heldout="0.3") == 0
