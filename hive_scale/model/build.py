@@ -247,8 +247,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
     if "vision_config" not in said and "model_type" in said:  # refuse it before transformers asks for more packages
-        if said["model_type"] in ALIASES and role == "language":
-            return _float32(ALIASES[said["model_type"]](said))
+        if role == "language" and str(said["model_type"]) in ALIASES:
+            return _float32(ALIASES[str(said["model_type"])](said))
         _known(said["model_type"], part, role)
     try:
         return _float32(AutoConfig.from_pretrained(place, trust_remote_code=False))
