@@ -19,8 +19,9 @@ def main() -> int:
     own = [word for word in words[:1] if word.startswith("--local_rank")]
     words = words[len(own) :]
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
-        return 0
+        from hive_scale.exit_codes import ended
+
+        return ended(_show_usage)
     return run(words[0], [*own, *words[1:]], f"python -m hive_scale {words[0]}")
 
 
@@ -45,8 +46,10 @@ def run(command: str, words: list[str] | None = None, program: str | None = None
     sys.argv[0] = program or sys.argv[0]
     from importlib import import_module
 
-    done: int = import_module(f"hive_scale.commands.{command}").main()
-    return done
+    from hive_scale.exit_codes import ended
+
+    # the import, too, may be interrupted
+    return ended(lambda: import_module(f"hive_scale.commands.{command}").main())
 
 
 def check_environment() -> int:
@@ -71,6 +74,11 @@ def check_packages() -> int:
     except ModuleNotFoundError as error:
         found = f"{error.name} is not installed"
     return _refuse(f"{found}: {INSTALL}") if found else 0
+
+
+def _show_usage() -> int:
+    print(_usage(), flush=True)
+    return 0
 
 
 def _usage() -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hive_scale.config import DataConfig
-from hive_scale.data.conversation import prompt_with_slot
+from hive_scale.data.conversation import is_text, prompt_with_slot
+from hive_scale.data.images import read_image
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.data.transform import to_pixels
 from hive_scale.device import default_precision
@@ -53,10 +54,11 @@ class Captioner:
 
     def read(self, path: Path) -> Tensor:
         """The image at `path` as the model sees it, uint8 (3, H, W). Raises ValueError if it is not an image."""
+        data = read_image(path)
         try:
-            return self.decode(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
+            return self.decode(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}: give a JPEG, PNG or WebP") from None
 
     def decode(self, image: bytes) -> Tensor:
         """`read`, of the bytes of a file."""
@@ -71,8 +73,10 @@ class Captioner:
             prompt: a question if the model was trained on conversations, else the beginning of the caption.
             max_tokens: most tokens of each text.
 
-        Raises ValueError if the prompt leaves no room in the LLM's context, or holds a special token.
+        Raises ValueError if the prompt leaves no room in the LLM's context, holds a special token, or is no text.
         """
+        if not is_text(prompt):
+            raise ValueError("the prompt has bytes that are no text: give it in UTF-8")
         longest = self.model.language.config.max_position_embeddings
         ids, slot = self._prompt(prompt, longest)
         if len(ids) + max_tokens > longest:

@@ -60,6 +60,29 @@ def test_run_stage_and_export_write_the_same(run: Path, images: list[Path], tmp_
         processing(tmp_path / "hive")
 
 
+def test_an_export_whose_config_was_made_up_is_refused(run: Path, tmp_path: Path) -> None:
+    export_run("hive", run, tmp_path / "hive")
+    (tmp_path / "hive" / "hive_scale.sha256").unlink()  # a stranger's own would fit
+    path = tmp_path / "hive" / "config.json"
+    content = path.read_text()
+    for key, value in {
+        **{"model.vision.path": 5, "model.language.path": "../other", "model.language.config": -1, "data": 0},
+        **{"model.qk_norm": True, "model": [], "model.language.config.intermediate_size": 8},
+        **{"model.vision.config.hidden_size": 10**9, "model.fusion": ["concat"], "data.max_tokens": "many"},
+    }.items():
+        changed = json.loads(content)
+        *above, last = key.split(".")
+        place = changed
+        for name in above:
+            place = place[name]
+        place[last] = value
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"\w"):
+            Captioner.open(tmp_path / "hive", CPU)
+    path.write_text(content)
+    Captioner.open(tmp_path / "hive", CPU)
+
+
 def test_a_caption_goes_on_from_its_beginning_and_a_question_is_asked_in_the_chat_template(
     run: Path, images: list[Path]
 ) -> None:
@@ -110,6 +133,19 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_captioned(
     assert "it is no JPEG, PNG or WebP" in errors
     assert "1 of 3 images could not be read" in errors
     assert say(monkeypatch, run, *images) == 0
+
+
+def test_what_is_no_image_file_is_not_read(run: Path, images: list[Path], tmp_path: Path) -> None:
+    captioner = Captioner.open(run, CPU)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    with (tmp_path / "huge.jpg").open("wb") as huge:
+        huge.truncate(2**40)
+    for name in ("pipe.jpg", "folder.jpg", "huge.jpg", "missing.jpg", "/dev/zero"):
+        with pytest.raises(ValueError, match=Path(name).name):
+            captioner.read(tmp_path / name)
+    with pytest.raises(ValueError, match="UTF-8"):
+        captioner.write([captioner.read(images[0])], "a \udcff")
 
 
 def test_what_writes_no_captions_is_refused_by_name(

@@ -7,6 +7,7 @@ not say what to type.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,17 @@ import pytest
 
 from hive_scale import __main__ as program
 from hive_scale.cli import Parser, add_run_arguments, add_training_arguments
-from hive_scale.commands import COMMANDS, export, finetune_vlm, plan, prepare_data, pretrain, submit_pipeline, visualize
+from hive_scale.commands import (
+    COMMANDS,
+    demo,
+    export,
+    finetune_vlm,
+    plan,
+    prepare_data,
+    pretrain,
+    submit_pipeline,
+    visualize,
+)
 
 
 def training_parser() -> Parser:
@@ -129,3 +140,30 @@ def test_a_tilde_after_an_equals_sign_is_the_home_directory(monkeypatch: pytest.
     parser = Parser()
     parser.add_argument("--output", type=Path)
     assert parser.parse_args(["--output=~/x"]) == argparse.Namespace(output=Path("/home/somebody/x"))
+
+
+def test_a_command_ends_with_a_line_wherever_it_is_interrupted_or_has_no_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        words = [sys.executable, "-m", "hive_scale"]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert program.run("plan", []) == 75
+    assert "stopped" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_a_number_that_is_no_port_is_refused(
+    port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: name)  # as where gradio is installed
+    monkeypatch.setattr(sys, "argv", ["demo", "runs/none", f"--port={port}"])
+    assert demo.main() == 2
+    assert f"--port {port} is no port" in capsys.readouterr().err

@@ -229,6 +229,17 @@ def test_odd_annotations_of_coco_are_named(tmp_path: Path) -> None:
     assert said(tmp_path / "out") == ["fine"]
 
 
+def test_images_of_one_id_do_not_replace_each_other(tmp_path: Path) -> None:
+    path = coco(tmp_path, annotations=[{"image_id": 1, "caption": "of the first"}])
+    content = json.loads(path.read_text())
+    content["images"].append(content["images"][1] | {"id": 1})
+    path.write_text(json.dumps(content))
+    assert convert("table", path, tmp_path, output=tmp_path / "out") == 0
+    place = f"{path.name}, images[{len(content['images']) - 1}]"
+    assert f"{place}: its id, 1, is an earlier image's, too" in left_out(tmp_path / "out")
+    assert samples(tmp_path / "out")[0][1]["file_name"] == content["images"][0]["file_name"]
+
+
 def test_a_coco_file_that_was_cut_short_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = coco(tmp_path)
     path.write_bytes(path.read_bytes()[:-20])
@@ -508,7 +519,7 @@ def test_what_another_command_reads_names_that_command(tmp_path: Path, capsys: p
         "s:train",
         "ü*?",
         "a\\b",
-        "~",
+        "~mine",
         "$HOME",
         "#1 x: y",
     ],
@@ -517,6 +528,7 @@ def test_the_command_that_trains_finds_the_shards(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no name here may lead to the user's own
     images(Path(), *(f"{i}.jpg" for i in range(12)))
     Path("t.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,caption {i}\n" for i in range(12)))
     assert convert("table", "t.csv", ".", output=Path(name), heldout="0.3") == 0

@@ -404,6 +404,42 @@ def test_afterwards_the_screen_is_where_stdout_is(tmp_path: Path, monkeypatch: p
     assert moved.getvalue() == "here\n"
 
 
+LOST = """
+import sys
+from pathlib import Path
+import torch
+from hive_scale.distributed import World
+from hive_scale.observability import console, logging_setup
+
+with logging_setup.capture_library_logs(Path(sys.argv[1]), World(0, 1, torch.device("cpu"))):
+    for step in range(3):
+        console.console.print("step", step)
+        for _ in console.track(range(2), "evaluate"):
+            pass
+        sys.stdin.readline()
+    print("the end")
+sys.exit(7)
+"""
+
+
+def test_a_run_outlives_its_screen(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", LOST, tmp_path]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with Path("/dev/full").open("w") as full:
+        on_full = subprocess.Popen(words, stdout=full, env=environment, **pipes)
+        piped = subprocess.Popen(words, stdout=subprocess.PIPE, env=environment, **pipes)
+        assert piped.stdout
+        assert piped.stdout.readline() == "step 0\n"
+        piped.stdout.close()  # as of `| head -1`
+        for process, why in ((piped, "Broken pipe"), (on_full, "No space left on device")):
+            _, errors = process.communicate("\n\n\n")
+            assert process.returncode == 7, errors
+            assert errors.count("warning: the output cannot be written") == 1
+            assert why in errors
+            assert "Traceback" not in errors
+
+
 LINE = {
     **{"step": 3000, "seconds": 3.5, "loss": 1.5, "mfu": 0.41, "data_seconds": 0.5, "memory_gb": 7.2, "grad_norm": 1},
     **{"lr": {"a": 0.1}, "eval_loss": 1.7, "eval_seconds": 1.5},

@@ -74,6 +74,12 @@ def test_names_that_are_no_files_are_refused_unused(directory: Path, pattern: st
     assert not (directory / "ran").exists()
 
 
+@pytest.mark.parametrize("share", ["1000000000000000000", "9" * 400])
+def test_more_repeats_than_can_be_counted_are_refused(directory: Path, share: str) -> None:
+    with pytest.raises(ValueError, match="at most 1,000,000"):
+        expand([f"{share} x {directory}/a-0001.tar"])
+
+
 def test_no_shards_at_all_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"data\.train"):
         expand([])

@@ -38,6 +38,8 @@ def main() -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     if not find_spec("gradio"):
         raise ValueError("the page needs gradio: pip install 'hive_scale[demo]'")
+    if not 0 < arguments.port < 2**16:
+        raise ValueError(f"--port {arguments.port} is no port: give one from 1024 to 65535")
     from hive_scale.captioner import Captioner
     from hive_scale.device import this_device
     from hive_scale.locate import check_there

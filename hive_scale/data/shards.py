@@ -21,6 +21,7 @@ from hive_scale.data.tar_scan import Stamp
 from hive_scale.locate import prepared_by
 
 SPLITS = ("train", "heldout")
+MOST_REPEATS = 1_000_000  # of a set in an epoch; counts of samples must fit into 64 bits
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"  # tars that ship with the package
 
 
@@ -63,6 +64,8 @@ def _expand_one(pattern: str, split: str) -> ShardSet:
     repeats, bare = _share(shown)
     if repeats == 0:
         raise ValueError(f"'{bare}' is to be read 0 times: leave it out, or give it a share above 0")
+    if repeats > MOST_REPEATS:
+        raise ValueError(f"'{bare}' is to be read {repeats:g} times: at most {MOST_REPEATS:,} are possible")
     places = _find(_share(credentials.private(shown))[1], bare, split)
     return ShardSet(bare, [credentials.name(shown, place) for place in places], repeats)
 

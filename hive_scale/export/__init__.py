@@ -18,7 +18,7 @@ from hive_scale.checkpoint.io import published
 from hive_scale.checkpoint.run_reader import Run
 from hive_scale.checkpoint.stage_files import LazyTensor
 from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
-from hive_scale.config import Config, DataConfig, ModelConfig, PartConfig, TokenizerConfig
+from hive_scale.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from hive_scale.config_merge import resolve, with_new_names
 from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.export import huggingface, portable
@@ -84,12 +84,13 @@ def from_pretrained(path: Path) -> Hive:
     """
     checksums.check(path, weights=False)  # weight files carry their own checksums
     try:
-        fields = with_new_names(ModelConfig, _content(path)["model"])
-        parts = {name: PartConfig(**fields[name]) for name in ("vision", "language")}
-        model = ModelConfig(**(fields | parts))
+        fields = _content(path)["model"]
+        model = resolve(ModelConfig(), with_new_names(ModelConfig, fields) if isinstance(fields, dict) else {})
+        if model.vision.path or model.language.path:
+            raise ValueError("a path in config.json, where the whole config of each part is wanted")
+        return build.load_model(model, read_weights(path, checksummed=checksums.is_listed(path)))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error}") from None
-    return build.load_model(model, read_weights(path, checksummed=checksums.is_listed(path)))
 
 
 def processing(path: Path) -> DataConfig:
@@ -98,7 +99,9 @@ def processing(path: Path) -> DataConfig:
     Raises ValueError for a value that cannot be.
     """
     known = _content(path).get("data", {})  # exports of older versions have none
-    wanted = {name: value for name, value in dict(known).items() if name in PROCESSING}
+    if not isinstance(known, dict):
+        raise ValueError(f"{path / 'config.json'}: data holds no keys, but a {type(known).__name__}")
+    wanted = {name: value for name, value in known.items() if name in PROCESSING}
     return resolve(DataConfig(tokenizer=TokenizerConfig(str(path))), wanted)
 
 

@@ -97,9 +97,17 @@ def _load(
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
-    """The whole model on the CPU, for use without an engine. `weights` has every parameter by name."""
+    """The whole model on the CPU, for use without an engine. `weights` has every parameter by name.
+
+    Raises ValueError for a parameter that is missing in `weights`, or has another shape there.
+    """
     model = meta_model(config).eval()
-    model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, strict=False, assign=True)
+    if missing := [name for name, _ in model.named_parameters() if name not in weights]:
+        raise ValueError(f"the weights lack {missing[0]}: they are of another model than the config says")
+    try:
+        model.load_state_dict({name: weights[name] for name, _ in model.named_parameters()}, strict=False, assign=True)
+    except RuntimeError as error:  # torch's, which names each parameter of another shape
+        raise ValueError(f"the weights are of another model than the config says: {error}") from None
     model.language.tie_weights()
     return model
 
@@ -239,8 +247,8 @@ def _config(part: PartConfig, role: str) -> PretrainedConfig:
         raise ValueError(f"model.{role}.path={part.path} has no config.json: give a Hugging Face model directory")
     said = _said_beside(part, role)
     if "vision_config" not in said and "model_type" in said:  # refuse it before transformers asks for more packages
-        if said["model_type"] in ALIASES and role == "language":
-            return _float32(ALIASES[said["model_type"]](said))
+        if role == "language" and str(said["model_type"]) in ALIASES:
+            return _float32(ALIASES[str(said["model_type"])](said))
         _known(said["model_type"], part, role)
     try:
         return _float32(AutoConfig.from_pretrained(place, trust_remote_code=False))

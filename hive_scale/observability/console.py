@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import IO, Any, TypeVar
+from contextlib import suppress
+from io import TextIOBase
+from typing import IO, Any, TextIO, TypeVar
 
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from hive_scale.exit_codes import say
 from hive_scale.strangers import printable
 
 INTERVAL = 10.0  # seconds between plain lines
@@ -37,6 +40,48 @@ class Screen(Console):
 
 
 console = Screen()
+
+
+class ForgivingFile(TextIOBase):
+    """Text file for a screen that may be lost: once it cannot be written, what follows goes nowhere.
+
+    The reader of a pipe may end, and the disk of a job's output may be full; neither may end a run.
+    """
+
+    def __init__(self, file: TextIO) -> None:
+        self._file, self._is_lost = file, False
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # typeshed has an attribute; rich reads it
+        return self._file.encoding
+
+    def isatty(self) -> bool:
+        return self._file.isatty()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, text: str) -> int:
+        if not self._is_lost:
+            try:
+                self._file.write(text)
+            except OSError as error:
+                self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        if not self._is_lost:
+            try:
+                self._file.flush()
+            except OSError as error:
+                self._lose(error)
+
+    def _lose(self, error: OSError) -> None:
+        self._is_lost = True
+        say(f"warning: the output cannot be written ({error.strerror}): the run goes on, and its log is kept in logs/")
+        # what the file still buffers would fail again when Python ends, and change the exit code
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._file.fileno())
 
 
 class ProgressView:

@@ -6,15 +6,15 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from hive_scale import credentials
 from hive_scale.distributed import World
-from hive_scale.observability.console import console
+from hive_scale.observability.console import ForgivingFile, console
 from hive_scale.strangers import printable
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -42,8 +42,8 @@ def capture_library_logs(
     """Within, write log records and warnings to `folder`/rank_00000.log, and those of at least `level` to rank 0's
     screen.
 
-    `quiet` suppresses everything else on the screen. Nothing is written to `folder` before `has_begun` returns True,
-    so a refused run leaves no file there.
+    `quiet` suppresses everything else on the screen, which may be lost meanwhile. Nothing is written to `folder` before
+    `has_begun` returns True, so a refused run leaves no file there.
     """
     root, threshold = logging.getLogger(), logging.getLevelNamesMapping()[level.upper()]
     file = _File(folder / f"rank_{world.rank:05d}.log", has_begun)
@@ -59,8 +59,7 @@ def capture_library_logs(
         logger.__class__ = _Captive
         logger.handlers.clear()
     with Path("/dev/null").open("w") as nowhere:
-        if quiet:
-            console.file = nowhere
+        console.file = nowhere if quiet else cast(TextIO, ForgivingFile(cast(TextIO, console.file)))
         try:
             yield
         finally:
@@ -180,4 +179,5 @@ class _Teller(logging.Handler):
         if console.is_terminal:
             console.print(text, soft_wrap=True)  # above the progress bar, not through it
         else:
-            print(printable(text), file=sys.stderr, flush=True)
+            with suppress(OSError):  # stderr may be lost, too; rank 0's own log has it
+                print(printable(text), file=sys.stderr, flush=True)

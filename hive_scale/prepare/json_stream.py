@@ -75,7 +75,8 @@ def coco_records(text: TextIOWrapper, path: Path) -> Iterator[Located]:
     """Yield a record for each image of COCO's captions, with all its ``captions``.
 
     The captions of an image lie anywhere in the file, so that all of them are in memory at once. Annotations without a
-    caption or an image, and images without a caption, yield an `Unreadable`. Raises ValueError as `list_records`.
+    caption or an image, and images without a caption or with another's id, yield an `Unreadable`. Raises ValueError as
+    `list_records`.
     """
     images: dict[Any, dict[str, Any]] = {}
     captions: dict[Any, list[str]] = {}
@@ -92,6 +93,8 @@ def coco_records(text: TextIOWrapper, path: Path) -> Iterator[Located]:
                 yield where, one
             elif not isinstance(about, int | str):
                 yield where, Unreadable(f"no id of an image, but {', '.join(list(one)[:6])}")
+            elif key == "images" and about in images:
+                yield where, Unreadable(f"its id, {about}, is an earlier image's, too")
             elif key == "images":
                 images[about] = one
             elif isinstance(caption := one.get("caption"), str):
