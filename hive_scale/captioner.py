@@ -15,6 +15,7 @@ from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.data.transform import to_pixels
 from hive_scale.device import default_precision
 from hive_scale.export import from_pretrained, processing
+from hive_scale.locate import check_is_file
 from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
@@ -53,6 +54,7 @@ class Captioner:
 
     def read(self, path: Path) -> Tensor:
         """The image at `path` as the model sees it, uint8 (3, H, W). Raises ValueError if it is not an image."""
+        check_is_file(path)
         try:
             return self.decode(path.read_bytes())
         except (OSError, ValueError) as error:

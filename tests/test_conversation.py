@@ -13,8 +13,9 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hive_scale.config import TokenizerConfig
-from hive_scale.data.conversation import parse_messages, prompt, tokenize_conversation
+from hive_scale.data.conversation import prompt, tokenize_conversation
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
+from hive_scale.data.turns import parse_messages
 
 SPECIAL = ["<unk>", "<bos>", "</s>", "<|im_start|>", "<|im_end|>", "<turn>", "<end_of_turn>"]
 SYSTEM_FIRST = "{% if loop.first and message.role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"

@@ -40,12 +40,12 @@ from hive_scale.checkpoint.io import file_hash
 from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.config import Config, EngineConfig
 from hive_scale.data.bad_samples import BadSampleLog, read_faults
-from hive_scale.data.conversation import parse_messages
 from hive_scale.data.index import open_index
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tar_scan import SampleError, scan_shard
 from hive_scale.data.transform import decode
+from hive_scale.data.turns import parse_messages
 from hive_scale.observability.metrics import MetricsTail, flat, numbers, read_metrics
 from hive_scale.prepare.readers import table
 from hive_scale.slurm.chain import Record

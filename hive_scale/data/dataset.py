@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hive_scale.batch import BLANK, Sample
 from hive_scale.config import DataConfig
-from hive_scale.data.conversation import parse_messages, tokenize_conversation
+from hive_scale.data.conversation import tokenize_conversation
 from hive_scale.data.feature_store import FeatureStore
 from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.index import Index
@@ -23,6 +23,7 @@ from hive_scale.data.shards import ShardReader
 from hive_scale.data.tar_scan import LARGEST_CAPTION
 from hive_scale.data.tokenizer import Tokenizer, captioned
 from hive_scale.data.transform import GREY, Colour, blank, check_size, decode_indexed, fit_into
+from hive_scale.data.turns import parse_messages
 from hive_scale.strict_json import LARGEST_LINE, loads
 
 Text = str | Sample  # a caption, or a tokenized conversation: a Sample without pixels
