@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -46,9 +47,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "a.png", folder / "b.jpg"]
 
 
-def test_run_stage_and_export_write_the_same(run: Path, images: list[Path], tmp_path: Path) -> None:
+def test_run_stage_and_export_write_the_same(
+    run: Path, images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export_run("hive", run, tmp_path / "hive")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     found = [Captioner.open(path, CPU) for path in (run, tmp_path / "hive", run / "joint")]
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     pixels = [found[0].read(path) for path in images]
     first = [written.text for written in found[0].write(pixels)]
     assert first == [text.strip() for text in write(found[0].model, found[0].tokenizer, pixels)]
