@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from hive_scale.config import DataConfig
-from hive_scale.data.conversation import is_text, prompt_with_slot
+from hive_scale.data.conversation import prompt_with_slot
 from hive_scale.data.images import read_image
+from hive_scale.data.messages import is_text
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.data.transform import to_pixels
 from hive_scale.device import default_precision
 from hive_scale.export import from_pretrained, processing
+from hive_scale.locate import check_is_file
 from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
@@ -54,6 +56,7 @@ class Captioner:
 
     def read(self, path: Path) -> Tensor:
         """The image at `path` as the model sees it, uint8 (3, H, W). Raises ValueError if it is not an image."""
+        check_is_file(path)
         data = read_image(path)
         try:
             return self.decode(data)

@@ -38,6 +38,7 @@ WITH_RANGE = r"(?:[\d.]+ x )?(?:[^\s,\[\]{}'\"#]*\{\d+\.\.\d+\})+[^\s,\[\]{}'\"#
 IN_YAML = re.compile(rf"{IN_QUOTES}|#.*|({WITH_RANGE})")
 KEY_REFERENCE = re.compile(r"\$\{[^}:]*\}")  # ${another.key}
 RESOLVER = re.compile(r"\$\{[^}]*:")  # a resolver, which reads the environment or runs code; not ${another.key}
+TOKENIZER = "data.tokenizer.path"
 SHARDS_KEY = re.compile(r"(?:.*\.)?data\.(?:train|heldout)(?:\.\d+)?")
 SECRET_KEY = re.compile(r".*(?:(?:auth|hub|hf|access)_?token|api_?key|passw(?:or)?d|secret)", re.IGNORECASE)
 # a variable that is given a value, as the shell has it; not one of another variable, a command or a file
@@ -171,8 +172,8 @@ def holds_weights_alone(path: str) -> bool:
 def _follow_paths(node: DictConfig, layer: DictConfig | ListConfig, start: Any) -> None:
     """Clear a component's config in `node` if `layer` names another directory for it, which has a config of its own.
 
-    The tokenizer follows the LLM if both had one directory. ``config=preset`` in `layer` stands for the config in
-    `start`, which is plain data from before all layers.
+    The tokenizer follows the LLM, unless it is the user's choice: neither the former LLM's nor the one in `start`.
+    ``config=preset`` in `layer` stands for the config in `start`, which is plain data from before all layers.
     """
     new = OmegaConf.to_container(layer, resolve=False)
     for role in ("vision", "language"):
@@ -180,19 +181,29 @@ def _follow_paths(node: DictConfig, layer: DictConfig | ListConfig, start: Any) 
         path, before = _at(new, f"{key}.path"), OmegaConf.select(node, f"{key}.path")
         if isinstance(path, str) and path not in ("", before) and not holds_weights_alone(path):
             OmegaConf.update(node, f"{key}.config", {}, merge=False)
-            tokenizer = "data.tokenizer.path"
-            if role == "language" and before == OmegaConf.select(node, tokenizer) and _may_have_tokenizer(path):
-                OmegaConf.update(node, tokenizer, path)
+            tokenizer = OmegaConf.select(node, TOKENIZER)
+            if role == "language" and tokenizer in (before, _at(start, TOKENIZER)):
+                _follow_llm(node, path, is_given=_at(new, TOKENIZER) is not None)
         if _at(new, f"{key}.config") == "preset":
             if not (own := _at(start, f"{key}.config")):
                 raise ValueError(f"config: {key}.config=preset: the preset gives no config here: leave this word out")
             OmegaConf.update(layer, f"{key}.config", own, merge=False)
 
 
-def _may_have_tokenizer(path: str) -> bool:
-    """False for a local directory without a tokenizer, such as a run's."""
+def _follow_llm(node: DictConfig, path: str, is_given: bool) -> None:
+    """Set the tokenizer in `node` to that of the LLM at `path`, unless `path` is a local directory without one.
+
+    An LLM from elsewhere without a tokenizer is worth a warning unless the user names one (`is_given`): to the LLM,
+    another tokenizer's numbers mean other words. A run, which has no ``config.json``, is trained with a preset's.
+    """
     place = Path(path).expanduser()
-    return not place.is_dir() or any(place.glob("tokenizer*"))
+    if not place.is_dir() or any(place.glob("tokenizer*")):
+        OmegaConf.update(node, TOKENIZER, path)
+    elif not is_given and (place / "config.json").is_file():
+        logger.warning(
+            "model.language.path=%s has no tokenizer, and %s=%s is used: if the LLM was trained with another one, give "
+            "its directory", path, TOKENIZER, OmegaConf.select(node, TOKENIZER),
+        )  # fmt: skip
 
 
 def _at(node: Any, key: str) -> Any:
@@ -375,16 +386,19 @@ def read_words(words: Sequence[str], kind: type) -> DictConfig:
 
 
 def _check_expanded(words: Sequence[str]) -> None:
-    """Raises ValueError if several words name shards for one key: bash makes such of one with unquoted braces."""
+    """Raises ValueError if several words name shards for one key: bash makes such of one with unquoted braces.
+
+    That holds for lists, too: ``data.train=[set/{00..99}.tar]`` becomes a hundred lists of one shard.
+    """
     given: dict[str, set[str]] = {}
     for key, _, value in (word.partition("=") for word in words):
-        if SHARDS_KEY.fullmatch(key) and not value.startswith("["):
+        if SHARDS_KEY.fullmatch(key):
             given.setdefault(key, set()).add(value)
     for key, values in given.items():
         if len(values) > 1:
             raise ValueError(
                 f"config: {key} is given {len(values)} times, and only the last would count: put a range in quotation "
-                f"marks, as the shell has expanded it ({key}='set/{{00..99}}.tar'), or give a list ({key}='[a,b]')"
+                f"marks, as the shell has expanded it ({key}='set/{{00..99}}.tar'), or give one list ({key}='[a,b]')"
             )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import cache
@@ -115,6 +117,14 @@ def check_there(path: Path) -> None:
         raise ValueError(f"{missing(path)}{fetch if '/' in str(path) and is_hub_name(str(path)) else ''}")
 
 
+def check_is_file(path: Path) -> None:
+    """Raises ValueError if `path`, which a user named as an image of his, is a folder or does not exist."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the files in it, such as {path}/*.jpg")
+    if not path.exists():
+        raise ValueError(missing(path))
+
+
 def missing(path: str | Path) -> str:
     """The message that `path` does not exist, with the command that makes it, the nearest name, or what is there."""
     if command := prepared_by(path):
@@ -135,6 +145,14 @@ def missing(path: str | Path) -> str:
     if folder == Path():
         return f"{path} is not there: there is no '{wanted}' in {Path.cwd()}"
     return f"{path} is not there: {folder} has no '{wanted}'" + (f", but {some(names)}" if 0 < len(names) < 20 else "")
+
+
+def command_name(name: str) -> str:
+    """How to call command `name`, as this command was called: a launcher's path, or ``-m hive_scale``."""
+    launcher = Path(sys.argv[0])
+    if launcher.suffix != ".py" or launcher.parent.name != "launchers":
+        return f"python -m hive_scale {name}"
+    return f"python {shlex.quote(str(launcher.with_name(f'{name}.py')))}"
 
 
 def prepared_by(path: str | Path) -> str:

@@ -54,6 +54,7 @@ TESTS = {  # arguments of pytest, the quickest to fail first
     "model/projector": MODEL,
     "checkpoint/format": ["tests/test_checkpoint.py", "-k", "not kill and not runs and not byte"],
     "data/conversation": ["tests/test_conversation.py", "tests/test_asked.py"],
+    "data/turns": ["tests/test_conversation.py", "tests/test_layouts.py"],
     "chat_template": ["tests/test_conversation.py", "tests/test_asked.py"],
     **{f"evaluate/{name}": ["tests/test_tasks.py"] for name in ("answer_parsing", "mme", "okvqa", "gqa", "scienceqa")},
 }

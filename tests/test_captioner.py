@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +20,7 @@ from PIL import Image
 from test_train import small, some_pairs  # noqa: F401  (the fixture is one of this module, too)
 
 from hive_scale.captioner import Captioner
-from hive_scale.commands import caption
+from hive_scale.commands import caption, demo
 from hive_scale.data.conversation import prompt_with_slot
 from hive_scale.distributed import session
 from hive_scale.evaluate.captions import write
@@ -45,9 +47,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "a.png", folder / "b.jpg"]
 
 
-def test_run_stage_and_export_write_the_same(run: Path, images: list[Path], tmp_path: Path) -> None:
+def test_run_stage_and_export_write_the_same(
+    run: Path, images: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export_run("hive", run, tmp_path / "hive")
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     found = [Captioner.open(path, CPU) for path in (run, tmp_path / "hive", run / "joint")]
+    assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     pixels = [found[0].read(path) for path in images]
     first = [written.text for written in found[0].write(pixels)]
     assert first == [text.strip() for text in write(found[0].model, found[0].tokenizer, pixels)]
@@ -133,6 +139,11 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_captioned(
     assert "it is no JPEG, PNG or WebP" in errors
     assert "1 of 3 images could not be read" in errors
     assert say(monkeypatch, run, *images) == 0
+    near = images[0].with_name(f"{images[0].stem}x{images[0].suffix}")
+    assert say(monkeypatch, run, near, images[0].parent) == 2
+    errors = capsys.readouterr().err
+    assert f"{near} is not there: did you mean {images[0]}?" in errors
+    assert f"{images[0].parent} is a folder: give the files in it, such as {images[0].parent}/*.jpg" in errors
 
 
 def test_what_is_no_image_file_is_not_read(run: Path, images: list[Path], tmp_path: Path) -> None:
@@ -162,6 +173,18 @@ def test_what_writes_no_captions_is_refused_by_name(
     assert "--max_tokens 0 must be at least 1" in capsys.readouterr().err
 
 
+def test_a_port_in_use_is_refused_before_the_model_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio")
+    monkeypatch.setattr(Captioner, "open", lambda *_: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        monkeypatch.setattr("sys.argv", ["demo", str(run), "--port", port])
+        assert demo.main() == 2
+    assert f"--port {port} cannot be used (" in capsys.readouterr().err
+
+
 @pytest.fixture
 def browser() -> Iterator[Any]:
     chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -176,10 +199,14 @@ def browser() -> Iterator[Any]:
 
 
 def test_the_page_captions_an_image_and_shows_the_attention_of_a_word(
-    browser: Any, run: Path, images: list[Path]
+    browser: Any, run: Path, images: list[Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("gradio")
     from hive_scale.commands.demo import page
+
+    damaged = tmp_path / "damaged.png"
+    Image.effect_noise((64, 64), 80).save(damaged)
+    damaged.write_bytes(damaged.read_bytes()[:2000])
 
     captioner = Captioner.open(run, CPU)
     asked: list[str] = []
@@ -206,6 +233,11 @@ def test_the_page_captions_an_image_and_shows_the_attention_of_a_word(
         view.get_by_label("Beginning of the caption").fill("red " * 2000)
         view.get_by_role("button", name="Write a caption").click()
         view.get_by_text("the LLM takes").wait_for()  # the error, as the command says it
+        view.reload()
+        view.set_input_files("input[type=file]", damaged)
+        view.wait_for_selector("img")
+        view.get_by_role("button", name="Write a caption").click()
+        view.get_by_text("image file is truncated").wait_for()
         assert {url.split("/")[2] for url in asked if url.startswith("http")} == {address.split("/")[2]}
     finally:
         served.close()

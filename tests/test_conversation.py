@@ -13,7 +13,8 @@ from tokenizers import Tokenizer as RawTokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from hive_scale.config import TokenizerConfig
-from hive_scale.data.conversation import parse_messages, prompt, tokenize_conversation
+from hive_scale.data.conversation import prompt, tokenize_conversation
+from hive_scale.data.messages import parse_messages
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 
 SPECIAL = ["<unk>", "<bos>", "</s>", "<|im_start|>", "<|im_end|>", "<turn>", "<end_of_turn>"]

@@ -40,8 +40,8 @@ from hive_scale.checkpoint.io import file_hash
 from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.config import Config, EngineConfig
 from hive_scale.data.bad_samples import BadSampleLog, read_faults
-from hive_scale.data.conversation import parse_messages
 from hive_scale.data.index import open_index
+from hive_scale.data.messages import parse_messages
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tar_scan import SampleError, scan_shard

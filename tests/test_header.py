@@ -33,6 +33,7 @@ def run(folder: Path, *words: str) -> Config:
     bad = [("x", {"jpg": tars.image_bytes()}), ("y", {"jpg": b"none", "txt": b"y"})]
     shard = tars.write_tar(folder / "train-0.tar", [*((f"{i}", tars.pair(i)) for i in range(7)), *bad])
     words = (f"output={folder / 'run'}", f"data.train=[{shard}]", f"data.heldout=[{shard}]", *words)
+    words = ("data.max_bad_share=0.5", *words)
     config = presets.load("debug", None, words)
     parts = PartConfig(config=tiny.SIGLIP), PartConfig(config=tiny.language(vocab_size=259))
     model = replace(config.model, vision=parts[0], language=parts[1])

@@ -261,7 +261,7 @@ def test_aliases_that_mean_well_are_read(tmp_path: Path) -> None:
     [
         *("stages: [1]", "stages: {joint: 3}", "stages: ${oc.env:NOPE}", "preset: [1]", "preset: debug\nfusion: [x]"),
         *("preset: debug\nstages: {joint: 3}", "preset: debug\nmodel: {vision: {config: [1]}}"),
-        *("preset: debug\ndata: {train: 3}", "preset: debug\nnull: 3", "preset: debug\nname: [x]"),
+        *("preset: debug\ndata: {train: {a: 3}}", "preset: debug\nnull: 3", "preset: debug\nname: [x]"),
     ],
 )
 def test_values_of_another_kind_in_a_config_are_refused(tmp_path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -155,6 +156,31 @@ def test_nobody_compares_the_name_of_an_entry() -> None:
 def test_the_config_imports_no_torch() -> None:
     code = "import sys, hive_scale.config, hive_scale.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "caption none image.jpg",
+        "demo none",
+        "prepare_data table none.csv images --output out",
+        "prepare_data llava none.json images --output out",
+        "prepare_data pairs none --output out",
+        "prepare_data parquet none.parquet --output out",
+        "prepare_data classes none --output out",
+    ],
+)
+def test_a_path_that_is_not_there_is_said_before_torch_is_imported(words: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from hive_scale.__main__ import run\n"
+        "code = run(sys.argv[1], sys.argv[2:])\n"
+        "sys.exit(code if 'torch' not in sys.modules else 'torch was imported')"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *words.split()]
+    said = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert said.returncode == 2, said.stderr
+    assert "none" in said.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ from tars import image_bytes, write_tar
 from hive_scale.commands import prepare_data
 from hive_scale.config import Config
 from hive_scale.config_merge import read_words
-from hive_scale.data.conversation import parse_messages
 from hive_scale.data.index import open_index
+from hive_scale.data.messages import parse_messages
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import all_shards, expand
+from hive_scale.locate import command_name
 from hive_scale.prepare import published_sets
-from hive_scale.prepare.next_command import command_name
 from hive_scale.prepare.packages import members
 from hive_scale.prepare.writer import JOURNAL
 
@@ -43,7 +43,7 @@ def images(folder: Path, *names: str) -> Path:
     return folder
 
 
-def convert(command: str, *words: object, output: Path, heldout: str = "0") -> int:
+def convert(command: str, *words: object, output: Path | str, heldout: str = "0") -> int:
     line = [command, *map(str, words), "--output", str(output), "--workers", "1", "--heldout", heldout]
     return prepare_data.main(line)
 
@@ -520,6 +520,7 @@ def test_what_another_command_reads_names_that_command(tmp_path: Path, capsys: p
         "ü*?",
         "a\\b",
         "~mine",
+        "./~",  # a ~ at the beginning is the home directory
         "$HOME",
         "#1 x: y",
     ],
@@ -531,12 +532,12 @@ def test_the_command_that_trains_finds_the_shards(
     monkeypatch.setenv("HOME", str(tmp_path / "home"))  # no name here may lead to the user's own
     images(Path(), *(f"{i}.jpg" for i in range(12)))
     Path("t.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,caption {i}\n" for i in range(12)))
-    assert convert("table", "t.csv", ".", output=Path(name), heldout="0.3") == 0
+    assert convert("table", "t.csv", ".", output=name, heldout="0.3") == 0
     command = capsys.readouterr().out.partition("train on it:\n")[2].strip()
     _, _, package, action, preset, value, *words = shlex.split(command)
     assert (package, action, preset, value) == ("hive_scale", "pretrain", "--preset", "debug")
     config = read_words(words, Config)
-    assert config.output == f"runs/{re.sub(r'[^a-zA-Zü0-9.]', '_', name)}"
+    assert config.output == f"runs/{re.sub(r'[^a-zA-Zü0-9.]', '_', Path(name).name)}"
     for split in ("train", "heldout"):
         found = all_shards(expand(list(config.data[split])))
         assert [Path(one) for one in found] == sorted(Path(name).glob(f"{split}-*.tar"))
@@ -558,6 +559,18 @@ def test_without_held_out_samples_it_says_how_to_get_some(tmp_path: Path, capsys
     told = capsys.readouterr().out
     assert "no heldout samples: too few for --heldout 0.002; --heldout 0.5 --overwrite sets about 1 aside" in told
     assert told.rstrip().endswith("data.heldout=none")
+
+
+def test_a_share_may_be_a_percentage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path, *(f"{i}.jpg" for i in range(20)))
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(f"{i}.jpg,{i}\n" for i in range(20)))
+    assert convert("table", tmp_path / "t.csv", tmp_path, output=tmp_path / "out", heldout="50%") == 0
+    again = convert("table", tmp_path / "t.csv", tmp_path, output=tmp_path / "out", heldout="0.5")
+    assert again == 0  # the same share: nothing to do
+    assert re.search(r"heldout: [1-9]\d* samples", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        convert("table", tmp_path / "t.csv", tmp_path, output=tmp_path / "out", heldout="half")
+    assert "argument --heldout: invalid share value: 'half'" in capsys.readouterr().err
 
 
 def test_the_command_is_called_as_this_one_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,16 +261,30 @@ def test_a_changed_field_is_merged_into_the_paths_own_config(tmp_path: Path) -> 
         vision_config(other.model.vision)
 
 
-def test_the_tokenizer_follows_the_llm(tmp_path: Path) -> None:
-    def tokenizer(*words: str) -> str:
-        return presets.load("rtx3090", None, [*words]).data.tokenizer.path
+@pytest.mark.parametrize(("preset", "own"), [("rtx3090", "facebook/MobileLLM-350M"), ("debug", "bytes")])
+def test_the_tokenizer_follows_the_llm(tmp_path: Path, preset: str, own: str, caplog: pytest.LogCaptureFixture) -> None:
+    def tokenizer(*words: str, file: Path | None = None) -> str:
+        return presets.load(preset, file, [*words]).data.tokenizer.path
 
+    assert tokenizer() == own
     assert tokenizer("model.language.path=other/llm") == "other/llm"
     assert tokenizer("model.language.path=other/llm", "data.tokenizer.path=bytes") == "bytes"
-    (tmp_path / "config.yaml").write_text("")  # a directory without a tokenizer, such as a run's
-    assert tokenizer(f"model.language.path={tmp_path}") == "facebook/MobileLLM-350M"
-    run = presets.load("debug", None, ["model.language.path=other/llm"])
-    assert run.data.tokenizer.path == "bytes"
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {tokenizer: {path: my/words}}")
+    assert tokenizer("model.language.path=other/llm", file=file) == "my/words"
+    run, llm = tmp_path / "run", tmp_path / "llm"
+    for folder in (run, llm):
+        folder.mkdir()
+    (run / "config.yaml").write_text("")  # a directory without a tokenizer
+    assert tokenizer(f"model.language.path={run}") == own
+    assert not caplog.messages
+    (llm / "config.json").write_text("{}")
+    assert tokenizer(f"model.language.path={llm}", "data.tokenizer.path=bytes") == "bytes"
+    assert not caplog.messages
+    assert tokenizer(f"model.language.path={llm}") == own
+    assert f"model.language.path={llm} has no tokenizer, and data.tokenizer.path={own} is used" in caplog.text
+    (llm / "tokenizer.json").write_text("{}")
+    assert tokenizer(f"model.language.path={llm}") == str(llm)
 
 
 def test_a_mobilellm_that_shares_layers_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -297,6 +298,21 @@ def test_the_settings_that_fit_on_eight_cards_are_those_of_a_plan() -> None:
         assert one["fits"]
         assert one["micro_batch"] * one["accumulation"] * 8 == one["samples"]
     assert fitted["stages"][0]["features"] > fitted["stages"][2]["features"] == 0
+
+
+def test_a_plan_that_does_not_fit_names_the_option_and_then_the_command(tmp_path: Path) -> None:
+    words = ["--preset", "debug", "fusion=concat", "output=runs/my own"]
+    small = ["--gpu_memory_gb", "1", "--gpu_tflops", "10", "--gpu_bandwidth_gb_s", "100"]
+    command = [sys.executable, "-m", "hive_scale", "plan", *words, *small]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def show(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    assert "more memory than there is. --fit finds settings that fit." in show().stdout
+    fitted = show("--fit")
+    assert fitted.returncode == 0, fitted.stdout + fitted.stderr
+    assert "python -m hive_scale pretrain --preset debug fusion=concat 'output=runs/my own'" in fitted.stdout
 
 
 def test_a_sweep_is_a_table_and_an_image(tmp_path: Path) -> None:

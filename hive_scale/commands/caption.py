@@ -42,11 +42,12 @@ def main() -> int:
 def _caption(arguments: argparse.Namespace) -> int:
     if arguments.max_tokens < 1:
         raise ValueError(f"--max_tokens {arguments.max_tokens} must be at least 1")
-    from hive_scale.captioner import Captioner
-    from hive_scale.device import this_device
     from hive_scale.locate import check_there
 
-    check_there(arguments.model)
+    check_there(arguments.model)  # before torch is imported, which takes seconds
+    from hive_scale.captioner import Captioner
+    from hive_scale.device import this_device
+
     captioner = Captioner.open(arguments.model, this_device())
     unread = 0
     for first in range(0, len(arguments.images), BATCH):

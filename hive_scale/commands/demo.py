@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,21 +39,30 @@ def main() -> int:
 def _serve(arguments: argparse.Namespace) -> int:
     if not find_spec("gradio"):
         raise ValueError("the page needs gradio: pip install 'hive_scale[demo]'")
-    if not 0 < arguments.port < 2**16:
-        raise ValueError(f"--port {arguments.port} is no port: give one from 1024 to 65535")
-    from hive_scale.captioner import Captioner
-    from hive_scale.device import this_device
     from hive_scale.locate import check_there
 
+    # before torch is imported and a model is loaded, which takes long
+    _check_port(arguments.port)
     check_there(arguments.model)
+    from hive_scale.captioner import Captioner
+    from hive_scale.device import this_device
+
     shown = page(Captioner.open(arguments.model, this_device()), arguments.model.resolve().name)
-    try:
-        shown.launch(server_name=HOST, server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True)
-    except OSError as error:
-        raise ValueError(f"--port {arguments.port}: {error}") from None
+    shown.launch(server_name=HOST, server_port=arguments.port, share=False, quiet=True, prevent_thread_lock=True)
     print(f"http://{HOST}:{arguments.port}  (Ctrl-C ends it)", flush=True)
     shown.block_thread()
     return 0
+
+
+def _check_port(port: int) -> None:
+    """Raises ValueError if no page can be served at `port`."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"--port {port} is no port: give one from 1024 to 65535")
+    try:
+        with socket.create_server((HOST, port)):
+            pass
+    except OSError as error:
+        raise ValueError(f"--port {port} cannot be used ({error.strerror}): give another one, such as 8000") from None
 
 
 def page(captioner: Captioner, name: str) -> Any:
@@ -86,7 +96,8 @@ def page(captioner: Captioner, name: str) -> Any:
         last = gr.State(None)
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
+                image: Any = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"])
+                image.preprocess = _path_of
                 prompt = gr.Textbox(label="Question" if asks else "Beginning of the caption (optional)")
                 button = gr.Button("Answer" if asks else "Write a caption", variant="primary")
             with gr.Column():
@@ -98,3 +109,11 @@ def page(captioner: Captioner, name: str) -> Any:
         prompt.submit(write, [image, prompt], results)
         words.input(look, [words, last], maps)
     return blocks
+
+
+def _path_of(upload: Any) -> str | None:
+    """The file that was dropped, as it is.
+
+    Gradio's own step would decode it before its size is checked, and end with an unexplained error if it is damaged.
+    """
+    return upload.path if upload else None

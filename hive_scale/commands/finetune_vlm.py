@@ -87,6 +87,7 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 def _give(config: Config, trained: bool) -> None:
     """Export the finished run as a LLaVA directory, if it is one, and print the next command."""
     from hive_scale.export import export_run
+    from hive_scale.locate import command_name
     from hive_scale.observability.console import console
     from hive_scale.registry import FUSIONS
     from hive_scale.report.summary import finished
@@ -99,7 +100,7 @@ def _give(config: Config, trained: bool) -> None:
     model = llava if llava.exists() else config.run_dir
     run = shlex.quote(str(config.run_dir))
     console.print(f"model    {model}", soft_wrap=True, markup=False)
-    console.print(f"next     python launchers/evaluate.py {run} --tasks NAMES", soft_wrap=True, markup=False)
+    console.print(f"next     {command_name('evaluate')} {run} --tasks NAMES", soft_wrap=True, markup=False)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

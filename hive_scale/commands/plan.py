@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hive_scale.cli import Parser, add_run_arguments, named_run
 from hive_scale.exit_codes import ended
+from hive_scale.locate import command_name
 from hive_scale.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -75,17 +77,26 @@ def _plan(config: Config, machine: Machine, arguments: argparse.Namespace) -> in
         print(dumps({"gpu": machine.gpu.title, "stages": stages, "settings": words}, indent=2))
     else:
         print(_report(plans, machine, arguments))
+        if short := [plan.stage for plan in plans if not plan.fits]:
+            print(f"{', '.join(short)}: more memory than there is. --fit finds settings that fit.")
         if config.engine.precision == "bf16" and not machine.gpu.has_bf16:
             print(f"The {machine.gpu.title} has no bf16: the plan is at its fp32 speed. Set engine.precision=fp32.")
         if words:
-            preset = f" --preset {arguments.preset}" if arguments.preset else ""
-            given = [word for word in arguments.overrides if word.split("=")[0] not in _keys(words)]
-            print("\n  " + " ".join([f"python launchers/pretrain.py{preset}", *given, *words]))
+            given = [*_named(arguments), *_kept(arguments, words)]
+            print(f"\n  {command_name('pretrain')} {shlex.join([*given, *words])}")
     return 0 if all(plan.fits for plan in plans) else 1
 
 
-def _keys(words: list[str]) -> set[str]:
-    return {word.split("=")[0] for word in words}
+def _named(arguments: argparse.Namespace) -> list[str]:
+    """The options that name the run, as they were given."""
+    named = {name: getattr(arguments, name) for name in ("preset", "config", "ds_config", "ds_config_owned")}
+    return [word for name, value in named.items() if value for word in (f"--{name}", str(value))]
+
+
+def _kept(arguments: argparse.Namespace, words: list[str]) -> list[str]:
+    """The words given by the user, but for those that `words` replace."""
+    replaced = {word.split("=")[0] for word in words}
+    return [word for word in arguments.overrides if word.split("=")[0] not in replaced]
 
 
 def _report(plans: list[StagePlan], machine: Machine, arguments: argparse.Namespace) -> str:

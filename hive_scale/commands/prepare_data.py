@@ -121,8 +121,8 @@ def add_fashion_mnist(subparsers: Subparsers) -> None:
 
 
 def run_fashion_mnist(arguments: argparse.Namespace) -> None:
+    from hive_scale.locate import command_name
     from hive_scale.prepare import fashion_mnist, notices
-    from hive_scale.prepare.next_command import command_name
 
     with _waiting("fetching Fashion-MNIST"):
         written = fashion_mnist.prepare(arguments.output, arguments.cache)
@@ -137,8 +137,8 @@ def add_smollm2(subparsers: Subparsers) -> None:
 
 
 def run_smollm2(arguments: argparse.Namespace) -> None:
+    from hive_scale.locate import command_name
     from hive_scale.prepare import notices, smollm2
-    from hive_scale.prepare.next_command import command_name
 
     start = time.monotonic()
     with _waiting("fetching (93 MB) and converting SmolLM2; a minute or two"):

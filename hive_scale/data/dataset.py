@@ -14,10 +14,11 @@ from torch import Tensor
 
 from hive_scale.batch import BLANK, Sample
 from hive_scale.config import DataConfig
-from hive_scale.data.conversation import parse_messages, tokenize_conversation
+from hive_scale.data.conversation import tokenize_conversation
 from hive_scale.data.feature_store import FeatureStore
 from hive_scale.data.images import LARGEST_FILE
 from hive_scale.data.index import Index
+from hive_scale.data.messages import parse_messages
 from hive_scale.data.shard_cache import ShardCache
 from hive_scale.data.shards import ShardReader
 from hive_scale.data.tar_scan import LARGEST_CAPTION

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
-from hive_scale import checksums
+from hive_scale import checksums, strict_json
 from hive_scale.batch import Sample
 from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
 from hive_scale.config import TokenizerConfig
@@ -143,7 +143,9 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise ValueError(f"data.tokenizer.path={config.path} is a file: give the directory of a tokenizer")
     try:
         checksums.check(Path(place), weights=False)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        # transformers would warn that it does not know the model type of our own exports
+        known = {"config": PreTrainedConfig()} if _is_whole_hive(Path(place) / "config.json") else {}
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **known)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError and others
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(
@@ -170,6 +172,11 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer {config.path} has no end token: use one whose eos_token is set")
     return Tokenizer(tokenizer)
+
+
+def _is_whole_hive(file: Path) -> bool:
+    content = strict_json.read(file) if file.is_file() else None
+    return isinstance(content, dict) and content.get("model_type") == "hive"
 
 
 def caption_sample(key: str, pixels: Tensor | None, text: str, tokenizer: Tokenizer, max_tokens: int) -> Sample:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hive_scale.data.conversation import SHORT
+from hive_scale.data.messages import SHORT
 from hive_scale.evaluate.answer_parsing import plain_normal
 from hive_scale.evaluate.readers import image_file, missing_files_error, published_at, read_json, rows
 from hive_scale.evaluate.vqa_types import Answered, ImageFile, Question, Task

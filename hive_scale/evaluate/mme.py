@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from hive_scale.data.conversation import SHORT
+from hive_scale.data.messages import SHORT
 from hive_scale.evaluate.answer_parsing import yes_or_no
 from hive_scale.evaluate.readers import image_file, images_by_stem, missing_files_error, published_at, rows
 from hive_scale.evaluate.vqa_types import Answered, ImageFile, Question, Task

@@ -137,7 +137,7 @@ def run_published(arguments: argparse.Namespace) -> None:
 
 def _fetching(name: str, one: PublishedSet) -> str:
     """Return where the files of a set come from, and the commands that fetch and convert them."""
-    from hive_scale.prepare.next_command import command_name
+    from hive_scale.locate import command_name
     from hive_scale.prepare.published_sets import describe, download_command
 
     raw, output = f"downloads/{name}", f"data/{OUTPUTS[name]}"
@@ -179,11 +179,19 @@ def _add_conversion(
     parser.add_argument("--output", type=Path, required=output_required, metavar="DIR", help="where the tars go")
     parser.add_argument("--overwrite", action="store_true", help="replace what --output holds already")
     parser.add_argument("--shard-size", type=int, default=1000, metavar="N", help="samples per tar (%(default)s)")
-    help = "share of the images that go to heldout-*.tar (%(default)s)"
-    parser.add_argument("--heldout", type=float, default=0.002, metavar="SHARE", help=help)
+    help = "share of the images that go to heldout-*.tar, such as 0.05 or 5%% (%(default)s)"
+    parser.add_argument("--heldout", type=_share, default=0.002, metavar="SHARE", help=help)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (%(default)s)")
     parser.set_defaults(run=run, again="the same command goes on")
     return parser
+
+
+def _share(text: str) -> float:
+    """The share that `text` names: 0.05, or 5% as in `data.heldout`. `ShardLayout` checks its range."""
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+
+
+_share.__name__ = "share"  # argparse's message for other texts names it
 
 
 def _add_column_arguments(parser: argparse.ArgumentParser) -> None:

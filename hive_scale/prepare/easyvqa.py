@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from hive_scale.chat_template import IMAGE
-from hive_scale.data.conversation import SHORT
+from hive_scale.data.messages import SHORT
 from hive_scale.prepare.packages import Package, fetch, members
 from hive_scale.prepare.readers import table
 from hive_scale.prepare.writer import ShardLayout, convert

@@ -5,25 +5,17 @@ from __future__ import annotations
 import glob
 import re
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from json import dumps
 from pathlib import Path
 
 from hive_scale.data.shards import all_shards, expand
+from hive_scale.locate import command_name
 from hive_scale.strangers import printable
 
 SIMPLE = re.compile(r"[\w./*+-]+", re.ASCII)  # shard patterns that YAML reads as they are
 SMALL = 1024  # samples of the largest batch in the paper's recipe: fewer do not fill it
 PREFIXED = re.compile(r"[\d.]+ x |[^/]*:|~")  # what a pattern would mean at its beginning
-
-
-def command_name(name: str) -> str:
-    """Return how to call command `name`, as this command was called: a launcher's path, or ``-m hive_scale``."""
-    launcher, here = sys.argv[0], "prepare_data.py"
-    if not launcher.endswith(here):
-        return f"python -m hive_scale {name}"
-    return f"python {shlex.quote(launcher.removesuffix(here) + name + '.py')}"
 
 
 def next_step(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hive_scale.chat_template import IMAGE
-from hive_scale.data.conversation import is_text, parse_messages
+from hive_scale.data.messages import is_text, parse_messages
 
 IMAGES = (  # columns of images, in order of preference; filepath is open_clip's, file_name COCO's and the hub's
     *("image", "images", "filepath", "file_name", "filename", "image_path", "image_name", "path", "img", "file"),

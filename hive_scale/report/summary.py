@@ -119,7 +119,8 @@ def _losses(config: Config, screen: Screen) -> None:
         screen.print(_losses_table(config, losses, "held-out"))
     else:
         screen.print(_losses_table(config, losses_of(config, "loss"), "training"))
-        screen.print("nothing is held out (data.heldout=none): how the model does on new data is not known")
+        told = "nothing is held out (data.heldout=none): how the model does on new data is not known"
+        screen.print(told, soft_wrap=True)
     screen.print(_time(config), soft_wrap=True)
 
 
