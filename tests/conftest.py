@@ -4,6 +4,9 @@ Everything that tests start, such as a Slurm or a browser, ends with them, howev
 """
 
 import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import guardian
 import pytest
@@ -21,3 +24,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: at the end, side by side, no process waits for another's."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, driven by playwright. Without it the test is skipped; in CI it fails."""
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not chromium:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on this machine: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
+        yield browser
+        browser.close()

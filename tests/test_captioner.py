@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,19 +181,6 @@ def test_a_port_in_use_is_refused_before_the_model_is_loaded(
         monkeypatch.setattr("sys.argv", ["demo", str(run), "--port", port])
         assert demo.main() == 2
     assert f"--port {port} cannot be used (" in capsys.readouterr().err
-
-
-@pytest.fixture
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-    if not chromium:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
-        yield browser
-        browser.close()
 
 
 def test_the_page_captions_an_image_and_shows_the_attention_of_a_word(

@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -311,19 +308,6 @@ def test_the_report_needs_nothing_else(report: Path) -> None:
     assert sum(map(len, figures)) == len(set().union(*figures))  # no figure takes another's parts for its own
     for word in ("hive", "baseline", "Held-out loss", "Gates", "bad samples", "the truth", "MB per process"):
         assert word in text, word
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-    if not chromium:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on this machine: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=120_000)
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (375, "dark")])
