@@ -23,7 +23,7 @@ import pytest
 
 from hive_scale import config, presets
 from hive_scale.__main__ import main as hive_scale_main
-from hive_scale.cli import named_run
+from hive_scale.cli import Parser, named_run
 from hive_scale.commands import COMMANDS
 from hive_scale.slurm import resources
 
@@ -111,8 +111,9 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namesp
 
         return parse
 
-    for name in ("parse_args", "parse_intermixed_args"):
-        monkeypatch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
+    for kind in (Parser, argparse.ArgumentParser):
+        for name in {"parse_args", "parse_intermixed_args"} & vars(kind).keys():
+            monkeypatch.setattr(kind, name, ending(vars(kind)[name]))
     place = next(i for i, word in enumerate(words) if word.endswith(".py") or word == "hive_scale")
     monkeypatch.setattr(sys, "argv", words[place:])
     monkeypatch.setattr(sys, "path", [*sys.path])
