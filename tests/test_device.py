@@ -27,6 +27,7 @@ CPU, CUDA, XPU, MPS = (torch.device(of) for of in ("cpu", "cuda", "xpu", "mps"))
 NAMED = {
     "device.py": r".*",
     "distributed.py": r'device\.type == "cuda"|cuda:nccl',  # a session's backend by device
+    "key_guesses.py": r'"cuda"\), "the device is found',  # what other programs call an option
     "observability/profiler.py": r'device\.type == "cuda"|torch\.cuda\.memory',  # the snapshots of its allocator
 }
 MAKERS = re.compile(r"torch\.(?:cuda|xpu|mps|backends\.(?:cuda|cudnn|mps))\b|[\"'](?:cuda|xpu|mps)(?::\w+)?[\"']")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
-from hive_scale.device import SINGLE, default_precision, exact_fp32
+from hive_scale.device import SINGLE, default_precision, exact_fp32, is_accelerator
 from hive_scale.distributed import Fragment, World
 from hive_scale.param_groups import ParamGroup
 
@@ -126,7 +126,8 @@ def check_device(config: EngineConfig, of: str) -> None:
             f"{what} was never tried on a device of type {of}: set engine.precision=fp32 engine.cpu_offload=false, "
             "leave --ds_config out, and see docs/devices.md"
         )
-    if config.precision == "bf16" and of == "cuda" and default_precision(torch.device(of)) != "bf16":
+    device = torch.device(of)
+    if config.precision == "bf16" and is_accelerator(device) and default_precision(device) != "bf16":
         logger.warning("this GPU has no bf16, and computes it at fp32's speed or slower: set engine.precision=fp32")
 
 
