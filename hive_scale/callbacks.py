@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hive_scale.engine import StepOutput
     from hive_scale.train import StageRun
-
-__all__ = ["Callback", "Callbacks"]
 
 
 class Callback:
@@ -36,26 +34,3 @@ class Callback:
 
     def on_checkpoint(self, stage: StageRun, path: Path) -> None:
         """A checkpoint is on its way to the directory `path`. It may still be written in the background."""
-
-
-class Callbacks(Callback):
-    """Several callbacks as one, called in their order."""
-
-    def __init__(self, callbacks: Sequence[Callback] = ()) -> None:
-        self.callbacks = tuple(callbacks)
-
-    def on_stage(self, stage: StageRun) -> None:
-        for callback in self.callbacks:
-            callback.on_stage(stage)
-
-    def on_step(self, stage: StageRun, output: StepOutput) -> None:
-        for callback in self.callbacks:
-            callback.on_step(stage, output)
-
-    def on_evaluate(self, stage: StageRun, metrics: Mapping[str, Any]) -> None:
-        for callback in self.callbacks:
-            callback.on_evaluate(stage, metrics)
-
-    def on_checkpoint(self, stage: StageRun, path: Path) -> None:
-        for callback in self.callbacks:
-            callback.on_checkpoint(stage, path)

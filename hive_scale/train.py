@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hive_scale.batch import Batch
-from hive_scale.callbacks import Callback, Callbacks
+from hive_scale.callbacks import Callback
 from hive_scale.checkpoint.checkpointer import Checkpointer
 from hive_scale.checkpoint.format import directory_name
 from hive_scale.checkpoint.optimizer_transfer import OptimizerTransfer
@@ -150,7 +150,7 @@ class StageRun:
         preemption: Preemption,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.callbacks = Callbacks(callbacks)
+        self.callbacks = callbacks
         self.config, self.name, self.data, self.world, self.preemption = config, name, data, world, preemption
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
@@ -187,7 +187,8 @@ class StageRun:
             self._warn_if_restarted()
             self.moments.fill(self.engine.fragments())
         self.goodput = Goodput(self.world.timer, read_metrics(self.metrics), self.at.step)
-        self.callbacks.on_stage(self)
+        for callback in self.callbacks:
+            callback.on_stage(self)
         while not self._train():
             self.at.rollback()
             self.goodput.rollback(read_metrics(self.metrics), self.at.step)
@@ -254,7 +255,8 @@ class StageRun:
                     self.goodput.skip_batch(perf_counter() - began - self.waited)
                     if self.guard.reject():
                         return False
-                self.callbacks.on_step(self, output)
+                for callback in self.callbacks:
+                    callback.on_step(self, output)
                 # the interval balances the cost of saving against the work lost in a failure (Daly 2006)
                 self.interval.stepped(self.checkpoints.write_seconds)
                 log.print(self.interval.warning())
@@ -276,7 +278,8 @@ class StageRun:
         saved = self.at.save(self.stage.global_batch, wait)
         if saved:
             self.interval.saved(perf_counter() - began)
-            self.callbacks.on_checkpoint(self, self.dir / directory_name(self.at.step))
+            for callback in self.callbacks:
+                callback.on_checkpoint(self, self.dir / directory_name(self.at.step))
         return saved
 
     def _flags(self) -> tuple[float, ...]:
@@ -305,7 +308,8 @@ class StageRun:
         behind = self.moments.steps
         # read from the optimizer's state, so that it needs no extra backward
         metrics |= layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
-        self.callbacks.on_evaluate(self, metrics)
+        for callback in self.callbacks:
+            callback.on_evaluate(self, metrics)
         return metrics
 
     def _skip_batch(self, output: StepOutput, log: StageLog) -> None:
