@@ -11,13 +11,11 @@ from torch import Tensor
 
 from hive_scale.config import DataConfig
 from hive_scale.data.conversation import prompt_with_slot
-from hive_scale.data.images import read_image
 from hive_scale.data.messages import is_text
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
-from hive_scale.data.transform import to_pixels
+from hive_scale.data.transform import read_pixels
 from hive_scale.device import default_precision
 from hive_scale.export import from_pretrained, processing
-from hive_scale.locate import check_is_file
 from hive_scale.model.generate import generate
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
@@ -56,17 +54,8 @@ class Captioner:
 
     def read(self, path: Path) -> Tensor:
         """The image at `path` as the model sees it, uint8 (3, H, W). Raises ValueError if it is not an image."""
-        check_is_file(path)
-        data = read_image(path)
-        try:
-            return self.decode(data)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}: give a JPEG, PNG or WebP") from None
-
-    def decode(self, image: bytes) -> Tensor:
-        """`read`, of the bytes of a file."""
-        size = self.model.vision.config.image_size
-        return to_pixels(image, size, self.data.image_transform, self.data.max_pixels, self.model.family.mean_colour)
+        size, colour = self.model.vision.config.image_size, self.model.family.mean_colour
+        return read_pixels(path, size, self.data.image_transform, self.data.max_pixels, colour)
 
     def write(self, images: Sequence[Tensor], prompt: str = "", max_tokens: int = 40) -> list[Written]:
         """Return what the model writes about each of `images`, uint8 (3, H, W), greedily.

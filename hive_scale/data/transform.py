@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from pathlib import Path
 from struct import Struct
 
 import numpy as np
@@ -17,7 +18,8 @@ from torchvision.transforms.v2 import functional as vision
 
 from hive_scale.batch import BLANK
 from hive_scale.config import ImageMode
-from hive_scale.data.images import FORMATS, check_scans, orientation, upright_rgb
+from hive_scale.data.images import FORMATS, check_scans, orientation, read_image, upright_rgb
+from hive_scale.locate import check_is_file
 
 VERSION = 2  # raised when the same bytes give other pixels, so that stored features are recomputed
 MAX_ASPECT = 100
@@ -52,6 +54,16 @@ def to_pixels(data: bytes, image_size: int, mode: ImageMode, max_pixels: int, pa
     complete JPEG, PNG or WebP of at most `max_pixels`.
     """
     return fitted(decode(data, max_pixels), image_size, mode, pad_colour)
+
+
+def read_pixels(path: Path, image_size: int, mode: ImageMode, max_pixels: int, pad_colour: Colour = GREY) -> Tensor:
+    """`to_pixels` of a user's own image file. Raises ValueError, with the path and the remedy, if it is no image."""
+    check_is_file(path)
+    data = read_image(path)
+    try:
+        return to_pixels(data, image_size, mode, max_pixels, pad_colour)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}: give a JPEG, PNG or WebP") from None
 
 
 def decode(data: bytes, max_pixels: int) -> Tensor:

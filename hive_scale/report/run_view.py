@@ -10,9 +10,8 @@ from torch import Tensor
 
 from hive_scale.checkpoint import run_reader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
-from hive_scale.data.transform import to_pixels
+from hive_scale.data.transform import read_pixels
 from hive_scale.device import this_device
-from hive_scale.locate import check_is_file
 from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.metrics import read_metrics
@@ -49,11 +48,7 @@ class RunView(run_reader.Run):
         """Return the image at `path` as the model sees it. Raises ValueError if it is not an image."""
         data, model = self.config.data, self.config.model
         size, colour = build.image_size(model), build.pad_colour(model)
-        check_is_file(path)
-        try:
-            return to_pixels(path.read_bytes(), size, data.image_transform, data.max_pixels, colour)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JPEG, PNG or WebP") from None
+        return read_pixels(path, size, data.image_transform, data.max_pixels, colour)
 
     def heldout(self, count: int) -> list[Pair]:
         """Return up to `count` held-out pairs, evenly spaced through the set; training pairs if nothing is held out.
