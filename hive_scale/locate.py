@@ -30,9 +30,10 @@ PREPARED = {
     "data/easyvqa": "easy_vqa",
     "data/tuxpaint": "tuxpaint",
     "data/fashion_mnist": "fashion_mnist",
-    "data/cc3m_595k": "llava chat.json images.zip",
-    "data/lcs_558k": "llava blip_laion_cc_sbu_558k.json images.zip",
-    "data/llava_next": "parquet 'LLaVA-NeXT-Data/data/*.parquet'",
+    # without a folder these say where the files come from
+    "data/cc3m_595k": "cc3m",
+    "data/lcs_558k": "lcs",
+    "data/llava_next": "llava_next",
 }
 FILES = (".safetensors", ".json", ".yaml", ".tar", ".bin", ".pt", ".pth", ".gguf", ".zip")  # no model's name ends so
 SIGNS = ("config.json", "tokenizer.json", "tokenizer_config.json")  # one of them is in every repository that is used

@@ -258,7 +258,10 @@ def test_attention_by_command(runs: list[RunView], tmp_path: Path) -> None:
         (lambda runs, _: runs[0].model("joined"), "no stage 'joined': there are projector, joint, initial"),
         (lambda runs, new: RunView(new).model(), "no finished stage: train it to its end"),
         (lambda runs, _: runs[0].read_image(ROOT / "README.md"), "README.md: .*: give a JPEG, PNG or WebP"),
-        (lambda runs, _: runs[0].read_image(Path("nowhere.png")), "nowhere.png is not there: there is no 'nowhere.png' in "),
+        (
+            lambda runs, _: runs[0].read_image(Path("nowhere.png")),
+            "nowhere.png is not there: there is no 'nowhere.png' in ",
+        ),
         (lambda runs, _: pairs_of(runs[0], [Path("a.png")], [], 1), "has no caption.*write a.txt"),
         (lambda runs, _: pairs_of(runs[0], [Path("a.png")], ["a", "b"], 1), "2 captions for 1 images"),
         (

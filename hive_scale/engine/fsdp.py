@@ -172,8 +172,9 @@ class FsdpEngine:
         if taken:
             self._scale(divisor, norm)
             self.optimizer.step()
+            if self.masters:
+                self.masters.copy_back()
         if self.masters:
-            self.masters.copy_back()
             self.masters.clear()
         else:
             self.optimizer.zero_grad()

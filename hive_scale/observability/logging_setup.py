@@ -18,13 +18,8 @@ from hive_scale.observability.console import ForgivingFile, console
 from hive_scale.strangers import printable
 
 LEVELS = ("debug", "info", "warning", "error")
-LOUD = (
-    "DeepSpeed",
-    "transformers",
-    "torch",
-    "accelerate",
-    "huggingface_hub",
-)  # loggers that install their own handlers
+# loggers that install their own handlers
+LOUD = ("DeepSpeed", "transformers", "torch", "accelerate", "huggingface_hub")
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 SHOWN = "is_on_the_screen"  # attribute of log records that have been printed already
 logger = logging.getLogger(__name__)

@@ -89,13 +89,15 @@ def too_large(
     stage, room = config.stages[name], usable(memory)
     per_rank = stage.global_batch // world
     given = per_rank // stage.accumulation(world)
-    sizes = [size for size in range(given, 0, -1) if per_rank % size == 0]
-    peaks = [measure(facts, config.engine, zero, world, size, per_rank // size).peak for size in sizes]
-    if peaks[0] <= room:
+
+    def peak(size: int) -> float:
+        return measure(facts, config.engine, zero, world, size, per_rank // size).peak
+
+    if (planned := peak(given)) <= room:
         return ""
-    fitting = next((size for size, peak in zip(sizes, peaks, strict=True) if peak <= room), 0)
+    fitting = next((size for size in range(given - 1, 0, -1) if per_rank % size == 0 and peak(size) <= room), 0)
     return (
-        f"stages.{name}: micro_batch={given} may not fit: {peaks[0] / 1e9:.3g} GB are planned, and {room / 1e9:.3g} GB "
+        f"stages.{name}: micro_batch={given} may not fit: {planned / 1e9:.3g} GB are planned, and {room / 1e9:.3g} GB "
         f"of this device can be used: {_smaller(name, fitting)}"
     )
 

@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from hive_scale.prepare.image_sources import Place
 
 
+LFS_POINTER = b"version https://git-lfs"
 IMAGE = "an image: give the file that names the images, or their folder"
 KINDS = (  # first bytes, the kind, what a user is told who gives such a file where another kind is wanted
     (b"PAR1", "parquet", "parquet: use prepare_data.py parquet"),
-    (b"version https://git-lfs", "pointer", "only git-lfs's pointer to the file: git lfs pull, or fetch it again"),
+    (LFS_POINTER, "pointer", "only git-lfs's pointer to the file: git lfs pull, or fetch it again"),
     (b"\x1f\x8b", "gzip", "compressed: unpack it with gunzip"),
     (b"PK\x03\x04", "zip", "a zip or an Excel file: unpack it, or save it as CSV"),
     (b"\xff\xd8\xff", "JPEG", IMAGE),

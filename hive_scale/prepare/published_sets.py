@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hive_scale.prepare.items import LFS_POINTER
 from hive_scale.strangers import some
 
 UNITS = {"MB": 2, "GB": 3}
-LFS_POINTER = b"version https://git-lfs"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 NUMBERED = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.parquet)")
 RECORDED = Path(".cache") / "huggingface" / "download"  # where `hf download --local-dir` records what it fetched
