@@ -113,7 +113,8 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
         check_compiler(config.engine)
         check_device(config.engine, kind())
     for name, stage in config.stages.items():
-        _check_heldout(config, name, data[name])
+        if name == next(other for other, opened in data.items() if opened is data[name]):  # one warning for one set
+            _check_heldout(config, name, data[name])
         try:
             model, _ = build.for_stage(config.model, stage)
             if name in worlds:

@@ -334,7 +334,7 @@ def test_materialise_gives_the_assembled_model_back() -> None:
             {"language": PartConfig(config=tiny.language(rope_parameters={"rope_type": "x"}))},
             "language: its config makes",
         ),
-        ({"language": PartConfig(path="./nowhere")}, "no config.json"),
+        ({"language": PartConfig(path="./nowhere")}, "there is no 'nowhere' in"),
         ({"language": PartConfig()}, "neither path nor config"),
         (
             {"encoder_layer_ratio": 1.0, "language": PartConfig(config=tiny.language(num_hidden_layers=2))},

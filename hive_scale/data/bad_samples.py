@@ -65,7 +65,7 @@ class BadSampleLog:
         told = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         first = next(iter(bad))
         return (
-            f"{len(bad):,} bad samples are more than {limit} ({told}; the first is {first.shard}: {first.key}): repair "
+            f"bad samples: {len(bad):,}, more than {limit} ({told}; the first is {first.shard}: {first.key}): repair "
             f"the shards{f' listed in {self.path}' if self.path else ''}, or raise the limit"
         )
 

@@ -89,6 +89,8 @@ def from_pretrained(path: Path) -> Hive:
         if model.vision.path or model.language.path:
             raise ValueError("a path in config.json, where the whole config of each part is wanted")
         return build.load_model(model, read_weights(path, checksummed=checksums.is_listed(path)))
+    except checksums.CorruptFile:
+        raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error}") from None
 
