@@ -20,12 +20,13 @@ from omegaconf import OmegaConf
 from hive_scale import checksums, credentials
 from hive_scale.atomic import write_text
 from hive_scale.config_merge import STAGE_ORDER, flatten, resolve
-from hive_scale.registry import FUSIONS, OPTIMIZERS
+from hive_scale.registry import ADAPTERS, FUSIONS, OPTIMIZERS
 
 Depths = Literal["uniform", "later"]
 Positions = Literal["grid", "line"]
 Frozen = Literal["replicate", "shard"]
 Precision = Literal["fp32", "bf16"]
+Compile = Literal["auto", True, False]
 Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
 TextMode = Literal["caption", "conversation"]
@@ -188,6 +189,29 @@ class GroupConfig:
 
 
 @dataclass(frozen=True)
+class AdapterConfig:
+    """Small modules that a stage trains in place of the weights of linear layers, such as LoRA (Hu et al. 2021).
+
+    `targets` are globs over the names of linear layers in the blocks of encoder and LLM. In a part that has some, the
+    adapter alone is trained, at the rate of the group that names it. It is merged into the weights at the stage's end.
+    """
+
+    kind: str = "lora"  # name of a registered adapter: lora or dora
+    rank: int = 16  # columns of the two factors
+    alpha: int = 32  # what the factors compute is multiplied by alpha / rank
+    dropout: float = 0.0  # share of the factors' inputs that is set to zero while training
+    targets: list[str] = field(default_factory=lambda: ["language.*_proj"])  # all projections of the LLM
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha < 1:
+            raise ValueError(f"adapter.rank={self.rank}, adapter.alpha={self.alpha}: set both to 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"adapter.dropout={self.dropout:g} is a share: set it from 0 to below 1")
+        if not self.targets:
+            raise ValueError("adapter.targets is empty: name linear layers, such as language.*_proj")
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One stage of training. Parameters that no group names are frozen.
 
@@ -218,6 +242,7 @@ class StageConfig:
     carry_optimizer_state: bool = False
     decoupled_weight_decay: bool = True  # weight decay does not scale with the peak learning rate (paper, Table 3)
     seed: int = 0  # of data order and step randomness; the first stage's also of newly drawn weights
+    adapter: AdapterConfig | None = None  # modules trained in place of the weights of linear layers; None: no adapter
     # keys of `DataConfig` that this stage overrides in the run's `data`
     data: dict[str, Any] | None = field(default=None, metadata={"overrides": DataConfig})
 
@@ -308,7 +333,7 @@ class EngineConfig:
     reshard_after_backward: bool = True  # false: parameters stay unsharded between micro-batches of a step
     sync_each_micro_batch: bool = False  # true: reduce-scatter gradients after each micro-batch, not once per step
     cpu_offload: bool = False  # keep master weights and moments in host memory
-    compile: bool = False  # torch.compile each block; needs a C++ compiler
+    compile: Compile = "auto"  # torch.compile each block; auto: on CUDA, where what it needs is there, not under ZeRO-3
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     ds_config: str = ""  # DeepSpeed JSON file; if given, ZeRO replaces FSDP2
     ds_config_owned: Owned = "refuse"  # if that JSON contradicts a stage: refuse it, or ignore it and use the stage
@@ -420,6 +445,8 @@ class Config:
                 raise ValueError(f"stages.{name!r} cannot name a stage, which has a folder of that name: {why}")
             self.data_of(name)  # resolve each stage's overrides now, so that a typo is reported at once
             OPTIMIZERS.check(self.stages[name].optimizer, f"stages.{name}.optimizer", self.extensions)
+            if adapter := self.stages[name].adapter:
+                ADAPTERS.check(adapter.kind, f"stages.{name}.adapter.kind", self.extensions)
         FUSIONS.check(self.model.fusion, "model.fusion", self.extensions)
 
     @property

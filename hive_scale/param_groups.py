@@ -25,11 +25,13 @@ class ParamGroup:
 def apply_trainable_groups(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:
     """Set ``requires_grad`` on every parameter of `model`, and return the stage's parameter groups.
 
-    `dormant` parameters, which the forward never reads, stay frozen even if a glob matches them. Vectors (norms,
+    `dormant` parameters, which the forward never reads or an adapter stands for, stay frozen even if a glob matches
+    them. Vectors (norms,
     biases, gates) form a group of their own without weight decay. Call this before the engine wraps the model, on the
     meta device if you like: wrapping replaces the tensors, so the groups hold names.
 
-    Raises ValueError if a glob matches no parameter, or a parameter falls into two groups.
+    Raises ValueError if a glob matches no parameter, a group has dormant ones only, or a parameter falls into two
+    groups.
     """
     parameters = dict(model.named_parameters())
     owner: dict[str, str] = {}
@@ -38,6 +40,11 @@ def apply_trainable_groups(model: nn.Module, stage: StageConfig, dormant: Collec
             if owner.setdefault(name, group_name) != group_name:
                 raise ValueError(f"groups {owner[name]} and {group_name} both name {name}: narrow one of their globs")
     trained = {name: group for name, group in owner.items() if name not in dormant}
+    if idle := sorted(stage.groups.keys() - set(trained.values())):
+        raise ValueError(
+            f"group {idle[0]} would train nothing: the forward reads none of its parameters, or an adapter stands for "
+            "them: leave it out, or name others"
+        )
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in trained)
     groups = []

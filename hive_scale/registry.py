@@ -1,4 +1,4 @@
-"""Registries of classes by name: fusions, encoder families, LLM families and optimizers.
+"""Registries of classes by name: fusions, encoder families, LLM families, optimizers and adapters.
 
 Each entry is a class that implements its base class's whole interface, so no other module compares names. Entries of
 this package are imported on first use; a user's own modules, named in the config's ``extensions``, register more.
@@ -132,3 +132,4 @@ ENCODERS = Registry(
 )
 HOSTS = Registry("LLM family", dict.fromkeys(("llama", "qwen2", "qwen3"), "hive_scale.model.hosts"))
 OPTIMIZERS = Registry("optimizer", {"adamw": "hive_scale.engine.optimizer"})
+ADAPTERS = Registry("adapter", dict.fromkeys(("lora", "dora"), "hive_scale.model.adapters"))

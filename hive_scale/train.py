@@ -24,6 +24,7 @@ from hive_scale.engine import Engine, StepOutput, memory, open_engine
 from hive_scale.exit_codes import Stopped
 from hive_scale.feature_cache import cached_features
 from hive_scale.model import build
+from hive_scale.model.adapters import AdaptedWeights
 from hive_scale.observability.goodput import DataStall, Goodput
 from hive_scale.observability.layer_stats import layer_grad_rms
 from hive_scale.observability.metrics import read_metrics
@@ -162,7 +163,9 @@ class StageRun:
         features = cached_features(config, self.model, data.train, weights, world, preemption.requested)
         self.work = work.without("vision") if work and features else work
         self.train = data.train.with_features(features)
-        self.engine = open_engine(self.model, groups, self.stage, config.engine, world, weights)
+        adapted = self.model.adapted
+        given = AdaptedWeights(adapted, weights, self.stage.seed) if adapted else weights
+        self.engine = open_engine(self.model, groups, self.stage, config.engine, world, given)
         self.checkpoints = Checkpointer(self.dir, world, config.keep, config.max_failed_saves)
         # `origin` must match on resume; older versions wrote the data's fingerprint in other forms, all are accepted
         origin = {"parent": [weights.identity], "data": data.names}

@@ -24,7 +24,7 @@ from hive_scale.model.encoders import EncoderFamily
 from hive_scale.model.fusion import Fusion
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.plan.flops import count
-from hive_scale.registry import EXTENSIONS, FUSIONS, OPTIMIZERS, Registry
+from hive_scale.registry import ADAPTERS, EXTENSIONS, FUSIONS, OPTIMIZERS, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 VIT = {name: value for name, value in tiny.SIGLIP.items() if name != "model_type"} | {"model_type": "vit"}
@@ -32,7 +32,12 @@ STAGES = ("projector", "language", "joint")
 WORDS = [
     *("extensions=[toy_extension]", "fusion=toy_mean", f"model.vision.config={json.dumps(VIT)}"),
     *(f"stages.{stage}.{word}" for stage in STAGES for word in ("max_steps=3", "global_batch=8", "optimizer=toy_sgd")),
-    *("blank_image_control=false", "save_interval=2", "model.encoder_layer_ratio=0.5"),
+    *(
+        "stages.language.adapter.kind=toy_scale",
+        "blank_image_control=false",
+        "save_interval=2",
+        "model.encoder_layer_ratio=0.5",
+    ),
 ]
 
 
@@ -53,7 +58,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_fusion_an_encoder_and_an_optimizer_from_outside_train(trained: Path) -> None:
+def newest_masters(stage: Path) -> list[str]:
+    return list(StepCheckpoint(steps_in(stage)[-1]).masters())
+
+
+def test_a_fusion_an_encoder_an_optimizer_and_an_adapter_from_outside_train(trained: Path) -> None:
     for stage in STAGES:
         lines = read_metrics(trained / stage / "metrics.jsonl")
         assert [line["step"] for line in lines] == [1, 2, 3]
@@ -61,6 +70,9 @@ def test_a_fusion_an_encoder_and_an_optimizer_from_outside_train(trained: Path) 
         assert "grad_rms" not in lines[-1], "an optimizer without mean squares says nothing of layers' gradients"
         newest = StepCheckpoint(steps_in(trained / stage)[-1])
         assert {key.split("/")[0] for key in newest.shapes} == {"master", "momentum_buffer"}
+    of_llm = [name for name in newest_masters(trained / "language") if name.startswith("language.")]
+    assert of_llm
+    assert all(name.endswith("_proj.scale") for name in of_llm), "the adapter stands for the LLM's own weights"
     first, last = (load_file(trained / name / "weights.safetensors") for name in ("initial", "joint"))
     moved = {name.split(".")[0] for name in first if not torch.equal(first[name], last[name])}
     assert moved == {"projector", "fusion", "language", "vision"}
@@ -170,7 +182,7 @@ def test_a_typo_is_answered_with_the_nearest_name() -> None:
 
 
 def test_every_entry_of_ours_is_complete() -> None:
-    for one in (FUSIONS, registry.ENCODERS, registry.HOSTS, OPTIMIZERS):
+    for one in (FUSIONS, registry.ENCODERS, registry.HOSTS, OPTIMIZERS, ADAPTERS):
         for name in one.names():
             assert isinstance(one[name], type)
 

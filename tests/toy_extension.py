@@ -1,7 +1,8 @@
-"""A user's extension module: a fusion, an encoder family and an optimizer of their own."""
+"""A user's extension module: a fusion, an encoder family, an optimizer and an adapter of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from transformers import ViTImageProcessor, ViTModel
 
 from hive_scale.config import ModelConfig, StageConfig
 from hive_scale.engine.optimizer import OptimizerKind
+from hive_scale.model.adapters import Adapter
 from hive_scale.model.encoders import EncoderFamily
 from hive_scale.model.fusion import Context, Fusion
 from hive_scale.model.hosts import Host
-from hive_scale.registry import ENCODERS, FUSIONS, OPTIMIZERS
+from hive_scale.registry import ADAPTERS, ENCODERS, FUSIONS, OPTIMIZERS
 
 
 class AddedMean(nn.Module):
@@ -65,3 +67,28 @@ class ToySgd(OptimizerKind):
 
     def make(self, groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=0.0, momentum=stage.betas[0])
+
+
+class Scaled(nn.Module):
+    """A linear layer, each of whose outputs has a factor."""
+
+    def __init__(self, base: nn.Linear, device: str) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = nn.Parameter(torch.ones(base.out_features, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        done: Tensor = self.base(x) * self.scale
+        return done
+
+
+@ADAPTERS.register("toy_scale")
+class ToyScale(Adapter):
+    def wrap(self, owner: nn.Module, names: Sequence[str], is_meta: bool) -> None:
+        for name in names:
+            base: Any = owner.get_submodule(name)
+            owner.set_submodule(name, Scaled(base, "meta" if is_meta else "cpu"))
+
+    def merged_weight(self, layer: Any) -> Tensor:
+        weight: Tensor = layer.scale[:, None] * layer.base.weight
+        return weight.detach()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import torch
 import xxhash
@@ -168,8 +169,22 @@ def _once(world: World | None, make: Callable[[], str]) -> str:
     return make() if world is None else once_per_node(world, make)
 
 
+class Merge(NamedTuple):
+    """How weights are made of parameters that a stage has trained beside them, such as an adapter's.
+
+    `made` has functions by the weight's name, of all weights before the stage, and of a reader of masters by name.
+    """
+
+    consumed: Collection[str] = ()  # names of those parameters, which are no weights themselves
+    made: Mapping[str, Callable[[Mapping[str, Tensor], Callable[[str], Tensor]], Tensor]] = MappingProxyType({})
+
+
 def merge_trained_weights(
-    parent_weights: Path, checkpoint: Path, out: Path, max_shard_bytes: int = 5_000_000_000
+    parent_weights: Path,
+    checkpoint: Path,
+    out: Path,
+    merge: Merge = Merge(),  # noqa: B008 - a constant
+    max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write the next stage's weights: the parent's, with trained parameters replaced by the checkpoint's masters.
 
@@ -179,14 +194,20 @@ def merge_trained_weights(
     if reason := audit(checkpoint):
         raise CorruptFile(f"{checkpoint} refused: {reason}")
     parent, snapshot = read_weights(parent_weights), StepCheckpoint(checkpoint)
-    trained = snapshot.masters()
-    if differs := difference(trained, {name: parent.shape(name) for name in parent if name in trained}):
-        raise ValueError(f"{checkpoint} was not trained from {parent_weights}: {differs}")
-    masters = {
-        name: LazyTensor(torch.float32, shape, partial(snapshot.master, name)) for name, shape in trained.items()
+    trained = {
+        name: LazyTensor(torch.float32, shape, partial(snapshot.master, name))
+        for name, shape in snapshot.masters().items()
+        if name not in merge.consumed
     }
+    trained |= {
+        name: LazyTensor(torch.float32, parent.shape(name), partial(make, parent, snapshot.master))
+        for name, make in merge.made.items()
+    }
+    shapes = {name: one.shape for name, one in trained.items()}
+    if differs := difference(shapes, {name: parent.shape(name) for name in parent if name in shapes}):
+        raise ValueError(f"{checkpoint} was not trained from {parent_weights}: {differs}")
     metadata = {"format": "pt", "step": str(snapshot.step), "parent": parent.identity}
-    return write_weights(out, parent.sources() | masters, metadata, max_shard_bytes)
+    return write_weights(out, parent.sources() | trained, metadata, max_shard_bytes)
 
 
 def fill(named_tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:

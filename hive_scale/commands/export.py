@@ -15,6 +15,7 @@ examples:
   python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for hive_scale.export
   python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
   python launchers/export.py dcp runs/debug                              for torch.distributed.checkpoint.load
+  python launchers/export.py adapter runs/debug --stage joint            what its adapter has learned, for peft
   python launchers/export.py verify runs/debug                           every checksum of a run
   python launchers/export.py verify hive                                 every checksum of what was exported
 
@@ -27,6 +28,7 @@ KINDS = {
     "hive": "the whole model, for hive_scale.export.from_pretrained",
     "llava": "a fusion=concat model, for transformers' LlavaForConditionalGeneration",
     "dcp": "all tensors by name, as a stock torch.distributed.checkpoint",
+    "adapter": "the LoRA or DoRA that a stage has trained, apart from the weights, for peft",
 }
 
 

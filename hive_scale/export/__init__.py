@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from hive_scale import checksums, strict_json
-from hive_scale.checkpoint.io import published
+from hive_scale.checkpoint.format import StepCheckpoint, audit, steps_in
+from hive_scale.checkpoint.io import CorruptFile, published
 from hive_scale.checkpoint.run_reader import Run
 from hive_scale.checkpoint.stage_files import LazyTensor
 from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
@@ -56,7 +57,7 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
     try:
         with locked(own_lock(out), patience=0), published(out, replace=False) as folder:
             config = replace(run.config, data=run.config.data_of(stage))
-            KINDS[kind](config, weights, folder, DTYPES[dtype])
+            KINDS[kind](Source(run, stage, config, weights), folder, DTYPES[dtype])
             (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
     except Held as held:
         raise ValueError(f"another process exports to {out}: wait for it, or give another --output. {held}") from None
@@ -89,7 +90,7 @@ def from_pretrained(path: Path) -> Hive:
         if model.vision.path or model.language.path:
             raise ValueError("a path in config.json, where the whole config of each part is wanted")
         return build.load_model(model, read_weights(path, checksummed=checksums.is_listed(path)))
-    except checksums.CorruptFile:
+    except CorruptFile:
         raise
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not an exported HIVE: {error}") from None
@@ -127,32 +128,69 @@ def _tokenizer(config: Config) -> Any:
     return open_tokenizer(config.data.tokenizer).stock
 
 
-def _encoder(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    huggingface.export_encoder(config.model, weights, path, config.data.image_transform, dtype)
+class Source(NamedTuple):
+    """What is exported: a stage of a run, its weights, and the run's config with the data of that stage."""
+
+    run: Run
+    stage: str
+    config: Config
+    weights: Weights
 
 
-def _llm(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    huggingface.export_llm(config.model, weights, path, _tokenizer(config), dtype)
+def _encoder(source: Source, path: Path, dtype: torch.dtype) -> None:
+    config = source.config
+    huggingface.export_encoder(config.model, source.weights, path, config.data.image_transform, dtype)
 
 
-def _llava(config: Config, weights: Mapping[str, Tensor], path: Path, dtype: torch.dtype) -> None:
-    data = config.data
+def _llm(source: Source, path: Path, dtype: torch.dtype) -> None:
+    huggingface.export_llm(source.config.model, source.weights, path, _tokenizer(source.config), dtype)
+
+
+def _hive(source: Source, path: Path, dtype: torch.dtype) -> None:
+    save_pretrained(source.config, source.weights, path, dtype)
+
+
+def _llava(source: Source, path: Path, dtype: torch.dtype) -> None:
+    config, data = source.config, source.config.data
     huggingface.export_llava(
-        config.model, weights, path, _tokenizer(config), data.image_transform, dtype, data.image_position
+        config.model, source.weights, path, _tokenizer(config), data.image_transform, dtype, data.image_position
     )
 
 
-def _dcp(_: Config, weights: Weights, path: Path, dtype: torch.dtype) -> None:
+def _dcp(source: Source, path: Path, dtype: torch.dtype) -> None:
     """A torch.distributed.checkpoint of all tensors by name, from which any sharding loads. Holds the whole model."""
-    state = {name: weights[name].to(dtype) for name in weights}
+    state = {name: weights.to(dtype) for name, weights in source.weights.items()}
     saver: Any = dcp  # whose type hints do not export what it exports
     saver.save(state, checkpoint_id=path, no_dist=True)
 
 
-KINDS: dict[str, Callable[[Config, Weights, Path, torch.dtype], None]] = {
+def _adapter(source: Source, path: Path, dtype: torch.dtype) -> None:
+    """The adapter of a stage, from its last checkpoint, as peft reads it: of one part in `path`, of both beside it."""
+    run, name, stages = source.run, source.stage, source.config.stages
+    model = build.for_stage(source.config.model, stages[name])[0] if name in stages else None
+    if model is None or model.adapted is None:
+        have = [stage for stage, content in stages.items() if content.adapter]
+        raise ValueError(
+            f"stage {name} has no adapter: {f'--stage {have[-1]} has' if have else 'no stage of this run has one'}"
+        )
+    checkpoints = steps_in(run.dir / name)
+    if not checkpoints:
+        raise ValueError(f"{run.dir / name} has no checkpoint, which alone holds the adapter: restore its last one")
+    if reason := audit(checkpoints[-1]):
+        raise CorruptFile(f"{checkpoints[-1]} refused: {reason}")
+    snapshot, parts = StepCheckpoint(checkpoints[-1]), model.adapted.parts()
+    for part, (layers, added) in parts.items():
+        folder = path / part if len(parts) > 1 else path
+        folder.mkdir(exist_ok=True)
+        tensors = {own: snapshot.master(f"{part}.{own}").to(dtype) for own in added}
+        model.adapted.adapter.save(layers, tensors, folder, is_llm=part == "language")
+
+
+KINDS: dict[str, Callable[[Source, Path, torch.dtype], None]] = {
     "encoder": _encoder,
     "llm": _llm,
-    "hive": save_pretrained,
+    "hive": _hive,
     "llava": _llava,
     "dcp": _dcp,
+    "adapter": _adapter,
 }

@@ -81,6 +81,16 @@ dcp.load(state, checkpoint_id=".")""",
         "image-to-text",
         "pytorch",
     ),
+    "adapter": KindText(
+        "What a stage's adapter has learned, for the LLM or the encoder that the stage began with: "
+        "`export.py llm` (or `encoder`) with `--stage` and the stage before writes that.",
+        """\
+from peft import PeftModel
+
+adapted = PeftModel.from_pretrained(base, ".")""",
+        "image-to-text",
+        "peft",
+    ),
 }
 
 

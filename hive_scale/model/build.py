@@ -26,6 +26,7 @@ from hive_scale.config import ModelConfig, PartConfig, StageConfig, run_of
 from hive_scale.config_merge import holds_weights_alone
 from hive_scale.locate import is_hub_name, locate
 from hive_scale.model import pretrained
+from hive_scale.model.adapters import adapt
 from hive_scale.model.encoders import family_of
 from hive_scale.model.hive import Hive
 from hive_scale.model.hosts import ALIASES
@@ -57,10 +58,21 @@ def meta_model(config: ModelConfig) -> Hive:
 def for_stage(config: ModelConfig, stage: StageConfig) -> tuple[Hive, list[ParamGroup]]:
     """The model that `stage` trains, on the meta device, ``requires_grad`` set, and its parameter groups.
 
-    Raises ValueError if a glob matches nothing, or a parameter falls into two groups.
+    Raises ValueError if a glob matches nothing, a parameter falls into two groups, or an adapter into none.
     """
     model = meta_model(config)
-    return model, apply_trainable_groups(model, stage, model.unused_parameters())
+    frozen = model.unused_parameters()
+    if stage.adapter:
+        model.adapted = adapt(model, stage.adapter)
+        frozen |= model.adapted.base([name for name, _ in model.named_parameters()])
+    groups = apply_trainable_groups(model, stage, frozen)
+    if model.adapted and (left := sorted(model.adapted.added - {name for one in groups for name in one.parameters})):
+        part = left[0].split(".")[0]
+        raise ValueError(
+            f"adapter: no group of the stage trains {left[0]}: give its groups one, such as {part}: {{parameters: "
+            f"['{part}.*'], lr: 2.0e-4}}"
+        )
+    return model, groups
 
 
 def on_meta(make: Callable[[], T]) -> T:

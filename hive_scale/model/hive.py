@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
 from hive_scale.model import attention
+from hive_scale.model.adapters import Adapted
 from hive_scale.model.encoders import family_of, hidden_states, patches
 from hive_scale.model.fusion import Fusion
 from hive_scale.model.hosts import host_of
@@ -33,6 +34,7 @@ class Hive(nn.Module):
     fusion: Fusion
     pixel_mean: Tensor
     pixel_std: Tensor
+    adapted: Adapted | None = None  # what a stage's adapter has wrapped
 
     def __init__(self, vision: nn.Module, language: nn.Module, config: ModelConfig) -> None:
         super().__init__()
