@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 BLANK = 127  # grey value of a blank image
@@ -70,6 +71,16 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def padded(self, multiple: int) -> Batch:
+        """The same batch with texts padded on the right to a multiple of `multiple` tokens."""
+        length = self.tokens.shape[1]
+        more = -length % multiple
+        if not more:
+            return self
+        # a row's index grows by what is added to the samples before its own
+        rows = self.target_rows + torch.div(self.target_rows, length, rounding_mode="floor") * more
+        return replace(self, tokens=F.pad(self.tokens, (0, more)), target_rows=rows)
 
     def pin(self) -> Batch:
         """The same batch in pinned memory. `DataLoader` calls this method by its name."""

@@ -26,6 +26,7 @@ from hive_scale.checkpoint.stage_files import is_stage_done
 from hive_scale.config import Config
 from hive_scale.data.loader import Loader
 from hive_scale.distributed import World
+from hive_scale.engine.compilation import is_compiled
 from hive_scale.launcher_env import launcher_of
 from hive_scale.model import build
 from hive_scale.observability.console import clock
@@ -69,7 +70,7 @@ def show_run(config: Config, left: Sequence[str], world: World, overwrite: Overw
         "stages": ", ".join(_state(config, name, left, bool(overwrite)) for name in config.stages),
         "device": _devices(world.device, views, hosts[views[0].host]),
         "processes": _processes(world.size, len(hosts)),
-        "engine": _engine(config, world.size),
+        "engine": _engine(config, world.size, world.device.type),
     }
     _show(lines)
 
@@ -172,7 +173,7 @@ def _processes(size: int, nodes: int) -> str:
     )
 
 
-def _engine(config: Config, size: int) -> str:
+def _engine(config: Config, size: int, kind: str) -> str:
     engine = config.engine
     shard = engine.shard_size or size
     if engine.ds_config:
@@ -186,7 +187,7 @@ def _engine(config: Config, size: int) -> str:
     recomputed = [f"{part} {how}" for part, how in vars(engine.checkpointing).items() if how != "none"]
     more = {
         "optimizer in host memory": engine.cpu_offload,
-        "compiled": engine.compile,
+        "compiled": is_compiled(engine, kind),
         f"activation checkpointing: {', '.join(recomputed)}": bool(recomputed),
     }
     return "; ".join([f"{name}; {engine.precision}", *(text for text, on in more.items() if on)])

@@ -19,7 +19,8 @@ from hive_scale.data.loader import Loader
 from hive_scale.data.tokenizer import Tokenizer, open_tokenizer
 from hive_scale.device import kind
 from hive_scale.distributed import World
-from hive_scale.engine import check_compiler, check_device
+from hive_scale.engine import check_device
+from hive_scale.engine.compilation import check_compiler
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
 from hive_scale.strangers import some
@@ -110,7 +111,7 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
     _check_engines(config, worlds, here)
     _check_optimizers(config)
     if here:
-        check_compiler(config.engine)
+        check_compiler(config.engine, kind())
         check_device(config.engine, kind())
     for name, stage in config.stages.items():
         if name == next(other for other, opened in data.items() if opened is data[name]):  # one warning for one set

@@ -114,6 +114,8 @@ def debug(fusion: str = "cross_attention") -> Config:
             "language": StageConfig(groups["language"], max_steps=60, seed=41, **common),
             "joint": StageConfig(groups["joint"], max_steps=120, seed=42, min_lr=0.0, **common),
         },
+        # minutes of compilation would not pay for seconds of training
+        engine=replace(Config().engine, compile=False),
         eval_interval=10,
         save_interval=100,
         blank_image_control=True,

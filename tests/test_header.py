@@ -91,7 +91,7 @@ def test_the_header_comes_before_the_data_are_opened(
     ],
 )
 def test_the_engine_is_named(words: list[str], size: int, engine: str) -> None:
-    assert header._engine(presets.load("debug", None, words), size).endswith(engine)
+    assert header._engine(presets.load("debug", None, words), size, "cpu").endswith(engine)
 
 
 def test_devices_are_counted_and_idle_ones_are_named() -> None:

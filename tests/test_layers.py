@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hive_scale.registry import ENCODERS, FUSIONS, HOSTS, OPTIMIZERS
+from hive_scale.registry import ADAPTERS, ENCODERS, FUSIONS, HOSTS, OPTIMIZERS
 from hive_scale.strict_json import dumps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "export": {"model", "data", "observability", "checkpoint"},
     "feature_cache": {"model", "data", "observability"},
     "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
-    "header": {"model", "data", "observability", "checkpoint", "plan", "preflight"},
+    "header": {"model", "data", "engine", "observability", "checkpoint", "plan", "preflight"},
     "callbacks": {"engine", "train"},  # the types of what they are given
     "train": {
         *("model", "engine", "observability", "resilience", "checkpoint", "plan", "feature_cache", "preflight"),
@@ -66,6 +66,7 @@ DOORS: dict[str, set[str]] = {
     "omegaconf": {"hive_scale/config.py", "hive_scale/config_merge.py", "hive_scale/presets.py"},
     "matplotlib": {"hive_scale/report/", "hive_scale/plan/sweep.py", "launchers/benchmarks/"},
     "submitit": {"hive_scale/slurm/"},
+    "peft": {"hive_scale/model/adapters.py"},
     "gradio": {"hive_scale/commands/demo.py"},
     "transformers": {
         *("hive_scale/model/", "hive_scale/data/tokenizer.py", "hive_scale/data/byte_tokenizer.py"),
@@ -139,7 +140,7 @@ def test_each_framework_enters_through_its_door(framework: str) -> None:
 
 def test_nobody_compares_the_name_of_an_entry() -> None:
     """What differs between entries is theirs to answer."""
-    names = {name for one in (FUSIONS, ENCODERS, HOSTS, OPTIMIZERS) for name in one.names()}
+    names = {name for one in (FUSIONS, ENCODERS, HOSTS, OPTIMIZERS, ADAPTERS) for name in one.names()}
     own = {*PACKAGE.glob("model/fusion/*.py"), *(PACKAGE / "model" / f"{one}.py" for one in ("encoders", "hosts"))}
     own |= {PACKAGE / one for one in ("registry.py", "engine/optimizer.py")}
     compared = [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -20,7 +18,6 @@ from hive_scale.distributed import Fragment, World
 from hive_scale.param_groups import ParamGroup
 
 logger = logging.getLogger(__name__)
-COMPILERS = ("g++", "clang++", "c++")
 
 
 @dataclass(frozen=True)
@@ -103,15 +100,6 @@ class Engine(Protocol):
     def after_load(self, num_steps: int) -> None:
         """Call it after overwriting the fragments: updates compute copies, and sets the count of optimizer steps."""
         ...
-
-
-def check_compiler(config: EngineConfig) -> None:
-    """Raises ValueError if `config` compiles blocks and there is no C++ compiler, which torch needs."""
-    if config.compile and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
-        raise ValueError(
-            "engine.compile=true needs a C++ compiler, and there is none here: install g++, name one in CXX, or set "
-            "engine.compile=false (all else works without)"
-        )
 
 
 def check_device(config: EngineConfig, of: str) -> None:

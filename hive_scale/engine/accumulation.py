@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hive_scale.batch import Batch
 from hive_scale.distributed import World
 from hive_scale.engine import Loss
+from hive_scale.engine.compilation import TOKENS
 
 
 class StepTotals(NamedTuple):
@@ -42,22 +43,30 @@ def accumulate(world: World, micro_batches: Sequence[Batch], run: Callable[[Batc
 
 def reduce_loss(
     world: World,
-    total: Tensor,
+    total: float,
     micro_batches: Sequence[Batch],
     max_loss: float,
     votes: Callable[[], Sequence[float]],
 ) -> StepTotals:
     """Reduce the step's totals over all ranks. `total` is this rank's sum of losses. A collective."""
     own_tokens = sum(batch.num_tokens for batch in micro_batches)
-    loss_sum, num_tokens, *voted = world.sum(total.item(), own_tokens, *votes())
+    loss_sum, num_tokens, *voted = world.sum(total, own_tokens, *votes())
     mean = loss_sum / max(1.0, num_tokens)
     world.timer.enter("update")
     is_fit = math.isfinite(mean) and mean <= max_loss
     return StepTotals(mean, int(num_tokens), is_fit, tuple(voted), max(1.0, num_tokens))
 
 
+def on_device(batch: Batch, world: World, is_compiled: bool) -> Batch:
+    """`batch` on this rank's device; for compiled blocks, with texts padded to a length that they know."""
+    placed = batch.to(world.device)
+    return placed.padded(TOKENS) if is_compiled else placed
+
+
 @torch.no_grad()
-def evaluate_batches(world: World, model: nn.Module, micro_batches: Iterable[Batch], loss: Loss) -> tuple[float, int]:
+def evaluate_batches(
+    world: World, model: nn.Module, micro_batches: Iterable[Batch], loss: Loss, is_compiled: bool
+) -> tuple[float, int]:
     """Sum of token losses without dropout, and number of target tokens, over all ranks. A collective.
 
     It waits for neither the device nor other ranks until the end.
@@ -67,7 +76,7 @@ def evaluate_batches(world: World, model: nn.Module, micro_batches: Iterable[Bat
     model.eval()
     try:
         for batch in micro_batches:
-            losses.append(loss(model, batch.to(world.device)))
+            losses.append(loss(model, on_device(batch, world, is_compiled)))
             own_tokens += batch.num_tokens
             world.timer.enter("evaluate")  # each batch counts as progress for the watchdog
     finally:

@@ -18,8 +18,9 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
-from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
+from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
 from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
 from hive_scale.node import use_cores
@@ -71,9 +72,9 @@ class DeepSpeedEngine:
         self.layout = StateSharding(*parameters, *parameters, 4, cut[1], 4 + 4 * len(self.kind.states), cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
-        if config.compile:
-            for block in blocks_of(model):
-                block.compile()
+        self.compiled = is_compiled(config, world.device.type)
+        if self.compiled:
+            compile_blocks(blocks_of(model))
         self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
         self.engine, *_ = load_deepspeed().initialize(
             model=model, optimizer=self.optimizer, config=UNTESTED | settings, dist_init_required=False
@@ -117,7 +118,7 @@ class DeepSpeedEngine:
         if not self.divides:
             share /= max(1.0, *self.world.sum(sum(batch.num_tokens for batch in micro_batches)))
         total = accumulate(self.world, micro_batches, partial(self._run, share))
-        mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
+        mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total.item(), micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
         if self.divides:
             self.engine.optimizer.loss_scale = divisor  # divides the gradients; no loss was multiplied by it
@@ -130,7 +131,7 @@ class DeepSpeedEngine:
     def _run(self, share: float, batch: Batch, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.world.timer.enter("forward")
-        loss = self.loss(self.engine, batch.to(self.world.device))
+        loss = self.loss(self.engine, on_device(batch, self.world, self.compiled))
         self.world.timer.enter("backward")
         self.engine.backward(loss * share, scale_wrt_gas=False)
         return loss.detach()
@@ -140,7 +141,7 @@ class DeepSpeedEngine:
         return math.nan if self.engine.optimizer.overflow else float(self.engine.get_global_grad_norm())
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        return evaluate_batches(self.world, self.engine, micro_batches, self.loss)
+        return evaluate_batches(self.world, self.engine, micro_batches, self.loss, self.compiled)
 
     def fragments(self) -> Iterator[Fragment]:
         self._create_states()

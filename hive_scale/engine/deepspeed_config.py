@@ -144,7 +144,7 @@ def _resolved(
                 settings.pop(name, None)  # keys of a switched-off section do not count
         found = list(contradictions(settings, ours, stage))
         zero = _zero(settings.get("zero_optimization"), here)
-        if config.compile and zero["stage"] == 3:
+        if config.compile is True and zero["stage"] == 3:
             raise ValueError(
                 "engine.compile=true, but ZeRO-3 gathers inside the blocks and would cut each into many graphs: set "
                 "engine.compile=false, or zero_optimization.stage=2, or leave engine.ds_config empty for FSDP"

@@ -25,8 +25,9 @@ from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import pins_memory
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
-from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
+from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.masters import MasterWeights, use_dtype
 from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps
 from hive_scale.node import use_cores
@@ -80,9 +81,9 @@ class FsdpEngine:
         self.masters = MasterWeights(model, groups, weights, world) if has_masters else None
         if not plain and not frozen:
             self._unshard_frozen_once()
-        if config.compile:
-            for block in blocks_of(model):
-                block.compile()
+        self.compiled = is_compiled(config, world.device.type)
+        if self.compiled:
+            compile_blocks(blocks_of(model))
         self._forward: Callable[..., Tensor] = model
         if plain and world.size > 1 and not has_masters:
             options: dict[str, Any] = {_BUFFERS: False}  # buffers are equal on all ranks and constant
@@ -162,9 +163,10 @@ class FsdpEngine:
         total = accumulate(self.world, micro_batches, self._run)
         if self.masters:
             self.masters.reduce()
-        # the norm of undivided gradients: the number of targets on all ranks arrives with the loss, in one reduction
-        norm = self._grad_norm()
-        mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total, micro_batches, max_loss, votes)
+        # the norm of undivided gradients: the number of targets on all ranks arrives with the loss, in one reduction.
+        # One read of both: the host waits for the device here, and nowhere else in a step
+        loss, norm = torch.stack((total, self._grad_norm())).tolist()
+        mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, loss, micro_batches, max_loss, votes)
         norm = norm / divisor
         # norm and loss are equal on all ranks, so all decide alike without another collective
         taken = is_fit and math.isfinite(norm)
@@ -183,13 +185,13 @@ class FsdpEngine:
     def _run(self, batch: Batch, is_last: bool) -> Tensor:
         with self._reducing(is_last):
             self.world.timer.enter("forward")
-            loss = self.loss(self._forward, batch.to(self.world.device))
+            loss = self.loss(self._forward, on_device(batch, self.world, self.compiled))
             self.world.timer.enter("backward")
             torch.autograd.backward(loss if self.masters else loss * self.world.size)  # undoes averaging over ranks
         return loss.detach()
 
     def evaluate(self, micro_batches: Iterable[Batch]) -> tuple[float, int]:
-        found = evaluate_batches(self.world, self.model, micro_batches, self.loss)
+        found = evaluate_batches(self.world, self.model, micro_batches, self.loss, self.compiled)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # the root stays unsharded after a forward, for a backward that does not come here
@@ -206,9 +208,11 @@ class FsdpEngine:
             return waiting
         return nullcontext()
 
-    def _grad_norm(self) -> float:
+    def _grad_norm(self) -> Tensor:
+        """The norm of this step's gradients on all ranks, a scalar tensor on the device."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._trained() if p.grad is not None])
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return norm.to(self.world.device)  # offloaded gradients are on the host
 
     def _scale(self, divisor: float, norm: float) -> None:
         """Divide all gradients by `divisor`, and clip them, in one pass. `norm` is their norm after the division."""

@@ -65,7 +65,9 @@ def attend(
     if attention_mask is None and not _takes_groups(query, key):
         # without a mask, transformers' function gives torch grouped key-value heads, which this kernel lacks
         dropout, scale = options.get("dropout", 0.0), options.get("scaling")
-        mixed = scaled_dot_product(query, key, value, dropout, scale, is_causal=query.shape[2] > 1)
+        # `and` ends in a plain bool also in torch.compile, which breaks the graph at the symbolic one that bool() keeps
+        is_causal = query.shape[2] > 1 and attention_mask is None
+        mixed = scaled_dot_product(query, key, value, dropout, scale, is_causal)
         return mixed.transpose(1, 2).contiguous(), None
     made: tuple[Tensor, None] = _functions["sdpa"](module, query, key, value, attention_mask, **options)
     return made

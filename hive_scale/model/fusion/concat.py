@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
-from hive_scale.model.attention import causal
 from hive_scale.model.fusion import SLOT, Context, Fusion, column, host_weights, images_there, text_positions
 from hive_scale.model.projector import MLP
 from hive_scale.registry import FUSIONS
@@ -46,14 +45,12 @@ class Concat(Fusion):
         num_visual, length, device = visual[0].shape[1], text_BTD.shape[1], text_BTD.device
         text = text_positions(length, num_visual, has_image, slots, device)
         of_image = column(slots, device) + torch.arange(num_visual, device=device)
+        if has_image is not None:
+            # blank images come after all text, which then cannot see them: plain causal attention, without a mask
+            slots = torch.where(has_image, column(slots, device)[:, 0], length)
         context = Context(visual, has_image, torch.empty(0), slots)
         positions = _merge(text, of_image.expand(len(text), num_visual), context)
-        context = replace(context, positions=positions)
-        hidden = _merge(text_BTD, visual[0].to(text_BTD), context)
-        if has_image is None:
-            return hidden, context
-        mask = causal(hidden.shape[1], device) & _seen(torch.ones_like(text, dtype=torch.bool), context)[:, None]
-        return hidden, replace(context, mask=mask[:, None])
+        return _merge(text_BTD, visual[0].to(text_BTD), context), replace(context, positions=positions)
 
     def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         return hidden_BND, {"attention_mask": context.mask}

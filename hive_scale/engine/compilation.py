@@ -1,0 +1,76 @@
+"""Compilation of the model's blocks by `torch.compile`: when it is on, and for which shapes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterable
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hive_scale import strict_json
+from hive_scale.config import EngineConfig
+
+COMPILERS = ("g++", "clang++", "c++")
+CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable for the folder of compiled code
+# Texts are padded to a multiple of so many tokens. Compiled code for one length serves all of them, since it is made
+# for any length that this divides; for others torch would compile again in the middle of a run.
+TOKENS = 16
+# Encoder and LLM share transformers' function around a block, of which torch by default keeps 8 versions: for training
+# and evaluation, the first length and any other, with and without a mask, frozen and trained. torch 2.11 has no option.
+LIMIT: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
+
+
+def is_compiled(config: EngineConfig, kind: str) -> bool:
+    """True if blocks are compiled on a device of type `kind`. With ``auto``, where it pays and can work: on CUDA.
+
+    ZeRO-3 gathers inside of blocks, which would cut each into many graphs.
+    """
+    if config.compile != "auto":
+        return config.compile
+    return kind == "cuda" and not _lacking(kind) and _zero_stage(config) < 3
+
+
+def _zero_stage(config: EngineConfig) -> int:
+    """The ZeRO stage of the DeepSpeed JSON; 0 without one, or if it is one that `deepspeed_config` will refuse."""
+    if not config.ds_config:
+        return 0
+    try:
+        return int(strict_json.read(Path(config.ds_config))["zero_optimization"]["stage"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+def check_compiler(config: EngineConfig, kind: str) -> None:
+    """Raises ValueError if `config` asks for compiled blocks, and this machine lacks what torch needs for them."""
+    if config.compile is True and (lacking := _lacking(kind)):
+        raise ValueError(
+            f"engine.compile=true needs {lacking}, and there is none here: install it, or set engine.compile=false "
+            "(all else works without)"
+        )
+
+
+def _lacking(kind: str) -> str:
+    """What `torch.compile` needs for a device of type `kind` and does not find; "": nothing."""
+    if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
+        return "a C++ compiler (g++, or one that CXX names)"
+    if kind == "cuda" and not find_spec("triton"):
+        return "the package triton"
+    # Triton compiles a module of Python for each kernel
+    if kind == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h (python3-dev)"
+    return ""
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile each block, in place. What was compiled before is read from a cache that outlives the machine's /tmp."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault(CACHE, str(Path(home, "hive_scale", "compiled")))
+    for block in blocks:
+        block.compile(**LIMIT)
