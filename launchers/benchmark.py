@@ -19,12 +19,12 @@ examples:
   python launchers/benchmark.py data                        our loader and others': per sample, resumed, other ranks
   python launchers/benchmark.py padding                     what dealing by length saves
   python launchers/benchmark.py host                        what the host does in a step, in CPU time and operators
+  python launchers/benchmark.py gpu                         one GPU: time, MFU and memory beside their plan, 8 minutes
 """
 # modules of launchers/benchmarks with HELP, configure(parser) and run(arguments); they import torch late
 BENCHMARKS = (
     *("engines", "checkpoint", "loss", "data", "padding", "memory", "efficiency", "gains", "start", "chain"),
-    "host",
-    "all",
+    *("host", "gpu", "all"),
 )
 
 

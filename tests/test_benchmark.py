@@ -71,6 +71,14 @@ def test_an_unsharded_step_calls_hardly_more_operators_than_a_bare_loop() -> Non
     assert counts["FSDP2 of each block, bf16"] > 1.3 * bare
 
 
+@pytest.mark.slow  # each case is a process
+def test_the_script_for_a_gpu_runs_on_a_cpu_and_its_losses_agree() -> None:
+    lines = printed("gpu", "--stages", "projector", "--fusions", "cross_attention").splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
+    assert [row[2] for row in rows if row[0] == "projector"] == ["eager", "eager"]
+    assert [row[::2] for row in rows if row[0] in ("fp32", "bf16")] == [["fp32", "True"], ["bf16", "True"]]
+
+
 def test_efficiency_with_kept_features_leaves_the_encoder_out_of_both() -> None:
     words = ("efficiency", "--stages", "projector")
     plain, kept = (

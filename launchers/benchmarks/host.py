@@ -121,7 +121,7 @@ def opened(config: Config, stage: StageConfig, precision: Any, world: World) -> 
 
     model, groups = for_stage(config.model, stage)
     weights = {name: one.detach() for name, one in init_model(config.model, 0).named_parameters()}
-    return open_engine(model, groups, stage, replace(config.engine, precision=precision), world, weights)
+    return open_engine(model, groups, stage, replace(config.engine, precision=precision, compile=False), world, weights)
 
 
 def frozen_for(config: Config, stage: StageConfig) -> Any:

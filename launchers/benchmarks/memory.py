@@ -188,7 +188,7 @@ def _of_preset(arguments: argparse.Namespace, world_size: int) -> Iterator[Confi
     title, shard, json_file = CASES[arguments.cases[0]]
     for fusion in arguments.fusions:
         config = from_scratch(arguments.preset, [f"fusion={fusion}", *arguments.set])
-        engine = replace(config.engine, shard=shard, ds_config=json_file)
+        engine = replace(config.engine, shard_size=shard, ds_config=json_file)
         for name in arguments.stages:
             stage = config.stages[name]
             stage = replace(stage, global_batch=world_size * arguments.accumulation * stage.micro_batch)
