@@ -37,8 +37,14 @@ ENGINES = {
     **{name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero1", "zero2", "zero2_offload")},
     "zero2, bf16": EngineConfig("bf16", ds_config=str(JSONS / "zero2.json")),
 }
+# those that share no code with another; the rest is run apart
+FEW = {name: ENGINES[name] for name in ("ddp", "fsdp", "ddp, bf16", "zero2")}
+REST = {name: engine for name, engine in ENGINES.items() if name not in FEW}
 ZERO_3 = {name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero3", "zero3_offload")}
 STEPS = 6
+either = pytest.mark.parametrize(
+    "engines", [FEW, pytest.param(REST, marks=pytest.mark.slow), ZERO_3], ids=["few", "rest", "zero3"]
+)
 
 
 def small(output: Path, engine: EngineConfig) -> Config:
@@ -87,7 +93,7 @@ def both(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("engines", [ENGINES, ZERO_3], ids=["", "zero3"])
+@either
 def test_a_run_in_two_parts_is_the_run_in_one(engines: dict[str, EngineConfig], tmp_path: Path) -> None:
     for found in ranks.run(both, 2, engines, str(tmp_path)):
         for name, (whole, parts) in found.items():
@@ -116,7 +122,7 @@ def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str
     return held
 
 
-@pytest.mark.parametrize("engines", [ENGINES, ZERO_3], ids=["", "zero3"])
+@either
 def test_a_stage_leaves_nothing_behind(engines: dict[str, EngineConfig], tmp_path: Path) -> None:
     for held in ranks.run(held_at_openings, 2, engines, str(tmp_path)):
         for name, (first, *others) in held.items():

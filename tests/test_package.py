@@ -84,7 +84,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_several_processes(launcher: str, python: Path, tmp_path: Path) -> None:
     words = ["--ds_config", "zero2"] if launcher == "deepspeed" else []
     run(str(python), *LAUNCHERS[launcher], *words, *BRIEF, "output=run", cwd=tmp_path)

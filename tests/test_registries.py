@@ -78,7 +78,7 @@ def test_a_fusion_an_encoder_an_optimizer_and_an_adapter_from_outside_train(trai
     assert moved == {"projector", "fusion", "language", "vision"}
 
 
-@pytest.mark.parametrize("zero", ["", "zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["", *(pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3"))])
 def test_they_train_alike_on_two_ranks(zero: str, trained: Path, tmp_path: Path) -> None:
     json_file = [f"--ds_config=ds_configs/{zero}.json"] if zero else []
     output = tmp_path / "run"

@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hive_scale.config import AdapterConfig
 from hive_scale.registry import ADAPTERS
+
+if TYPE_CHECKING:
+    from peft import LoraConfig  # imported where it is used: that takes half a second, in every process
 
 LAYER = "layer"  # name of a linear layer that is adapted by itself
 
@@ -60,6 +62,8 @@ class Lora(Adapter):
     decomposes: ClassVar[bool] = False
 
     def wrap(self, owner: nn.Module, names: Sequence[str], is_meta: bool) -> None:
+        from peft import inject_adapter_in_model
+
         inject_adapter_in_model(self._library_config(names), owner, low_cpu_mem_usage=is_meta)
 
     def merged_weight(self, layer: nn.Module) -> Tensor:
@@ -74,6 +78,8 @@ class Lora(Adapter):
         save_file(state, path / "adapter_model.safetensors", {"format": "pt"})
 
     def _library_config(self, names: Sequence[str], task: str | None = None) -> LoraConfig:
+        from peft import LoraConfig
+
         config = self.config
         return LoraConfig(
             r=config.rank,
