@@ -26,7 +26,6 @@ Depths = Literal["uniform", "later"]
 Positions = Literal["grid", "line"]
 Frozen = Literal["replicate", "shard"]
 Precision = Literal["fp32", "bf16"]
-Compile = Literal["auto", True, False]
 Checkpointing = Literal["none", "full", "selective"]
 ImageMode = Literal["resize", "crop", "pad"]
 TextMode = Literal["caption", "conversation"]
@@ -333,10 +332,19 @@ class EngineConfig:
     reshard_after_backward: bool = True  # false: parameters stay unsharded between micro-batches of a step
     sync_each_micro_batch: bool = False  # true: reduce-scatter gradients after each micro-batch, not once per step
     cpu_offload: bool = False  # keep master weights and moments in host memory
-    compile: Compile = "auto"  # torch.compile each block; auto: on CUDA, where what it needs is there, not under ZeRO-3
+    compile: bool | str = (
+        "auto"  # torch.compile each block; auto: on CUDA, where what it needs is there, not under ZeRO-3
+    )
     checkpointing: CheckpointingConfig = field(default_factory=CheckpointingConfig)
     ds_config: str = ""  # DeepSpeed JSON file; if given, ZeRO replaces FSDP2
     ds_config_owned: Owned = "refuse"  # if that JSON contradicts a stage: refuse it, or ignore it and use the stage
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compile, str) and self.compile != "auto":
+            known = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+            if self.compile.lower() not in known:
+                raise ValueError(f"engine.compile={self.compile}: set auto, true or false")
+            object.__setattr__(self, "compile", known[self.compile.lower()])
 
 
 @dataclass(frozen=True)

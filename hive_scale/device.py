@@ -34,6 +34,11 @@ def kind() -> str:
     return found.type
 
 
+def is_compiled_by_default(kind: str) -> bool:
+    """True for the kind of device on which compiled blocks were tried, and are faster: NVIDIA's GPUs."""
+    return kind == "cuda" and not torch.version.hip
+
+
 def this_device(local_rank: int = 0, processes: int = 1) -> torch.device:
     """The device of this process, which becomes torch's default device.
 

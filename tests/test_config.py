@@ -385,6 +385,10 @@ def test_words_say_what_they_say() -> None:
     run = presets.load(
         "debug", None, ["log.wandb=off", "engine.cpu_offload=on", "engine.compile=off", "profile.steps=3:4"]
     )
+    with pytest.raises(ValueError, match="set auto, true or false"):
+        presets.load("debug", None, ["engine.compile=maybe"])
+    assert presets.load("rtx3090", None, []).engine.compile == "auto"
+    assert presets.load("rtx3090", None, ["engine.compile=on"]).engine.compile is True
     assert (run.log.wandb, run.engine.cpu_offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")
     assert presets.load("paper_siglip", None, ["model.vision.path="]).model.vision.path == ""
     for name in ("007", "1e3", "yes", "'2'"):

@@ -16,6 +16,7 @@ from torch import nn
 
 from hive_scale import strict_json
 from hive_scale.config import EngineConfig
+from hive_scale.device import is_accelerator, is_compiled_by_default
 
 COMPILERS = ("g++", "clang++", "c++")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable for the folder of compiled code
@@ -28,13 +29,13 @@ LIMIT: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signatur
 
 
 def is_compiled(config: EngineConfig, kind: str) -> bool:
-    """True if blocks are compiled on a device of type `kind`. With ``auto``, where it pays and can work: on CUDA.
+    """True if blocks are compiled on a device of type `kind`. With ``auto``, where it pays and can work.
 
     ZeRO-3 gathers inside of blocks, which would cut each into many graphs.
     """
     if config.compile != "auto":
-        return config.compile
-    return kind == "cuda" and not _lacking(kind) and _zero_stage(config) < 3
+        return bool(config.compile)
+    return is_compiled_by_default(kind) and not _lacking(kind) and _zero_stage(config) < 3
 
 
 def _zero_stage(config: EngineConfig) -> int:
@@ -60,10 +61,10 @@ def _lacking(kind: str) -> str:
     """What `torch.compile` needs for a device of type `kind` and does not find; "": nothing."""
     if not any(map(shutil.which, filter(None, (os.environ.get("CXX"), *COMPILERS)))):
         return "a C++ compiler (g++, or one that CXX names)"
-    if kind == "cuda" and not find_spec("triton"):
+    if is_accelerator(torch.device(kind)) and not find_spec("triton"):
         return "the package triton"
     # Triton compiles a module of Python for each kernel
-    if kind == "cuda" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+    if is_accelerator(torch.device(kind)) and not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python.h (python3-dev)"
     return ""
 
