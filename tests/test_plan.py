@@ -29,7 +29,8 @@ from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp_memory import Fsdp, Pass
 from hive_scale.plan.memory import examine
 from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, StagePlan, plan_run, plan_stage
-from hive_scale.plan.sweep import sweep
+from hive_scale.plan.sweep import limit, sweep
+from hive_scale.plan.time import Volume
 from hive_scale.plan.trace import CPU_ATTENTION
 from hive_scale.presets import three_stages
 
@@ -324,8 +325,27 @@ def test_a_sweep_is_a_table_and_an_image(tmp_path: Path) -> None:
     image = tmp_path / "sweep.png"
     command = [sys.executable, str(ROOT / "launchers" / "plan.py"), *words, "--output", str(image)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert shown.count("| weak |") == shown.count("| strong |") == 12
+    assert shown.count("| weak |") == shown.count("| strong |") == 15
     assert image.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_wire_is_the_link_inside_a_node_and_the_network_between_nodes() -> None:
+    gpu = replace(GPUS["h100"], link=100.0, network=10.0, per_node=4)
+    latency = 3 * 2e-5  # of one collective among eight
+    assert Volume(1000.0, 0).seconds(4, gpu, 4) == 10
+    assert Volume(1000.0, 0).seconds(8, gpu, 8) == 100, "one ring over both nodes"
+    assert Volume(1000.0, 1, copies=200.0).seconds(4, gpu, 8) == pytest.approx(8 + 20 + latency)
+    assert Volume(1000.0, 0).seconds(1, gpu, 8) == 100, "replicas on two nodes"
+    assert Volume(0.0, 0).seconds(1, gpu, 1) == 0
+
+
+def test_a_sweep_says_where_the_batch_stops_to_scale() -> None:
+    config = run_config(precision="bf16")
+    points = sweep(config, "joint", GPUS["h100"], [1, 2, 8, 16], 1000)
+    assert {point["engine"] for point in points} == {"DDP", "FSDP2", "HSDP", "ZeRO-2", "ZeRO-3"}
+    assert "raise stages.joint.global_batch" in limit(points, 8, "joint")
+    fast = [point | {"efficiency": 1.0} for point in points if point["world"] <= 8]
+    assert limit(fast, 8, "joint") == ""
 
 
 def test_a_micro_batch_that_does_not_fit_is_answered_with_one_that_does() -> None:

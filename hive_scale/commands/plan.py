@@ -170,7 +170,7 @@ def _lines(machine: Machine) -> list[tuple[str, Any]]:
 
 
 def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> int:
-    from hive_scale.plan.sweep import draw, sweep
+    from hive_scale.plan.sweep import draw, limit, sweep
 
     try:
         worlds = [int(part) for part in arguments.sweep.split(",")]
@@ -188,7 +188,9 @@ def _sweep(config: Config, machine: Machine, arguments: argparse.Namespace) -> i
             f"{point['efficiency']:.0%} | {point['step']:.2f} | {point['sent'] / 1e9:.2f} | {point['peak'] / 1e9:.2f} |"
         )
     path = Path(arguments.output)
-    draw(points, f"{config.name}, {stage}, {machine.gpu.title}", path)
+    draw(points, f"{config.name}, {stage}, {machine.gpu.title}", machine.gpu, path)
+    if said := limit(points, config.stages[stage].global_batch, stage):
+        print(f"\n{said}")
     print(f"\ndrawn in {path}")
     return 0
 

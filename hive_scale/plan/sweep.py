@@ -11,12 +11,13 @@ from hive_scale.config import Config, EngineConfig
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import examine, measure
 from hive_scale.plan.run import Machine
-from hive_scale.plan.time import step_time
+from hive_scale.plan.time import LATENCY, step_time
 
 # ZeRO with the settings of the shipped JSON files, as far as scaling depends on them
 ENGINES: dict[str, dict[str, Any]] = {
     "DDP": {},
     "FSDP2": {},
+    "HSDP": {},
     "ZeRO-2": {"stage": 2, "reduce_bucket_size": 50_000_000, "overlap_comm": True},
     "ZeRO-3": {
         "stage": 3,
@@ -27,6 +28,9 @@ ENGINES: dict[str, dict[str, Any]] = {
         "stage3_max_reuse_distance": 100_000_000,
     },
 }
+
+
+EFFICIENT = 0.8  # samples/s per GPU, as a share of the smallest world's, below which more GPUs do not pay
 
 
 def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_samples: int) -> list[dict[str, Any]]:
@@ -53,7 +57,7 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
                 if batch % world:
                     continue
                 micro_batch = max(n for n in range(1, stage.micro_batch + 1) if batch // world % n == 0)
-                engine = _engine(plain.engine, title)
+                engine = _engine(plain.engine, title, world, gpu)
                 arguments = facts[zero.get("stage") == 3], engine, zero
                 time = step_time(*arguments, gpu, world, micro_batch, batch // world // micro_batch)
                 memory = measure(*arguments, world, micro_batch, batch // world // micro_batch)
@@ -74,11 +78,26 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
     return points
 
 
-def _engine(engine: EngineConfig, title: str) -> EngineConfig:
-    return replace(engine, shard_size=1 if title == "DDP" else 0)
+def _engine(engine: EngineConfig, title: str, world: int, gpu: Gpu) -> EngineConfig:
+    """`engine` with the sharding that `title` names; HSDP shards inside a node, and replicates over nodes."""
+    return replace(engine, shard_size={"DDP": 1, "HSDP": min(world, gpu.per_node)}.get(title, 0))
 
 
-def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
+def limit(points: Sequence[dict[str, Any]], global_batch: int, stage: str) -> str:
+    """How far the stage's own global batch scales, and what to do beyond. "" if it scales to all of `points`."""
+    strong = [point for point in points if point["scaling"] == "strong"]
+    good = [point for point in strong if point["efficiency"] >= EFFICIENT]
+    best = max(good, key=lambda point: (point["world"], point["samples_per_second"]))
+    if best["world"] == max(point["world"] for point in points):
+        return ""
+    return (
+        f"A global batch of {global_batch} keeps {EFFICIENT:.0%} of its efficiency to {best['world']} GPUs "
+        f"({best['engine']}, {best['step']:.2f} s a step). Beyond, raise stages.{stage}.global_batch, with its "
+        "learning rate, or run several runs beside each other."
+    )
+
+
+def draw(points: Sequence[dict[str, Any]], title: str, gpu: Gpu, path: Path) -> None:
     """Plot samples per second against GPUs on logarithmic axes, weak beside strong, with the assumptions below."""
     from matplotlib.figure import Figure
 
@@ -97,7 +116,9 @@ def draw(points: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axes.legend()
     figure.suptitle(title)
     figure.supxlabel(
-        "planned: products at 60 % of peak, memory at 80 %, rings at link or network speed, overlapped", fontsize=8
+        f"planned: products at 60 % of peak, memory at 80 %; rings, overlapped, at {gpu.link / 1e9:.0f} GB/s inside a "
+        f"node of {gpu.per_node} and {gpu.network / 1e9:.0f} GB/s between nodes, {LATENCY * 1e6:.0f} us a collective",
+        fontsize=8,
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -27,8 +27,21 @@ DISK = 1e9  # bytes/s of a shared file system, per node
 class Volume:
     """Bytes that one process sends per step, and the number of collectives."""
 
-    sent: float
+    sent: float  # in all
     collectives: int
+    copies: float = 0.0  # of them, those that add up the gradients of the copies of a sharded model (HSDP)
+
+    def seconds(self, shard: int, gpu: Gpu, world: int) -> float:
+        """Seconds on the wire, alpha-beta: copies, and shards that span nodes, use the network, others the link.
+
+        `shard` is the number of ranks that share one copy. On one node there is no network.
+        """
+        if world == 1:
+            return 0.0
+        between = gpu.link if world <= gpu.per_node else gpu.network
+        within = gpu.link if shard <= gpu.per_node else gpu.network
+        sharing = (self.sent - self.copies) / (within if shard > 1 else between)
+        return sharing + self.copies / between + self.collectives * LATENCY * log2(max(2, world))
 
 
 @dataclass(frozen=True)
@@ -63,9 +76,9 @@ def step_time(
     other = micro_batch * work.traffic / (gpu.bandwidth * MEMORY)
     computing = accumulation * max(products + other, work.kernels * LAUNCH)
     sent = volume(facts, engine, zero, world, accumulation)
-    rate = gpu.link if world <= gpu.per_node else gpu.network
-    communicating = sent.sent / rate + sent.collectives * LATENCY * log2(max(2, world)) * (world > 1)
-    trained = facts.numel(True) / (world if zero else engine.shard_size or world)
+    shard = world if zero else engine.shard_size or world
+    communicating = sent.seconds(shard, gpu, world)
+    trained = facts.numel(True) / shard
     traffic = 4 + 8 * (1 + facts.states)  # bytes per trained element: gradient in, master and states in and out
     updating = trained * traffic / (gpu.bandwidth * MEMORY)
     if offloads(engine, zero):
@@ -117,9 +130,9 @@ def _native(facts: StageProfile, engine: EngineConfig, world: int, itemsize: int
     every, blocks = sum(gathered.values()), sum(gathered.values()) - gathered[""]  # the root stays after its forward
     trained = sum(units.trained(unit, shard) for unit in units.members)
     sent = (forwards * every + backwards * blocks + reductions * 4 * trained) * cut
-    sent += 2 * 4 * trained / shard * (copies - 1) / copies
+    between = 2 * 4 * trained / shard * (copies - 1) / copies
     collectives = len(gathered) * (forwards + reductions) + (len(gathered) - 1) * backwards
-    return Volume(sent, collectives if shard > 1 else len(gathered) * reductions)
+    return Volume(sent + between, collectives if shard > 1 else len(gathered) * reductions, between)
 
 
 def checkpoint_bytes(facts: StageProfile) -> float:
