@@ -1,4 +1,5 @@
 """Bytes on the wire: what a step of each sharding sends is counted, and is what the planner says."""
+# ruff: noqa: F811 - a fixture of another module
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import ranks
-from test_parity import Cell, engine_config, model_of, my_batches, stage_of, weights_of
+from test_parity import Cell, engine_config, folder, model_of, my_batches, stage_of, weights_of  # noqa: F401
 from torch.distributed.tensor.debug import CommDebugMode
 
 from hive_scale.config import Config, EngineConfig, StageConfig
@@ -15,6 +16,7 @@ from hive_scale.distributed import World
 from hive_scale.engine import open_engine
 from hive_scale.model.build import for_stage
 from hive_scale.plan.memory import examine
+from hive_scale.plan.run import zero_of
 from hive_scale.plan.time import volume
 
 SMALL = 256  # bytes: norms, losses and votes, which the planner leaves out
@@ -42,21 +44,23 @@ class Wire(CommDebugMode):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def sent(world: World, cells: list[tuple[Cell, dict[str, Any]]]) -> list[tuple[float, float, int]]:
+def sent(world: World, cells: list[tuple[Cell, dict[str, Any]]], folder: str) -> list[tuple[float, float, int]]:
     """Of each cell: bytes that were sent in a step, bytes that are planned, and trained elements."""
     found = []
     for cell, changes in cells:
         stage: StageConfig = stage_of(cell.stage, cell.fusion, world.size)
-        engine: EngineConfig = replace(engine_config(cell, ""), **changes)
+        engine: EngineConfig = replace(engine_config(cell, folder), **changes)
         model, groups = for_stage(model_of(cell.fusion), stage)
         opened = open_engine(model, groups, stage, engine, world, weights_of(cell.fusion))
         batches = my_batches(cell, 0, world)
         opened.step(batches, 1.0)
-        with Wire(world.size // (engine.shard_size or world.size)) as wire:
+        copies = world.size if engine.ds_config else world.size // (engine.shard_size or world.size)
+        with Wire(copies) as wire:
             opened.step(batches, 1.0)
         config = Config(model=model_of(cell.fusion), stages={"stage": stage}, engine=engine)
-        facts = examine(config, stage, 12)
-        planned = volume(facts, engine, {}, world.size, stage.accumulation(world.size))
+        zero = zero_of(config, stage, world.size)
+        facts = examine(config, stage, 12, zero.get("stage") == 3)
+        planned = volume(facts, engine, zero, world.size, stage.accumulation(world.size))
         found.append((wire.sent, planned.sent, facts.numel(True)))
     return found
 
@@ -74,9 +78,18 @@ def test_a_step_sends_the_bytes_that_are_planned(size: int) -> None:
     cells += [(Cell("ddp", stage, precision="bf16"), {}) for stage in (1, 3)]
     if size == 4:
         cells = [(Cell("hsdp", stage, precision="bf16"), {}) for stage in (1, 3)] + [(Cell("hsdp"), options[3])]
-    for each in ranks.run(sent, size, cells):
+    for each in ranks.run(sent, size, cells, ""):
         for (cell, changes), (real, planned, trained) in zip(cells, each, strict=True):
             assert real == pytest.approx(planned, rel=1e-9), (cell, changes)
             if cell.stage == 1 and not changes:
                 accumulation = stage_of(1, cell.fusion, size).accumulation(size)
                 assert real <= 3 * 4 * trained * accumulation, "only what is trained is sent"
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_so_does_deepspeed_but_for_what_it_pads(engine: str, folder: str) -> None:
+    cells: list[tuple[Cell, dict[str, Any]]] = [(Cell(engine, stage, precision="bf16"), {}) for stage in (1, 2, 3)]
+    for each in ranks.run(sent, 2, cells, folder):
+        for (cell, _), (real, planned, _) in zip(cells, each, strict=True):
+            # ZeRO-3's prefetcher may gather the shared embedding once more or less than its simulation
+            assert real == pytest.approx(planned, rel=2e-2 if engine == "zero3" else 2e-3), cell

@@ -17,6 +17,7 @@ from hive_scale.config import EngineConfig
 from hive_scale.engine.masters import aligned
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import StageProfile, offloaded
+from hive_scale.plan.zero_memory import Zero3
 from hive_scale.precision import DTYPES
 
 PRODUCTS, MEMORY, LAUNCH, LATENCY = 0.6, 0.8, 5e-5, 2e-5
@@ -101,15 +102,17 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
     if world == 1:
         return Volume(0.0, 0)
     itemsize = DTYPES[engine.precision].itemsize
-    every, trained = facts.numel(), facts.numel(True)
+    trained = facts.numel(True)
     share = (world - 1) / world
     if not zero:
         return _native(facts, engine, world, itemsize, accumulation)
     buckets = max(1, round(trained / int(zero["reduce_bucket_size"])))
     if zero["stage"] == 3:
-        modules = len(facts.modules)
-        sent = accumulation * share * (2 * itemsize * every + 4 * trained)
-        return Volume(sent, accumulation * (2 * modules + buckets))
+        run = Zero3(facts.trace, facts.params, facts.modules, world, itemsize, zero)
+        # small parameters stay gathered, and are gathered anew after each update
+        small = sum(param.numel for param in facts.params if param.numel <= run.threshold)
+        sent = accumulation * (run.gathered + 4 * trained) + itemsize * small
+        return Volume(share * sent, accumulation * (run.gathers + buckets) + 1)
     reductions = accumulation if zero["stage"] == 2 else 1
     return Volume(share * (reductions * 2 * 4 * trained + itemsize * trained), reductions * buckets + 1)
 

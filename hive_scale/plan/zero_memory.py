@@ -113,6 +113,7 @@ class Zero3:
         self.available: set[str] = set()
         self.inflight: dict[str, _Group] = {}
         self.queue = 0  # the prefetcher has examined uses up to this one
+        self.gathered, self.gathers = 0.0, 0  # bytes of all gathered parameters, and number of collectives
         bucket = int(settings["reduce_bucket_size"])
         self.buckets = Buckets(self.line, bucket, MASTER)
         self._run(trace)
@@ -172,6 +173,7 @@ class Zero3:
     def _gather(self, at: int, names: Sequence[str]) -> None:
         if names:
             self.line.hold(at, "gathered", self._size(names))
+            self.gathered, self.gathers = self.gathered + self._size(names), self.gathers + 1
             group = _Group(tuple(names), set(names))
             self.inflight |= dict.fromkeys(names, group)
 
