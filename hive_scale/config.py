@@ -22,7 +22,7 @@ from hive_scale.atomic import write_text
 from hive_scale.config_merge import STAGE_ORDER, flatten, resolve
 from hive_scale.registry import ADAPTERS, FUSIONS, OPTIMIZERS
 
-Depths = Literal["uniform", "later"]
+Pairing = Literal["shallow_to_shallow", "deep_to_shallow"]
 Positions = Literal["grid", "line"]
 Frozen = Literal["replicate", "shard"]
 Precision = Literal["fp32", "bf16"]
@@ -75,8 +75,16 @@ class ModelConfig:
     language: PartConfig = field(default_factory=PartConfig)
     connector_weights: str = ""  # run, stage or safetensors to load projectors and fusion from; "": random init
     fusion: str = "cross_attention"  # name of a registered fusion: see docs/extending.md
-    encoder_layers: Depths = "uniform"  # which encoder layers feed the LLM: evenly spaced ones, or the "later" ones
-    encoder_layer_ratio: float = 0.25  # share of encoder layers that feed the LLM (paper 3.2); 1: all but the last
+    # which encoder layers feed the LLM: "uniform" (evenly spaced), "later", "last" (cascaded: one layer into all fused
+    # LLM layers, paper suppl. 6), or a list such as [3,7,11], ascending; 1 is the first block's output
+    encoder_layers: Any = "uniform"
+    encoder_layer_ratio: float = 0.25  # share of encoder layers that feed the LLM (paper 3.2); 1: all, the last one too
+    llm_layers: Any = (
+        "uniform"  # the fused LLM layers, as many as encoder layers: "uniform", or a list from 0, ascending
+    )
+    pairing: Pairing = (
+        "shallow_to_shallow"  # deep_to_shallow: the deepest encoder layer feeds the first fused LLM layer
+    )
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
     positions: Positions = "grid"  # rotary positions of visual keys (joint_attention): row and column, or index
 
@@ -85,6 +93,26 @@ class ModelConfig:
             raise ValueError(
                 f"model.encoder_layer_ratio={self.encoder_layer_ratio} is a share: set it above 0 and at most 1"
             )
+        for name, rules in (("encoder_layers", ENCODER_RULES), ("llm_layers", ("uniform",))):
+            _check_layers(f"model.{name}", getattr(self, name), rules)
+
+
+ENCODER_RULES = ("uniform", "later", "last")
+
+
+def _check_layers(key: str, given: Any, rules: Sequence[str]) -> None:
+    """Raises ValueError unless `given` is one of `rules`, or an ascending list of whole numbers."""
+    if isinstance(given, str):
+        if given not in rules:
+            raise ValueError(f"{key}={given}: set {', '.join(rules)}, or a list of layers such as [3,7,11]")
+        return
+    is_list = isinstance(given, list | tuple) and bool(given)
+    if not is_list or any(not isinstance(one, int) or isinstance(one, bool) for one in given):
+        raise ValueError(f"{key}={given}: give whole numbers, such as [3,7,11], or {', '.join(rules)}")
+    if list(given) != sorted(given):
+        raise ValueError(
+            f"{key}={list(given)} does not ascend: sort it; model.pairing=deep_to_shallow pairs the other way round"
+        )
 
 
 SHARDS = ("train", "heldout")  # keys of DataConfig that hold shard patterns

@@ -49,23 +49,79 @@ def count(module: torch.nn.Module) -> int:
 def test_depths_and_pairing_are_those_of_the_published_lists() -> None:
     assert group_ends(32, 6) == (5, 11, 16, 21, 26, 31)
     assert group_ends(40, 8) == (4, 9, 14, 19, 24, 29, 34, 39)
-    assert encoder_depths(24, 0.25, "uniform") == (3, 7, 11, 15, 19, 23)
-    assert encoder_depths(24, 0.25, "later") == (18, 19, 20, 21, 22, 23)
+    assert by_rule(24, 0.25, "uniform") == (3, 7, 11, 15, 19, 23)
+    assert by_rule(24, 0.25, "later") == (18, 19, 20, 21, 22, 23)
+
+
+def by_rule(num_layers: int, ratio: float, rule: Any) -> tuple[int, ...]:
+    return encoder_depths(num_layers, ModelConfig(encoder_layers=rule, encoder_layer_ratio=ratio))
 
 
 @pytest.mark.parametrize("rule", ["uniform", "later"])
-def test_the_densest_depths_are_all_between_embeddings_and_the_last_block(rule: Any) -> None:
+def test_the_densest_depths_are_all_blocks_and_rarer_ones_leave_the_last_block_out(rule: Any) -> None:
     for layers in (2, 3, 4, 12, 24, 27):
-        assert encoder_depths(layers, 1.0, rule) == tuple(range(1, layers))
+        assert by_rule(layers, 1.0, rule) == tuple(range(1, layers + 1))
         for density in (0.01, 0.3, 0.5, 0.75, 0.9, 0.99):
-            depths = encoder_depths(layers, density, rule)
+            depths = by_rule(layers, density, rule)
             assert depths[0] > 0
             assert depths[-1] == layers - 1
             assert list(depths) == sorted({*depths})
             assert len(depths) == min(max(1, round(density * layers)), layers - 1)
-    assert encoder_depths(24, 0.5, "uniform") == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23)
+    assert by_rule(24, 0.5, "uniform") == (1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23)
     with pytest.raises(ValueError, match="an encoder of 1 block has no depth to tap"):
-        encoder_depths(1, 0.25, rule)
+        by_rule(1, 0.25, rule)
+
+
+def depths_of(**changes: Any) -> Any:
+    return meta_model(tiny.model_config(**changes))
+
+
+def test_one_layer_feeds_all_fused_ones_and_is_stored_and_projected_once() -> None:
+    """The paper's cascaded fusion (supplement 6): only the encoder's deepest layer reaches the LLM."""
+    model = depths_of(encoder_layers="last", encoder_layer_ratio=0.75)
+    assert model.encoder_depths == (3,)
+    assert model.fusion.depths == depths_of(encoder_layer_ratio=0.75).fusion.depths == (1, 2, 3)
+    assert len(model.projector) == 1
+    assert model.features_shape[0] == 1
+    hive, batch = init_model(tiny.model_config(encoder_layers="last", encoder_layer_ratio=0.75), 0), tiny.batch(3)
+    visual = hive.encode_images(batch.pixels)
+    assert [one is visual[0] for one in visual] == [True] * 3
+    hive(**batch.inputs()).backward()
+    assert all(p.grad is not None for p in hive.projector.parameters())
+
+
+def test_layers_are_listed_and_paired_as_one_wants() -> None:
+    model = depths_of(encoder_layers=[1, 2, 4], llm_layers=[0, 2, 3])
+    assert (model.encoder_depths, model.fusion.depths) == ((1, 2, 4), (0, 2, 3))
+    assert not [name for name in model.unused_parameters() if ".layers." in name], "the last block is read"
+    config = tiny.model_config(encoder_layers=[1, 3])
+    pixels, straight = tiny.batch(2).pixels, init_model(config, 0)
+    turned = init_model(replace(config, pairing="deep_to_shallow"), 0)
+    assert turned.encoder_depths == straight.encoder_depths
+    for one, other in zip(straight.encode_images(pixels), reversed(turned.encode_images(pixels)), strict=True):
+        assert torch.equal(one, other)
+    assert depths_of(fusion="concat").encoder_depths == (3,)
+    assert depths_of(fusion="concat", encoder_layers=[4]).encoder_depths == (4,), "the final layer in place of LLaVA's"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_layers": [0, 3]}, r"encoder_layers=\[0, 3\]: the encoder's layers are 1 to 4"),
+        ({"encoder_layers": [3, 5]}, "the encoder's layers are 1 to 4"),
+        ({"encoder_layers": [3, 1]}, "does not ascend: sort it; model.pairing=deep_to_shallow"),
+        ({"encoder_layers": []}, "give whole numbers"),
+        ({"encoder_layers": [1.5]}, "give whole numbers"),
+        ({"encoder_layers": "middle"}, "set uniform, later, last, or a list"),
+        ({"llm_layers": [1, 4]}, "the LLM's layers are 0 to 3, each at most once"),
+        ({"llm_layers": [1, 1]}, "each at most once"),
+        ({"llm_layers": [1]}, "has 1 layers, and 2 encoder layers feed them"),
+        ({"fusion": "concat", "encoder_layers": [1, 2]}, "fusion=concat takes one"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        depths_of(**changes)
 
 
 def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches() -> None:
@@ -80,7 +136,7 @@ def test_the_colour_that_pads_is_llavas_and_what_patches_cover_is_whole_patches(
 
 def test_as_many_depths_as_llm_layers_pair_one_to_one() -> None:
     shallow = PartConfig(config=tiny.language(num_hidden_layers=3))
-    model = meta_model(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, encoder_layer_ratio=1.0))
+    model = meta_model(ModelConfig(PartConfig(config=tiny.SIGLIP), shallow, encoder_layer_ratio=0.75))
     assert model.encoder_depths == (1, 2, 3)
     assert model.fusion.depths == (0, 1, 2)
     assert model.features_shape == (3, 16, 32)  # 32 pixels in patches of 8

@@ -224,7 +224,7 @@ def test_a_users_encoder_and_llm_bring_their_own_sizes_into_a_preset(
     run = presets.load("rtx3090", None, words)
     model = meta_model(run.model)
     assert model.vision.config.num_hidden_layers == 9
-    assert model.encoder_depths == encoder_depths(9, 0.25, "later")
+    assert model.encoder_depths == encoder_depths(9, run.model)
     assert (model.vision.config.hidden_size, model.language.config.hidden_size) == (36, language["hidden_size"])
     tied = model.language.get_output_embeddings().weight is model.language.get_input_embeddings().weight
     assert tied == language.get("share_embedding", language["tie_word_embeddings"])

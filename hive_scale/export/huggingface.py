@@ -87,13 +87,14 @@ def export_llava(
     tokenizer = _asking(tokenizer, template, position)
     image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
     language.vocab_size = max(language.vocab_size, image_id + 1)
+    (depth,) = FUSIONS[config.fusion].encoder_depths(vision.num_hidden_layers, config)
     strategy: Any = "default" if num_leading else "full"
     settings = LlavaConfig(
         vision_config=vision,
         text_config=language,
         image_token_index=image_id,
         image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-2,
+        vision_feature_layer=depth - vision.num_hidden_layers - 1,
         vision_feature_select_strategy=strategy,
         tie_word_embeddings=language.tie_word_embeddings,
     )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, cast
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModel, PretrainedConfig, SiglipImageProcessor, SiglipVisionModel
 
-from hive_scale.config import Depths, ImageMode
+from hive_scale.config import ImageMode, ModelConfig
 from hive_scale.registry import ENCODERS
 
 Colour = tuple[float, float, float]  # red, green, blue
@@ -115,17 +115,26 @@ def group_ends(num_layers: int, num_groups: int) -> tuple[int, ...]:
     return tuple((group + 1) * size + min(group + 1, longer) - 1 for group in range(num_groups))
 
 
-def encoder_depths(num_layers: int, density: float, rule: Depths) -> tuple[int, ...]:
-    """The selected set S of encoder depths, ascending. Depth d is the output of block d, depth 0 the embeddings.
+def encoder_depths(num_layers: int, config: ModelConfig) -> tuple[int, ...]:
+    """The encoder depth for each fused LLM layer, ascending. Depth d is the output of block d, depth 0 the embeddings.
 
-    The last block is never selected, since downstream tasks read the one before it (paper 3.2, 4.5), nor are the
-    embeddings. So the densest set has all depths from 1 to `num_layers` - 1. `density` is the share of depths to
-    select. Raises ValueError for an encoder with fewer than 2 blocks.
+    Rules select neither the embeddings nor the last block, since downstream tasks read the one before it (paper 3.2,
+    4.5); only a ratio of 1, and a list, may have the last. The rule "last" repeats the deepest one that it selects.
+    Raises ValueError for an encoder with fewer than 2 blocks, and for a depth that it does not have.
     """
     if num_layers < 2:
         raise ValueError(f"an encoder of {num_layers} block has no depth to tap below its last: give it 2 or more")
-    count = min(max(1, round(density * num_layers)), num_layers - 1)
-    if rule == "later":
+    given, ratio = config.encoder_layers, config.encoder_layer_ratio
+    if not isinstance(given, str):
+        if not 1 <= given[0] <= given[-1] <= num_layers:
+            raise ValueError(f"model.encoder_layers={list(given)}: the encoder's layers are 1 to {num_layers}")
+        return tuple(given)
+    count = min(max(1, round(ratio * num_layers)), num_layers - 1)
+    if given == "last":
+        return (num_layers - 1,) * count
+    if ratio == 1:
+        return tuple(range(1, num_layers + 1))
+    if given == "later":
         return tuple(range(num_layers - count, num_layers))
     return group_ends(num_layers, count)
 

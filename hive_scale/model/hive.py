@@ -43,10 +43,13 @@ class Hive(nn.Module):
         self.language.set_attn_implementation(attention.NAME)  # accepts the visual keys and values of a fusion
         self.family, self.host = family_of(self.vision.config), host_of(language)
         kind: type[Fusion] = FUSIONS[config.fusion]
-        self.encoder_depths = kind.encoder_depths(len(self.family.blocks(vision)), config)
+        paired = kind.encoder_depths(len(self.family.blocks(vision)), config)  # one depth for each fused LLM layer
+        paired = paired[::-1] if config.pairing == "deep_to_shallow" else paired
+        self.encoder_depths = tuple(sorted(set(paired)))
+        self._order = [self.encoder_depths.index(depth) for depth in paired]
         widths = self.vision.config.hidden_size, self.language.config.hidden_size
         self.projector = nn.ModuleList(kind.projector(*widths) for _ in self.encoder_depths)
-        self.fusion = kind(self.host, language, len(self.encoder_depths), config)
+        self.fusion = kind(self.host, language, len(paired), config)
         mean, std = self.family.pixel_mean, self.family.pixel_std
         self.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -71,7 +74,7 @@ class Hive(nn.Module):
         return self.token_loss(hidden.flatten(0, 1)[target_rows], target_ids).sum()
 
     def encode_images(self, pixels: Tensor) -> list[Tensor]:
-        """phi(F_l) for each selected depth l, (B, V, D) each (paper 3.2).
+        """phi(F_l) for the depth l of each fused LLM layer, (B, V, D) each (paper 3.2).
 
         `pixels` is uint8 (B, 3, H, W), or cached features (B, S, V, C) at the S selected depths.
         """
@@ -88,11 +91,12 @@ class Hive(nn.Module):
         return [patches(self.vision, states[depth]) for depth in self.encoder_depths]
 
     def project(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """phi(F_l) for each selected depth l, (B, V, D) each, from the encoder's hidden states."""
+        """phi(F_l) for the depth l of each fused LLM layer, (B, V, D) each, from the encoder's hidden states."""
         return self._project(self.features(states))
 
     def _project(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return [project(feature) for project, feature in zip(self.projector, features, strict=True)]
+        projected = [project(feature) for project, feature in zip(self.projector, features, strict=True)]
+        return [projected[index] for index in self._order]  # a depth that serves several layers is projected once
 
     def language_forward(
         self,

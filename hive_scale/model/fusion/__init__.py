@@ -61,19 +61,25 @@ class Fusion(nn.Module, metaclass=ABCMeta):
     is_llava: ClassVar[bool] = False  # True if transformers' LLaVA computes the same, so that export to it is possible
 
     def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:
-        """`num_features` is the number of selected encoder depths. Raises ValueError if the LLM has fewer layers."""
+        """`num_features` is the number of encoder depths, one for each fused layer.
+
+        Raises ValueError if the LLM has fewer layers, or not those that ``model.llm_layers`` lists.
+        """
         super().__init__()
-        self.depths = self.llm_depths(len(host.layers(llm)), num_features)
+        num_layers = len(host.layers(llm))
+        self.depths = self.llm_depths(num_layers, num_features)
+        if self.depths and not isinstance(config.llm_layers, str):
+            self.depths = _listed(config.llm_layers, num_layers, num_features)
         self.layers = nn.ModuleList()
 
     @classmethod
     def encoder_depths(cls, num_layers: int, config: ModelConfig) -> tuple[int, ...]:
-        """The selected encoder depths, ascending."""
-        return encoder_depths(num_layers, config.encoder_layer_ratio, config.encoder_layers)
+        """The encoder depth for each fused LLM layer, ascending; a depth may serve several."""
+        return encoder_depths(num_layers, config)
 
     @classmethod
     def llm_depths(cls, num_layers: int, num_features: int) -> tuple[int, ...]:
-        """The fused LLM layers, one per selected encoder depth, in the same order. Raises ValueError for too few."""
+        """The fused LLM layers by the default rule, one per encoder depth. Raises ValueError for too few."""
         if num_features > num_layers:
             raise ValueError(
                 f"{num_features} encoder depths cannot pair with {num_layers} LLM layers: "
@@ -84,7 +90,10 @@ class Fusion(nn.Module, metaclass=ABCMeta):
     @classmethod
     def describe(cls, config: ModelConfig) -> str:
         """A description for the model card."""
-        return f"{config.fusion}, {config.encoder_layer_ratio:.0%} of the encoder's depths, {config.encoder_layers}"
+        layers = config.encoder_layers
+        if not isinstance(layers, str):
+            return f"{config.fusion}, the encoder's layers {', '.join(map(str, layers))}"
+        return f"{config.fusion}, {config.encoder_layer_ratio:.0%} of the encoder's depths, {layers}"
 
     def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
@@ -126,6 +135,19 @@ class Fusion(nn.Module, metaclass=ABCMeta):
         `prepare` returned for the text.
         """
         return replace(context, positions=position_B1, mask=seen_BN[:, None, None])
+
+
+def _listed(layers: Sequence[int], num_layers: int, num_features: int) -> tuple[int, ...]:
+    if not 0 <= layers[0] <= layers[-1] < num_layers or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"model.llm_layers={list(layers)}: the LLM's layers are 0 to {num_layers - 1}, each at most once"
+        )
+    if len(layers) != num_features:
+        raise ValueError(
+            f"model.llm_layers={list(layers)} has {len(layers)} layers, and {num_features} encoder layers feed them: "
+            "list as many, or set model.encoder_layers or model.encoder_layer_ratio"
+        )
+    return tuple(layers)
 
 
 def split_heads(flat: Tensor, head_dim: int) -> Tensor:

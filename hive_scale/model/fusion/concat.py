@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
+from hive_scale.model.encoders import encoder_depths
 from hive_scale.model.fusion import SLOT, Context, Fusion, column, host_weights, images_there, text_positions
 from hive_scale.model.projector import MLP
 from hive_scale.registry import FUSIONS
@@ -20,7 +21,10 @@ from hive_scale.registry import FUSIONS
 
 @FUSIONS.register("concat")
 class Concat(Fusion):
-    """Visual tokens run causally through every layer, like words. As in LLaVA, they are of the penultimate layer."""
+    """Visual tokens run causally through every layer, like words. As in LLaVA, they are of the penultimate layer.
+
+    ``model.encoder_layers`` may list another one.
+    """
 
     new_parameters = ("projector.*",)
     projector = MLP
@@ -29,7 +33,12 @@ class Concat(Fusion):
 
     @classmethod
     def encoder_depths(cls, num_layers: int, config: ModelConfig) -> tuple[int, ...]:
-        return (num_layers - 1,)
+        if isinstance(config.encoder_layers, str):
+            return (num_layers - 1,)
+        depths = encoder_depths(num_layers, config)
+        if len(depths) > 1:
+            raise ValueError(f"model.encoder_layers={list(depths)}: fusion=concat takes one, such as [{num_layers}]")
+        return depths
 
     @classmethod
     def llm_depths(cls, num_layers: int, num_features: int) -> tuple[int, ...]:
@@ -37,7 +46,9 @@ class Concat(Fusion):
 
     @classmethod
     def describe(cls, config: ModelConfig) -> str:
-        return "concat: one MLP after the penultimate encoder layer, visual tokens after the start token"
+        layers = config.encoder_layers
+        which = "the penultimate encoder layer" if isinstance(layers, str) else f"encoder layer {layers[0]}"
+        return f"concat: one MLP after {which}, visual tokens after the start token"
 
     def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
