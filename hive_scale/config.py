@@ -265,6 +265,7 @@ class StageConfig:
     optimizer: str = "adamw"  # name of a registered optimizer: see docs/extending.md
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    ema: float = 0.0  # decay per step of an average of the trained weights, such as 0.9999; 0: none is kept
     # true: parameters that the previous stage trained too keep their AdamW moments; false: all moments start at zero
     carry_optimizer_state: bool = False
     decoupled_weight_decay: bool = True  # weight decay does not scale with the peak learning rate (paper, Table 3)
@@ -291,6 +292,8 @@ class StageConfig:
             raise ValueError(f"max_grad_norm={self.max_grad_norm:g} must be above 0: .inf clips nothing")
         if not (self.eps > 0 and isfinite(self.eps) and all(0 <= beta < 1 for beta in self.betas)):
             raise ValueError(f"betas={list(self.betas)}, eps={self.eps:g}: betas are from 0 to below 1, eps above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema={self.ema:g} is a decay per step: set it from 0 (none) to below 1, such as 0.9999")
         for name in ("warmup_ratio", "min_lr"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name):g} is a share: set it from 0 to 1")

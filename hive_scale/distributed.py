@@ -39,7 +39,8 @@ class Fragment(NamedTuple):
     """
 
     name: str  # parameter name, as in model.named_parameters()
-    kind: str  # "master" (fp32 weight), or a state of the optimizer: "exp_avg" or "exp_avg_sq" for AdamW
+    # "master" (fp32 weight), a state of the optimizer ("exp_avg" or "exp_avg_sq" for AdamW), or "ema" (the average)
+    kind: str
     shape: tuple[int, ...]  # shape of the whole parameter
     offset: int  # start of this range in the flattened parameter, in elements
     data: Tensor  # 1-D fp32 view of the memory that the optimizer itself uses

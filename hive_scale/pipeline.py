@@ -22,16 +22,16 @@ from hive_scale.checkpoint.run_claims import (
 )
 from hive_scale.checkpoint.run_reader import Run, encoder_remedy
 from hive_scale.checkpoint.stage_files import ENCODER, WEIGHTS, find_weights, is_stage_done
-from hive_scale.checkpoint.weights import Merge, Weights, merge_trained_weights, read_weights, write_weights
+from hive_scale.checkpoint.weights import Weights, merge_trained_weights, read_weights, write_weights
 from hive_scale.config import Config, ModelConfig, run_of
 from hive_scale.config_merge import holds_weights_alone
 from hive_scale.distributed import World
 from hive_scale.engine import memory
 from hive_scale.exit_codes import Stopped
+from hive_scale.export import merge_of
 from hive_scale.export.huggingface import export_encoder
 from hive_scale.locate import check_sources
 from hive_scale.model import build
-from hive_scale.model.adapters import merged_weight
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
@@ -191,18 +191,10 @@ def _run_stages(
             world.timer.enter("handoff")
             memory.release()
             if world.is_main:
-                merge_trained_weights(weights, checkpoint, stage_dir / WEIGHTS, _merge(config, name))
+                merge_trained_weights(weights, checkpoint, stage_dir / WEIGHTS, merge_of(config, name))
                 _give_encoder(config, name)
             world.barrier()
         weights = stage_dir / WEIGHTS
-
-
-def _merge(config: Config, name: str) -> Merge:
-    """How what the adapter of stage `name` has learned, if it has one, becomes part of the weights."""
-    adapted = build.for_stage(config.model, config.stages[name])[0].adapted
-    if adapted is None:
-        return Merge()
-    return Merge(adapted.added, {f"{layer}.weight": partial(merged_weight, adapted, layer) for layer in adapted.layers})
 
 
 def _give_encoder(config: Config, name: str) -> None:

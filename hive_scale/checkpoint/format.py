@@ -242,9 +242,9 @@ class StepCheckpoint:
         kind = "master/"
         return {key.removeprefix(kind): shape for key, shape in self.shapes.items() if key.startswith(kind)}
 
-    def master(self, name: str) -> Tensor:
-        """The whole fp32 master weight of a parameter, in the parameter's shape."""
-        key = f"master/{name}"
+    def master(self, name: str, kind: str = "master") -> Tensor:
+        """The whole fp32 master weight of a parameter, or what else of a `kind` is kept of it, in its shape."""
+        key = f"{kind}/{name}"
         out = torch.empty(prod(self.shapes[key]))
         self.read(key, 0, out)
         return out.view(self.shapes[key])

@@ -43,7 +43,8 @@ class OptimizerTransfer:
     def fill(self, fragments: Iterable[Fragment]) -> None:
         """Copy the moments of all parameters that the previous stage trained. Raises CorruptFile."""
         for fragment in fragments:
-            if self._snapshot and fragment.name in self.steps and fragment.kind != "master":
+            # the average of a stage begins with the weights that the stage begins with
+            if self._snapshot and fragment.name in self.steps and fragment.kind not in ("master", "ema"):
                 self._snapshot.read(key_of(fragment), fragment.offset, fragment.data)
 
 

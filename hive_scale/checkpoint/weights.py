@@ -185,22 +185,24 @@ def merge_trained_weights(
     out: Path,
     merge: Merge = Merge(),  # noqa: B008 - a constant
     max_shard_bytes: int = 5_000_000_000,
+    kind: str = "master",
 ) -> Path:
     """Write the next stage's weights: the parent's, with trained parameters replaced by the checkpoint's masters.
 
-    Runs in one process, and holds one tensor at a time. Trained parameters become fp32, others keep the parent's
+    Of another `kind`, such as "ema", the checkpoint's tensors of that kind take their place. Runs in one process, and
+    holds one tensor at a time. Trained parameters become fp32, others keep the parent's
     dtype. Raises CorruptFile, or ValueError if the checkpoint's parameters are not the parent's.
     """
     if reason := audit(checkpoint):
         raise CorruptFile(f"{checkpoint} refused: {reason}")
     parent, snapshot = read_weights(parent_weights), StepCheckpoint(checkpoint)
     trained = {
-        name: LazyTensor(torch.float32, shape, partial(snapshot.master, name))
+        name: LazyTensor(torch.float32, shape, partial(snapshot.master, name, kind))
         for name, shape in snapshot.masters().items()
         if name not in merge.consumed
     }
     trained |= {
-        name: LazyTensor(torch.float32, parent.shape(name), partial(make, parent, snapshot.master))
+        name: LazyTensor(torch.float32, parent.shape(name), partial(make, parent, partial(snapshot.master, kind=kind)))
         for name, make in merge.made.items()
     }
     shapes = {name: one.shape for name, one in trained.items()}

@@ -15,6 +15,7 @@ examples:
   python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for hive_scale.export
   python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
   python launchers/export.py dcp runs/debug                              for torch.distributed.checkpoint.load
+  python launchers/export.py encoder runs/debug --ema                    its average, of a stage with stages.joint.ema
   python launchers/export.py adapter runs/debug --stage joint            what its adapter has learned, for peft
   python launchers/export.py verify runs/debug                           every checksum of a run
   python launchers/export.py verify hive                                 every checksum of what was exported
@@ -40,6 +41,8 @@ def main() -> int:
         subparser.add_argument("run", type=Path, metavar="RUN", help="the run's directory")
         subparser.add_argument("--output", type=Path, metavar="DIR", help="to make (default RUN/export/WHAT)")
         subparser.add_argument("--stage", default="", help="whose weights (default: the last, of a finished run)")
+        if kind != "adapter":
+            subparser.add_argument("--ema", action="store_true", help="the average of the weights: stages.*.ema")
         subparser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="default fp32")
     subparsers.add_parser("verify", help="read all of a run, or of an export, against its checksums").add_argument(
         "run", type=Path, metavar="RUN", help="the run's directory, or one that was exported"
@@ -59,8 +62,9 @@ def _export(arguments: argparse.Namespace) -> int:
     from hive_scale.export import export_run
 
     out = arguments.output or arguments.run / "export" / arguments.what
-    stage = export_run(arguments.what, arguments.run, out, arguments.stage, arguments.dtype)
-    print(f"{out}: {arguments.what} after stage {stage}")
+    ema = getattr(arguments, "ema", False)
+    stage = export_run(arguments.what, arguments.run, out, arguments.stage, arguments.dtype, ema)
+    print(f"{out}: {arguments.what} after stage {stage}{', averaged' if ema else ''}")
     return 0
 
 

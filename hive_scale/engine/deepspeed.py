@@ -22,7 +22,7 @@ from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_devi
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
-from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
+from hive_scale.engine.optimizer import EMA, make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # of parameters, gradients, optimizer
         self.kind = optimizer_kind(stage)
         parameters = compute.itemsize, cut[0]
-        self.layout = StateSharding(*parameters, *parameters, 4, cut[1], 4 + 4 * len(self.kind.states), cut[2])
+        self.layout = StateSharding(*parameters, *parameters, 4, cut[1], 4 + 4 * len(self.kind.kept), cut[2])
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
         self.compiled = is_compiled(config, world.device.type)
@@ -82,6 +82,8 @@ class DeepSpeedEngine:
         weakref.finalize(self, _free_engine, self.engine, self.optimizer).atexit = False
         if compute != torch.float32:
             self._restore_masters(weights)
+        if self.kind.ema:
+            self._create_states()  # the average begins with the weights before the first step
         if (settings["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none":
             use_cores(world)
 
@@ -103,7 +105,7 @@ class DeepSpeedEngine:
     def _restore_masters(self, weights: Mapping[str, Tensor]) -> None:
         """Copy full-precision weights into the masters, since DeepSpeed made these from the rounded bf16 copies."""
         for fragment in self.fragments():
-            if fragment.kind == "master":
+            if fragment.kind in ("master", EMA):
                 end = fragment.offset + fragment.data.numel()
                 fragment.data.copy_(weights[fragment.name].flatten()[fragment.offset : end])
 
@@ -147,7 +149,7 @@ class DeepSpeedEngine:
         self._create_states()
         for name, _, owned in self._owned():
             state = self.engine.optimizer.state[owned.flat]
-            for kind, tensor in (("master", owned.flat.detach()), *((key, state[key]) for key in self.kind.states)):
+            for kind, tensor in (("master", owned.flat.detach()), *((key, state[key]) for key in self.kind.kept)):
                 yield Fragment(name, kind, owned.shape, owned.offset, tensor.narrow(0, owned.start, owned.length))
 
     @torch.no_grad()
@@ -209,7 +211,7 @@ class DeepSpeedEngine:
         """Create optimizer states now: torch creates them in the first step, but a checkpoint needs them before."""
         for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
             if not self.engine.optimizer.state[flat]:
-                self.engine.optimizer.state[flat] = self.kind.first_state(flat, steps_behind)
+                self.engine.optimizer.state[flat] = self.kind.begin(flat, steps_behind)
 
 
 def _free_engine(engine: Any, optimizer: Any) -> None:

@@ -92,7 +92,7 @@ class FsdpEngine:
         reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
         gradient_ranks = shard if reduces else 1
         self.kind = optimizer_kind(stage)
-        states = len(self.kind.states) + has_masters
+        states = len(self.kind.kept) + has_masters
         trained = (compute.itemsize if has_masters else 4), shard
         held = (compute.itemsize, 1) if frozen else trained
         self.layout = StateSharding(*trained, *held, 4, gradient_ranks, 4 * states, shard)
@@ -100,6 +100,8 @@ class FsdpEngine:
             self.optimizer = make_optimizer(self.masters.flat, self.masters.groups(groups), stage)
         else:
             self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
+        if self.kind.ema:
+            self._create_states()  # the average begins with the weights before the first step
         if config.cpu_offload:
             use_cores(world)
 
@@ -229,14 +231,14 @@ class FsdpEngine:
             for name, place in self.masters.places.items():
                 flat = self.masters.flat[place.group]
                 state = self.optimizer.state[flat]
-                for kind, tensor in (("master", flat), *((key, state[key]) for key in self.kind.states)):
+                for kind, tensor in (("master", flat), *((key, state[key]) for key in self.kind.kept)):
                     yield Fragment(name, kind, place.shape, 0, tensor.narrow(0, place.start, place.numel))
             return
         for name, parameter in self.model.named_parameters():
             if not parameter.requires_grad:
                 continue
             state = self.optimizer.state[parameter]
-            for kind, tensor in (("master", parameter), *((key, state[key]) for key in self.kind.states)):
+            for kind, tensor in (("master", parameter), *((key, state[key]) for key in self.kind.kept)):
                 local, offset = _local_range(tensor.detach())
                 if local.numel():
                     yield Fragment(name, kind, tuple(parameter.shape), offset, local)
@@ -255,7 +257,7 @@ class FsdpEngine:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = self.kind.first_state(parameter, group["steps_behind"])
+                    self.optimizer.state[parameter] = self.kind.begin(parameter, group["steps_behind"])
 
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:

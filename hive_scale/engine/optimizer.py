@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hive_scale.config import StageConfig
 from hive_scale.param_groups import ParamGroup
 from hive_scale.registry import OPTIMIZERS
+
+EMA = "ema"  # kind of fragment of the exponential moving average of the masters
 
 
 class OptimizerKind(ABC):
@@ -26,6 +29,15 @@ class OptimizerKind(ABC):
     mean_square: ClassVar[str] = ""
     deepspeed_type: ClassVar[str] = ""  # its name in a DeepSpeed JSON
 
+    def __init__(self, ema: float = 0.0) -> None:
+        """`ema` is the decay of an average of the master weights, which is kept beside the states; 0: none."""
+        self.ema = ema
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Keys of all that is kept of a parameter besides its master: its states, and the average if there is one."""
+        return (*self.states, EMA) if self.ema else self.states
+
     @abstractmethod
     def make(self, groups: list[dict[str, Any]], stage: StageConfig) -> torch.optim.Optimizer:
         """Make the optimizer over torch parameter groups, each with ``lr`` and ``weight_decay``."""
@@ -33,6 +45,24 @@ class OptimizerKind(ABC):
     def first_state(self, tensor: Tensor, steps: int) -> dict[str, Tensor]:
         """Initial optimizer state of `tensor`: zero moments, and `steps` steps counted if the optimizer counts."""
         return {state: torch.zeros_like(tensor, requires_grad=False) for state in self.states}
+
+    def begin(self, tensor: Tensor, steps: int) -> dict[str, Tensor]:
+        """What is kept of `tensor`, a master, before its first step: its state, and its average, which is itself."""
+        average = {EMA: tensor.detach().clone()} if self.ema else {}
+        return {**self.first_state(tensor, steps), **average}
+
+    def average(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let `optimizer` move the average of each parameter after each of its steps; a skipped step moves none."""
+        update: Callable[..., None] = get_ema_multi_avg_fn(self.ema)  # type: ignore[no-untyped-call]
+
+        @torch.no_grad()
+        def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            for group in optimizer.param_groups:
+                masters = [one for one in group["params"] if EMA in optimizer.state[one]]
+                if masters:
+                    update([optimizer.state[one][EMA] for one in masters], [one.detach() for one in masters], 1)
+
+        optimizer.register_step_post_hook(move)
 
 
 @OPTIMIZERS.register("adamw")
@@ -53,7 +83,7 @@ class AdamW(OptimizerKind):
 
 def optimizer_kind(stage: StageConfig) -> OptimizerKind:
     """An instance of the class registered as ``stages.*.optimizer``."""
-    made: OptimizerKind = OPTIMIZERS[stage.optimizer]()
+    made: OptimizerKind = OPTIMIZERS[stage.optimizer](stage.ema)
     return made
 
 
@@ -61,7 +91,8 @@ def make_optimizer(
     parameters: Mapping[str, Tensor], groups: Sequence[ParamGroup], stage: StageConfig
 ) -> torch.optim.Optimizer:
     """Make the stage's optimizer over the parameters named in `groups`."""
-    return optimizer_kind(stage).make(
+    kind = optimizer_kind(stage)
+    optimizer = kind.make(
         [
             {
                 "params": [parameters[name] for name in group.parameters],
@@ -74,6 +105,9 @@ def make_optimizer(
         ],
         stage,
     )
+    if kind.ema:
+        kind.average(optimizer)
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

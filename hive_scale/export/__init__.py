@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +18,17 @@ from torch import Tensor
 from hive_scale import checksums, strict_json
 from hive_scale.checkpoint.format import StepCheckpoint, audit, steps_in
 from hive_scale.checkpoint.io import CorruptFile, published
-from hive_scale.checkpoint.run_reader import Run
+from hive_scale.checkpoint.run_reader import INITIAL, Run
 from hive_scale.checkpoint.stage_files import LazyTensor
-from hive_scale.checkpoint.weights import Weights, read_weights, write_weights
+from hive_scale.checkpoint.weights import Merge, Weights, merge_trained_weights, read_weights, write_weights
 from hive_scale.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from hive_scale.config_merge import resolve, with_new_names
 from hive_scale.data.tokenizer import open_tokenizer
+from hive_scale.engine.optimizer import EMA
 from hive_scale.export import huggingface, portable
 from hive_scale.export.model_card import card
 from hive_scale.model import build
+from hive_scale.model.adapters import merged_weight
 from hive_scale.model.hive import Hive
 from hive_scale.precision import DTYPES
 from hive_scale.shared_files import Held, locked, own_lock
@@ -35,8 +39,10 @@ from hive_scale.version import code_version
 PROCESSING = {"format", "image_position", "image_transform", "max_pixels", "max_tokens"}
 
 
-def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32") -> str:
+def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: str = "fp32", ema: bool = False) -> str:
     """Export `kind` (a key of `KINDS`) of the run in `directory` to the new directory `out`; return the stage exported.
+
+    With `ema`, the average of the weights that the stage has kept is exported in place of its last weights.
 
     `out` appears complete or not at all. Raises ValueError if no `stage` is named and the run is not finished, if the
     stage is not done, the weights are damaged, `out` exists, the model cannot be exported as this kind, or another
@@ -52,16 +58,48 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
             "the run, or name the stage whose weights you want: --stage NAME"
         )
     stage = run.stage(stage)
-    weights = read_weights(run.weights(stage))
+    last = read_weights(run.weights(stage))
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(own_lock(out), patience=0), published(out, replace=False) as folder:
+        with (
+            locked(own_lock(out), patience=0),
+            _averaged(run, stage, out.parent) if ema else nullcontext(last) as weights,
+            published(out, replace=False) as folder,
+        ):
             config = replace(run.config, data=run.config.data_of(stage))
             KINDS[kind](Source(run, stage, config, weights), folder, DTYPES[dtype])
             (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
     except Held as held:
         raise ValueError(f"another process exports to {out}: wait for it, or give another --output. {held}") from None
     return stage
+
+
+@contextmanager
+def _averaged(run: Run, stage: str, place: Path) -> Iterator[Weights]:
+    """The average of a stage's weights, from its last checkpoint, in a file in `place` for as long as it is read.
+
+    Raises ValueError if the stage kept none.
+    """
+    names = [INITIAL, *run.config.stages]
+    if stage == INITIAL or not run.config.stages[stage].ema:
+        raise ValueError(f"stage {stage} kept no average of its weights: train with stages.{stage}.ema=0.9999, say")
+    before = names[names.index(stage) - 1]
+    with TemporaryDirectory(dir=place, prefix=".ema.") as folder:
+        path = Path(folder, "weights.safetensors")
+        merge_trained_weights(
+            run.weights(before), _last_checkpoint(run, stage), path, merge_of(run.config, stage), kind=EMA
+        )
+        yield read_weights(path)
+
+
+def _last_checkpoint(run: Run, stage: str) -> Path:
+    """The newest checkpoint of a stage. Raises ValueError if there is none, or it is damaged."""
+    checkpoints = steps_in(run.dir / stage)
+    if not checkpoints:
+        raise ValueError(f"{run.dir / stage} has no checkpoint, which alone holds this: restore its last one")
+    if reason := audit(checkpoints[-1]):
+        raise CorruptFile(f"{checkpoints[-1]} refused: {reason}")
+    return checkpoints[-1]
 
 
 def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -128,6 +166,14 @@ def _tokenizer(config: Config) -> Any:
     return open_tokenizer(config.data.tokenizer).stock
 
 
+def merge_of(config: Config, name: str) -> Merge:
+    """How what the adapter of stage `name` has learned, if it has one, becomes part of the weights."""
+    adapted = build.for_stage(config.model, config.stages[name])[0].adapted
+    if adapted is None:
+        return Merge()
+    return Merge(adapted.added, {f"{layer}.weight": partial(merged_weight, adapted, layer) for layer in adapted.layers})
+
+
 class Source(NamedTuple):
     """What is exported: a stage of a run, its weights, and the run's config with the data of that stage."""
 
@@ -173,12 +219,7 @@ def _adapter(source: Source, path: Path, dtype: torch.dtype) -> None:
         raise ValueError(
             f"stage {name} has no adapter: {f'--stage {have[-1]} has' if have else 'no stage of this run has one'}"
         )
-    checkpoints = steps_in(run.dir / name)
-    if not checkpoints:
-        raise ValueError(f"{run.dir / name} has no checkpoint, which alone holds the adapter: restore its last one")
-    if reason := audit(checkpoints[-1]):
-        raise CorruptFile(f"{checkpoints[-1]} refused: {reason}")
-    snapshot, parts = StepCheckpoint(checkpoints[-1]), model.adapted.parts()
+    snapshot, parts = StepCheckpoint(_last_checkpoint(run, name)), model.adapted.parts()
     for part, (layers, added) in parts.items():
         folder = path / part if len(parts) > 1 else path
         folder.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ import torch
 
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
+from hive_scale.engine.optimizer import optimizer_kind
 from hive_scale.model import build
 from hive_scale.plan.flops import encoder_flops
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
@@ -19,7 +20,6 @@ from hive_scale.plan.timeline import MemoryPeak
 from hive_scale.plan.trace import Trace, trace
 from hive_scale.plan.zero_memory import Zero3, Zero12
 from hive_scale.precision import DTYPES
-from hive_scale.registry import OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     size = build.image_size(config.model)
     image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
-    states = len(OPTIMIZERS[stage.optimizer].states)
+    states = len(optimizer_kind(stage).kept)
     return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), states, seeing)
 
 
