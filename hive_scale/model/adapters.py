@@ -108,7 +108,8 @@ class Adapted:
 
     def base(self, names: Sequence[str]) -> set[str]:
         """Those of `names` that are no adapter's, in the parts that are adapted: they are frozen."""
-        return {name for name in names if name.split(".")[0] in self.parts() and name not in self.added}
+        parts = self.parts()
+        return {name for name in names if name.split(".")[0] in parts and name not in self.added}
 
     def parts(self) -> dict[str, tuple[list[str], list[str]]]:
         """Names of adapted layers and of the adapter's parameters, by part and without the part's name."""
