@@ -30,15 +30,36 @@ class RankFailed(Exception):
     """The message is the traceback of the rank that failed first."""
 
 
+# the word of a launcher's command after which its option for the port comes
+PORT_OPTIONS = {
+    "deepspeed": "--master_port",
+    "deepspeed.launcher.runner": "--master_port",
+    "launch": "--main_process_port",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def at_free_port(words: list[str]) -> list[str]:
+    """A launcher's command at a port of its own: by default, ranks of two tests at once would meet at the same one."""
+    word = next((word for word in words if word in PORT_OPTIONS), None)
+    if word is None:
+        return words
+    place = words.index(word) + 1
+    return [*words[:place], PORT_OPTIONS[word], str(free_port()), *words[place:]]
+
+
 def run(function: Callable[..., Any], size: int, *arguments: Any, timeout: float = 600) -> list[Any]:
     """What ``function(world, *arguments)`` returns on each of `size` ranks.
 
     Raises RankFailed as soon as one rank fails, or when `timeout` seconds have passed; all others are killed.
     """
-    with TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with TemporaryDirectory() as folder:
+        port = free_port()
         paths = [Path(folder, str(rank)) for rank in range(size)]
         processes = [
             CONTEXT.Process(target=_rank, args=(rank, size, port, paths[rank], function, arguments), daemon=True)

@@ -44,7 +44,6 @@ from hive_scale.preflight import open_data
 
 JSONS = Path(__file__).resolve().parents[1] / "ds_configs"
 ENGINES = {
-    "fsdp": EngineConfig(),
     "fsdp, bf16": EngineConfig("bf16"),
     "zero2, bf16": EngineConfig("bf16", ds_config=str(JSONS / "zero2.json")),
 }

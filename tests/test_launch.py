@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 BRIEF = ["blank_image_control=false", *(f"stages.{stage}.max_steps=2" for stage in ("projector", "language", "joint"))]
@@ -25,7 +26,7 @@ def launch(command: str, output: Path, *words: str) -> subprocess.CompletedProce
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run(
-        [*command.split(), *BRIEF, *words, f"output={output}"],
+        [*ranks.at_free_port(command.split()), *BRIEF, *words, f"output={output}"],
         cwd=ROOT,
         env=env | {"PATH": beside, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import ranks
 
 from hive_scale.commands import COMMANDS
 
@@ -84,10 +85,10 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_several_processes(launcher: str, python: Path, tmp_path: Path) -> None:
     words = ["--ds_config", "zero2"] if launcher == "deepspeed" else []
-    run(str(python), *LAUNCHERS[launcher], *words, *BRIEF, "output=run", cwd=tmp_path)
+    run(str(python), *ranks.at_free_port(LAUNCHERS[launcher]), *words, *BRIEF, "output=run", cwd=tmp_path)
     assert (tmp_path / "run" / "joint" / "weights.safetensors").is_file()
 
 

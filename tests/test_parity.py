@@ -334,12 +334,16 @@ def test_hsdp(folder: str, whole: bool) -> None:
 
 @either
 def test_zero_1_and_2(folder: str, whole: bool) -> None:
-    check(matrix("zero1", "zero2", "zero2_offload", whole=whole) + odd("zero2"), 2, folder)
+    cells = matrix(*(("zero1", "zero2", "zero2_offload") if whole else ("zero2",)), whole=whole)
+    check(
+        cells + odd("zero2") + [Cell(engine, checkpointing="full") for engine in ("zero1", "zero2_offload")], 2, folder
+    )
 
 
 @either
 def test_zero_3(folder: str, whole: bool) -> None:
-    check(matrix("zero3", "zero3_offload", whole=whole) + odd("zero3"), 2, folder)
+    cells = matrix(*(("zero3", "zero3_offload") if whole else ("zero3",)), whole=whole)
+    check(cells + odd("zero3") + [Cell("zero3_offload", checkpointing="full")], 2, folder)
 
 
 class MatmulCount(TorchDispatchMode):

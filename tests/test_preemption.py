@@ -116,7 +116,7 @@ def test_sigterm_to_the_launcher_loses_no_step(
     words = [f"output={tmp_path / 'run'}", "stages.projector.max_steps=4000", "stages.projector.global_batch=8"]
     beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
-        [*LAUNCHERS[launcher].split(), *words],
+        [*ranks.at_free_port(LAUNCHERS[launcher].split()), *words],
         cwd=ROOT,
         env=os.environ | {"PATH": beside, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -129,6 +129,7 @@ def test_sigterm_to_the_launcher_loses_no_step(
     deadline = time.monotonic() + 240
     while len(read_metrics(metrics)) < 3 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert process.poll() is None, process.communicate()[0]
     if launcher == "deepspeed":  # its outer process leaves one node's signals to the inner one
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[0]), signal.SIGTERM)

@@ -89,6 +89,7 @@ def test_they_train_alike_on_two_ranks(zero: str, trained: Path, tmp_path: Path)
         torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow  # three jobs
 def test_jobs_of_a_chain_have_them(tmp_path: Path) -> None:
     output = tmp_path / "run"
     done = run(sys.executable, "slurm/submit_pipeline.py", "--cluster", "local", *WORDS, f"output={output}")

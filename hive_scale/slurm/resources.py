@@ -156,22 +156,25 @@ counted=$(sed -n 's/.*"job": "'$SLURM_JOB_ID'".*"restart": \([0-9]*\).*/\1/p' {n
 starts=$((${SLURM_RESTART_COUNT:-0} - ${counted:--1}))  # in a row before a first word; 0: this one has counted itself
 if (( (status == {try_again} || status > 128 && status <= 192 || status == 253) && starts < {attempts} )) &&
   [ "$(squeue --noheader --format %T --jobs $SLURM_JOB_ID)" = RUNNING ]; then
+  {lost}
   trap '' TERM  # which comes with the next line
   scontrol requeue $SLURM_JOB_ID  # back into the queue under the same id
   {exclude}
 fi
 exit $status
 """
-# Excludes the nodes lost most recently, at most as many as the partition can spare.
-EXCLUDE = """there=$(sinfo --noheader -N -p $SLURM_JOB_PARTITION -t idle,mix,alloc,comp -o %N | sort -u | wc -l)
+# The nodes lost most recently, at most as many as the partition can spare. Slurm excludes nodes for a job that waits
+# alone, so only after it is requeued; then all else is known, since the job may start, and this script be killed, soon.
+LOST = """there=$(sinfo --noheader -N -p $SLURM_JOB_PARTITION -t idle,mix,alloc,comp -o %N | sort -u | wc -l)
   spare=$((there > SLURM_JOB_NUM_NODES ? there - SLURM_JOB_NUM_NODES : 0))
-  lost=$(ls -t {notes}/lost/$SLURM_JOB_ID 2>/dev/null | head -n $spare | paste -sd,)
-  [ -z "$lost" ] || scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$lost"""
+  lost=$(ls -t {notes}/lost/$SLURM_JOB_ID 2>/dev/null | head -n $spare | paste -sd,)"""
+EXCLUDE = """[ -z "$lost" ] || scontrol update JobId=$SLURM_JOB_ID ExcNodeList=$lost"""
 
 
 def requeue(resources: Resources, notes: Path) -> list[str]:
     """Return the last lines of a job's script. Its attempts and lost nodes are recorded in `notes`."""
     words = {
+        "{lost}": LOST if resources.exclude_failed else "",
         "{exclude}": EXCLUDE if resources.exclude_failed else "",
         "{notes}": shlex.quote(str(notes)),
         "{try_again}": str(TRY_AGAIN),
