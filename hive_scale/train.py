@@ -21,6 +21,7 @@ from hive_scale.checkpoint.weights import read_weights
 from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, StepOutput, memory, open_engine
+from hive_scale.engine.compilation import renewing_cache
 from hive_scale.exit_codes import Stopped
 from hive_scale.feature_cache import cached_features
 from hive_scale.model import build
@@ -192,9 +193,10 @@ class StageRun:
         self.goodput = Goodput(self.world.timer, read_metrics(self.metrics), self.at.step)
         for callback in self.callbacks:
             callback.on_stage(self)
-        while not self._train():
-            self.at.rollback()
-            self.goodput.rollback(read_metrics(self.metrics), self.at.step)
+        with renewing_cache():
+            while not self._train():
+                self.at.rollback()
+                self.goodput.rollback(read_metrics(self.metrics), self.at.step)
         checkpoint = self.checkpoints.finish()
         assert checkpoint is not None
         return checkpoint

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import nn
 from hive_scale import strict_json
 from hive_scale.config import EngineConfig
 from hive_scale.device import is_accelerator, is_compiled_by_default
+from hive_scale.exit_codes import TryAgain
 
 COMPILERS = ("g++", "clang++", "c++")
 CACHE = "TORCHINDUCTOR_CACHE_DIR"  # torch's variable for the folder of compiled code
@@ -71,7 +73,38 @@ def _lacking(kind: str) -> str:
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
     """Compile each block, in place. What was compiled before is read from a cache that outlives the machine's /tmp."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault(CACHE, str(Path(home, "hive_scale", "compiled")))
+    # importing torch sets the variable to a folder in /tmp, unless the user has set it
+    if CACHE not in os.environ or Path(os.environ[CACHE]).name.startswith("torchinductor_"):
+        os.environ[CACHE] = str(_own_cache())
     for block in blocks:
         block.compile(**LIMIT)
+
+
+def _own_cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home, "hive_scale", "compiled")
+
+
+@contextmanager
+def renewing_cache() -> Iterator[None]:
+    """Context of work with compiled blocks. If torch's compiler fails, our cache, which may be damaged, is removed.
+
+    Raises TryAgain then: other ranks may be in a collective, so that only a restart can compile anew. Without a cache
+    of ours, raises ValueError with the remedy.
+    """
+    cache = _own_cache()
+    had_one = cache.is_dir()
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor.", "torch._dynamo.")):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if had_one and os.environ.get(CACHE) == str(cache):
+            shutil.rmtree(cache, ignore_errors=True)
+            raise TryAgain(
+                f"compiled blocks failed ({reason}): the cache of compiled code, {cache}, was removed, and is made anew"
+            ) from error
+        raise ValueError(
+            f"torch.compile failed ({reason}): set engine.compile=false, which only costs speed"
+        ) from error
