@@ -367,8 +367,12 @@ def test_weights_of_other_colours_are_refused(tmp_path: Path) -> None:
     config = replace(config_of("vit"), vision=PartConfig(str(tmp_path)))
     with pytest.raises(ValueError, match=r"its processor's image_mean is \[0.485, .* that of vit here is \[0.5, "):
         init_model(config, 0)
-    ViTImageProcessor().save_pretrained(tmp_path)
-    init_model(config, 0)
+    for said in ('{"image_mean": 0.5}', '{"image_std": null}', "[1]", "{", "{}"):  # right, or no word of it
+        (tmp_path / "preprocessor_config.json").write_text(said)
+        init_model(config, 0)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_std": ["x"]}')
+    with pytest.raises(ValueError, match="image_std is"):
+        init_model(config, 0)
 
 
 def test_a_published_dinov2_whose_processor_makes_smaller_images_is_opened(tmp_path: Path) -> None:

@@ -130,14 +130,18 @@ def _check_pixels(place: str, config: PretrainedConfig) -> None:
     except Exception:  # there is none, or it is unreadable, for which transformers raises many types
         return
     for name, ours in (("image_mean", family.pixel_mean), ("image_std", family.pixel_std)):
-        theirs = told.get(name)
-        if isinstance(theirs, list) and (
-            len(theirs) != 3 or any(abs(a - b) > 1e-3 for a, b in zip(theirs, ours, strict=True))
-        ):
+        theirs = told.get(name) if isinstance(told, dict) else None
+        if theirs is not None and not _are_close(theirs, ours):
             raise ValueError(
-                f"model.vision.path={place}: its processor's {name} is {theirs}, that of {config.model_type} here is "
+                f"model.vision.path={place}: its processor's {name} is {str(theirs)[:80]}, that of {config.model_type} here is "
                 f"{list(ours)}: give weights that were trained with the latter"
             )
+
+
+def _are_close(theirs: Any, ours: tuple[float, float, float]) -> bool:
+    found = theirs if isinstance(theirs, list) else [theirs] * 3
+    pairs = zip(found, ours, strict=False)
+    return len(found) == 3 and all(isinstance(a, int | float) and abs(a - b) < 1e-3 for a, b in pairs)
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
