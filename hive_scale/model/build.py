@@ -133,7 +133,7 @@ def _check_pixels(place: str, config: PretrainedConfig) -> None:
         theirs = told.get(name) if isinstance(told, dict) else None
         if theirs is not None and not _are_close(theirs, ours):
             raise ValueError(
-                f"model.vision.path={place}: its processor's {name} is {str(theirs)[:80]}, that of {config.model_type} here is "
+                f"model.vision.path={place}: its processor's {name} is {theirs!s:.80}, that of {config.model_type} here is "
                 f"{list(ours)}: give weights that were trained with the latter"
             )
 
