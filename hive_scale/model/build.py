@@ -133,8 +133,8 @@ def _check_pixels(place: str, config: PretrainedConfig) -> None:
         theirs = told.get(name) if isinstance(told, dict) else None
         if theirs is not None and not _are_close(theirs, ours):
             raise ValueError(
-                f"model.vision.path={place}: its processor's {name} is {theirs!s:.80}, that of {config.model_type} here is "
-                f"{list(ours)}: give weights that were trained with the latter"
+                f"model.vision.path={place}: its processor's {name} is {theirs!s:.80}, that of {config.model_type} "
+                f"here is {list(ours)}: give weights that were trained with the latter"
             )
 
 
