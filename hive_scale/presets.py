@@ -191,6 +191,30 @@ def paper_clip(fusion: str = "cross_attention") -> Config:
     return replace(base, data=replace(base.data, image_transform="crop"))
 
 
+def siglip2(fusion: str = "cross_attention") -> Config:
+    """`paper_siglip` with SigLIP2-L/16-384, which has the same shape."""
+    base = paper_siglip(fusion)
+    vision = replace(base.model.vision, path="google/siglip2-large-patch16-384")
+    return replace(base, name=_name("siglip2", fusion), model=replace(base.model, vision=vision))
+
+
+def dinov3(fusion: str = "cross_attention") -> Config:
+    """DINOv3-L/16 and MobileLLM-350M, on the data of `paper_siglip`."""
+    # the config of the gated repository, but for image_size, which is 224 there: the positions are rotary, and at 384
+    # there are as many patches as in the other presets
+    vision = {
+        "model_type": "dinov3_vit",
+        "image_size": 384,
+        "patch_size": 16,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_register_tokens": 4,
+    }
+    return _paper("dinov3", fusion, "facebook/dinov3-vitl16-pretrain-lvd1689m", vision, later=False)
+
+
 # Micro-batch of each stage on a 24 GB card with 1.5 GB to spare, found by `plan.py --fit`, which shows the memory.
 RTX3090: dict[str, tuple[int, int, int]] = {
     "cross_attention": (128, 64, 16),
@@ -373,6 +397,8 @@ PRESETS: dict[str, Callable[..., Config]] = {
     "demo": demo,
     "paper_siglip": paper_siglip,
     "paper_clip": paper_clip,
+    "siglip2": siglip2,
+    "dinov3": dinov3,
     "rtx3090": rtx3090,
     "vlm": vlm,
     "vlm_small": vlm_small,

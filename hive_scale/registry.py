@@ -128,7 +128,14 @@ FUSIONS = Registry(
     {name: f"hive_scale.model.fusion.{name}" for name in ("cross_attention", "joint_attention", "concat")},
 )
 ENCODERS = Registry(
-    "encoder family", dict.fromkeys(("siglip_vision_model", "clip_vision_model"), "hive_scale.model.encoders")
+    "encoder family",
+    dict.fromkeys(
+        (
+            *("siglip_vision_model", "clip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit"),
+            *("aimv2_vision_model", "ijepa", "vit"),
+        ),
+        "hive_scale.model.encoders",
+    ),
 )
 HOSTS = Registry("LLM family", dict.fromkeys(("llama", "qwen2", "qwen3"), "hive_scale.model.hosts"))
 OPTIMIZERS = Registry("optimizer", {"adamw": "hive_scale.engine.optimizer"})

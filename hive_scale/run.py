@@ -8,9 +8,10 @@ from hive_scale import checksums, strict_json
 from hive_scale.checkpoint.run_reader import CONFIG, Run, encoder_remedy
 from hive_scale.checkpoint.stage_files import ENCODER
 from hive_scale.checkpoint.weights import read_weights
-from hive_scale.config import Config, ModelConfig, PartConfig
+from hive_scale.config import Config, PartConfig
 from hive_scale.locate import check_there
 from hive_scale.model import build
+from hive_scale.model.encoders import family_of
 from hive_scale.model.hive import Hive
 
 
@@ -36,11 +37,12 @@ def find_encoder(path: Path) -> Path:
 
 def _check_processor(path: Path) -> None:
     """Raises ValueError if the image processor's size is not the encoder's: the images would be of the wrong size."""
-    file, wanted = path / "preprocessor_config.json", build.image_size(ModelConfig(vision=PartConfig(path=str(path))))
+    file, config = path / "preprocessor_config.json", build.vision_config(PartConfig(path=str(path)))
+    wanted: int = config.image_size
     told = strict_json.read(file) if file.is_file() else {}
     size = (told.get("crop_size") or told.get("size") or {}) if isinstance(told, dict) else {}
     side = size.get("height", size.get("shortest_edge", wanted)) if isinstance(size, dict) else size
-    if side != wanted:
+    if side != wanted and not family_of(config).any_size:
         raise ValueError(f"{path}: its processor makes images of {side} pixels, its encoder takes {wanted}")
 
 

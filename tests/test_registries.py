@@ -27,7 +27,7 @@ from hive_scale.plan.flops import count
 from hive_scale.registry import ADAPTERS, EXTENSIONS, FUSIONS, OPTIMIZERS, Registry
 
 ROOT = Path(__file__).resolve().parents[1]
-VIT = {name: value for name, value in tiny.SIGLIP.items() if name != "model_type"} | {"model_type": "vit"}
+VIT = {name: value for name, value in tiny.SIGLIP.items() if name != "model_type"} | {"model_type": "vit_msn"}
 STAGES = ("projector", "language", "joint")
 WORDS = [
     *("extensions=[toy_extension]", "fusion=toy_mean", f"model.vision.config={json.dumps(VIT)}"),
@@ -105,7 +105,7 @@ def test_the_encoder_is_exported_in_its_own_class(trained: Path, tmp_path: Path)
     )
     assert done.returncode == 0, done.stderr
     tower = AutoModel.from_pretrained(out)
-    assert type(tower).__name__ == "ViTModel"
+    assert type(tower).__name__ == "ViTMSNModel"
     weights = load_file(trained / "joint" / "weights.safetensors")
     assert torch.equal(tower.embeddings.cls_token, weights["vision.embeddings.cls_token"])
 

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from test_conversation import TEMPLATES, fast
+from test_encoders import TOWERS as FAMILIES
 from torch import Tensor
 
 from hive_scale.config import DataConfig, ModelConfig, PartConfig
@@ -111,7 +112,16 @@ def model_config(tower: Any, llm: str, **changes: Any) -> ModelConfig:
     return ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion="concat", encoder_layer_ratio=0.5)
 
 
-TOWERS: dict[str, tuple[dict[str, Any], Any]] = {"siglip": (tiny.SIGLIP, "resize"), "clip": (tiny.CLIP, "crop")}
+TOWERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "siglip": (tiny.SIGLIP, "resize"),
+    "clip": (tiny.CLIP, "crop"),
+    "dinov2": ({"model_type": "dinov2"} | FAMILIES["dinov2"], "crop"),
+}
+# the rest but for vit, whose class makes a pooler that no file of ours has
+ENCODERS: dict[str, tuple[dict[str, Any], Any]] = TOWERS | {
+    name: ({"model_type": name} | FAMILIES[name], "resize")
+    for name in ("dinov2_with_registers", "dinov3_vit", "aimv2_vision_model", "ijepa")
+}
 LLMS: dict[str, tuple[str, dict[str, Any]]] = {
     "base": ("llama", {"rope_theta": 500000.0, "tie_word_embeddings": False}),
     "llama3": ("llama", {"rope_parameters": LLAMA3}),
@@ -142,10 +152,11 @@ def answer(model: Hive, tower: str, position: Any) -> str:
 def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """What version 4 computes with each exported directory, by its name; one process reads them all."""
     folder, jobs = tmp_path_factory.mktemp("exports"), []
-    for tower, (config, mode) in TOWERS.items():
+    for tower, (config, mode) in ENCODERS.items():
         weights = dict(init_model(model_config(config, "llama"), 1).named_parameters())
         huggingface.export_encoder(model_config(config, "llama"), weights, folder / tower, mode)
         jobs.append(("encoder", str(folder / tower), ""))
+    for tower, (config, mode) in TOWERS.items():
         for position in ("user", "start"):
             path = folder / f"llava-{tower}-{position}"
             of_model = model_config(config, "llama", rope_theta=500000.0)
@@ -164,10 +175,10 @@ def found(old: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> d
     return {path.stem: load_file(path) for path in folder.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", ENCODERS)
 @torch.no_grad()
 def test_an_encoder(found: dict[str, dict[str, Tensor]], image: Path, tower: str) -> None:
-    config = TOWERS[tower][0]
+    config = ENCODERS[tower][0]
     model = init_model(model_config(config, "llama"), 1).eval()
     pixels = torch.frombuffer(bytearray(Image.open(image).tobytes()), dtype=torch.uint8)
     states = model.encode(pixels.view(1, tiny.IMAGE, tiny.IMAGE, 3).permute(0, 3, 1, 2))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTImageProcessor, ViTModel
+from transformers import ViTImageProcessor, ViTMSNModel
 
 from hive_scale.config import ModelConfig, StageConfig
 from hive_scale.engine.optimizer import OptimizerKind
@@ -49,14 +49,13 @@ class ToyMean(Fusion):
         return ()
 
 
-@ENCODERS.register("vit")
+@ENCODERS.register("vit_msn")
 class ToyVit(EncoderFamily):
-    model, processor = ViTModel, ViTImageProcessor
+    model, processor = ViTMSNModel, ViTImageProcessor
     num_leading = 1
-    blocks_at = "layers"
-    file_prefix = ""
+    blocks_at = ("layers", "encoder.layer")
 
-    def run_block(self, block: Any, hidden: Tensor) -> Tensor:
+    def run_block(self, block: Any, hidden: Tensor, positions: Any) -> Tensor:
         done: Tensor = block(hidden)
         return done
 

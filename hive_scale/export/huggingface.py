@@ -45,7 +45,8 @@ def export_encoder(
     """Write the encoder as a directory of its own class in transformers, with its image processor."""
     vision = vision_config(config.vision)
     family = family_of(vision)
-    _save(lambda: family.model(vision), weights, {"": "vision."}, {"": family.file_prefix}, path, dtype)
+    names = {"": family.file_prefix} if family.file_prefix else None
+    _save(lambda: family.make(vision), weights, {"": "vision."}, names, path, dtype)
     image_processor(vision, mode).save_pretrained(path)
 
 
@@ -75,14 +76,11 @@ def export_llava(
     and generation suppresses it. The chat template prompts as training did, with the image at `position`. Raises
     ValueError for another fusion, and for an encoder with registers.
     """
+    if reason := why_no_llava(config):
+        raise ValueError(reason)
     vision, language = vision_config(config.vision), language_config(config.language)
-    num_leading = family_of(vision).num_leading
-    if not FUSIONS[config.fusion].is_llava:
-        raise ValueError(f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat")
-    if num_leading > 1:
-        raise ValueError(
-            f"a LLaVA drops one token before the patches, {vision.model_type} has {num_leading}: export it as hive"
-        )
+    family = family_of(vision)
+    num_leading = family.leading(vision)
     template = ChatTemplate(tokenizer)
     tokenizer = _asking(tokenizer, template, position)
     image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -100,7 +98,8 @@ def export_llava(
     )
     generation = _generation(tokenizer, template.end_ids, suppress_tokens=[image_id])
     longer = _lengthened(weights, language.vocab_size)
-    _save(lambda: LlavaForConditionalGeneration(settings), longer, LLAVA, portable.LLAVA_FILE, path, dtype, generation)
+    names = portable.LLAVA_FILE if family.file_prefix else None
+    _save(lambda: LlavaForConditionalGeneration(settings), longer, LLAVA, names, path, dtype, generation)
     images = image_processor(vision, mode)
     cast(Any, LlavaProcessor)(
         image_processor=images,
@@ -113,6 +112,20 @@ def export_llava(
     ).save_pretrained(path)
     images.save_pretrained(path)  # also in a file of its own, which transformers 4 reads
     portable.mend_tokenizer(path)
+
+
+def why_no_llava(config: ModelConfig) -> str:
+    """Why a model of this config cannot be a LLaVA, which transformers runs; "" if it can."""
+    vision = vision_config(config.vision)
+    family = family_of(vision)
+    if not FUSIONS[config.fusion].is_llava:
+        return f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat"
+    if (leading := family.leading(vision)) > 1:
+        return f"a LLaVA drops one token before the patches, {vision.model_type} has {leading}: export it as hive"
+    if family.arguments:
+        parts = ", ".join(family.arguments)
+        return f"a LLaVA makes a whole {vision.model_type}, here it lacks a part ({parts}): export it as hive"
+    return ""
 
 
 def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> Any:
@@ -140,7 +153,7 @@ def _save(
     make: Callable[[], Any],
     weights: Weights,
     prefixes: Mapping[str, str],
-    file_names: Mapping[str, str],
+    file_names: Mapping[str, str] | None,
     path: Path,
     dtype: torch.dtype,
     generation: GenerationConfig | None = None,

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
+from hive_scale.model.pretrained import quiet
 from hive_scale.shared_files import share
 
 # prefix of a tensor's name in memory (transformers 5) -> prefix in the file, which both versions read
@@ -28,14 +29,21 @@ LLAVA_FILE = {
 }
 
 
-def save_model(module: Any, tensors: Mapping[str, Tensor], names: Mapping[str, str], path: Path) -> None:
-    """Write config.json and the weights of `module`, a transformers model; `tensors` are its parameters by name."""
+def save_model(module: Any, tensors: Mapping[str, Tensor], names: Mapping[str, str] | None, path: Path) -> None:
+    """Write config.json and the weights of `module`, a transformers model; `tensors` are its parameters by name.
+
+    Without `names`, weights have the names of published files, to which transformers 5 turns its own when it saves.
+    """
     path.mkdir(parents=True, exist_ok=True)
-    state = {}
-    for name, tensor in tensors.items():
-        memory, file = next((a, b) for a, b in names.items() if name.startswith(a))
-        state[file + name.removeprefix(memory)] = tensor
-    save_torch_state_dict(state, path, max_shard_size="5GB", metadata={"format": "pt"})
+    if names is None:
+        quiet()
+        module.save_pretrained(path, state_dict=dict(tensors), max_shard_size="5GB")
+    else:
+        state = {}
+        for name, tensor in tensors.items():
+            memory, file = next((a, b) for a, b in names.items() if name.startswith(a))
+            state[file + name.removeprefix(memory)] = tensor
+        save_torch_state_dict(state, path, max_shard_size="5GB", metadata={"format": "pt"})
     share(path)
     config = module.config
     config.architectures = [type(module).__name__]

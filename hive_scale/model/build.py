@@ -27,7 +27,7 @@ from hive_scale.config_merge import holds_weights_alone
 from hive_scale.locate import is_hub_name, locate
 from hive_scale.model import pretrained
 from hive_scale.model.adapters import adapt
-from hive_scale.model.encoders import family_of
+from hive_scale.model.encoders import REFUSED, family_of
 from hive_scale.model.hive import Hive
 from hive_scale.model.hosts import ALIASES
 from hive_scale.param_groups import ParamGroup, apply_trainable_groups
@@ -39,6 +39,10 @@ FREE = {
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "layer_types"),
     *("image_size", "patch_size", "num_channels", "projection_dim", "vision_use_head", "vocab_size"),
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "max_window_layers"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "layerscale_value", "use_mask_token"),
+    *("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale", "use_head", "encoder_stride"),
+    *("pooler_act", "pooler_output_size", "apply_layernorm", "reshape_hidden_states"),
+    *("out_features", "out_indices", "stage_names"),
     *("attention_dropout", "initializer_range", "initializer_factor", "max_position_embeddings", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"),
 }
@@ -93,7 +97,7 @@ def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, 
             _check_function(made, part, role, offline=False)  # online, since the weights are fetched next anyway
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tower = _load(_vision_class(vision), config.vision, "vision", vision, given)
+        tower = _load(family_of(vision).model, config.vision, "vision", vision, given, family_of(vision).loading())
         llm = _load(_language_class(language), config.language, "language", language, given)
         model = Hive(tower or _vision_from(vision), llm or _language_from(language), config)
     if "connector" in given:
@@ -102,10 +106,42 @@ def init_model(config: ModelConfig, seed: int, given: Mapping[str, Mapping[str, 
 
 
 def _load(
-    kind: Any, part: PartConfig, role: str, config: PretrainedConfig, given: Mapping[str, Mapping[str, Tensor]]
+    kind: Any,
+    part: PartConfig,
+    role: str,
+    config: PretrainedConfig,
+    given: Mapping[str, Mapping[str, Tensor]],
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module | None:
     place = locate(part.path, f"model.{role}.path") if part.path and role not in given else part.path
-    return pretrained.load_pretrained(kind, place, config, given.get(role))
+    if role == "vision" and place and role not in given:
+        _check_pixels(place, config)
+    return pretrained.load_pretrained(kind, place, config, given.get(role), arguments)
+
+
+def _check_pixels(place: str, config: PretrainedConfig) -> None:
+    """Raises ValueError if the image processor beside an encoder's weights normalises pixels in another way than ours.
+
+    Nothing else would tell: the features would only be worse.
+    """
+    family = family_of(config)
+    try:
+        told, _ = family.processor.get_image_processor_dict(place)
+    except Exception:  # there is none, or it is unreadable, for which transformers raises many types
+        return
+    for name, ours in (("image_mean", family.pixel_mean), ("image_std", family.pixel_std)):
+        theirs = told.get(name) if isinstance(told, dict) else None
+        if theirs is not None and not _are_close(theirs, ours):
+            raise ValueError(
+                f"model.vision.path={place}: its processor's {name} is {theirs!s:.80}, that of {config.model_type} "
+                f"here is {list(ours)}: give weights that were trained with the latter"
+            )
+
+
+def _are_close(theirs: Any, ours: tuple[float, float, float]) -> bool:
+    found = theirs if isinstance(theirs, list) else [theirs] * 3
+    pairs = zip(found, ours, strict=False)
+    return len(found) == 3 and all(isinstance(a, int | float) and abs(a - b) < 1e-3 for a, b in pairs)
 
 
 def load_model(config: ModelConfig, weights: Mapping[str, Tensor]) -> Hive:
@@ -146,7 +182,9 @@ def open_encoder(path: Path) -> nn.Module:
     Raises ValueError for another architecture, and for weights that do not fill it or are not finite.
     """
     vision = vision_config(PartConfig(path=str(path)))
-    tower = pretrained.load_pretrained(_vision_class(vision), str(path), vision, None)
+    _check_pixels(str(path), vision)
+    family = family_of(vision)
+    tower = pretrained.load_pretrained(family.model, str(path), vision, None, family.loading())
     assert tower is not None
     pretrained.check_finite(tower, path)
     return tower.eval()
@@ -171,7 +209,7 @@ def vocabulary_size(config: ModelConfig) -> int:
 
 def _vision_from(config: PretrainedConfig) -> nn.Module:
     with _buildable("vision"):
-        return cast(nn.Module, _vision_class(config)(config))
+        return family_of(config).make(config)
 
 
 def _language_from(config: PretrainedConfig) -> nn.Module:
@@ -194,10 +232,6 @@ def _buildable(role: str) -> Iterator[None]:
 
 def _language_class(config: PretrainedConfig) -> Any:
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-def _vision_class(config: PretrainedConfig) -> Any:
-    return family_of(config).model
 
 
 def vision_config(part: PartConfig) -> PretrainedConfig:
@@ -382,6 +416,11 @@ def _fields(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _known(model_type: Any, part: PartConfig, role: str) -> None:
+    where = part.path or "its config"
+    if model_type in REFUSED:
+        raise ValueError(f"model.{role}: {where} is of type {model_type}: {REFUSED[str(model_type)]}")
     if model_type not in FAMILIES[role]:
-        where, supported = part.path or "its config", ", ".join(FAMILIES[role].names())
-        raise ValueError(f"model.{role}: {where} is of type {model_type}: supported are {supported}")
+        supported = ", ".join(FAMILIES[role].names())
+        raise ValueError(
+            f"model.{role}: {where} is of type {model_type}: supported are {supported}; docs/extending.md adds a family"
+        )

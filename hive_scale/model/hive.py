@@ -50,6 +50,7 @@ class Hive(nn.Module):
         widths = self.vision.config.hidden_size, self.language.config.hidden_size
         self.projector = nn.ModuleList(kind.projector(*widths) for _ in self.encoder_depths)
         self.fusion = kind(self.host, language, len(paired), config)
+        self.fusion.check(self.family.num_patches(self.vision.config))
         mean, std = self.family.pixel_mean, self.family.pixel_std
         self.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -26,10 +27,15 @@ def quiet() -> None:
 
 
 def load_pretrained(
-    kind: Any, path: str, config: PretrainedConfig, given: Mapping[str, Tensor] | None
+    kind: Any,
+    path: str,
+    config: PretrainedConfig,
+    given: Mapping[str, Tensor] | None,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
 ) -> nn.Module | None:
     """A float32 model of class `kind` with the weights at a Hugging Face `path`, or `given` ones; None without a path.
 
+    `arguments` are those of the class beside the config.
     Raises ValueError that names tensors missing or of another shape, and CorruptFile if files of a directory of ours
     are corrupt.
     """
@@ -46,6 +52,7 @@ def load_pretrained(
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, together with the other differences
+            **arguments,
         )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line), repr(error))

@@ -95,6 +95,9 @@ class Fusion(nn.Module, metaclass=ABCMeta):
             return f"{config.fusion}, the encoder's layers {', '.join(map(str, layers))}"
         return f"{config.fusion}, {config.encoder_layer_ratio:.0%} of the encoder's depths, {layers}"
 
+    def check(self, num_visual: int) -> None:
+        """Raises ValueError if the fusion cannot take `num_visual` tokens of an image."""
+
     def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
     ) -> tuple[Tensor, Context]:

@@ -88,6 +88,13 @@ class JointAttention(Fusion):
         layers = host.layers(llm)
         self.layers.extend(VisualKeyValue(layers[depth], *host.rotary(llm, depth), config) for depth in self.depths)
 
+    def check(self, num_visual: int) -> None:
+        if self.grid and math.isqrt(num_visual) ** 2 != num_visual:
+            raise ValueError(
+                f"model.positions=grid needs a square grid of patches, and the encoder makes {num_visual} of an image: "
+                "set model.positions=line"
+            )
+
     def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
     ) -> tuple[Tensor, Context]:
