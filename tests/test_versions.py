@@ -119,6 +119,7 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"rope_theta": 1000000.0}),
     "qwen3": ("qwen3", {"rope_theta": 1000000.0}),
 }
+LLMS |= {name: made for name, made in tiny.LLMS.items() if made[0] not in ("llama", "qwen2", "qwen3")}
 LONG = " ".join([TEXT] * 8)
 
 

@@ -26,7 +26,7 @@ from hive_scale.config import ImageMode, ImagePosition, ModelConfig
 from hive_scale.export import portable
 from hive_scale.model.build import language_config, on_meta, vision_config
 from hive_scale.model.encoders import family_of
-from hive_scale.registry import FUSIONS
+from hive_scale.registry import FUSIONS, HOSTS
 
 # parameter name prefixes: LlavaForConditionalGeneration's -> ours
 LLAVA = {
@@ -60,6 +60,22 @@ def export_llm(
     portable.save_tokenizer(tokenizer, path)
 
 
+def why_no_llava(config: ModelConfig) -> str:
+    """Why transformers' LLaVA cannot compute what this model does; empty if it can.
+
+    Another fusion, an encoder with registers, and LLMs with functions that it leaves out.
+    """
+    vision, language = vision_config(config.vision), language_config(config.language)
+    if not FUSIONS[config.fusion].is_llava:
+        return f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat"
+    if (num_leading := family_of(vision).num_leading) > 1:
+        return f"a LLaVA drops one token before the patches, {vision.model_type} has {num_leading}: export it as hive"
+    for name, neutral in HOSTS[language.model_type].llava_lacks.items():
+        if (value := getattr(language, name)) != neutral:
+            return f"a LLaVA has no place for {name}={value} of {language.model_type}: export it as hive"
+    return ""
+
+
 def export_llava(
     config: ModelConfig,
     weights: Weights,
@@ -73,16 +89,12 @@ def export_llava(
 
     LLaVA needs the token ``<image>`` in the vocabulary. It gets an embedding row of zeros unless a spare row exists,
     and generation suppresses it. The chat template prompts as training did, with the image at `position`. Raises
-    ValueError for another fusion, and for an encoder with registers.
+    ValueError for a model that is none, see `why_no_llava`.
     """
+    if reason := why_no_llava(config):
+        raise ValueError(reason)
     vision, language = vision_config(config.vision), language_config(config.language)
     num_leading = family_of(vision).num_leading
-    if not FUSIONS[config.fusion].is_llava:
-        raise ValueError(f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat")
-    if num_leading > 1:
-        raise ValueError(
-            f"a LLaVA drops one token before the patches, {vision.model_type} has {num_leading}: export it as hive"
-        )
     template = ChatTemplate(tokenizer)
     tokenizer = _asking(tokenizer, template, position)
     image_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
