@@ -6,6 +6,7 @@ so that nothing is left out unseen because it is zero or one.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache
@@ -234,11 +235,11 @@ def test_a_family_comes_from_a_directory_and_leaves_as_one(name: str, tmp_path: 
     exported, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     assert torch.equal(exported.eval()(tokens).logits, auto.from_pretrained(tmp_path / "llm").eval()(tokens).logits)
-    # the directory's config with a change of ours: fewer layers of the same kinds
-    fewer = ModelConfig(
+    # the directory's config with a key of ours
+    changed = ModelConfig(
         PartConfig(config=tiny.SIGLIP), PartConfig(str(tmp_path / "llm"), {"vocab_size": 259}), encoder_layer_ratio=0.5
     )
-    close(init_model(fewer, 0).eval().language(tokens).logits, expected)
+    close(init_model(changed, 0).eval().language(tokens).logits, expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
@@ -341,3 +342,15 @@ def test_texts_beyond_a_longropes_first_frequencies_are_refused(fusion: str) -> 
 @pytest.mark.parametrize("name", ["phi3-longrope", "gemma2"])
 def test_the_planner_traces_what_depends_on_values(name: str) -> None:
     assert flops.count(meta_model(config_of(name, "joint_attention"))).total(1, 20, 19).forward > 1e6
+
+
+def test_fewer_layers_of_a_directory_are_taken_if_they_are_of_its_kinds(tmp_path: Path) -> None:
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(AutoConfig.for_model(**tiny.language("smollm3"))).save_pretrained(tmp_path)
+    for rotated, is_same in (([1, 1, 1], True), ([0, 1, 1], False)):
+        fields = tiny.language("smollm3", num_hidden_layers=3, no_rope_layers=rotated)
+        config = ModelConfig(PartConfig(config=tiny.SIGLIP), PartConfig(str(tmp_path), fields), encoder_layer_ratio=0.5)
+        with (
+            nullcontext() if is_same else pytest.raises(ValueError, match=r"trained with no_rope_layers=\[1, 1, 1, 0\]")
+        ):
+            init_model(config, 0)
