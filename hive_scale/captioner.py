@@ -69,7 +69,7 @@ class Captioner:
         """
         if not is_text(prompt):
             raise ValueError("the prompt has bytes that are no text: give it in UTF-8")
-        longest = self.model.language.config.max_position_embeddings
+        longest = self.model.host.longest(self.model.language.config)
         ids, slot = self._prompt(prompt, longest)
         if len(ids) + max_tokens > longest:
             raise ValueError(

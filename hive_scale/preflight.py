@@ -118,6 +118,7 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
             _check_heldout(config, name, data[name])
         try:
             model, _ = build.for_stage(config.model, stage)
+            build.check_positions(model, config.data_of(name).max_tokens)
             if name in worlds:
                 stage.accumulation(worlds[name])
             stage.num_steps(data[name].train.num_samples)

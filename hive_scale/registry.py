@@ -137,6 +137,7 @@ ENCODERS = Registry(
         "hive_scale.model.encoders",
     ),
 )
-HOSTS = Registry("LLM family", dict.fromkeys(("llama", "qwen2", "qwen3"), "hive_scale.model.hosts"))
+LLMS = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo2", "granite", "phi3", "gemma2", "gemma3_text")
+HOSTS = Registry("LLM family", dict.fromkeys(LLMS, "hive_scale.model.hosts"))
 OPTIMIZERS = Registry("optimizer", {"adamw": "hive_scale.engine.optimizer"})
 ADAPTERS = Registry("adapter", dict.fromkeys(("lora", "dora"), "hive_scale.model.adapters"))

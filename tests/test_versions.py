@@ -129,6 +129,8 @@ LLMS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"rope_theta": 1000000.0}),
     "qwen3": ("qwen3", {"rope_theta": 1000000.0}),
 }
+LLMS |= {name: made for name, made in tiny.LLMS.items() if made[0] not in ("llama", "qwen2", "qwen3")}
+LLMS["olmo2"] = ("olmo2", {})  # version 4 has no yarn for it, and says so
 LONG = " ".join([TEXT] * 8)
 
 

@@ -46,6 +46,44 @@ def language(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     } | changes
 
 
+# What each LLM family can have that Llama has not, so small that it matters in texts of a few tokens. Windows are
+# shorter than texts, and scores and logits reach their bounds.
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 128,
+            "short_factor": [1.0, 1.5, 2.0], "long_factor": [4.0, 5.0, 6.0], "partial_rotary_factor": 0.5}  # fmt: skip
+ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+}
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+FACTORS = {"embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.1, "logits_scaling": 4.0}
+SOFTCAPS = {"query_pre_attn_scalar": 20, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0}
+LLMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {"sliding_window": 5}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}),
+    "smollm3-window": ("smollm3", {"use_sliding_window": True, "sliding_window": 5, "no_rope_layers": [1, 0, 1, 0]}),
+    "olmo2": ("olmo2", {"rope_parameters": YARN}),
+    "granite": ("granite", FACTORS | {"attention_bias": True}),
+    "phi3": ("phi3", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}, "sliding_window": 5}),
+    "phi3-longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128, "max_position_embeddings": 512},
+    ),
+    "gemma2": ("gemma2", SOFTCAPS | {"sliding_window": 5, "layer_types": SLIDING}),
+    "gemma3": (
+        "gemma3_text",
+        {"query_pre_attn_scalar": 20, "sliding_window": 5, "layer_types": SLIDING, "rope_parameters": ROPES},
+    ),
+}
+
+
 def model_config(fusion: Any = "cross_attention", llm: str = "llama", **changes: Any) -> ModelConfig:
     settings: dict[str, Any] = {"encoder_layer_ratio": 0.5} | changes
     parts = PartConfig(config=SIGLIP), PartConfig(config=language(llm))

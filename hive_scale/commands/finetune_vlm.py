@@ -86,17 +86,20 @@ def _train(config: Config, arguments: argparse.Namespace) -> int:
 
 def _give(config: Config, trained: bool) -> None:
     """Export the finished run as a LLaVA directory, if it is one, and print the next command."""
-    from hive_scale.export import export_run
-    from hive_scale.export.huggingface import why_no_llava
+    from hive_scale.export import export_run, huggingface
     from hive_scale.locate import command_name
     from hive_scale.observability.console import console
+    from hive_scale.registry import FUSIONS
     from hive_scale.report.summary import finished
 
     if not trained:
         console.print(finished(config), soft_wrap=True)
     llava = config.run_dir / "llava"
-    if not why_no_llava(config.model) and not llava.exists():
-        export_run("llava", config.run_dir, llava)
+    if FUSIONS[config.model.fusion].is_llava and not llava.exists():
+        if reason := huggingface.why_no_llava(config.model):
+            console.print(f"no LLaVA was written: {reason}", soft_wrap=True, markup=False)
+        else:
+            export_run("llava", config.run_dir, llava)
     model = llava if llava.exists() else config.run_dir
     run = shlex.quote(str(config.run_dir))
     console.print(f"model    {model}", soft_wrap=True, markup=False)

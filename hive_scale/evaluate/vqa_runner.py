@@ -69,7 +69,7 @@ class HiveAnswerer:
         self.model, self.data, self.dtype = model.to(device), data, dtype
         self.tokenizer = open_tokenizer(data.tokenizer)
         self.image_size: int = model.vision.config.image_size
-        self.longest: int = model.language.config.max_position_embeddings
+        self.longest = model.host.longest(model.language.config)
 
     @cached_property
     def identity(self) -> dict[str, str]:

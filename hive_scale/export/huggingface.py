@@ -26,7 +26,7 @@ from hive_scale.config import ImageMode, ImagePosition, ModelConfig
 from hive_scale.export import portable
 from hive_scale.model.build import language_config, on_meta, vision_config
 from hive_scale.model.encoders import family_of
-from hive_scale.registry import FUSIONS
+from hive_scale.registry import FUSIONS, HOSTS
 
 # parameter name prefixes: LlavaForConditionalGeneration's -> ours
 LLAVA = {
@@ -61,6 +61,26 @@ def export_llm(
     portable.save_tokenizer(tokenizer, path)
 
 
+def why_no_llava(config: ModelConfig) -> str:
+    """Why transformers' LLaVA cannot compute what this model does; "" if it can.
+
+    Another fusion, an encoder with registers or without a part, and LLMs with functions that a LLaVA leaves out.
+    """
+    vision, language = vision_config(config.vision), language_config(config.language)
+    family = family_of(vision)
+    if not FUSIONS[config.fusion].is_llava:
+        return f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat"
+    if (leading := family.leading(vision)) > 1:
+        return f"a LLaVA drops one token before the patches, {vision.model_type} has {leading}: export it as hive"
+    if family.arguments:
+        parts = ", ".join(family.arguments)
+        return f"a LLaVA makes a whole {vision.model_type}, here it lacks a part ({parts}): export it as hive"
+    for name, neutral in HOSTS[language.model_type].llava_lacks.items():
+        if (value := getattr(language, name)) != neutral:
+            return f"a LLaVA has no place for {name}={value} of {language.model_type}: export it as hive"
+    return ""
+
+
 def export_llava(
     config: ModelConfig,
     weights: Weights,
@@ -74,7 +94,7 @@ def export_llava(
 
     LLaVA needs the token ``<image>`` in the vocabulary. It gets an embedding row of zeros unless a spare row exists,
     and generation suppresses it. The chat template prompts as training did, with the image at `position`. Raises
-    ValueError for another fusion, and for an encoder with registers.
+    ValueError for a model that is none, see `why_no_llava`.
     """
     if reason := why_no_llava(config):
         raise ValueError(reason)
@@ -112,20 +132,6 @@ def export_llava(
     ).save_pretrained(path)
     images.save_pretrained(path)  # also in a file of its own, which transformers 4 reads
     portable.mend_tokenizer(path)
-
-
-def why_no_llava(config: ModelConfig) -> str:
-    """Why a model of this config cannot be a LLaVA, which transformers runs; "" if it can."""
-    vision = vision_config(config.vision)
-    family = family_of(vision)
-    if not FUSIONS[config.fusion].is_llava:
-        return f"a {config.fusion} model is not a LLaVA: export it as hive, or train with fusion=concat"
-    if (leading := family.leading(vision)) > 1:
-        return f"a LLaVA drops one token before the patches, {vision.model_type} has {leading}: export it as hive"
-    if family.arguments:
-        parts = ", ".join(family.arguments)
-        return f"a LLaVA makes a whole {vision.model_type}, here it lacks a part ({parts}): export it as hive"
-    return ""
 
 
 def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> Any:

@@ -21,6 +21,7 @@ from hive_scale.shared_files import share
 
 # prefix of a tensor's name in memory (transformers 5) -> prefix in the file, which both versions read
 LLM_FILE = {"": ""}
+PHI3_ROPE = {"short_factor", "long_factor"}
 LLAVA_FILE = {
     "model.vision_tower.": "vision_tower.vision_model.",
     "model.multi_modal_projector.": "multi_modal_projector.",
@@ -77,14 +78,21 @@ def mend_tokenizer(path: Path) -> None:
 def _old_rope(fields: dict[str, Any]) -> None:
     """Add the fields that version 4 reads beside ``rope_parameters``: the base and the scaling."""
     rope = fields.get("rope_parameters")
+    if isinstance(rope, dict) and "sliding_attention" in rope:  # rotary positions by type of layer (Gemma 3)
+        fields["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if isinstance(rope, dict) and "rope_theta" in rope:
         fields["rope_theta"] = rope["rope_theta"]
         scaled = {key: value for key, value in rope.items() if key != "rope_theta"}
+        partial = scaled.pop("partial_rotary_factor", None)
         if scaled.get("rope_type") == "longrope":  # version 4 reads its original length elsewhere, and no factor
             length = fields["original_max_position_embeddings"] = scaled["original_max_position_embeddings"]
             factor = scaled.get("factor") or fields["max_position_embeddings"] / length
             scaled.setdefault("attention_factor", math.sqrt(1 + math.log(max(1.0, factor)) / math.log(length)))
-        if scaled.get("rope_type", "default") != "default":
+        if partial is not None:  # Phi-3, whose config refuses fields of a longrope that others need
+            fields["partial_rotary_factor"] = partial
+            scaled = {"type": scaled["rope_type"]} | {key: scaled[key] for key in PHI3_ROPE & scaled.keys()}
+        if scaled.get("rope_type", scaled.get("type")) not in (None, "default"):
             fields["rope_scaling"] = scaled
 
 

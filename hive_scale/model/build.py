@@ -36,7 +36,7 @@ from hive_scale.registry import ENCODERS, HOSTS
 # Fields that may differ from the config beside the weights: a wrong shape is found on loading, and the other fields
 # do not change what is computed. Any field not listed here does.
 FREE = {
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "layer_types"),
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"),
     *("image_size", "patch_size", "num_channels", "projection_dim", "vision_use_head", "vocab_size"),
     *("attention_bias", "mlp_bias", "tie_word_embeddings", "max_window_layers"),
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "layerscale_value", "use_mask_token"),
@@ -77,6 +77,19 @@ def for_stage(config: ModelConfig, stage: StageConfig) -> tuple[Hive, list[Param
             f"['{part}.*'], lr: 2.0e-4}}"
         )
     return model, groups
+
+
+def check_positions(model: Hive, max_tokens: int) -> None:
+    """Raises ValueError if texts of `max_tokens` with an image reach positions that the LLM's family cannot run."""
+    limit = model.host.max_positions(model.language.config)
+    if limit is None:
+        return
+    _, context = model.fusion.prepare(torch.zeros(1, max_tokens, 1), [torch.zeros(1, model.features_shape[1], 1)], None)
+    if (needed := int(context.positions.max()) + 1) > limit:
+        raise ValueError(
+            f"data.max_tokens={max_tokens} reaches {needed} positions with an image, and the LLM's rotary frequencies "
+            f"change beyond {limit}: set data.max_tokens={max_tokens - needed + limit} or less"
+        )
 
 
 def on_meta(make: Callable[[], T]) -> T:
@@ -319,13 +332,20 @@ def _check_function(config: PretrainedConfig, part: PartConfig, role: str, offli
     differing = [
         f"{name}={trained.get(name)} (here {ours.get(name)})"
         for name in sorted(computing)
-        if trained.get(name) != ours.get(name)
+        if not _is_same(ours.get(name), trained.get(name))
     ]
     if differing:
         raise ValueError(
             f"model.{role}: the weights of {part.path} were trained with {', '.join(differing)}: give the same in "
             f"model.{role}.config, or model.{role}.config={{}} to take the whole config that is beside them"
         )
+
+
+def _is_same(ours: Any, trained: Any) -> bool:
+    """True for equal fields, and for lists by layer of which one is longer, since layers may be left out."""
+    if isinstance(ours, list) and isinstance(trained, list):
+        return all(one == other for one, other in zip(ours, trained, strict=False))
+    return bool(ours == trained)
 
 
 def _as_said(
@@ -346,9 +366,11 @@ def _as_said(
     known: dict[str, Any] = {}
     if family != config.model_type:  # a type that transformers does not know: missing fields are taken from `config`
         known = {name: value for name, value in config.to_dict().items() if name in computing | FREE}
+        said = {name: said[name] for name in (computing | FREE) & said.keys()}
     if {"rope_theta", "rope_scaling"} & said.keys():
         known.pop("rope_parameters", None)  # the newer name for these two
-    known |= {name: said[name] for name in (computing | FREE) & said.keys()}
+    # a family's older names of fields, such as gemma3_text's rope_local_base_freq, are for its config to read
+    known |= {name: value for name, value in said.items() if name != "model_type"}
     with _buildable(role):
         return AutoConfig.for_model(config.model_type, **known)
 

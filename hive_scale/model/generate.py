@@ -80,6 +80,7 @@ class Decoder:
             hidden, attention = self.model.fusion.before_layer(depth, hidden, context)
             if not is_first:
                 attention.pop("visual", None)  # the cache already holds them, before the text's
+                attention["num_beside"] = self.model.fusion.num_beside(depth, context)
             given = {"text_cache": self.cache, "is_first": is_first, **attention}
             hidden = layer(hidden, position_embeddings=rotary[depth], **given)
         return hidden

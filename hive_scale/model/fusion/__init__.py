@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from hive_scale.config import ModelConfig
 from hive_scale.model.attention import KeyValue
 from hive_scale.model.encoders import encoder_depths, group_ends
-from hive_scale.model.hosts import Host
+from hive_scale.model.hosts import AttentionParts, Host
 from hive_scale.model.projector import Projector
 
 SLOT = 1  # default slot, if a text gives none
@@ -167,17 +167,12 @@ def host_weights(
     return recorded[0]
 
 
-def copied(host: nn.Module, name: str) -> nn.Module:
-    """A deep copy of the submodule `name` of an LLM layer."""
-    return copy.deepcopy(host.get_submodule(name))
-
-
-def head_norm(attention: Any, name: str, wanted: bool) -> nn.Module:
-    """A per-head norm: a copy of the host's if it has one (Qwen3), else a new RMSNorm if `wanted`, else identity."""
-    if hasattr(attention, name):
-        return copied(attention, name)
-    weight = attention.k_proj.weight
-    return nn.RMSNorm(attention.head_dim, eps=1e-6, device=weight.device) if wanted else nn.Identity()
+def head_norm(given: nn.Module | None, wanted: bool, parts: AttentionParts) -> nn.Module:
+    """A per-head norm: a copy of the host's `given` one (Qwen3), else a new RMSNorm if `wanted`, else identity."""
+    if given is not None:
+        return copy.deepcopy(given)
+    device = next(parts.k_proj.parameters()).device
+    return nn.RMSNorm(parts.head_dim, eps=1e-6, device=device) if wanted else nn.Identity()
 
 
 def column(slots: Tensor | None, device: torch.device) -> Tensor:

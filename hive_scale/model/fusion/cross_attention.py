@@ -5,6 +5,7 @@ Shapes as in the package: B samples, T text tokens, V visual tokens, N tokens in
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,30 +14,31 @@ from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
 from hive_scale.model.attention import KeyValue, scaled_dot_product, softmax_scores
-from hive_scale.model.fusion import Context, Fusion, copied, head_norm, split_heads
-from hive_scale.model.hosts import Host
+from hive_scale.model.fusion import Context, Fusion, head_norm, split_heads
+from hive_scale.model.hosts import AttentionParts, Host
 from hive_scale.registry import FUSIONS
 
 
 class CrossAttentionLayer(nn.Module):
     """H' = H + tanh(g) W_O softmax(Q K^T / sqrt(h)) V, Q from the LLM, K and V from the features (paper 3.3).
 
-    Norm and projections start as copies of the host layer's. The gate g starts at zero, so the LLM is unchanged at
-    first. There are no rotary positions: the encoder's features already carry position.
+    Norms and projections start as copies of the host layer's, and scores are scaled and bounded as there. The gate g
+    starts at zero, so the LLM is unchanged at first. There are no rotary positions: the encoder's features already
+    carry position.
     """
 
-    def __init__(self, host: nn.Module, qk_norm: bool) -> None:
+    def __init__(self, parts: AttentionParts, qk_norm: bool) -> None:
         super().__init__()
-        attention: Any = host.self_attn
-        self.head_dim: int = attention.head_dim
-        self.norm = copied(host, "input_layernorm")
-        self.q_proj = copied(attention, "q_proj")
-        self.k_proj = copied(attention, "k_proj")
-        self.v_proj = copied(attention, "v_proj")
-        self.o_proj = copied(attention, "o_proj")
-        self.q_norm = head_norm(attention, "q_norm", qk_norm)
-        self.k_norm = head_norm(attention, "k_norm", qk_norm)
-        self.gate = nn.Parameter(torch.zeros(1, device=attention.o_proj.weight.device))
+        self.head_dim, self.scaling, self.softcap = parts.head_dim, parts.scaling, parts.softcap
+        self.norm = copy.deepcopy(parts.norm)
+        self.q_proj = copy.deepcopy(parts.q_proj)
+        self.k_proj = copy.deepcopy(parts.k_proj)
+        self.v_proj = copy.deepcopy(parts.v_proj)
+        self.o_proj = copy.deepcopy(parts.o_proj)
+        self.q_norm = head_norm(parts.q_norm, qk_norm, parts)
+        self.k_norm = head_norm(parts.k_norm, qk_norm, parts)
+        self.out_norm = nn.Identity() if parts.out_norm is None else copy.deepcopy(parts.out_norm)
+        self.gate = nn.Parameter(torch.zeros(1, device=next(parts.o_proj.parameters()).device))
 
     def visual_kv(self, visual_BVD: Tensor) -> KeyValue:
         """Keys and values (B, K, V, h) from projected features (B, V, D)."""
@@ -54,8 +56,8 @@ class CrossAttentionLayer(nn.Module):
         """Fuse hidden states (B, T, D); the shape stays. `memory` has visual keys and values, if already computed."""
         key, value = memory or self.visual_kv(visual_BVD)
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
-        mixed = scaled_dot_product(query, key, value)
-        update = torch.tanh(self.gate) * self.o_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = scaled_dot_product(query, key, value, scale=self.scaling, softcap=self.softcap)
+        update = torch.tanh(self.gate) * self.out_norm(self.o_proj(mixed.transpose(1, 2).flatten(2)))
         if has_image is not None:
             update = update * has_image[:, None, None]
         fused: Tensor = hidden_BTD + update
@@ -65,7 +67,7 @@ class CrossAttentionLayer(nn.Module):
         """Attention weights (B, heads, T, V), float32; each row sums to 1."""
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(split_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
-        return softmax_scores(query, key, None)
+        return softmax_scores(query, key, None, self.scaling, self.softcap)
 
 
 @FUSIONS.register("cross_attention")
@@ -78,7 +80,8 @@ class CrossAttention(Fusion):
     def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:
         super().__init__(host, llm, num_features, config)
         layers = host.layers(llm)
-        self.layers.extend(CrossAttentionLayer(layers[depth], config.qk_norm) for depth in self.depths)
+        parts = (host.attention_parts(layers[depth]) for depth in self.depths)
+        self.layers.extend(CrossAttentionLayer(one, config.qk_norm) for one in parts)
 
     def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth in self.depths:

@@ -6,6 +6,7 @@ width.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,14 +22,13 @@ from hive_scale.model.fusion import (
     Context,
     Fusion,
     column,
-    copied,
     head_norm,
     host_weights,
     images_there,
     split_heads,
     text_positions,
 )
-from hive_scale.model.hosts import Host
+from hive_scale.model.hosts import AttentionParts, Host
 from hive_scale.registry import FUSIONS
 
 
@@ -38,15 +38,14 @@ class VisualKeyValue(nn.Module):
     While frozen (first stage), the copies equal the LLM's weights; later they are trained for images.
     """
 
-    def __init__(self, host: nn.Module, frequencies: Tensor, scaling: float, config: ModelConfig) -> None:
+    def __init__(self, parts: AttentionParts, frequencies: Tensor, scaling: float, config: ModelConfig) -> None:
         super().__init__()
-        attention: Any = host.self_attn
-        self.head_dim: int = attention.head_dim
+        self.head_dim = parts.head_dim
         self.grid = config.positions == "grid"
-        self.norm = copied(host, "input_layernorm")
-        self.k_proj = copied(attention, "k_proj")
-        self.v_proj = copied(attention, "v_proj")
-        self.k_norm = head_norm(attention, "k_norm", config.qk_norm)
+        self.norm = copy.deepcopy(parts.norm)
+        self.k_proj = copy.deepcopy(parts.k_proj)
+        self.v_proj = copy.deepcopy(parts.v_proj)
+        self.k_norm = head_norm(parts.k_norm, config.qk_norm, parts)
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", frequencies.clone(), persistent=False)
         self.scaling = scaling  # factor on rotated keys; other than 1 under YaRN
@@ -67,12 +66,14 @@ class VisualKeyValue(nn.Module):
 
     def _rotate(self, key_BKVh: Tensor, places: Tensor, scaling: float = 1.0) -> Tensor:
         """Rotate keys by `places`, the position of each channel pair: (V, pairs) or (B, 1, V or 1, pairs or 1)."""
-        angles = places * self.inverse_frequencies  # inverse_frequencies is (h / 2,), one per pair
+        angles = places * self.inverse_frequencies  # one per rotated pair, h / 2 of them or fewer
         cos, sin = (
             torch.cat([part, part], dim=-1).to(key_BKVh) for part in (scaling * angles.cos(), scaling * angles.sin())
         )
-        first, second = key_BKVh.chunk(2, dim=-1)
-        return key_BKVh * cos + torch.cat([-second, first], dim=-1) * sin
+        turned, rest = key_BKVh[..., : cos.shape[-1]], key_BKVh[..., cos.shape[-1] :]
+        first, second = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat([-second, first], dim=-1) * sin
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 @FUSIONS.register("joint_attention")
@@ -86,7 +87,9 @@ class JointAttention(Fusion):
         super().__init__(host, llm, num_features, config)
         self.grid = config.positions == "grid"
         layers = host.layers(llm)
-        self.layers.extend(VisualKeyValue(layers[depth], *host.rotary(llm, depth), config) for depth in self.depths)
+        for depth in self.depths:
+            parts = host.attention_parts(layers[depth])
+            self.layers.append(VisualKeyValue(parts, *host.rotary(llm, depth), config))
 
     def check(self, num_visual: int) -> None:
         if self.grid and math.isqrt(num_visual) ** 2 != num_visual:
