@@ -245,6 +245,8 @@ def _check_kinds(old: Any, new: Any, key: str = "") -> None:
     if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
         some = f", such as {next(iter(flatten(old, key)))}=..." if flatten(old) and key else ""
         raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
+    if key.endswith(".adapter") and not isinstance(new, Mapping | None):
+        raise ValueError(f"config: {key}: keys of its own are wanted here, such as {key}.kind=lora")
     is_list = isinstance(old, list | tuple) and not key.endswith(("encoder_layers", "llm_layers"))  # or a rule's name
     if is_list and not isinstance(new, list | tuple | None):
         raise ValueError(f"config: {key}: a list is wanted here: [a, b]")

@@ -202,7 +202,7 @@ def test_stock_peft_reads_it_and_merges_it_to_the_same_llm(run: Config, tmp_path
     export_run("llm", run.run_dir, tmp_path / "after")
     export_run("adapter", run.run_dir, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "before")
-    merged = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload().state_dict()
+    merged = PeftModel.from_pretrained(base, str(tmp_path / "adapter" / "language")).merge_and_unload().state_dict()
     for name, tensor in AutoModelForCausalLM.from_pretrained(tmp_path / "after").state_dict().items():
         torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -244,6 +244,7 @@ def test_a_stopped_stage_goes_on_to_the_same_end(run: Config, world: World, tmp_
         ({}, {"projector": GroupConfig(["projector.*"], 1e-3)}, "no group of the stage trains language.*lora_A"),
         ({}, {"norms": GroupConfig(["language.model.norm.*"], 1e-3)}, "group norms would train nothing"),
         ({"rank": 0}, None, "set both to 1 or more"),
+        ({"rank": 64}, None, r"rank=64 is more than the \d+ of language\."),
     ],
 )
 def test_what_is_wrong_is_said_before_training(
@@ -262,5 +263,5 @@ def test_what_is_wrong_is_said_before_training(
 
 
 def test_a_stage_without_an_adapter_has_none_to_export(run: Config, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stage language has no adapter: --stage joint has"):
+    with pytest.raises(ValueError, match="stage language has no adapter: those with one are joint"):
         export_run("adapter", run.run_dir, tmp_path / "adapter", stage="language")

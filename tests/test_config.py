@@ -81,6 +81,7 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["output"], "not key=value"),
         (["data.max_tokens=1"], "leaves no room"),
         (["model.encoder_layer_ratio=0"], "above 0"),
+        (["stages.joint.adapter=lora"], "such as stages.joint.adapter.kind=lora"),
         (["stages.joint.global_batch=0"], "at least 1"),
         (["stages.joint.data.trian=[a.tar]"], "stages.joint.data: trian: .* Did you mean: 'train'"),
         (["stages.joint.data.max_tokens=1"], "stages.joint.data: .* leaves no room"),

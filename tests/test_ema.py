@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,21 @@ def test_the_average_is_exported_on_request(run: Config, tmp_path: Path) -> None
     assert moved
     left = {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"}
     assert left == {"last", "ema"}, "what was written in between is gone"
+
+
+def test_an_earlier_checkpoint_is_not_taken_for_the_last_one(run: Config, tmp_path: Path) -> None:
+    shutil.copytree(run.run_dir, tmp_path / "run")
+    last = steps_in(tmp_path / "run" / "joint")[-1]
+    shutil.rmtree(last)
+    with pytest.raises(ValueError, match=f"{last.name} is not there, and alone holds what stage joint ended with"):
+        export_run("llm", tmp_path / "run", tmp_path / "llm", ema=True)
+
+
+def test_its_card_says_so(run: Config, tmp_path: Path) -> None:
+    export_run("llm", run.run_dir, tmp_path / "llm", ema=True)
+    text = (tmp_path / "llm" / "README.md").read_text()
+    assert "after stage joint, averaged" in text
+    assert f"decay {DECAY} per step" in text
 
 
 def test_the_planner_counts_it(run: Config) -> None:

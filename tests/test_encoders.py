@@ -340,7 +340,9 @@ def test_images_without_a_fixed_size_are_refused(model_type: str, tmp_path: Path
 def test_a_family_that_is_not_there_is_refused_with_how_to_add_one(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "beit"}))
     for given in (PartConfig(str(tmp_path)), PartConfig(config={"model_type": "beit"})):
-        with pytest.raises(ValueError, match=r"is of type beit: supported are .*; docs/extending.md adds a family"):
+        with pytest.raises(
+            ValueError, match=r"is of type beit: supported are .*; docs/extending.md says how to add a family"
+        ):
             vision_config(given)
 
 

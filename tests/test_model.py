@@ -117,6 +117,8 @@ def test_layers_are_listed_and_paired_as_one_wants() -> None:
         ({"llm_layers": [1, 1]}, "each at most once"),
         ({"llm_layers": [1]}, "has 1 layers, and 2 encoder layers feed them"),
         ({"fusion": "concat", "encoder_layers": [1, 2]}, "fusion=concat takes one"),
+        ({"fusion": "concat", "llm_layers": [1]}, "fusion=concat fuses no LLM layers"),
+        ({"fusion": "concat", "pairing": "deep_to_shallow"}, "fusion=concat fuses no LLM layers"),
     ],
 )
 def test_layers_that_cannot_be_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from hive_scale import checksums, strict_json
-from hive_scale.checkpoint.format import StepCheckpoint, audit, steps_in
+from hive_scale.checkpoint.format import StepCheckpoint, audit, directory_name
 from hive_scale.checkpoint.io import CorruptFile, published
 from hive_scale.checkpoint.run_reader import INITIAL, Run
 from hive_scale.checkpoint.stage_files import LazyTensor
@@ -68,7 +68,7 @@ def export_run(kind: str, directory: Path, out: Path, stage: str = "", dtype: st
         ):
             config = replace(run.config, data=run.config.data_of(stage))
             KINDS[kind](Source(run, stage, config, weights), folder, DTYPES[dtype])
-            (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype))
+            (folder / "README.md").write_text(card(kind, run, stage, weights.identity, dtype, ema))
     except Held as held:
         raise ValueError(f"another process exports to {out}: wait for it, or give another --output. {held}") from None
     return stage
@@ -93,13 +93,14 @@ def _averaged(run: Run, stage: str, place: Path) -> Iterator[Weights]:
 
 
 def _last_checkpoint(run: Run, stage: str) -> Path:
-    """The newest checkpoint of a stage. Raises ValueError if there is none, or it is damaged."""
-    checkpoints = steps_in(run.dir / stage)
-    if not checkpoints:
-        raise ValueError(f"{run.dir / stage} has no checkpoint, which alone holds this: restore its last one")
-    if reason := audit(checkpoints[-1]):
-        raise CorruptFile(f"{checkpoints[-1]} refused: {reason}")
-    return checkpoints[-1]
+    """The checkpoint of the step at which a stage ended. Raises ValueError if it is not there, or damaged."""
+    step = int(read_weights(run.weights(stage)).metadata["step"])
+    path = run.dir / stage / directory_name(step)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not there, and alone holds what stage {stage} ended with: restore it from a copy")
+    if reason := audit(path):
+        raise CorruptFile(f"{path} refused: {reason}: restore it from a copy, or export the stage's last weights")
+    return path
 
 
 def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -211,18 +212,18 @@ def _dcp(source: Source, path: Path, dtype: torch.dtype) -> None:
 
 
 def _adapter(source: Source, path: Path, dtype: torch.dtype) -> None:
-    """The adapter of a stage, from its last checkpoint, as peft reads it: of one part in `path`, of both beside it."""
+    """The adapter of a stage, from its last checkpoint, as peft reads it: folders ``language`` and ``vision``."""
     run, name, stages = source.run, source.stage, source.config.stages
     model = build.for_stage(source.config.model, stages[name])[0] if name in stages else None
     if model is None or model.adapted is None:
-        have = [stage for stage, content in stages.items() if content.adapter]
+        have = ", ".join(stage for stage, content in stages.items() if content.adapter)
         raise ValueError(
-            f"stage {name} has no adapter: {f'--stage {have[-1]} has' if have else 'no stage of this run has one'}"
+            f"stage {name} has no adapter: {f'those with one are {have}' if have else 'nor has any other'}"
         )
     snapshot, parts = StepCheckpoint(_last_checkpoint(run, name)), model.adapted.parts()
     for part, (layers, added) in parts.items():
-        folder = path / part if len(parts) > 1 else path
-        folder.mkdir(exist_ok=True)
+        folder = path / part
+        folder.mkdir()
         tensors = {own: snapshot.master(f"{part}.{own}").to(dtype) for own in added}
         model.adapted.adapter.save(layers, tensors, folder, is_llm=part == "language")
 

@@ -82,21 +82,32 @@ dcp.load(state, checkpoint_id=".")""",
         "pytorch",
     ),
     "adapter": KindText(
-        "What a stage's adapter has learned, for the LLM or the encoder that the stage began with: "
-        "`export.py llm` (or `encoder`) with `--stage` and the stage before writes that.",
+        "What a stage's adapter has learned, in `language` for the LLM and in `vision` for the encoder that the stage "
+        "began with: `export.py llm` and `export.py encoder` write those, with `--stage` and the stage before.",
         """\
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-adapted = PeftModel.from_pretrained(base, ".")""",
-        "image-to-text",
+base = AutoModelForCausalLM.from_pretrained("llm")  # by export.py llm; for "vision" an AutoModel of the encoder
+adapted = PeftModel.from_pretrained(base, "language")""",
+        "text-generation",
         "peft",
     ),
 }
 
 
-def card(kind: str, run: Run, stage: str, identity: str, dtype: str) -> str:
-    """Return the text of an export's README.md. `identity` is the hash of the weights it was made from."""
+def card(kind: str, run: Run, stage: str, identity: str, dtype: str, ema: bool = False) -> str:
+    """Return the text of an export's README.md. `identity` is the hash of the weights it was made from.
+
+    With `ema` these are the average of the stage's weights.
+    """
     config, about = run.config, KINDS[kind]
+    averaged = (
+        f" The weights are an exponential moving average over the stage, decay {config.stages[stage].ema:g} per step;"
+        " the losses below are those of the weights that were not averaged."
+        if ema
+        else ""
+    )
     return f"""\
 ---
 library_name: {about.library_name}
@@ -104,9 +115,9 @@ pipeline_tag: {about.pipeline_tag}
 tags: [hive, vision]
 ---
 
-# {_plain(config.name)}: {kind} after stage {_plain(stage)}
+# {_plain(config.name)}: {kind} after stage {_plain(stage)}{", averaged" if ema else ""}
 
-{about.what} After {PAPER}. The weights are in {dtype}.
+{about.what} After {PAPER}. The weights are in {dtype}.{averaged}
 
 ```python
 {about.usage}

@@ -64,6 +64,12 @@ class Lora(Adapter):
     def wrap(self, owner: nn.Module, names: Sequence[str], is_meta: bool) -> None:
         from peft import inject_adapter_in_model
 
+        for name in names:
+            layer: Any = owner.get_submodule(name)
+            if self.config.rank > (least := min(layer.in_features, layer.out_features)):
+                raise ValueError(
+                    f"adapter.rank={self.config.rank} is more than the {least} of {name}: set it to that, or far less"
+                )
         inject_adapter_in_model(self._library_config(names), owner, low_cpu_mem_usage=is_meta)
 
     def merged_weight(self, layer: nn.Module) -> Tensor:

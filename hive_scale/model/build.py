@@ -444,5 +444,6 @@ def _known(model_type: Any, part: PartConfig, role: str) -> None:
     if model_type not in FAMILIES[role]:
         supported = ", ".join(FAMILIES[role].names())
         raise ValueError(
-            f"model.{role}: {where} is of type {model_type}: supported are {supported}; docs/extending.md adds a family"
+            f"model.{role}: {where} is of type {model_type}: supported are {supported}; docs/extending.md says how to "
+            "add a family"
         )

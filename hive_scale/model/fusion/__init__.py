@@ -68,7 +68,9 @@ class Fusion(nn.Module, metaclass=ABCMeta):
         super().__init__()
         num_layers = len(host.layers(llm))
         self.depths = self.llm_depths(num_layers, num_features)
-        if self.depths and not isinstance(config.llm_layers, str):
+        if not self.depths and (config.llm_layers != "uniform" or config.pairing != "shallow_to_shallow"):
+            raise ValueError(f"fusion={config.fusion} fuses no LLM layers: remove model.llm_layers, model.pairing")
+        if not isinstance(config.llm_layers, str):
             self.depths = _listed(config.llm_layers, num_layers, num_features)
         self.layers = nn.ModuleList()
 
