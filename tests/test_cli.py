@@ -87,7 +87,7 @@ def refused(main: Callable[[], object], monkeypatch: pytest.MonkeyPatch, line: s
         (export, "encodr runs/x", "did you mean encoder?"),
         (export, "encoder runs/x --ouput=d", "--ouput: did you mean --output?"),
         (export, "encoder runs/x output=d", "output=d: did you mean --output=d?"),
-        (export, "encoder runs/x --nothing_like_it", "--nothing_like_it: there are --output, --stage, --dtype"),
+        (export, "encoder runs/x --nothing_like_it", "--nothing_like_it: there are --output, --stage, --ema, --dtype"),
         (visualize, "report there/is --plots p there/too", "there/is is not there"),
         (prepare_data, "tabel a.csv", "did you mean table?"),
         (prepare_data, "table a.csv images --outptu o", "--outptu: did you mean --output?"),

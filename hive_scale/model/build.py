@@ -439,8 +439,8 @@ def _fields(config: PretrainedConfig) -> dict[str, Any]:
 
 def _known(model_type: Any, part: PartConfig, role: str) -> None:
     where = part.path or "its config"
-    if model_type in REFUSED:
-        raise ValueError(f"model.{role}: {where} is of type {model_type}: {REFUSED[str(model_type)]}")
+    if reason := REFUSED.get(str(model_type)):
+        raise ValueError(f"model.{role}: {where} is of type {model_type}: {reason}")
     if model_type not in FAMILIES[role]:
         supported = ", ".join(FAMILIES[role].names())
         raise ValueError(
