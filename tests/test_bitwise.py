@@ -40,10 +40,12 @@ ENGINES = {
 # those that share no code with another; the rest is run apart
 FEW = {name: ENGINES[name] for name in ("ddp", "fsdp", "ddp, bf16", "zero2")}
 REST = {name: engine for name, engine in ENGINES.items() if name not in FEW}
-ZERO_3 = {name: EngineConfig(ds_config=str(JSONS / f"{name}.json")) for name in ("zero3", "zero3_offload")}
+ZERO_3, OFFLOADED = ({name: EngineConfig(ds_config=str(JSONS / f"{name}.json"))} for name in ("zero3", "zero3_offload"))
 STEPS = 6
 either = pytest.mark.parametrize(
-    "engines", [FEW, pytest.param(REST, marks=pytest.mark.slow), ZERO_3], ids=["few", "rest", "zero3"]
+    "engines",
+    [FEW, ZERO_3, *(pytest.param(engines, marks=pytest.mark.slow) for engines in (REST, OFFLOADED))],
+    ids=["few", "zero3", "rest", "zero3_offload"],
 )
 
 

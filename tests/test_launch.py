@@ -53,7 +53,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return held_out(output)
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "python"])
+@pytest.mark.parametrize(
+    "name",
+    ["deepspeed", "accelerate", *(pytest.param(name, marks=pytest.mark.slow) for name in ("deepspeed-2", "torchrun"))],
+)
 def test_every_launcher_trains_the_same_run(name: str, plain: list[float], tmp_path: Path) -> None:
     done = launch(COMMANDS[name], tmp_path)
     assert done.returncode == 0, done.stderr

@@ -45,11 +45,8 @@ STARTS = [
     (4, ("hsdp",)),
     *((size, ZERO_3) for size in (1, 2, 3)),
 ]
-# each engine and each number of ranks
-HALF = [
-    *((1, ("one", "zero2")), (2, ("ddp", "fsdp", "zero1")), (3, ("fsdp", "zero2_offload")), (4, ("hsdp",))),
-    *((1, ("zero3",)), (2, ("zero3_offload",)), (3, ("zero3",))),
-]
+# each kind of engine, and each number of ranks
+SOME = [(1, ("one",)), (2, ("fsdp", "zero2")), (3, ("ddp",)), (4, ("hsdp",)), (2, ("zero3",)), (3, ("zero3_offload",))]
 FEW = [(2, ("fsdp", "zero2")), (3, ("zero2_offload",)), (1, ("zero3",))]
 MODEL = ModelConfig(
     PartConfig(config=SIGLIP | {"num_hidden_layers": 3, "vision_use_head": False}),
@@ -204,7 +201,7 @@ def matrix(starts: Sequence[tuple[int, Sequence[str]]], precision: Any, folder: 
 
 
 def test_any_engine_and_world_goes_on_from_any_other(tmp_path: Path) -> None:
-    matrix(HALF, "fp32", tmp_path, share=3)
+    matrix(SOME, "fp32", tmp_path, share=2)
 
 
 def test_some_in_bf16(tmp_path: Path) -> None:
