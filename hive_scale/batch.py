@@ -79,7 +79,7 @@ class Batch:
         if not more:
             return self
         # a row's index grows by what is added to the samples before its own
-        rows = self.target_rows + torch.div(self.target_rows, length, rounding_mode="floor") * more
+        rows = self.target_rows + self.target_rows // length * more
         return replace(self, tokens=F.pad(self.tokens, (0, more)), target_rows=rows)
 
     def pin(self) -> Batch:

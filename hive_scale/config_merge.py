@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from io import StringIO
 from math import isnan
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -71,7 +72,7 @@ def resolve(base: T, *layers: Any) -> T:
                 read = OmegaConf.create(_own(OmegaConf.to_container(read)))
             _follow_paths(node, read, start)
             old, new = OmegaConf.to_container(node), OmegaConf.to_container(read)
-            _check_kinds(old, new)
+            _check_kinds(type(base), old, new)
             _check_names(type(base), new, list(flatten(old)))
             _make_way(node, read)
             node = cast(DictConfig, OmegaConf.merge(node, read))
@@ -238,21 +239,22 @@ def _make_way(node: DictConfig, layer: DictConfig | ListConfig) -> None:
                 OmegaConf.update(node, f"{place}.{name}", {"rope_theta": theta} if theta else {}, merge=False)
 
 
-def _check_kinds(old: Any, new: Any, key: str = "") -> None:
-    """Raises ValueError where `old` has a list or a mapping and `new` (plain data) has something else."""
+def _check_kinds(kind: Any, old: Any, new: Any, key: str = "") -> None:
+    """Raises ValueError where `old`, of type `kind`, has a list or a section and `new` (plain data) something else."""
     if isinstance(new, str) and new.startswith("${"):
         return  # an interpolation: its value is checked once it is resolved
     if isinstance(old, Mapping) and not isinstance(new, Mapping | None):
         some = f", such as {next(iter(flatten(old, key)))}=..." if flatten(old) and key else ""
         raise ValueError(f"config: {key}: keys of its own are wanted here{some}")
-    if key.endswith(".adapter") and not isinstance(new, Mapping | None):
-        raise ValueError(f"config: {key}: keys of its own are wanted here, such as {key}.kind=lora")
+    if is_dataclass(kind) and not isinstance(new, Mapping | list | None):  # an optional section that is not set yet
+        first = next(one for one in fields(kind) if one.default is not MISSING)
+        raise ValueError(f"config: {key}: keys of its own are wanted here, such as {key}.{first.name}={first.default}")
     is_list = isinstance(old, list | tuple) and not key.endswith(("encoder_layers", "llm_layers"))  # or a rule's name
     if is_list and not isinstance(new, list | tuple | None):
         raise ValueError(f"config: {key}: a list is wanted here: [a, b]")
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in old.keys() & new.keys():
-            _check_kinds(old[name], new[name], f"{key}.{name}" if key else str(name))
+            _check_kinds(_type_of(kind, [str(name)]), old[name], new[name], f"{key}.{name}" if key else str(name))
 
 
 def _check_names(kind: Any, new: Any, keys: Sequence[str], place: str = "") -> None:
@@ -430,6 +432,8 @@ def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
         if is_dataclass(kind):
             overrides = {one.name: one.metadata.get("overrides") for one in fields(kind)}
             kind = overrides.get(key) or get_type_hints(kind).get(key, Any)
+            if isinstance(kind, UnionType) and NoneType in get_args(kind):  # an optional section
+                kind = get_args(kind)[0]
         else:
             kind = get_args(kind)[1] if get_origin(kind) is dict else Any
     return kind

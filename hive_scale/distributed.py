@@ -28,6 +28,7 @@ from hive_scale.rendezvous import Meeting, stores
 from hive_scale.strangers import printable
 from hive_scale.strict_json import dumps, loads
 
+EMA = "ema"  # kind of fragment of the exponential moving average of the masters
 TOLD = 2.0  # seconds that this process waits for the others to hear of its failure
 T = TypeVar("T")
 

@@ -159,6 +159,9 @@ def demo(fusion: str = "cross_attention") -> Config:
     )
 
 
+VIT_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+
+
 def paper_siglip(fusion: str = "cross_attention") -> Config:
     """SigLIP-L/16-384 and MobileLLM-350M on LLaVA-CC3M-Pretrain-595K (paper, Table 3)."""
     # given in full, since the config on the hub has only the sizes
@@ -166,10 +169,7 @@ def paper_siglip(fusion: str = "cross_attention") -> Config:
         "model_type": "siglip_vision_model",
         "image_size": 384,
         "patch_size": 16,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
+        **VIT_L,
     }
     # the paper's SigLIP run uses the later layers (paper 4.5)
     return _paper("paper_siglip", fusion, "google/siglip-large-patch16-384", vision, later=True)
@@ -181,10 +181,7 @@ def paper_clip(fusion: str = "cross_attention") -> Config:
         "model_type": "clip_vision_model",
         "image_size": 336,
         "patch_size": 14,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
+        **VIT_L,
         "projection_dim": 768,
     }
     base = _paper("paper_clip", fusion, "openai/clip-vit-large-patch14-336", vision, later=False)
@@ -206,10 +203,7 @@ def dinov3(fusion: str = "cross_attention") -> Config:
         "model_type": "dinov3_vit",
         "image_size": 384,
         "patch_size": 16,
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
+        **VIT_L,
         "num_register_tokens": 4,
     }
     return _paper("dinov3", fusion, "facebook/dinov3-vitl16-pretrain-lvd1689m", vision, later=False)

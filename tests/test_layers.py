@@ -40,7 +40,7 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"model", "engine"},
     "prepare": {"data"},
     "evaluate": {"model", "data"},
-    "export": {"model", "data", "engine", "observability", "checkpoint"},
+    "export": {"model", "data", "observability", "checkpoint"},
     "feature_cache": {"model", "data", "observability"},
     "preflight": {"model", "data", "engine", "checkpoint", "feature_cache"},
     "header": {"model", "data", "engine", "observability", "checkpoint", "plan", "preflight"},

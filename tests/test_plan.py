@@ -346,6 +346,7 @@ def test_a_sweep_says_where_the_batch_stops_to_scale() -> None:
     assert "raise stages.joint.global_batch" in limit(points, 8, "joint")
     fast = [point | {"efficiency": 1.0} for point in points if point["world"] <= 8]
     assert limit(fast, 8, "joint") == ""
+    assert limit(sweep(config, "joint", GPUS["h100"], [3], 1000), 8, "joint") == "", "a batch of 8 is not for 3 GPUs"
 
 
 def test_a_micro_batch_that_does_not_fit_is_answered_with_one_that_does() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hive_scale.checkpoint.format import StepCheckpoint, audit, key_of, steps_in
 from hive_scale.checkpoint.io import CorruptFile
-from hive_scale.distributed import Fragment
+from hive_scale.distributed import EMA, Fragment
 from hive_scale.param_groups import ParamGroup
 
 STEPS_BEHIND = "steps_behind"  # key of a checkpoint's state: by parameter, steps of earlier stages in its moments
@@ -44,7 +44,7 @@ class OptimizerTransfer:
         """Copy the moments of all parameters that the previous stage trained. Raises CorruptFile."""
         for fragment in fragments:
             # the average of a stage begins with the weights that the stage begins with
-            if self._snapshot and fragment.name in self.steps and fragment.kind not in ("master", "ema"):
+            if self._snapshot and fragment.name in self.steps and fragment.kind not in ("master", EMA):
                 self._snapshot.read(key_of(fragment), fragment.offset, fragment.data)
 
 

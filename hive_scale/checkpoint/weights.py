@@ -190,8 +190,8 @@ def merge_trained_weights(
     """Write the next stage's weights: the parent's, with trained parameters replaced by the checkpoint's masters.
 
     Of another `kind`, such as "ema", the checkpoint's tensors of that kind take their place. Runs in one process, and
-    holds one tensor at a time. Trained parameters become fp32, others keep the parent's
-    dtype. Raises CorruptFile, or ValueError if the checkpoint's parameters are not the parent's.
+    holds one tensor at a time. Trained parameters become fp32, others keep the parent's dtype. Raises CorruptFile, or
+    ValueError if the checkpoint's parameters are not the parent's.
     """
     if reason := audit(checkpoint):
         raise CorruptFile(f"{checkpoint} refused: {reason}")

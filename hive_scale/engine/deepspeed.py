@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
-from hive_scale.distributed import Fragment, World
+from hive_scale.distributed import EMA, Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
 from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
-from hive_scale.engine.optimizer import EMA, make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
+from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES

@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from hive_scale.config import StageConfig
+from hive_scale.distributed import EMA
 from hive_scale.param_groups import ParamGroup
 from hive_scale.registry import OPTIMIZERS
-
-EMA = "ema"  # kind of fragment of the exponential moving average of the masters
 
 
 class OptimizerKind(ABC):

@@ -24,7 +24,7 @@ from hive_scale.checkpoint.weights import Merge, Weights, merge_trained_weights,
 from hive_scale.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from hive_scale.config_merge import resolve, with_new_names
 from hive_scale.data.tokenizer import open_tokenizer
-from hive_scale.engine.optimizer import EMA
+from hive_scale.distributed import EMA
 from hive_scale.export import huggingface, portable
 from hive_scale.export.model_card import card
 from hive_scale.model import build
@@ -169,9 +169,10 @@ def _tokenizer(config: Config) -> Any:
 
 def merge_of(config: Config, name: str) -> Merge:
     """How what the adapter of stage `name` has learned, if it has one, becomes part of the weights."""
-    adapted = build.for_stage(config.model, config.stages[name])[0].adapted
-    if adapted is None:
+    if config.stages[name].adapter is None:
         return Merge()
+    adapted = build.for_stage(config.model, config.stages[name])[0].adapted
+    assert adapted
     return Merge(adapted.added, {f"{layer}.weight": partial(merged_weight, adapted, layer) for layer in adapted.layers})
 
 
@@ -214,18 +215,18 @@ def _dcp(source: Source, path: Path, dtype: torch.dtype) -> None:
 def _adapter(source: Source, path: Path, dtype: torch.dtype) -> None:
     """The adapter of a stage, from its last checkpoint, as peft reads it: folders ``language`` and ``vision``."""
     run, name, stages = source.run, source.stage, source.config.stages
-    model = build.for_stage(source.config.model, stages[name])[0] if name in stages else None
-    if model is None or model.adapted is None:
-        have = ", ".join(stage for stage, content in stages.items() if content.adapter)
-        raise ValueError(
-            f"stage {name} has no adapter: {f'those with one are {have}' if have else 'nor has any other'}"
-        )
-    snapshot, parts = StepCheckpoint(_last_checkpoint(run, name)), model.adapted.parts()
+    having = [stage for stage, content in stages.items() if content.adapter]
+    if name not in having:
+        have = f"those with one are {', '.join(having)}" if having else "nor has any other"
+        raise ValueError(f"stage {name} has no adapter: {have}")
+    adapted = build.for_stage(source.config.model, stages[name])[0].adapted
+    assert adapted
+    snapshot, parts = StepCheckpoint(_last_checkpoint(run, name)), adapted.parts()
     for part, (layers, added) in parts.items():
         folder = path / part
         folder.mkdir()
         tensors = {own: snapshot.master(f"{part}.{own}").to(dtype) for own in added}
-        model.adapted.adapter.save(layers, tensors, folder, is_llm=part == "language")
+        adapted.adapter.save(layers, tensors, folder, is_llm=part == "language")
 
 
 KINDS: dict[str, Callable[[Source, Path, torch.dtype], None]] = {

@@ -84,11 +84,14 @@ def _engine(engine: EngineConfig, title: str, world: int, gpu: Gpu) -> EngineCon
 
 
 def limit(points: Sequence[dict[str, Any]], global_batch: int, stage: str) -> str:
-    """How far the stage's own global batch scales, and what to do beyond. "" if it scales to all of `points`."""
+    """How far the stage's own global batch scales, and what to do beyond.
+
+    "" if it scales to all of `points`, or can be divided among the GPUs of none.
+    """
     strong = [point for point in points if point["scaling"] == "strong"]
     good = [point for point in strong if point["efficiency"] >= EFFICIENT]
-    best = max(good, key=lambda point: (point["world"], point["samples_per_second"]))
-    if best["world"] == max(point["world"] for point in points):
+    best = max(good, key=lambda point: (point["world"], point["samples_per_second"]), default=None)
+    if best is None or best["world"] == max(point["world"] for point in points):
         return ""
     return (
         f"A global batch of {global_batch} keeps {EFFICIENT:.0%} of its efficiency to {best['world']} GPUs "
