@@ -89,10 +89,10 @@ lint: install
 	$(VENV)/bin/mypy
 	$(VENV)/bin/bandit --quiet --configfile pyproject.toml --recursive hive_scale launchers slurm
 
-# files side by side, one more than there are cores: half of the time is spent waiting, for processes to start and for
-# Slurm, of which there is one
+# files side by side, two more than there are cores: almost half of the time is spent waiting, for other processes and
+# for Slurm, of which there is one
 test: lint
-	$(RUN) -m pytest --numprocesses $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest --numprocesses $$(($$(nproc) + 2)) --maxprocesses 6 --dist loadfile --no-loadscope-reorder
 
 # bytes of any kind for every reader of files, each for so many seconds (docs/fuzz.md); `make test` takes 5
 FUZZ_SECONDS ?= 600

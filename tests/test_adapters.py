@@ -164,7 +164,7 @@ def adapted_run(output: Path, **changes: Any) -> Config:
     return replace(config, stages=config.stages | {"joint": joint})
 
 
-@pytest.fixture(scope="module", params=["lora", "dora"])
+@pytest.fixture(scope="module", params=["lora", pytest.param("dora", marks=pytest.mark.slow)])
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, world: World, some_pairs: None
 ) -> Config:

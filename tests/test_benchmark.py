@@ -44,6 +44,7 @@ def test_every_saver_brings_its_own_state_back(case: str) -> None:
     assert float(rows[0][-1]) > 0  # another number of ranks
 
 
+@pytest.mark.slow
 def test_every_loader_that_is_installed_is_measured_and_ours_loses_nothing() -> None:
     lines = printed("data").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
@@ -79,6 +80,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_its_losses_agree() -> None:
     assert [row[::2] for row in rows if row[0] in ("fp32", "bf16")] == [["fp32", "True"], ["bf16", "True"]]
 
 
+@pytest.mark.slow
 def test_efficiency_with_kept_features_leaves_the_encoder_out_of_both() -> None:
     words = ("efficiency", "--stages", "projector")
     plain, kept = (

@@ -132,4 +132,5 @@ def test_the_plan_names_the_gpu_and_says_that_it_has_no_bf16(
     assert code == 1
     assert "1 x GPU of 0.9 GB, 50 TFLOPS and 400 GB/s" in said.out
     code, said = planned("--gpu", "rtx409")
-    assert (code, said.err.count("\n")) == (2, 1)
+    last = said.err.splitlines()[-1]  # other tests of this process may have left a library something to warn of
+    assert (code, last) == (2, "error: gpu rtx409: no such GPU: did you mean rtx4090 or l40 or a40?")

@@ -65,7 +65,7 @@ def sent(world: World, cells: list[tuple[Cell, dict[str, Any]]], folder: str) ->
     return found
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_step_sends_the_bytes_that_are_planned(size: int) -> None:
     options: list[dict[str, Any]] = [
         {},
