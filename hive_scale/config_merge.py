@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from io import StringIO
 from math import isnan
 from pathlib import Path
@@ -425,13 +426,16 @@ def _read_word(word: str, kind: type) -> DictConfig:
         raise ValueError(f"config: {told}: put it in quotation marks") from None
 
 
+_hints = cache(get_type_hints)  # which evaluates every annotation of a class
+
+
 def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
     """The declared type at the path `keys` below dataclass `kind`, or Any. With `old`, old key names count too."""
     for key in keys:
         key = getattr(kind, "OLD_NAMES", {}).get(key, key) if old else key
         if is_dataclass(kind):
             overrides = {one.name: one.metadata.get("overrides") for one in fields(kind)}
-            kind = overrides.get(key) or get_type_hints(kind).get(key, Any)
+            kind = overrides.get(key) or _hints(kind).get(key, Any)
             if isinstance(kind, UnionType) and NoneType in get_args(kind):  # an optional section
                 kind = get_args(kind)[0]
         else:

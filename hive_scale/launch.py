@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -25,6 +26,7 @@ def launch(config: Config, arguments: argparse.Namespace, work: Callable[[World]
     `arguments` are those of `cli.add_training_arguments`. Raises ValueError if the run directory is unsuitable,
     or a Slurm script has not started all of its job's tasks.
     """
+    gc.freeze()  # what has been imported stays: no collection looks through it again
     check_all_started(os.environ)
     check_place(config)
     folder, has_begun = config.run_dir / "logs", (config.run_dir / MARKER).exists

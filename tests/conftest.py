@@ -3,6 +3,7 @@
 Everything that tests start, such as a Slurm or a browser, ends with them, however they end.
 """
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest: at the end, side by side, no process waits for another's."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: stages, which collect garbage, need not look through it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,10 @@
-"""Exact FLOPs of a stage, from forward passes of its model on fake tensors at three text lengths.
+"""Exact FLOPs of a stage, from forward passes of its model on fake tensors: the LLM's at three text lengths.
 
 A matrix product of n multiply-adds counts 2 n FLOPs. The gradient of a weight is computed if the weight trains, that
 of an input if anything before it trains; a frozen encoder thus costs only its forward. Attention counts as the full
 square, causal or not, as in `torch.utils.flop_counter`; norms and activations count nothing. For a text of T tokens
-every operator costs a + b T + c T^2, so three traces determine the cost at every length.
+every operator of the LLM costs a + b T + c T^2, so three traces determine the cost at every length; the image's cost
+does not depend on the text, and the head's is proportional to the targets, so one trace of each does.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 from hive_scale.config import CheckpointingConfig, ModelConfig, StageConfig
 from hive_scale.model import build
-from hive_scale.plan.trace import FORMULAS, fake_batch, fake_parameters
+from hive_scale.plan.trace import FORMULAS, fake_parameters
 
 log = logging.getLogger(__name__)
 LENGTHS = (8, 16, 24)  # tokens of the traced texts; any three lengths do
-TARGETS = (1, 2)  # target tokens per traced sample; their cost is linear
+PARTS = ("vision", "language", "projector", "fusion")
 ATTENTION = "scaled_dot_product"  # part of fused kernels' names; these recompute the scores in backward
 
 
@@ -90,16 +91,23 @@ def estimate(config: ModelConfig, stage: StageConfig, checkpointing: Checkpointi
 
 def count(model: Any, checkpointing: CheckpointingConfig | None = None) -> Work:
     """Return the work of `model`, a Hive on the meta device, ``requires_grad`` set. It is unusable afterwards."""
-    points = [(length, TARGETS[0]) for length in LENGTHS] + [(LENGTHS[0], TARGETS[1])]
-    size = model.vision.config.image_size
-    with FakeTensorMode():
+    size, counter, counted = model.vision.config.image_size, _Counter(), []
+    with FakeTensorMode(), _counting(model, counter, checkpointing):
         fake_parameters(model, torch.float32)
-        counted = [
-            _forward(model, fake_batch(1, length, targets, (3, size, size), torch.uint8), checkpointing)
-            for length, targets in points
-        ]
-    terms = np.array([[1, length, length**2, targets] for length, targets in points], dtype=np.float64)
-    return Work({part: np.linalg.solve(terms, np.array([one[part] for one in counted])) for part in counted[0]})
+        visual = model.encode_images(torch.empty((1, 3, size, size), dtype=torch.uint8))
+        counted.append(counter.take())
+        for length in LENGTHS:
+            hidden = model.language_forward(visual, torch.empty((1, length), dtype=torch.long))
+            counted.append(counter.take())
+        model.token_loss(hidden[0, :1], torch.empty((1,), dtype=torch.long))
+        image, *texts, target = [*counted, counter.take()]
+    powers = np.array([[1, length, length**2] for length in LENGTHS], dtype=np.float64)
+    tables = {}
+    for part in PARTS:
+        of_text = np.linalg.solve(powers, np.array([one[part] for one in texts]))
+        of_text[0] += image[part]
+        tables[part] = np.vstack([of_text, target[part]])
+    return Work(tables)
 
 
 def encoder_flops(model: Any) -> float:
@@ -113,17 +121,16 @@ def encoder_flops(model: Any) -> float:
     return float(sum(counter.done.values())[0])
 
 
-def _forward(model: Any, inputs: Mapping[str, Tensor], checkpointing: CheckpointingConfig | None) -> Mapping[str, Any]:
-    """(forward, backward, recompute) FLOPs by component, of one forward and the backward that would follow."""
-    counter = _Counter()
-    pieces = {model.vision: "vision", model.language: "language", model.projector: "projector", model.fusion: "fusion"}
+@contextmanager
+def _counting(model: Any, counter: _Counter, checkpointing: CheckpointingConfig | None) -> Iterator[None]:
+    """Let `counter` count what runs, by component."""
+    pieces = {getattr(model, part): part for part in PARTS}
     settings = checkpointing or CheckpointingConfig()
     blocks = {
         block: getattr(settings, component) == "full" for component, found in model.blocks().items() for block in found
     }
     with _watching(model, pieces, blocks, counter), saved_tensors_hooks(counter.saved, _no_backward), counter:
-        model(**inputs)
-    return {part: counter.done[part] for part in pieces.values()}
+        yield
 
 
 class _Counter(TorchDispatchMode):
@@ -134,6 +141,11 @@ class _Counter(TorchDispatchMode):
         self.done: dict[str, Any] = defaultdict(lambda: np.zeros(3))
         self.part = "language"  # component whose operators run now
         self.block: list[float] = []  # of the running block: FLOPs so far, and FLOPs up to its last saved tensor
+
+    def take(self) -> Mapping[str, Any]:
+        """(forward, backward, recompute) by component since the last call."""
+        done, self.done = self.done, defaultdict(lambda: np.zeros(3))
+        return done
 
     def saved(self, _: Tensor) -> None:
         """Note that a tensor is saved for backward: recomputation of the block must run at least up to here."""
