@@ -14,6 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from launchers.reproduction.paper import Row, Trial
     from launchers.reproduction.scales import Scale
 
 EXAMPLES = """\
@@ -23,11 +26,14 @@ examples:
   python launchers/reproduce.py --scale paper --world 8 --gpu h100     the commands of Tables 1 and 2, with hours
   python launchers/reproduce.py --scale paper --submit --profile one_node slurm.account=vision
   python launchers/reproduce.py --scale paper --submit --dry_run       without a Slurm in reach
+  python launchers/reproduce.py --study fusions            one choice varied, at equal steps and at equal FLOPs
+  python launchers/reproduce.py --study density --scale paper --gpu h100
 
+Studies: fusions, depths (which of the encoder's layers), density (how many of them).
 The small scale needs 50 GB of disk and, under --data: smollm2, emoji (--styles all), tuxpaint, fashion_mnist and
-easyvqa, each by launchers/prepare_data.py. The same command again goes on where it stopped. --submit hands the
-paper's runs to slurm/submit_pipeline.py, which takes the profile and the slurm.* words (slurm.gpu=h100: with hours).
-Exit codes: 0 done, 2 something to change.
+easyvqa (not for studies), each by launchers/prepare_data.py. The same command again goes on where it stopped. --submit
+hands the paper's runs to slurm/submit_pipeline.py, which takes the profile and the slurm.* words (slurm.gpu=h100: with
+hours). Exit codes: 0 done, 2 something to change.
 """
 
 
@@ -42,20 +48,22 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.scale != "paper" and (arguments.submit or arguments.words):
         raise ValueError(f"--submit and slurm.* words are for --scale paper: {arguments.scale} runs here")
     if arguments.scale == "paper":
-        return _submit(arguments) if arguments.submit else _paper(arguments)
-    return _reproduce(arguments)
+        from launchers.reproduction.paper import ROWS, trials
+
+        rows = trials(arguments.study) if arguments.study else ROWS
+        return _submit(rows, arguments) if arguments.submit else _paper(rows, arguments)
+    return _study(arguments) if arguments.study else _reproduce(arguments)
 
 
-def _paper(arguments: argparse.Namespace) -> int:
+def _paper(rows: Sequence[Row | Trial], arguments: argparse.Namespace) -> int:
     """Print every command, with the planner's hours of what it trains."""
     from hive_scale.plan.devices import find
     from hive_scale.plan.run import Machine
-    from launchers.reproduction.paper import ROWS, hours
 
     machine, whole = Machine(find(arguments.gpu), arguments.world), 0.0
     launch = "python" if machine.world == 1 else f"torchrun --nproc_per_node {machine.world}"
-    for row in ROWS:
-        planned = hours(row, machine)
+    for row in rows:
+        planned = row.hours(machine)
         whole += sum(planned.values())
         print(f"\n# {row.method}, {row.family}")
         for what, command in row.commands(launch):
@@ -67,12 +75,10 @@ def _paper(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(arguments: argparse.Namespace) -> int:
+def _submit(rows: Sequence[Row | Trial], arguments: argparse.Namespace) -> int:
     """Submit every run to Slurm; stop at the first that is refused and return its exit code."""
-    from launchers.reproduction.paper import ROWS
-
     more = ["--dry_run"] * arguments.dry_run + ["--profile", arguments.profile] * bool(arguments.profile)
-    for row in ROWS:
+    for row in rows:
         words = row.submission()
         if not words:
             [(_, command)] = row.commands("python")
@@ -92,14 +98,12 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     from launchers.reproduction.steps import run
     from launchers.reproduction.table import collect, markdown
 
-    data, output = arguments.data.resolve(), arguments.output.resolve()
+    data, output = arguments.data.resolve(), (arguments.output or Path("runs/reproduce")).resolve()
     scale = SCALES[arguments.scale](data)
-    _check(scale, data)
+    _check(scale, [*_pretraining_data(scale), data / "easyvqa"])
     seeds = arguments.seeds or scale.seeds
-    output.mkdir(parents=True, exist_ok=True)
-    pretrain = scale.pretrain | {"model": scale.pretrain["model"] | {"vision": {"config": scale.encoder}}}
-    for name, content in (("encoder", scale.encoder), ("pretrain", pretrain), ("vlm", scale.vlm)):
-        _write(output / f"{name}.json", content)
+    _write_settings(output, scale)
+    _write(output / "vlm.json", scale.vlm)
     for steps in Phases(scale, data, output).all(seeds):
         run(steps, output / "steps", arguments.jobs)
     made = collect(output, seeds, list(scale.probe))
@@ -110,13 +114,46 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _check(scale: Scale, data: Path) -> None:
-    """Raise ValueError now for missing data, instead of after an hour."""
-    paths = [Path(words[1]) for words in scale.probe.values()] + [data / "easyvqa"]
+def _study(arguments: argparse.Namespace) -> int:
+    from hive_scale.strict_json import dumps
+    from launchers.reproduction.scales import STUDY_SCALES
+    from launchers.reproduction.steps import run
+    from launchers.reproduction.studies import Study, arms
+    from launchers.reproduction.study_table import collect, draw, markdown
+
+    data, output = arguments.data.resolve(), (arguments.output or Path("runs", arguments.study)).resolve()
+    scale = STUDY_SCALES[arguments.scale](data)
+    _check(scale, _pretraining_data(scale))
+    seeds = arguments.seeds or scale.seeds
+    _write_settings(output, scale)
+    study = Study(scale, data, output, arms(arguments.study, "demo", output / "pretrain.json", num_samples=0))
+    for steps in study.all(seeds):
+        run(steps, output / "steps", arguments.jobs)
+    rows = collect(study, seeds)
+    (output / "figures.json").write_text(dumps(rows, indent=1) + "\n")
+    draw(rows, study, output / "figures.png")
+    table = markdown(rows, study.arms, f"{scale.note}; {seeds} seed{'s' * (seeds > 1)}")
+    (output / "table.md").write_text(table)
+    print(table)
+    return 0
+
+
+def _write_settings(output: Path, scale: Scale) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    pretrain = scale.pretrain | {"model": scale.pretrain["model"] | {"vision": {"config": scale.encoder}}}
+    _write(output / "encoder.json", scale.encoder)
+    _write(output / "pretrain.json", pretrain)
+
+
+def _pretraining_data(scale: Scale) -> list[Path]:
     tokenizer = scale.pretrain["data"]["tokenizer"]["path"]
-    paths += [] if tokenizer == "bytes" else [Path(tokenizer)]
-    paths += [Path(one).parent for one in scale.pretrain["data"]["train"] if not one.startswith("sample:")]
-    for path in paths:
+    paths = [] if tokenizer == "bytes" else [Path(tokenizer)]
+    return paths + [Path(one).parent for one in scale.pretrain["data"]["train"] if not one.startswith("sample:")]
+
+
+def _check(scale: Scale, paths: Sequence[Path]) -> None:
+    """Raise ValueError now for missing data, instead of after an hour."""
+    for path in (*(Path(words[1]) for words in scale.probe.values()), *paths):
         if not path.is_dir():
             raise ValueError(f"{path} is not there: make it with launchers/prepare_data.py (see its --help)")
 
@@ -135,10 +172,13 @@ def _parse() -> argparse.Namespace:
 
     parser = Parser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--scale", choices=("smoke", "small", "paper"), default="small", help="(default small)")
+    parser.add_argument(
+        "--study", choices=("fusions", "depths", "density"), help="one choice varied, instead of Tables 1, 2"
+    )
     parser.add_argument("--seeds", type=int, default=0, help="instead of the scale's own number")
     parser.add_argument("--jobs", type=int, default=2, help="commands at a time (%(default)s)")
     parser.add_argument("--data", type=Path, default=Path("data"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(runs/reproduce, or runs/<study>)")
     paper = parser.add_argument_group("the paper's scale")
     paper.add_argument("--world", type=int, default=8, help="GPUs to plan for (%(default)s)")
     paper.add_argument("--gpu", default="h100", help="of this kind (%(default)s): see plan.py")

@@ -64,7 +64,12 @@ DOORS: dict[str, set[str]] = {
     "webdataset": {"hive_scale/data/", "hive_scale/prepare/", "launchers/benchmarks/"},
     "wandb": {"hive_scale/observability/trackers.py"},
     "omegaconf": {"hive_scale/config.py", "hive_scale/config_merge.py", "hive_scale/presets.py"},
-    "matplotlib": {"hive_scale/report/", "hive_scale/plan/sweep.py", "launchers/benchmarks/"},
+    "matplotlib": {
+        "hive_scale/report/",
+        "hive_scale/plan/sweep.py",
+        "launchers/benchmarks/",
+        "launchers/reproduction/study_table.py",
+    },
     "submitit": {"hive_scale/slurm/"},
     "peft": {"hive_scale/model/adapters.py"},
     "gradio": {"hive_scale/commands/demo.py"},

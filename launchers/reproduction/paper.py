@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING
 from hive_scale import presets
 from hive_scale.slurm.downstream import SETS, TASKS
 from launchers.reproduction.phases import ENCODERS, FUSIONS
+from launchers.reproduction.studies import Arm, arms
 
 if TYPE_CHECKING:
     from hive_scale.config import Config
     from hive_scale.plan.run import Machine
 
 FAMILIES = {"siglip": "models/siglip-large-patch16-384", "clip": "models/clip-vit-large-patch14-336"}
+PRESET, DEPTHS = "paper_siglip", (6, 12, 18, 24)  # what studies vary, and after which of its blocks they probe
 CC3M = 595_375  # pairs of LLaVA-CC3M-Pretrain-595K
 # Samples with an image of LCS-558K and LLaVA-NeXT-Data, and the tokens per text to plan with: the caption limit in
 # pre-training, and a guess for conversations, whose lengths are not known here
@@ -63,18 +66,63 @@ class Row:
         run = ["--preset", "vlm", f"encoder={self.encoder}", f"output={self.vlm}"]
         return [*run, "--then", "probe,evaluate", "after.probe=--workers 8", *table_2]
 
+    def hours(self, machine: Machine) -> dict[str, float]:
+        """Planned hours of everything that is trained, by the names of `commands`; estimates (see plan/time.py)."""
+        found = {}
+        if self.method != "base":
+            found["pre-training"] = _pretraining(self, machine)
+        if self.vlm:
+            found["fine-tuning"] = _finetuning(self.family, machine)
+        return found
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One arm of a study: pre-training, and probes after several blocks."""
+
+    study: str
+    arm: Arm
+
+    family = "siglip"
+
+    @property
+    def method(self) -> str:
+        """What a reader calls it."""
+        return f"{self.arm.variant}, equal {self.arm.budget}"
+
+    @property
+    def encoder(self) -> str:
+        """Path of its run."""
+        return f"runs/{self.study}_{self.arm.key}"
+
+    def words(self) -> list[str]:
+        """Words of its pre-training, as for pretrain.py."""
+        steps = [f"stages.{stage}.max_steps={number}" for stage, number in self.arm.steps.items()]
+        return ["--preset", PRESET, *self.arm.words, *steps, f"output={self.encoder}"]
+
+    def commands(self, launch: str) -> Iterator[tuple[str, str]]:
+        """Return (description, command) pairs in order. `launch` starts a program on all GPUs."""
+        yield "pre-training", f"{launch} launchers/pretrain.py {shlex.join(self.words())}"
+        for depth in DEPTHS:
+            words = f"{self.encoder} --set {SETS} --workers 8 --depth {depth} --output {self.encoder}/probes/{depth}"
+            yield f"probes after block {depth}", f"{launch} launchers/probe.py {words}"
+
+    def submission(self) -> list[str]:
+        """Return the same, with probes at the depth of Table 1 only, as words for submit_pipeline.py."""
+        return [*self.words(), "--then", "probe", "after.probe=--workers 8"]
+
+    def hours(self, machine: Machine) -> dict[str, float]:
+        """Planned hours of the pre-training."""
+        config = presets.load(PRESET, None, self.words()[2:])
+        return {"pre-training": total(config, dict.fromkeys(config.stages, (CC3M, 77)), machine)}
+
+
+def trials(study: str) -> list[Trial]:
+    """Every arm of `study` at the paper's size."""
+    return [Trial(study, arm) for arm in arms(study, PRESET, None, CC3M)]
+
 
 ROWS = [Row(family, method) for family in FAMILIES for method in ENCODERS]
-
-
-def hours(row: Row, machine: Machine) -> dict[str, float]:
-    """Planned hours of everything that `row` trains, by the names of `commands`; estimates (see plan/time.py)."""
-    found = {}
-    if row.method != "base":
-        found["pre-training"] = _pretraining(row, machine)
-    if row.vlm:
-        found["fine-tuning"] = _finetuning(row.family, machine)
-    return found
 
 
 @cache

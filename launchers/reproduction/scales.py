@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Scale:
 
 
 def _steps(**stages: int) -> dict[str, Any]:
-    return {name: {"steps": steps} for name, steps in stages.items()}
+    return {name: {"max_steps": steps} for name, steps in stages.items()}
 
 
 def small(data: Path) -> Scale:
@@ -86,6 +86,21 @@ def small(data: Path) -> Scale:
     )
 
 
+def small_study(data: Path) -> Scale:
+    """The small scale with the first six layers of SmolLM2-135M, since a study trains many models."""
+    scale = small(data)
+    language = {"language": {"path": str(data / "smollm2"), "config": SHORT_SMOLLM2}}
+    stages = _steps(projector=30, language=30, joint=90)
+    return replace(
+        scale,
+        note="small: a ViT of 3.7M parameters, six layers of SmolLM2-135M, 64-pixel images; tells nothing about the "
+        "paper's sizes",
+        base_steps=300,
+        pretrain=scale.pretrain | {"model": language, "stages": stages},
+        probe={"fashion_mnist": [*scale.probe["fashion_mnist"], "--epochs", "5"]},
+    )
+
+
 def smoke(data: Path) -> Scale:
     """The same path with toy sizes, to see that it runs. Its figures mean nothing."""
     from hive_scale.presets import debug
@@ -100,7 +115,7 @@ def smoke(data: Path) -> Scale:
         pretrain={
             "model": {"language": language},
             "data": {"train": ["sample:train"], "heldout": ["sample:heldout"], "tokenizer": BYTES},
-            "stages": {name: {"steps": 2, **few} for name in ("projector", "language", "joint")},
+            "stages": {name: {"max_steps": 2, **few} for name in ("projector", "language", "joint")},
             "eval_interval": 0,
             **LEAN,
         },
@@ -108,7 +123,7 @@ def smoke(data: Path) -> Scale:
             "model": {"language": language},
             # too few samples to hold any out
             "data": {**_questions(data, "bytes", heldout="train"), "max_tokens": 200},
-            "stages": {name: {"steps": 2, **few} for name in ("connector", "language")},
+            "stages": {name: {"max_steps": 2, **few} for name in ("connector", "language")},
             **LEAN,
         },
         probe={"emoji": ["--data", str(data / "emoji"), *probe]},
@@ -126,3 +141,4 @@ def _questions(data: Path, tokenizer: str, heldout: str = "heldout") -> dict[str
 
 
 SCALES = {"small": small, "smoke": smoke}
+STUDY_SCALES = {"small": small_study, "smoke": smoke}

@@ -44,14 +44,15 @@ def markdown(made: dict[str, Any], note: str) -> str:
         "|---" * (len(columns) + 4) + "|",
     ]
     for key, name in ENCODERS.items():
-        cells = [_cell(made[key][column]) for column in columns]
+        cells = [cell(made[key][column]) for column in columns]
         lines.append(f"| {name} | " + " | ".join([*cells, *PAPER[key]]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+def cell(values: list[float], decimals: int = 1) -> str:
+    """Mean of `values`, with their standard deviation if there are several."""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
 
 
 def _read(path: Path) -> Any:
