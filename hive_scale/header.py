@@ -90,7 +90,8 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
             }
         )
     for name in left:
-        _show({"stage": f"{name}: {_length(config, name, data, world)}; {_parts(config, name)}"})
+        length, optimizer = _length(config, name, data, world), config.stages[name].optimizer
+        _show({"stage": f"{name}: {length}; {optimizer}; {_parts(config, name)}"})
 
 
 def show_plan(config: Config, data: Mapping[str, Data], left: Sequence[str], world: World) -> None:

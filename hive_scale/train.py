@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +23,7 @@ from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, StepOutput, memory, open_engine
 from hive_scale.engine.compilation import renewing_cache
+from hive_scale.engine.optimizer import optimizer_kind
 from hive_scale.exit_codes import Stopped
 from hive_scale.feature_cache import cached_features
 from hive_scale.model import build
@@ -36,7 +38,6 @@ from hive_scale.observability.throughput import Throughput
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import estimate
 from hive_scale.preflight import Data
-from hive_scale.registry import OPTIMIZERS
 from hive_scale.resilience.checkpoint_interval import CheckpointInterval
 from hive_scale.resilience.loss_guard import BAD_BATCHES, LossGuard
 from hive_scale.resilience.preemption import Preemption
@@ -309,10 +310,9 @@ class StageRun:
             loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout))
             at.eval_loss = loss_sum / max(1, num_tokens)
             metrics = {"eval_loss": at.eval_loss, "eval_seconds": round(perf_counter() - began, 6)}
-        second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
-        behind = self.moments.steps
+        behind, square_factor = self.moments.steps, partial(optimizer_kind(self.stage).square_factor, stage=self.stage)
         # read from the optimizer's state, so that it needs no extra backward
-        metrics |= layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
+        metrics |= layer_grad_rms(self.model, self.engine.fragments(), at.step, square_factor, self.world, behind)
         for callback in self.callbacks:
             callback.on_evaluate(self, metrics)
         return metrics

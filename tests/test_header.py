@@ -61,7 +61,9 @@ def test_a_header_says_what_will_run_where_on_what(
     assert told["data"].startswith(f"training, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable (22.2%): 1 x ")
     assert told[""].startswith(f"held-out, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable")
     language, joint = (text for label, text in lines if label == "stage")
-    assert language.startswith("language: 5 steps of 8 samples (micro-batch 4 x 2 accumulated); trained: language ")
+    assert language.startswith(
+        "language: 5 steps of 8 samples (micro-batch 4 x 2 accumulated); adamw; trained: language "
+    )
     assert "frozen: vision" in language
     assert "trained: vision" in joint
     assert "\x1b" not in shown

@@ -41,7 +41,8 @@ def planned(engine: Engine) -> dict[str, Bytes]:
         else:
             part.parameters += numel * layout.parameter_bytes / layout.parameter_ranks
             part.gradients += numel * layout.gradient_bytes / layout.gradient_ranks
-            part.optimizer += numel * layout.optimizer_bytes / layout.optimizer_ranks
+            kept = numel * layout.master_bytes + 4 * layout.states[name]
+            part.optimizer += kept / layout.optimizer_ranks
     return dict(result)
 
 
