@@ -47,12 +47,11 @@ from hive_scale.observability.layer_stats import layer_grad_rms
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
 from hive_scale.plan.devices import GPUS
-from hive_scale.plan.memory import examine
 from hive_scale.plan.run import Machine, plan_run
 
 ROOT = Path(__file__).parents[1]
-BOUNDS = {"muon": (2e-4, 5e-3), "adafactor": (2e-6, 1e-4)}  # relative of losses, absolute of weights
-BF16 = {"muon": (1e-3, 1e-2), "adafactor": (1e-3, 1e-2)}
+BOUNDS = {"muon": (5e-5, 5e-3), "adafactor": (2e-6, 1e-4)}  # relative of losses, absolute of weights
+BF16 = {"muon": (3e-4, 1e-2), "adafactor": (5e-4, 1e-2)}
 
 
 def stage(optimizer: str, size: int = 1, **changes: Any) -> StageConfig:
@@ -67,8 +66,8 @@ def opened(optimizer: str, cell: Cell, world: World, folder: str, **changes: Any
 
 
 def is_matrix(name: str, parameter: Tensor) -> bool:
-    """By name: the test's model has embeddings of tokens, positions and patches, and no head of its own."""
-    return parameter.ndim == 2 and "embed" not in name
+    """By name: the model has embeddings of tokens, positions and patches, no head, and a pooler that nothing reads."""
+    return parameter.ndim == 2 and "embed" not in name and "in_proj" not in name
 
 
 @cache
@@ -113,18 +112,24 @@ def trained(world: World, cells: list[tuple[str, Cell]], folder: str, out: str) 
     found = []
     for number, (optimizer, cell) in enumerate(cells):
         engine, _ = opened(optimizer, cell, world, folder)
-        losses = [engine.step(my_batches(cell, step, world), factor(step)).loss for step in range(STEPS)]
+        losses, path = [], Path(out, f"{number}")
+        for step in range(STEPS):
+            losses.append(engine.step(my_batches(cell, step, world), factor(step)).loss)
+            if step == 2 and "then ddp" in cell.engine:  # goes on there, from a checkpoint
+                Checkpointer(path, world).save(3, engine.fragments(), {}, wait=True)
+                engine, _ = opened(optimizer, Cell("ddp"), world, folder)
+                Checkpointer(path, world).load(steps_in(path)[-1], engine.fragments())
+                engine.after_load(3)
         plan, real = memory.planned(engine), memory.found(engine)
         share = sum(one.optimizer for one in real.values()) / sum(one.optimizer for one in plan.values())
         assert 0.98 < share < 1.02, "what is held was planned"
-        path = Path(out, f"{number}")
         Checkpointer(path, world).save(STEPS, engine.fragments(), {"step": STEPS}, wait=True)
         found.append((losses, str(path)))
     return found
 
 
 NATIVE = [("muon", Cell("ddp")), ("muon", Cell("fsdp")), ("muon", Cell("ddp", precision="bf16"))]
-NATIVE += [("muon", Cell("fsdp", precision="bf16")), ("adafactor", Cell("ddp"))]
+NATIVE += [("muon", Cell("fsdp", precision="bf16")), ("muon", Cell("fsdp, then ddp")), ("adafactor", Cell("ddp"))]
 NATIVE += [("adafactor", Cell("ddp", precision="bf16"))]
 ALONE = [(name, Cell("one", precision=precision)) for name in BOUNDS for precision in ("fp32", "bf16")]
 
@@ -165,6 +170,7 @@ def test_hidden_matrices_are_the_linear_layers_but_the_head() -> None:
         "language.model.embed_tokens.weight",
         "language.lm_head.weight",
         "vision.embeddings.position_embedding.weight",
+        "vision.head.attention.in_proj_weight",  # never trained
     }
 
 
@@ -180,9 +186,9 @@ def test_muon_trains_the_factors_of_an_adapter(folder: str, world: World) -> Non
 # -- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def config_of(output: Path, optimizer: str, **changes: Any) -> Config:
+def config_of(output: Path, optimizer: str) -> Config:
     config = small(output, steps=3, save_interval=1)
-    stages = {name: replace(one, optimizer=optimizer, **changes) for name, one in config.stages.items()}
+    stages = {name: replace(config.stages[name], optimizer=optimizer) for name in ("projector", "joint")}
     return replace(config, stages=stages)
 
 
@@ -247,20 +253,20 @@ def test_another_optimizers_checkpoint_is_refused(runs: dict[str, Config], folde
 def test_states_are_carried_into_the_next_stage(
     optimizer: str, runs: dict[str, Config], world: World, tmp_path: Path
 ) -> None:
-    """With learning rates of zero, the states after a stage's steps are those before it, decayed and added to."""
     began: dict[str, Tensor] = {}
+    counts: set[int] = set()
 
     class Look(Callback):
         def on_stage(self, stage: Any) -> None:
-            if stage.name == "language":
+            if stage.name == "joint":
                 for one in stage.engine.fragments():
                     began[f"{one.kind}/{one.name}"] = one.data.clone().view(one.shape)
-                self.steps = {int(state["step"]) for state in stage.engine.optimizer.state.values() if "step" in state}
+                counts.update(int(one["step"]) for one in stage.engine.optimizer.state.values() if "step" in one)
 
     config = replace(runs[optimizer], output=str(tmp_path / "run"))
-    stages = {**config.stages, "language": replace(config.stages["language"], carry_optimizer_state=True)}
-    look = Look()
-    run_pipeline(replace(config, stages=stages), world, callbacks=[look])
+    stages = {**config.stages, "joint": replace(config.stages["joint"], carry_optimizer_state=True, max_steps=1)}
+    run_pipeline(replace(config, stages=stages), world, callbacks=[Look()])
+    assert counts == {0, 3}, "each parameter counts its own steps"
     before = StepCheckpoint(steps_in(config.run_dir / "projector")[-1])
     carried = [key for key in before.shapes if not key.startswith("master/") and key in began]
     assert {key.split("/")[0] for key in carried} == set(optimizer_kind(config.stages["joint"]).states)
@@ -268,32 +274,6 @@ def test_states_are_carried_into_the_next_stage(
         kind, name = key.split("/", 1)
         assert torch.equal(began[key], before.master(name, kind)), key
         assert began[key].any(), key
-
-
-def resumed(world: World, folder: str, out: str) -> list[float]:
-    """Muon's run, begun on FSDP2 in two processes or on one, goes on here under DDP: losses of the last steps."""
-    losses = []
-    engine, _ = opened("muon", Cell("ddp" if world.size > 1 else "one"), world, folder)
-    store = Checkpointer(Path(out), world)
-    store.load(steps_in(Path(out))[-1], engine.fragments())
-    engine.after_load(3)
-    for step in range(3, STEPS):
-        losses.append(engine.step(my_batches(Cell("ddp"), step, world), factor(step)).loss)
-    return losses
-
-
-def begun(world: World, folder: str, out: str) -> None:
-    engine, _ = opened("muon", Cell("fsdp"), world, folder)
-    for step in range(3):
-        engine.step(my_batches(Cell("fsdp"), step, world), factor(step))
-    Checkpointer(Path(out), world).save(3, engine.fragments(), {"step": 3}, wait=True)
-
-
-def test_a_run_of_fsdp_goes_on_under_ddp(folder: str, tmp_path: Path) -> None:
-    ranks.run(begun, 2, folder, str(tmp_path))
-    losses = ranks.run(resumed, 2, folder, str(tmp_path))[0]
-    expected, _ = by_hand("muon")
-    assert losses == pytest.approx(expected[3:], rel=BOUNDS["muon"][0])
 
 
 # -- engines that cannot -------------------------------------------------------------------------------------------
@@ -320,12 +300,10 @@ def test_an_engine_that_cannot_is_refused_with_the_remedy(
 
 def test_a_command_refuses_before_training(tmp_path: Path) -> None:
     words = [f"output={tmp_path / 'run'}", "stages.joint.optimizer=muon", "--ds_config=ds_configs/zero2.json"]
-    for launcher in ("pretrain", "plan"):
-        more = ["--gpu", "rtx3090", "--world", "2"] if launcher == "plan" else []
-        command = [sys.executable, f"launchers/{launcher}.py", *words, *more]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 2, done.stderr
-        assert "stages.joint: optimizer=muon needs tensors in their shapes" in done.stderr
+    command = [sys.executable, "launchers/pretrain.py", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "stages.joint: optimizer=muon needs tensors in their shapes" in done.stderr
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -339,23 +317,18 @@ def config_to_plan(optimizer: str, **engine: Any) -> Config:
 
 
 def test_the_planner_counts_their_states() -> None:
-    sizes, shapes = {}, {}
-    for optimizer in ("adamw", *BOUNDS):
-        config = config_to_plan(optimizer)
-        facts = examine(config, config.stages["joint"], 12)
-        shapes = {param.name: param.shape for param in facts.params if param.trained}
-        sizes[optimizer] = facts.states * facts.numel(True)
+    machine, joint = Machine(GPUS["rtx3090"], 1), config_to_plan("adamw").stages["joint"]
+    model, _ = build.for_stage(config_to_plan("adamw").model, joint)
+    shapes = {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad}
     every = sum(map(math.prod, shapes.values()))
     matrices = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
-    assert sizes["adamw"] == 2 * every
-    assert sizes["muon"] == pytest.approx(2 * every - matrices)
-    factored = [math.prod(one[:-2]) * (one[-2] + one[-1]) for one in shapes.values() if len(one) > 1]
+    factors = sum(math.prod(one[:-2]) * (one[-2] + one[-1]) for one in shapes.values() if len(one) > 1)
     vectors = sum(math.prod(shape) for shape in shapes.values() if len(shape) < 2)
-    assert sizes["adafactor"] == pytest.approx(sum(factored) + vectors)
-    plans = {name: plan_run(config_to_plan(name), Machine(GPUS["rtx3090"], 1), 1000)[0] for name in sizes}
-    for name, elements in sizes.items():
-        assert plans[name].memory.moments == pytest.approx(4 * elements)
-        assert plans[name].checkpoint == pytest.approx(4 * (every + elements))
+    sizes = {"adamw": 2 * every, "muon": 2 * every - matrices, "adafactor": factors + vectors}
+    plans = {optimizer: plan_run(config_to_plan(optimizer), machine, 1000)[0] for optimizer in sizes}
+    for optimizer, elements in sizes.items():
+        assert plans[optimizer].memory.moments == pytest.approx(4 * elements)
+        assert plans[optimizer].checkpoint == pytest.approx(4 * (every + elements))
     assert plans["muon"].time.updating > plans["adafactor"].time.updating, "products of matrices take time"
 
 

@@ -261,12 +261,13 @@ def refusal(
         return f"optimizer={name} is not for tensors in host memory: set engine.cpu_offload=false, or {ADAMW}"
     if cut == "nothing" and shard > 1:
         return f"optimizer={name} needs whole tensors, and FSDP2 cuts them: set engine.shard_size=1 for DDP, or {ADAMW}"
-    for parameter in (parameter for group in groups if group.matrices for parameter in group.parameters):
-        if (rows := shapes[parameter][0]) < shard:
-            return (
-                f"optimizer={name}: {parameter} has {rows} rows, too few for a shard on each of {shard} processes: set "
-                f"engine.shard_size={rows} or less, or {ADAMW}"
-            )
+    rows = {one: shapes[one][0] for group in groups if group.matrices for one in group.parameters}
+    least = min(rows, key=rows.__getitem__, default="")
+    if least and rows[least] < shard:
+        return (
+            f"optimizer={name}: {least} has {rows[least]} rows, too few for a shard on each of {shard} processes: set "
+            f"engine.shard_size={rows[least]} or less, or {ADAMW}"
+        )
     return ""
 
 
