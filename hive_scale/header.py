@@ -87,6 +87,7 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
             {
                 "data": f"training{of}, {train}{_samples(one.train)}",
                 "": f"held-out{of}, {heldout if one.heldout else ''}{_samples(one.heldout)}",
+                "tokenizer": f"{patterns.tokenizer.path}{of}, {one.tokenizer.vocab_size:,} tokens",
             }
         )
     for name in left:

@@ -152,8 +152,13 @@ class StageRun:
         parent: Path,
         preemption: Preemption,
         callbacks: Sequence[Callback] = (),
+        explains: bool = True,
     ) -> None:
-        self.callbacks = callbacks
+        """Open all that the stage needs. `explains`: what is shown comes with its legend, since no stage came before.
+
+        Raises ValueError if the stage cannot be trained as the config says.
+        """
+        self.callbacks, self.explains = callbacks, explains
         self.config, self.name, self.data, self.world, self.preemption = config, name, data, world, preemption
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
@@ -231,7 +236,7 @@ class StageRun:
         )
         log = StageLog(self.dir, self.num_steps, at.step, at.tokens, config.log, self.world)
         with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
-            log.print(memory.report(self.engine), keep="memory.txt")
+            self._show_memory(log)
             while at.step < self.num_steps:
                 timer.step = at.step + 1
                 begin(timer.step)
@@ -276,6 +281,11 @@ class StageRun:
                         return False
             log.print(f"{self.name}: {self.goodput.close()}")
         return self._save(wait=False)
+
+    def _show_memory(self, log: StageLog) -> None:
+        table = memory.report(self.engine)
+        log.keep("memory.txt", f"{table}\n{memory.LEGEND}")
+        log.print(f"{table}\n{memory.LEGEND}" if self.explains else table)
 
     def _save(self, wait: bool) -> bool:
         """Save a checkpoint, perhaps in the background. Returns False, without saving, if the state is not finite."""
