@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 OLDEST, NEWEST = (3, 11), (3, 13)  # as requires-python in pyproject.toml
 INSTALL = "pip install -r requirements.lock (make install) gives versions that were tried together"
@@ -14,6 +15,24 @@ def main() -> int:
     Returns:
         The command's exit code; 2 for an unknown command, or if this environment cannot run it.
     """
+    return _unless_stopped(_main)
+
+
+def run(command: str, words: list[str] | None = None, program: str | None = None) -> int:
+    """Check the environment, then run `command` with `words` (default: sys.argv). Returns the exit code."""
+    return _unless_stopped(lambda: _run(command, words, program))
+
+
+def _unless_stopped(work: Callable[[], int]) -> int:
+    """Call `work`; if Ctrl-C ends it before `exit_codes.ended` is there to say so, answer as that does."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with what is left to do", file=sys.stderr)
+        return 75  # exit_codes.TRY_AGAIN
+
+
+def _main() -> int:
     words = sys.argv[1:]
     # the deepspeed launcher inserts its own option before the command: --local_rank=0 pretrain ...
     own = [word for word in words[:1] if word.startswith("--local_rank")]
@@ -22,11 +41,10 @@ def main() -> int:
         from hive_scale.exit_codes import ended
 
         return ended(_show_usage)
-    return run(words[0], [*own, *words[1:]], f"python -m hive_scale {words[0]}")
+    return _run(words[0], [*own, *words[1:]], f"python -m hive_scale {words[0]}")
 
 
-def run(command: str, words: list[str] | None = None, program: str | None = None) -> int:
-    """Check the environment, then run `command` with `words` (default: sys.argv). Returns the exit code."""
+def _run(command: str, words: list[str] | None, program: str | None) -> int:
     if code := check_python():
         return code
     from hive_scale.commands import COMMANDS

@@ -143,6 +143,15 @@ def _is_key(name: str) -> bool:
     return first in own | {"slurm", "after", "then"}
 
 
+def count(text: str) -> int:
+    """The whole number that an option's `text` means: 60000, 60_000, 60k, 1.5M. Raises ArgumentTypeError."""
+    found = re.fullmatch(r"([\d_,]*\d(?:\.\d+)?)([kKmM]?)", text)
+    value = float(re.sub("[_,]", "", found[1])) * {"": 1, "k": 1e3, "m": 1e6}[found[2].lower()] if found else 0.5
+    if value != round(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is no whole number: give one, such as 60000, 60k or 3M")
+    return round(value)
+
+
 def add_run_arguments(
     parser: Parser, keys: str = "any key of the config, such as output=DIR", default: str = "debug"
 ) -> None:

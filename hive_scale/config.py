@@ -262,11 +262,12 @@ class StageConfig:
     max_grad_norm: float = 1.0  # gradients are clipped to this L2 norm; .inf: no clipping
     warmup_ratio: float = 0.03  # linear warmup, as a share of the steps
     min_lr: float = 0.1  # learning rate at the end of the cosine, as a share of the peak
-    optimizer: str = "adamw"  # name of a registered optimizer: see docs/extending.md
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    # adamw; muon: Muon for the weights of linear layers, AdamW for the rest; adafactor; or a registered one of yours
+    optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW
+    eps: float = 1e-8  # of AdamW; its square bounds adafactor's mean squares
     ema: float = 0.0  # decay per step of an average of the trained weights, such as 0.9999; 0: none is kept
-    # true: parameters that the previous stage trained too keep their AdamW moments; false: all moments start at zero
+    # true: parameters that the previous stage trained too keep their optimizer's moments; false: all start at zero
     carry_optimizer_state: bool = False
     decoupled_weight_decay: bool = True  # weight decay does not scale with the peak learning rate (paper, Table 3)
     seed: int = 0  # of data order and step randomness; the first stage's also of newly drawn weights

@@ -80,6 +80,7 @@ def resolve(base: T, *layers: Any) -> T:
         if order:
             stages = ordered(list(node.stages), order)
             OmegaConf.update(node, "stages", {name: node.stages[name] for name in stages}, merge=False)
+        _check_each_stage(node)
         found = cast(T, OmegaConf.to_object(node))
         plain = asdict(cast(Any, found))
         refuse_references(plain, None)
@@ -313,6 +314,17 @@ def _check_stages(node: DictConfig, words: Sequence[str]) -> None:
             near = get_close_matches(parts[1], list(node.stages), n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(node.stages)}"
             raise ValueError(f"config: {'.'.join(parts)}: there is no stage '{parts[1]}': {hint}")
+
+
+def _check_each_stage(node: DictConfig) -> None:
+    """Raises ValueError for a bad value in a stage, with the stage's name, which a stage itself does not know."""
+    for name in node.stages if "stages" in node else ():
+        try:
+            OmegaConf.to_object(node.stages[name])
+        except OmegaConfBaseException:
+            raise  # it has the whole key
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from None
 
 
 def _read(layer: Any, kind: type) -> DictConfig | ListConfig:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 class Fragment(NamedTuple):
-    """A contiguous range of one flattened parameter, or of its optimizer moment, that this rank owns.
+    """A contiguous range of one flattened parameter, or of a state of its optimizer, that this rank owns.
 
     Every kind of sharding owns such ranges, so a list of fragments describes the state of any engine.
     """
@@ -42,8 +42,8 @@ class Fragment(NamedTuple):
     name: str  # parameter name, as in model.named_parameters()
     # "master" (fp32 weight), a state of the optimizer ("exp_avg" or "exp_avg_sq" for AdamW), or "ema" (the average)
     kind: str
-    shape: tuple[int, ...]  # shape of the whole parameter
-    offset: int  # start of this range in the flattened parameter, in elements
+    shape: tuple[int, ...]  # shape of the whole tensor: the parameter's, unless a state has another
+    offset: int  # start of this range in the flattened tensor, in elements
     data: Tensor  # 1-D fp32 view of the memory that the optimizer itself uses
 
 

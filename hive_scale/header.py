@@ -87,10 +87,12 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
             {
                 "data": f"training{of}, {train}{_samples(one.train)}",
                 "": f"held-out{of}, {heldout if one.heldout else ''}{_samples(one.heldout)}",
+                "tokenizer": f"{patterns.tokenizer.path}{of}, {one.tokenizer.vocab_size:,} tokens",
             }
         )
     for name in left:
-        _show({"stage": f"{name}: {_length(config, name, data, world)}; {_parts(config, name)}"})
+        length, optimizer = _length(config, name, data, world), config.stages[name].optimizer
+        _show({"stage": f"{name}: {length}; {optimizer}; {_parts(config, name)}"})
 
 
 def show_plan(config: Config, data: Mapping[str, Data], left: Sequence[str], world: World) -> None:

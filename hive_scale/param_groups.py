@@ -20,6 +20,7 @@ class ParamGroup:
     lr: float  # peak learning rate
     weight_decay: float  # as in torch.optim.AdamW: it is multiplied by the current learning rate
     steps_behind: int = 0  # optimizer steps of earlier stages that are in the moments
+    matrices: bool = False  # True: hidden matrices alone, which an optimizer has set apart (`OptimizerKind.divide`)
 
 
 def apply_trainable_groups(model: nn.Module, stage: StageConfig, dormant: Collection[str] = ()) -> list[ParamGroup]:

@@ -187,7 +187,9 @@ def _run_stages(
         if name in left:
             world.timer.enter("start")
             begin_stage(config, name, world)
-            checkpoint = StageRun(config, name, data[name], world, weights, preemption, callbacks).run()
+            checkpoint = StageRun(
+                config, name, data[name], world, weights, preemption, callbacks, explains=name == left[0]
+            ).run()
             world.timer.enter("handoff")
             memory.release()
             if world.is_main:

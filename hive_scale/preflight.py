@@ -21,6 +21,7 @@ from hive_scale.device import kind
 from hive_scale.distributed import World
 from hive_scale.engine import check_device
 from hive_scale.engine.compilation import check_compiler
+from hive_scale.engine.optimizer import check_optimizer
 from hive_scale.feature_cache import check_disk
 from hive_scale.model import build
 from hive_scale.strangers import some
@@ -117,7 +118,9 @@ def check(config: Config, data: Mapping[str, Data], worlds: Mapping[str, int], h
         if name == next(other for other, opened in data.items() if opened is data[name]):  # one warning for one set
             _check_heldout(config, name, data[name])
         try:
-            model, _ = build.for_stage(config.model, stage)
+            model, groups = build.for_stage(config.model, stage)
+            if name in worlds:
+                check_optimizer(stage, groups, model, config.engine, worlds[name])
             build.check_positions(model, config.data_of(name).max_tokens)
             if name in worlds:
                 stage.accumulation(worlds[name])

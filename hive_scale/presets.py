@@ -6,11 +6,15 @@ Among those words, arguments of the preset itself (``fusion=concat``) may be giv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -23,10 +27,28 @@ from hive_scale.config import (
     StageConfig,
     TokenizerConfig,
 )
+from hive_scale.config_merge import logger as merging
 from hive_scale.config_merge import read_words, read_yaml, refuse_references, resolve, with_new_names
 from hive_scale.registry import FUSIONS, use_extensions
 
 LLM_BODY = ("language.model.layers.*", "language.model.norm.*")  # all but embeddings and head, as in the authors' code
+
+
+class _Declared(NamedTuple):
+    """What presets ask of a fusion's class; of an unknown one, placeholders of the right kind."""
+
+    new_parameters: Sequence[str] = ("*",)
+    with_llm: Sequence[str] = ()
+    gates: Sequence[str] = ("*",)
+    beside_gates: Sequence[str] = ("*",)
+    lengthens_sequence: bool = False
+
+
+_is_draft = ContextVar("_is_draft", default=False)  # True: no fusion is imported, and nothing is said
+
+
+def _fusion(name: str) -> Any:
+    return _Declared() if _is_draft.get() else FUSIONS[name]
 
 
 def three_stages(
@@ -39,7 +61,7 @@ def three_stages(
 
     The fusion declares its new parameters, which train from the first stage on.
     """
-    kind = FUSIONS[fusion]
+    kind = _fusion(fusion)
     with_llm = [*llm, *kind.with_llm]
 
     def group(parameters: Sequence[str], lr: float) -> GroupConfig:
@@ -59,7 +81,7 @@ def three_stages(
 
 def open_gates(groups: dict[str, GroupConfig], fusion: str, lr: float = 3e-2) -> None:
     """Give the gates in `groups` their own, higher rate for short runs: little is learned behind a closed gate."""
-    kind = FUSIONS[fusion]
+    kind = _fusion(fusion)
     if kind.gates:
         groups["connector"] = replace(groups["connector"], parameters=list(kind.beside_gates))
         groups["gates"] = GroupConfig(list(kind.gates), lr)
@@ -246,7 +268,7 @@ MOBILELLM_350M: dict[str, Any] = {
 
 def _paper(name: str, fusion: str, hub: str, vision: dict[str, Any], later: bool) -> Config:
     groups = three_stages(fusion, (1e-3, 5e-5, 5e-6))
-    sequence = FUSIONS[fusion].lengthens_sequence
+    sequence = _fusion(fusion).lengthens_sequence
     return Config(
         name=_name(name, fusion),
         model=ModelConfig(
@@ -374,7 +396,7 @@ def _vlm_groups(
     fusion: str, rates: tuple[float, float], llm_only: bool
 ) -> tuple[dict[str, GroupConfig], dict[str, GroupConfig]]:
     """Parameter groups of the stages `connector` and `language`; the encoder is frozen in both."""
-    kind = FUSIONS[fusion]
+    kind = _fusion(fusion)
     first = {"connector": GroupConfig(list(kind.new_parameters), rates[0])}
     second = {"language": GroupConfig(["language.*", *kind.with_llm], rates[1])}
     if not llm_only:
@@ -405,8 +427,32 @@ SAVED = {"name", "output", "model", "data", "stages", "engine", "log", "profile"
 def load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     """Build the config from a preset, a YAML file and ``key=value`` words, each overriding the one before.
 
-    The file may name the preset that it extends (``preset: debug``). Raises ValueError with the remedy.
+    The file may name the preset that it extends (``preset: debug``). Raises ValueError with the remedy: for most
+    mistakes before torch is imported, which takes seconds, and which fusions need.
     """
+    if "torch" not in sys.modules:
+        with _drafting():
+            _load(preset, file, words)
+    return _load(preset, file, words)
+
+
+@contextmanager
+def _drafting() -> Iterator[None]:
+    """Context in which a config is made to find mistakes in it: its groups are not those of the fusion."""
+    token = _is_draft.set(True)
+    merging.addFilter(_say_nothing)  # warnings are for the config that is made afterwards
+    try:
+        yield
+    finally:
+        merging.removeFilter(_say_nothing)
+        _is_draft.reset(token)
+
+
+def _say_nothing(record: logging.LogRecord) -> bool:
+    return False
+
+
+def _load(preset: str | None, file: Path | None, words: Sequence[str]) -> Config:
     layer: dict[str, Any] = read_file(file) if file else {}
     if file and _is_a_runs(file, layer):
         refuse_references(layer, file)

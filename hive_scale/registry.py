@@ -139,5 +139,5 @@ ENCODERS = Registry(
 )
 LLMS = ("llama", "qwen2", "qwen3", "mistral", "smollm3", "olmo2", "granite", "phi3", "gemma2", "gemma3_text")
 HOSTS = Registry("LLM family", dict.fromkeys(LLMS, "hive_scale.model.hosts"))
-OPTIMIZERS = Registry("optimizer", {"adamw": "hive_scale.engine.optimizer"})
+OPTIMIZERS = Registry("optimizer", dict.fromkeys(("adamw", "muon", "adafactor"), "hive_scale.engine.optimizer"))
 ADAPTERS = Registry("adapter", dict.fromkeys(("lora", "dora"), "hive_scale.model.adapters"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +23,7 @@ from hive_scale.config import Config
 from hive_scale.distributed import World
 from hive_scale.engine import Engine, StepOutput, memory, open_engine
 from hive_scale.engine.compilation import renewing_cache
+from hive_scale.engine.optimizer import optimizer_kind
 from hive_scale.exit_codes import Stopped
 from hive_scale.feature_cache import cached_features
 from hive_scale.model import build
@@ -36,7 +38,6 @@ from hive_scale.observability.throughput import Throughput
 from hive_scale.plan.devices import peak_flops
 from hive_scale.plan.flops import estimate
 from hive_scale.preflight import Data
-from hive_scale.registry import OPTIMIZERS
 from hive_scale.resilience.checkpoint_interval import CheckpointInterval
 from hive_scale.resilience.loss_guard import BAD_BATCHES, LossGuard
 from hive_scale.resilience.preemption import Preemption
@@ -151,8 +152,13 @@ class StageRun:
         parent: Path,
         preemption: Preemption,
         callbacks: Sequence[Callback] = (),
+        explains: bool = True,
     ) -> None:
-        self.callbacks = callbacks
+        """Open all that the stage needs. `explains`: what is shown comes with its legend, since no stage came before.
+
+        Raises ValueError if the stage cannot be trained as the config says.
+        """
+        self.callbacks, self.explains = callbacks, explains
         self.config, self.name, self.data, self.world, self.preemption = config, name, data, world, preemption
         self.stage, self.dir = config.stages[name], config.run_dir / name
         self.metrics = self.dir / "metrics.jsonl"
@@ -230,7 +236,7 @@ class StageRun:
         )
         log = StageLog(self.dir, self.num_steps, at.step, at.tokens, config.log, self.world)
         with log, profiling(config.profile, self.dir / "profile", self.model.blocks(), self.world) as begin:
-            log.print(memory.report(self.engine), keep="memory.txt")
+            self._show_memory(log)
             while at.step < self.num_steps:
                 timer.step = at.step + 1
                 begin(timer.step)
@@ -276,6 +282,11 @@ class StageRun:
             log.print(f"{self.name}: {self.goodput.close()}")
         return self._save(wait=False)
 
+    def _show_memory(self, log: StageLog) -> None:
+        table = memory.report(self.engine)
+        log.keep("memory.txt", f"{table}\n{memory.LEGEND}")
+        log.print(f"{table}\n{memory.LEGEND}" if self.explains else table)
+
     def _save(self, wait: bool) -> bool:
         """Save a checkpoint, perhaps in the background. Returns False, without saving, if the state is not finite."""
         self.world.timer.enter("save")
@@ -309,10 +320,9 @@ class StageRun:
             loss_sum, num_tokens = self.engine.evaluate(log.evaluating(self.heldout))
             at.eval_loss = loss_sum / max(1, num_tokens)
             metrics = {"eval_loss": at.eval_loss, "eval_seconds": round(perf_counter() - began, 6)}
-        second = OPTIMIZERS[self.stage.optimizer].mean_square, self.stage.betas[1]
-        behind = self.moments.steps
+        behind, square_factor = self.moments.steps, partial(optimizer_kind(self.stage).square_factor, stage=self.stage)
         # read from the optimizer's state, so that it needs no extra backward
-        metrics |= layer_grad_rms(self.model, self.engine.fragments(), at.step, second, self.world, behind)
+        metrics |= layer_grad_rms(self.model, self.engine.fragments(), at.step, square_factor, self.world, behind)
         for callback in self.callbacks:
             callback.on_evaluate(self, metrics)
         return metrics

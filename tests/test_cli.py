@@ -7,6 +7,7 @@ not say what to type.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from hive_scale import __main__ as program
-from hive_scale.cli import Parser, add_run_arguments, add_training_arguments
+from hive_scale.cli import Parser, add_run_arguments, add_training_arguments, count
 from hive_scale.commands import (
     COMMANDS,
     demo,
@@ -167,3 +168,52 @@ def test_a_number_that_is_no_port_is_refused(
     monkeypatch.setattr(sys, "argv", ["demo", "runs/none", f"--port={port}"])
     assert demo.main() == 2
     assert f"--port {port} is no port" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("pretrain outputt=x", "Did you mean: 'output'?"),
+        ("pretrain stages.joint.ema=2", "stages.joint: ema=2 is a decay per step"),
+        ("pretrain --preset rtx3090 stages.joint.optimizer=moun", "did you mean muon?"),
+        ("plan --preset paper_siglip stages.joint.lrr=1", "Key 'lrr' not in 'StageConfig'"),
+        ("plan --gpu rtx9999", "no such GPU"),
+        ("probe runs/x --set emoji --headss knn", "did you mean --heads?"),
+        ("evaluate runs/x --tasks mmee", "there is no task 'mmee'"),
+    ],
+)
+def test_a_mistake_is_answered_before_torch_is_imported(line: str, answer: str) -> None:
+    """That takes seconds, of which a typo is not worth one."""
+    command = [sys.executable, "-X", "importtime", "-m", "hive_scale", *line.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert done.returncode == 2, said
+    assert answer in "\n".join(said)
+    assert not [line for line in done.stderr.splitlines() if line.endswith(("| torch", "  torch"))]
+
+
+@pytest.mark.parametrize("text", ["60000", "60_000", "60,000", "60k", "60K", "0.06M"])
+def test_a_count_may_be_short(text: str) -> None:
+    assert count(text) == 60_000
+
+
+@pytest.mark.parametrize("text", ["60x", "k", "1.5", "-3", "1e4", ""])
+def test_what_is_no_count_is_answered_with_some(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="give one, such as 60000, 60k or 3M"):
+        count(text)
+
+
+def test_ctrl_c_while_a_command_begins_is_one_line() -> None:
+    """The first half second, in which packages are checked and modules are imported."""
+    command = [sys.executable, "-u", "-X", "importtime", "-m", "hive_scale", "plan"]
+    for module in ("hive_scale.commands", "packaging", "hive_scale.exit_codes", "omegaconf"):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        said: list[str] = []
+        for line in process.stderr:
+            if not line.startswith("import time:"):
+                said.append(line)
+            elif line.split("|")[-1].strip() == module:  # it is imported now
+                process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 75, module
+        assert said == ["stopped: the same command goes on with what is left to do\n"], module

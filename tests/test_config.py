@@ -82,6 +82,8 @@ def test_words_override_files_and_files_override_presets(tmp_path: Path) -> None
         (["data.max_tokens=1"], "leaves no room"),
         (["model.encoder_layer_ratio=0"], "above 0"),
         (["stages.joint.adapter=lora"], "such as stages.joint.adapter.kind=lora"),
+        (["stages.joint.adapter.rank=0"], "stages.joint: adapter.rank=0, adapter.alpha=32: set both to 1 or more"),
+        (["stages.joint.ema=2"], "stages.joint: ema=2 is a decay per step: set it from 0"),
         (["stages.joint.global_batch=0"], "at least 1"),
         (["stages.joint.data.trian=[a.tar]"], "stages.joint.data: trian: .* Did you mean: 'train'"),
         (["stages.joint.data.max_tokens=1"], "stages.joint.data: .* leaves no room"),

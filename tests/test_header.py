@@ -16,6 +16,7 @@ import torch
 from hive_scale import device, header, presets
 from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import World, session
+from hive_scale.engine import memory
 from hive_scale.pipeline import run_pipeline
 from hive_scale.preflight import open_all
 
@@ -52,7 +53,18 @@ def test_a_header_says_what_will_run_where_on_what(
     shown = capsys.readouterr().out
     lines = [(line[:10].strip(), line[11:]) for line in shown.splitlines()]
     labels = [label for label, _ in lines]
-    assert labels == ["run", "output", "stages", "device", "processes", "engine", "data", "", "stage", "stage"]
+    assert labels == [
+        "run",
+        "output",
+        "stages",
+        "device",
+        "processes",
+        "engine",
+        "data",
+        "",
+        "tokenizer",
+        *["stage"] * 2,
+    ]
     told = dict(lines)
     assert told["run"] == "debug"
     assert told["stages"] == "projector (not now), language (goes on from step 3), joint"
@@ -60,8 +72,11 @@ def test_a_header_says_what_will_run_where_on_what(
     assert told["engine"] == "native engine in one process, nothing is sharded; fp32"
     assert told["data"].startswith(f"training, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable (22.2%): 1 x ")
     assert told[""].startswith(f"held-out, {tmp_path}/train-0.tar: 7 samples in 1 shard; 2 unusable")
+    assert told["tokenizer"] == "bytes, 259 tokens"
     language, joint = (text for label, text in lines if label == "stage")
-    assert language.startswith("language: 5 steps of 8 samples (micro-batch 4 x 2 accumulated); trained: language ")
+    assert language.startswith(
+        "language: 5 steps of 8 samples (micro-batch 4 x 2 accumulated); adamw; trained: language "
+    )
     assert "frozen: vision" in language
     assert "trained: vision" in joint
     assert "\x1b" not in shown
@@ -149,3 +164,16 @@ def test_a_plan_that_fails_stops_nothing(
     gpu(monkeypatch, "NVIDIA H100 80GB HBM3", 85 * GB)
     header.show_plan(config, open_all(config, noted=False), ["joint"], world)
     assert "stage joint cannot be planned: " in caplog.text
+
+
+def test_the_memory_tables_legend_is_shown_once(
+    tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run(tmp_path)
+    stages = {name: replace(config.stages[name], max_steps=1) for name in ("projector", "joint")}
+    run_pipeline(replace(config, stages=stages), world)
+    shown = capsys.readouterr().out
+    assert shown.count("MB per process") == 2
+    assert shown.count(memory.LEGEND) == 1
+    for name in stages:
+        assert (config.run_dir / name / "memory.txt").read_text().endswith(f"{memory.LEGEND}\n"), "each explains itself"

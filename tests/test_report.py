@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -27,8 +28,9 @@ from torch.cuda._memory_viz import trace as trace_of
 from hive_scale import config as configs
 from hive_scale import presets
 from hive_scale.batch import Sample, collate
-from hive_scale.config import Config, PartConfig
+from hive_scale.config import Config, GroupConfig, PartConfig, StageConfig
 from hive_scale.distributed import Fragment, World, session
+from hive_scale.engine.optimizer import optimizer_kind
 from hive_scale.model.build import init_model
 from hive_scale.observability.console import console
 from hive_scale.observability.layer_stats import layer_grad_rms, layer_of
@@ -170,12 +172,14 @@ def test_gauges_are_the_moments_and_gates_summed_over_ranks() -> None:
         Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg_sq", (2,), 1, torch.tensor([0.76])),
         Fragment("vision.encoder.layers.0.mlp.fc1.bias", "exp_avg", (2,), 0, torch.tensor([5.0, 5.0])),
     ]
-    found = layer_grad_rms(model, fragments, 2, ("exp_avg_sq", 0.9), World(0, 1, torch.device("cpu")))
+    adamw = StageConfig({"all": GroupConfig(["*"], 1e-3)}, betas=(0.8, 0.9))
+    factor = partial(optimizer_kind(adamw).square_factor, stage=adamw)
+    found = layer_grad_rms(model, fragments, 2, factor, World(0, 1, torch.device("cpu")))
     assert found["gates"] == pytest.approx({"0": 0.0, "1": 0.46211716})
     assert found["grad_rms"]["vision.0"] == pytest.approx(3.0)  # (0.95 + 0.76) / (1 - 0.9**2) = 9
     assert found["grad_rms"]["fusion.1"] == pytest.approx(1.0)
     behind = {"vision.encoder.layers.0.mlp.fc1.bias": 3}  # steps of the stage before, in its moments alone
-    found = layer_grad_rms(model, fragments, 2, ("exp_avg_sq", 0.9), World(0, 1, torch.device("cpu")), behind)
+    found = layer_grad_rms(model, fragments, 2, factor, World(0, 1, torch.device("cpu")), behind)
     assert found["grad_rms"]["vision.0"] == pytest.approx((1.71 / (1 - 0.9**5)) ** 0.5)
     assert found["grad_rms"]["fusion.1"] == pytest.approx(1.0)
     assert layer_of("language.model.embed_tokens.weight") == "language"

@@ -24,11 +24,12 @@ from hive_scale.checkpoint.format import (
     Shape,
     StepCheckpoint,
     audit,
-    by_parameter,
     difference,
     directory_name,
     divide,
     key_of,
+    kinds_in,
+    masters_in,
     owned_ranges,
     shapes_of,
     step_of,
@@ -210,10 +211,15 @@ class Checkpointer:
         self._sound.add(path)
         snapshot = StepCheckpoint(path)
         wanted = shapes_of(self._gather(owned_ranges(fragments)))
-        # compared by parameter first: each has three tensors, which would triple the message
-        differs = difference(by_parameter(snapshot.shapes), by_parameter(wanted)) or difference(snapshot.shapes, wanted)
-        if differs:
+        # compared by parameter first: each has several tensors, which would make the message as many times longer
+        if differs := difference(masters_in(snapshot.shapes), masters_in(wanted)):
             raise ValueError(f"{path} holds another model's state: {differs}")
+        if differs := difference(snapshot.shapes, wanted):
+            stored, asked = (", ".join(kinds_in(shapes)) or "nothing" for shapes in (snapshot.shapes, wanted))
+            raise ValueError(
+                f"{path} holds another optimizer's state, {stored} and not {asked}: set the stage's optimizer and ema "
+                f"to what it began with, or use --overwrite ({differs})"
+            )
         self._together(lambda: _read(snapshot, fragments), CorruptFile)
         return snapshot.state
 

@@ -40,7 +40,7 @@ class OwnedRange(NamedTuple):
     """The range and whole shape of one fragment, as ranks tell each other."""
 
     range: Range
-    shape: Shape  # shape of the whole parameter
+    shape: Shape  # shape of the whole tensor
 
 
 class Piece(NamedTuple):
@@ -119,9 +119,15 @@ def difference(stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> str:
     return "; ".join(f"{what}: {some(sorted(names), 10)}" for what, names in findings.items() if names)
 
 
-def by_parameter(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Shapes by parameter, from shapes by kind/parameter."""
-    return {key.split("/", 1)[1]: shape for key, shape in shapes.items()}
+def masters_in(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Shapes of the master weights by parameter, from shapes by kind/parameter."""
+    kind = "master/"
+    return {key.removeprefix(kind): shape for key, shape in shapes.items() if key.startswith(kind)}
+
+
+def kinds_in(shapes: Iterable[str]) -> list[str]:
+    """What is kept of parameters beside their masters, sorted, from keys kind/parameter."""
+    return sorted({key.split("/", 1)[0] for key in shapes} - {"master"})
 
 
 def _share(ranges: Sequence[Range], index: int, num: int) -> Iterable[tuple[Range, Range]]:
@@ -239,8 +245,7 @@ class StepCheckpoint:
 
     def masters(self) -> dict[str, Shape]:
         """Shapes of the trained parameters, by name."""
-        kind = "master/"
-        return {key.removeprefix(kind): shape for key, shape in self.shapes.items() if key.startswith(kind)}
+        return masters_in(self.shapes)
 
     def master(self, name: str, kind: str = "master") -> Tensor:
         """The whole fp32 master weight of a parameter, or what else of a `kind` is kept of it, in its shape."""

@@ -67,18 +67,20 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    from hive_scale.distributed import session
-    from hive_scale.evaluate.vqa_runner import answer_all, read_predictions, result
     from hive_scale.locate import check_there
-    from hive_scale.resilience.run_lock import locked
-    from hive_scale.resilience.watchdog import watching
 
     if arguments.model is None:
         raise ValueError("name the model: a run, or a LLaVA directory")
     asked, results = _questions(arguments), {}
     check_there(arguments.model)
+    # imported now, since torch takes long, and mistakes are answered before that
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from hive_scale.distributed import session
+    from hive_scale.evaluate.vqa_runner import answer_all, read_predictions, result
+    from hive_scale.resilience.run_lock import locked
+    from hive_scale.resilience.watchdog import watching
+
     with session() as world, watching(world):
         output, answerer, identity = _open(arguments, world)
         columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hive_scale.cli import Parser, add_run_arguments, named_run
+from hive_scale.cli import Parser, add_run_arguments, count, named_run
 from hive_scale.exit_codes import ended
 from hive_scale.locate import command_name
 from hive_scale.strict_json import dumps
@@ -39,9 +39,13 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from hive_scale.plan.devices import find
+
+    if arguments.gpu:
+        find(arguments.gpu)  # a mistake is answered before torch is imported, which takes long
+    config = named_run(arguments, arguments.overrides)
     from hive_scale.plan.run import Machine
 
-    config = named_run(arguments, arguments.overrides)
     host = arguments.host_gb * 1e9 if arguments.host_gb else None
     machine = Machine(_gpu(arguments), arguments.world, host)
     if arguments.sweep:
@@ -210,7 +214,9 @@ def _parse() -> argparse.Namespace:
     ):
         parser.add_argument(f"--gpu_{name}", type=float, metavar="N", help=help)
     parser.add_argument("--host_gb", type=float, help="host memory per GPU, 1e9 bytes, for offload and checkpoints")
-    parser.add_argument("--samples", type=int, default=CC3M, help=f"pairs of the training set (default {CC3M})")
+    parser.add_argument(
+        "--samples", type=count, default=CC3M, help=f"pairs of the training set, such as 60k or 3M (default {CC3M})"
+    )
     parser.add_argument("--fit", action="store_true", help="find the fastest settings that fit")
     parser.add_argument("--spare_gb", type=float, default=0.0, help="with --fit: leave so much free (default 0)")
     parser.add_argument("--sweep", metavar="WORLDS", help="scaling over these numbers of GPUs, such as 1,8,64,512")

@@ -15,6 +15,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import SINGLE, default_precision, exact_fp32, is_accelerator
 from hive_scale.distributed import Fragment, World
+from hive_scale.engine.optimizer import check_optimizer
 from hive_scale.param_groups import ParamGroup
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ def token_loss(forward: Callable[..., Tensor], batch: Batch) -> Tensor:
 class StateSharding(NamedTuple):
     """Bytes per parameter element that an engine holds, and the number of ranks that each kind is sharded over.
 
+    An optimizer's states need not have the parameter's shape, so their elements are given by parameter.
+
     `parameter_*` are of trained parameters, whose gradients and optimizer states follow; `frozen_*` of frozen ones.
     """
 
@@ -59,8 +62,9 @@ class StateSharding(NamedTuple):
     frozen_ranks: int
     gradient_bytes: int
     gradient_ranks: int
-    optimizer_bytes: int
+    master_bytes: int  # of fp32 masters beside the parameters; 0 if the parameters are the masters
     optimizer_ranks: int
+    states: Mapping[str, int]  # fp32 elements of the optimizer's states, by name of the trained parameter
 
 
 class Engine(Protocol):
@@ -132,6 +136,7 @@ def open_engine(
     The model's parameters are on the meta device, with ``requires_grad`` set. `weights` are float32, by name. Raises
     ValueError for settings that contradict each other.
     """
+    check_optimizer(stage, groups, model, config, world.size)
     if config.precision == "fp32":
         exact_fp32()
     # imported here, since each engine imports its framework, and this module

@@ -22,7 +22,14 @@ from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_devi
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
-from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps, skip_update
+from hive_scale.engine.optimizer import (
+    make_optimizer,
+    numels,
+    optimizer_kind,
+    set_learning_rate,
+    set_steps,
+    skip_update,
+)
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
@@ -69,7 +76,8 @@ class DeepSpeedEngine:
         cut = [world.size if zero_stage >= least else 1 for least in (3, 2, 1)]  # of parameters, gradients, optimizer
         self.kind = optimizer_kind(stage)
         parameters = compute.itemsize, cut[0]
-        self.layout = StateSharding(*parameters, *parameters, 4, cut[1], 4 + 4 * len(self.kind.kept), cut[2])
+        kept = self.kind.kept_shapes(groups, {name: tuple(one.shape) for name, one in model.named_parameters()})
+        self.layout = StateSharding(*parameters, *parameters, 4, cut[1], 4, cut[2], numels(kept))
         checkpoint_blocks(model.blocks(), config.checkpointing, gathers_within=self.partitions_parameters)
         self._fill(weights, compute, settings)
         self.compiled = is_compiled(config, world.device.type)
@@ -148,15 +156,15 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         self._create_states()
         for name, _, owned in self._owned():
-            state = self.engine.optimizer.state[owned.flat]
-            for kind, tensor in (("master", owned.flat.detach()), *((key, state[key]) for key in self.kind.kept)):
+            state = self.kind.kept(self.engine.optimizer.state[owned.flat])
+            for kind, tensor in {"master": owned.flat.detach(), **state}.items():
                 yield Fragment(name, kind, owned.shape, owned.offset, tensor.narrow(0, owned.start, owned.length))
 
     @torch.no_grad()
     def after_load(self, num_steps: int) -> None:
         self._create_states()
-        for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
-            set_steps(self.engine.optimizer.state[flat], steps_behind + num_steps)
+        for flat, group in zip(self._masters(), self._groups(), strict=True):
+            set_steps(self.engine.optimizer.state[flat], group["steps_behind"] + num_steps)
         if not self.partitions_parameters:
             self.engine.optimizer.update_lp_params()
             return
@@ -199,19 +207,19 @@ class DeepSpeedEngine:
             return optimizer.fp32_partitioned_groups_flat  # type: ignore[no-any-return]
         return [group["params"][0] for group in optimizer.param_groups]
 
-    def _prior_steps(self) -> Sequence[int]:
-        """Optimizer steps of earlier stages in the moments of each of `_masters`."""
+    def _groups(self) -> Sequence[Mapping[str, Any]]:
+        """The optimizer's group of each of `_masters`."""
         optimizer, groups = self.engine.optimizer, self.optimizer.param_groups
         if self.partitions_parameters:  # ZeRO-3 splits large groups into sub-groups
             numbers = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp32_partitioned_groups_flat))]
-            return [groups[number]["steps_behind"] for number in numbers]
-        return [group["steps_behind"] for group in groups]
+            return [groups[number] for number in numbers]
+        return groups
 
     def _create_states(self) -> None:
         """Create optimizer states now: torch creates them in the first step, but a checkpoint needs them before."""
-        for flat, steps_behind in zip(self._masters(), self._prior_steps(), strict=True):
+        for flat, group in zip(self._masters(), self._groups(), strict=True):
             if not self.engine.optimizer.state[flat]:
-                self.engine.optimizer.state[flat] = self.kind.begin(flat, steps_behind)
+                self.engine.optimizer.state[flat] = self.kind.begin(flat, group)
 
 
 def _free_engine(engine: Any, optimizer: Any) -> None:

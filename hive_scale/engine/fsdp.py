@@ -29,7 +29,7 @@ from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_devi
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.masters import MasterWeights, use_dtype
-from hive_scale.engine.optimizer import make_optimizer, optimizer_kind, set_learning_rate, set_steps
+from hive_scale.engine.optimizer import make_optimizer, numels, optimizer_kind, set_learning_rate, set_steps
 from hive_scale.node import use_cores
 from hive_scale.param_groups import ParamGroup
 from hive_scale.precision import DTYPES
@@ -61,6 +61,9 @@ class FsdpEngine:
         self.model, self.world, self.config = model, world, config
         self.loss: Loss = token_loss
         self.max_grad_norm = stage.max_grad_norm
+        self.kind = optimizer_kind(stage)
+        groups = self.kind.divide(groups, model.matrices())
+        kept = self.kind.kept_shapes(groups, {name: tuple(one.shape) for name, one in model.named_parameters()})
         checkpoint_blocks(model.blocks(), config.checkpointing)
         shard = config.shard_size or world.size
         if world.size % shard:
@@ -78,7 +81,9 @@ class FsdpEngine:
             self._shard(config, shard, frozen)
         # filled after sharding, shard by shard: the whole model may not fit on one device
         self._fill(weights, "cpu" if config.cpu_offload else world.device)
-        self.masters = MasterWeights(model, groups, weights, world) if has_masters else None
+        self.masters = None
+        if has_masters:
+            self.masters = MasterWeights(model, groups, weights, world, flat=self.kind.cut == "elements")
         if not plain and not frozen:
             self._unshard_frozen_once()
         self.compiled = is_compiled(config, world.device.type)
@@ -91,13 +96,11 @@ class FsdpEngine:
         # under gradient accumulation (no sync) gradients stay unsharded, unless each micro-batch is reduced
         reduces = config.sync_each_micro_batch or stage.accumulation(world.size) == 1
         gradient_ranks = shard if reduces else 1
-        self.kind = optimizer_kind(stage)
-        states = len(self.kind.kept) + has_masters
         trained = (compute.itemsize if has_masters else 4), shard
         held = (compute.itemsize, 1) if frozen else trained
-        self.layout = StateSharding(*trained, *held, 4, gradient_ranks, 4 * states, shard)
+        self.layout = StateSharding(*trained, *held, 4, gradient_ranks, 4 * has_masters, shard, numels(kept))
         if self.masters:
-            self.optimizer = make_optimizer(self.masters.flat, self.masters.groups(groups), stage)
+            self.optimizer = make_optimizer(self.masters.updated, self.masters.groups(groups), stage)
         else:
             self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
         if self.kind.ema:
@@ -227,21 +230,18 @@ class FsdpEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         self._create_states()
-        if self.masters:
+        if self.masters and self.masters.flat:
             for name, place in self.masters.places.items():
-                flat = self.masters.flat[place.group]
-                state = self.optimizer.state[flat]
-                for kind, tensor in (("master", flat), *((key, state[key]) for key in self.kind.kept)):
+                flat = self.masters.updated[place.group]
+                for kind, tensor in {"master": flat, **self.kind.kept(self.optimizer.state[flat])}.items():
                     yield Fragment(name, kind, place.shape, 0, tensor.narrow(0, place.start, place.numel))
             return
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            state = self.optimizer.state[parameter]
-            for kind, tensor in (("master", parameter), *((key, state[key]) for key in self.kind.kept)):
+        trained = {name: one for name, one in self.model.named_parameters() if one.requires_grad}
+        for name, parameter in (self.masters.updated if self.masters else trained).items():
+            for kind, tensor in {"master": parameter, **self.kind.kept(self.optimizer.state[parameter])}.items():
                 local, offset = _local_range(tensor.detach())
                 if local.numel():
-                    yield Fragment(name, kind, tuple(parameter.shape), offset, local)
+                    yield Fragment(name, kind, tuple(tensor.shape), offset, local)
 
     def after_load(self, num_steps: int) -> None:
         # FSDP2's compute copies need no update: each forward makes them from the masters
@@ -257,7 +257,7 @@ class FsdpEngine:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 if not self.optimizer.state[parameter]:
-                    self.optimizer.state[parameter] = self.kind.begin(parameter, group["steps_behind"])
+                    self.optimizer.state[parameter] = self.kind.begin(parameter, group)
 
 
 def _local_range(tensor: Tensor) -> tuple[Tensor, int]:

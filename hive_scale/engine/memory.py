@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from hive_scale.device import free_unused
 from hive_scale.engine import Engine
 
+# below the table of `report`
 LEGEND = """\
   planned (held before the first step); gradients exist within steps only. Optimizer: its states, and fp32 masters
   where parameters are not fp32. Activations, batches and buffers are not in this table. GB below is the peak of all."""
@@ -41,7 +42,8 @@ def planned(engine: Engine) -> dict[str, Bytes]:
         else:
             part.parameters += numel * layout.parameter_bytes / layout.parameter_ranks
             part.gradients += numel * layout.gradient_bytes / layout.gradient_ranks
-            part.optimizer += numel * layout.optimizer_bytes / layout.optimizer_ranks
+            kept = numel * layout.master_bytes + 4 * layout.states[name]
+            part.optimizer += kept / layout.optimizer_ranks
     return dict(result)
 
 
@@ -60,7 +62,7 @@ def found(engine: Engine) -> dict[str, Bytes]:
 
 
 def report(engine: Engine) -> str:
-    """A table in MB: parameters, gradients and optimizer by component, planned and, in brackets, found; a legend."""
+    """A table in MB: parameters, gradients and optimizer by component, planned and, in brackets, found."""
     plan, real = planned(engine), found(engine)
     lines = [f"{'MB per process':<16}{'parameters':>20}{'gradients':>12}{'optimizer':>20}"]
     for component, want in (plan | {"all": _sum(plan)}).items():
@@ -69,7 +71,7 @@ def report(engine: Engine) -> str:
             f"{component:<16}{_pair(want.parameters, have.parameters)}"
             f"{want.gradients / 1e6:>12.1f}{_pair(want.optimizer, have.optimizer)}"
         )
-    return "\n".join([*lines, LEGEND])
+    return "\n".join(lines)
 
 
 def release() -> None:

@@ -157,6 +157,12 @@ class Hive(nn.Module):
         names = (name for name, _ in self.vision.named_parameters())
         return {f"vision.{name}" for name in names if not self.family.is_read(name, self.encoder_depths)}
 
+    def matrices(self) -> set[str]:
+        """Names of the hidden matrices: weights of linear layers but the LLM's head. Embeddings are none."""
+        head = self.language.get_output_embeddings()
+        layers = ((name, one) for name, one in self.named_modules() if isinstance(one, nn.Linear) and one is not head)
+        return {f"{name}.weight" for name, _ in layers}
+
     def blocks(self) -> dict[str, list[nn.Module]]:
         """The repeated modules of each component: units of sharding, activation checkpointing and compilation.
 

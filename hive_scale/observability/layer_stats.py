@@ -1,10 +1,11 @@
-"""Per-layer gradient RMS from Adam's second moment, and tanh of every gate, for any engine and sharding."""
+"""Per-layer gradient RMS from the optimizer's second moment, and tanh of every gate, for any engine and sharding."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def layer_grad_rms(
     model: nn.Module,
     fragments: Iterable[Fragment],
     step: int,
-    mean_square: tuple[str, float],
+    square_factor: Callable[[str, tuple[int, ...], int], float],
     world: World,
     steps_behind: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, dict[str, float]]:
@@ -28,30 +29,38 @@ def layer_grad_rms(
     The square root of its sum over a layer is the RMS of the layer's gradient norm, sqrt(sum(v) / (1 - beta2^t)),
     without an extra backward.
 
-    Args: `fragments` are those of `model` that this rank owns. `mean_square` is (the optimizer's name of the second
-    moment, beta2); an empty name means there is none, and only gates are returned. `steps_behind` maps a parameter to
-    the steps of earlier stages that its moments contain, which the bias correction counts as well.
+    Args: `fragments` are those of `model` that this rank owns. `square_factor(kind, shape, steps)` is what the sum over
+    a parameter's state of that kind is multiplied by to give the sum of its gradient's mean squares, after `steps`
+    steps; 0 if it tells nothing of these (`OptimizerKind.square_factor`). If none does, only gates are returned.
+    `steps_behind` maps a parameter to the steps of earlier stages that its moments contain, which are counted as well.
     """
-    second, beta2 = mean_square
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     gates = {name: 0.0 for name in names if name.endswith(GATE)}
     squares = dict.fromkeys(map(layer_of, names), 0.0)
-    kept = [
-        fragment
-        for fragment in fragments
-        if (second and fragment.kind == second) or (fragment.kind == "master" and fragment.name in gates)
-    ]
+    kept: list[tuple[Fragment, float]] = []
+    shapes = {name: _shape(parameter) for name, parameter in model.named_parameters()}
+    for one in fragments:
+        steps = step + steps_behind.get(one.name, 0)
+        factor = float(one.name in gates) if one.kind == "master" else square_factor(one.kind, shapes[one.name], steps)
+        kept += [(one, factor)] if factor else []
     # one synchronisation with the device, not one per parameter
-    sums = torch.stack([fragment.data.sum() for fragment in kept]).tolist() if kept else []
-    for fragment, value in zip(kept, sums, strict=True):
+    sums = torch.stack([fragment.data.sum() for fragment, _ in kept]).tolist() if kept else []
+    told = 0
+    for (fragment, factor), value in zip(kept, sums, strict=True):
         if fragment.kind == "master":
             gates[fragment.name] += value
         else:
-            squares[layer_of(fragment.name)] += value / (1 - beta2 ** (step + steps_behind.get(fragment.name, 0)))
-    totals = iter(world.sum(*gates.values(), *squares.values()))
+            squares[layer_of(fragment.name)] += value * factor
+            told += 1
+    on_any, *every = world.sum(told, *gates.values(), *squares.values())
+    totals = iter(every)
     opened = {name.split(".")[-2]: math.tanh(next(totals)) for name in gates}
     norms = {layer: math.sqrt(next(totals)) for layer in squares}
-    return ({"gates": opened} if opened else {}) | ({"grad_rms": norms} if second else {})
+    return ({"gates": opened} if opened else {}) | ({"grad_rms": norms} if on_any else {})
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves a parameter empty
 
 
 def layer_of(name: str) -> str:

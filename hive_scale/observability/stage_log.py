@@ -68,12 +68,15 @@ class StageLog(AbstractContextManager["StageLog"]):
         """Yield the held-out `batches`, and show how many are done."""
         yield from self._view.track(batches, "held-out") if self.active else batches
 
-    def print(self, text: str, keep: str = "") -> None:
-        """Print `text`; if `keep` is given, also write it to a file of that name beside the metrics."""
+    def print(self, text: str) -> None:
+        """Print `text`, if it is not empty."""
         if self.active and text:
             console.print(text, soft_wrap=True)
-            if keep:
-                (self._dir / keep).write_text(text + "\n")
+
+    def keep(self, name: str, text: str) -> None:
+        """Write `text` to the file `name` beside the metrics."""
+        if self.active:
+            (self._dir / name).write_text(text + "\n")
 
     def step(self, step: int, samples: int, metrics: Mapping[str, Any]) -> None:
         """Record optimizer step `step` (1-based); `samples` is the number consumed by the stage so far."""

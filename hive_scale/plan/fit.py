@@ -60,8 +60,13 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
         traced: dict[tuple[str, bool], StageProfile] = {}
         for candidate in _engines(replace(config, engine=replace(config.engine, checkpointing=checkpointing)), machine):
             plans = []
-            for name, stage in config.stages.items():
-                facts = _facts(candidate, name, stage, machine, traced)
+            profiles = {name: _facts(candidate, name, one, machine, traced) for name, one in config.stages.items()}
+            whys = {n: one.refusal(config.stages[n], candidate.engine, machine.world) for n, one in profiles.items()}
+            if refused := [f"stages.{name}: {why}" for name, why in whys.items() if why]:
+                if candidate.engine.ds_config:  # then there is no other candidate
+                    raise ValueError(refused[0])
+                continue
+            for name, facts in profiles.items():
                 found = _largest(candidate, name, facts, machine, num_samples, spare)
                 plans.append(found)
             tightest = min(plans, key=lambda plan: plan.spare)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal
 
@@ -12,8 +12,9 @@ import torch
 
 from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
-from hive_scale.engine.optimizer import optimizer_kind
+from hive_scale.engine.optimizer import Shape, numels, optimizer_kind, refusal
 from hive_scale.model import build
+from hive_scale.param_groups import ParamGroup
 from hive_scale.plan.flops import encoder_flops
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
 from hive_scale.plan.timeline import MemoryPeak
@@ -31,12 +32,23 @@ class StageProfile:
     modules: dict[str, list[str]]  # names of the parameters that each module owns directly
     trace: Trace
     features: int = 0  # elements of a frozen encoder's features per image; 0 if it trains
-    states: int = 2  # optimizer states per trained element
+    groups: Sequence[ParamGroup] = ()  # as the optimizer has them
+    kept: Mapping[str, Sequence[Shape]] = field(default_factory=dict)  # of the optimizer, by trained parameter
+    update_flops: float = 0.0  # of the optimizer's matrix products in a step, in bf16
     seeing: float = 0.0  # FLOPs per image to fill `feature_cache`; 0 without it
 
     def numel(self, trained: bool | None = None) -> int:
         """Number of elements: all, only the trained (True) or only the frozen (False)."""
         return sum(param.numel for param in self.params if trained is None or param.trained == trained)
+
+    def refusal(self, stage: StageConfig, engine: EngineConfig, world: int) -> str:
+        """Why the stage's optimizer cannot run sharded as `engine` says, with the remedy; "" if it can."""
+        return refusal(stage, self.groups, {param.name: param.shape for param in self.params}, engine, world)
+
+    @property
+    def states(self) -> float:
+        """Elements that the optimizer keeps of each trained element besides its master, on average."""
+        return sum(numels(self.kept).values()) / max(1, self.numel(True))
 
     def components(self) -> dict[str, tuple[int, int]]:
         """Return {component: (trained, frozen) elements}."""
@@ -77,7 +89,7 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
 
     Raises ValueError for settings that training would refuse as well.
     """
-    model, _ = build.for_stage(config.model, stage)
+    model, groups = build.for_stage(config.model, stage)
     params = [Param(name, tuple(one.shape), one.requires_grad) for name, one in model.named_parameters()]
     names = {one: name for name, one in model.named_parameters()}
     modules = {
@@ -93,8 +105,21 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     size = build.image_size(config.model)
     image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
-    states = len(optimizer_kind(stage).kept)
-    return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), states, seeing)
+    kind, shapes = optimizer_kind(stage), {param.name: param.shape for param in params}
+    groups = kind.divide(groups, model.matrices())
+    return StageProfile(
+        params,
+        units,
+        modules,
+        traced,
+        features=frozen * prod(model.features_shape),
+        groups=groups,
+        kept=kind.kept_shapes(groups, shapes),
+        update_flops=sum(
+            kind.update_flops(shapes[one], group.matrices) for group in groups for one in group.parameters
+        ),
+        seeing=seeing,
+    )
 
 
 def _units(model: Any, params: list[Param]) -> Units:
@@ -121,7 +146,7 @@ def measure(
     else:
         memory = _native(facts, engine, world, itemsize, micro_batch, accumulation > 1)
     saved = MASTER * (1 + facts.states) * facts.numel(True) // world
-    return replace(memory, staging=float(pinned_bytes(saved)))
+    return replace(memory, staging=float(pinned_bytes(int(saved))))
 
 
 def _native(
@@ -134,7 +159,8 @@ def _native(
     units = facts.units.trained_alone() if apart else facts.units
     sharded = [param for members in units.members.values() for param in members]
     masters = float(MASTER * sum(param.padded(shard) for param in sharded) / shard)
-    moments = float(MASTER * facts.states * sum(param.padded(shard) for param in facts.params if param.trained) / shard)
+    states = [Param(name, shape, True) for name, shapes in facts.kept.items() for shape in shapes]
+    moments = float(MASTER * sum(state.padded(shard) for state in states) / shard)
     keeps = waiting and not engine.reshard_after_backward
     waits: Literal["cut", "whole"] = "cut" if engine.sync_each_micro_batch else "whole"
     # the first micro-batch holds no earlier gradients, the last one reduces

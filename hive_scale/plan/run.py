@@ -157,6 +157,8 @@ def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePl
         zero = zero_of(config, stage, machine.world)
         check_engine(config.engine, zero, machine)
         facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
+        if why := facts.refusal(stage, config.engine, machine.world):
+            raise ValueError(f"stages.{name}: {why}")
         plans.append(plan_stage(config, name, facts, zero, machine, num_samples))
     return plans
 

@@ -58,6 +58,8 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
                     continue
                 micro_batch = max(n for n in range(1, stage.micro_batch + 1) if batch // world % n == 0)
                 engine = _engine(plain.engine, title, world, gpu)
+                if facts[False].refusal(stage, replace(engine, ds_config=title if zero else ""), world):
+                    continue
                 arguments = facts[zero.get("stage") == 3], engine, zero
                 time = step_time(*arguments, gpu, world, micro_batch, batch // world // micro_batch)
                 memory = measure(*arguments, world, micro_batch, batch // world // micro_batch)

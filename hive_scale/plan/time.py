@@ -82,6 +82,7 @@ def step_time(
     trained = facts.numel(True) / shard
     traffic = 4 + 8 * (1 + facts.states)  # bytes per trained element: gradient in, master and states in and out
     updating = trained * traffic / (gpu.bandwidth * MEMORY)
+    updating += facts.update_flops / shard / (gpu.peak("bf16") * PRODUCTS)
     if offloads(engine, zero):
         updating = trained * (8 / gpu.host + traffic / 50e9)  # gradients out, parameters in; host memory at 50 GB/s
     node = min(world, gpu.per_node) * accumulation * micro_batch
