@@ -23,12 +23,12 @@ from hive_scale.model.build import for_stage, init_model, meta_model
 from hive_scale.observability.throughput import Throughput
 from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan import complexity
-from hive_scale.plan.devices import GPUS
+from hive_scale.plan.devices import CONTEXT, FRAGMENTATION, GPUS
 from hive_scale.plan.fit import fit, too_large
 from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp_memory import Fsdp, Pass
 from hive_scale.plan.memory import examine
-from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, StagePlan, plan_run, plan_stage
+from hive_scale.plan.run import Machine, StagePlan, plan_run, plan_stage
 from hive_scale.plan.sweep import limit, sweep
 from hive_scale.plan.time import Volume
 from hive_scale.plan.trace import CPU_ATTENTION

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,6 +126,12 @@ class FsdpEngine:
                 fully_shard(block, **options)
         # the root unit holds the head, the last in forward and the first in backward: keep it unsharded in between
         fully_shard(self.model, **options | {"reshard_after_forward": False})
+        # In forward the next block's gather is issued before the present block's kernels, since the host may be slower
+        # than they are; in backward FSDP2 does so by itself. The root prefetches nothing: with a feature cache the
+        # first block is never reached
+        order = [block for block in self.model.forward_order() if isinstance(block, FSDPModule)]
+        for block, following in pairwise(order):
+            block.set_modules_to_forward_prefetch([following])
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
@@ -204,7 +211,7 @@ class FsdpEngine:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(wanted or self.config.sync_each_micro_batch)
             self.model.set_requires_all_reduce(wanted)
-            self.model.set_reshard_after_backward(wanted or self.config.reshard_after_backward)
+            self.model.set_reshard_after_backward(wanted or bool(self.config.reshard_after_backward))
         elif isinstance(self._forward, DistributedDataParallel) and not wanted:
             waiting: AbstractContextManager[None] = self._forward.no_sync()
             return waiting

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1 << 30
+# GPU memory unavailable to tensors: bytes of the CUDA context with its libraries, and the share lost to fragmentation.
+CONTEXT, FRAGMENTATION = 0.8e9, 0.05
+
+
+def usable(memory: float) -> float:
+    """Bytes that are available to tensors on a device of `memory` bytes."""
+    return (memory - CONTEXT) * (1 - FRAGMENTATION)
 
 
 @dataclass(frozen=True)
