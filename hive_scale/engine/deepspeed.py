@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,11 @@ UNTESTED = {"zero_allow_untested_optimizer": True}  # lets DeepSpeed accept opti
 
 
 class DeepSpeedEngine:
-    """Parameters are in `config.precision`; masters, moments, gradient sums and reductions are in float32."""
+    """Parameters are in `config.precision`; masters, moments, gradient sums and, by default, reductions in float32."""
+
+    # the ranks that share the second copy of the weights (zero_hpz_partition_size): DeepSpeed makes this group once in
+    # a process, and must be given it from then on
+    second_group: ClassVar[Any] = None
 
     def __init__(
         self,
@@ -92,6 +96,7 @@ class DeepSpeedEngine:
         """Allocate and fill every parameter. ZeRO-3 shards each block before the next one is allocated."""
         deepspeed, model, device = load_deepspeed(), self.model, self.world.device
         names = {parameter: name for name, parameter in model.named_parameters()}
+        has_second = settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         for unit in (*blocks_of(model), model):
             for parameter in unit.parameters():
                 if parameter.is_meta:
@@ -99,7 +104,13 @@ class DeepSpeedEngine:
                     # swapped in place, so that modules that share the parameter keep sharing it
                     torch.utils.swap_tensors(parameter, nn.Parameter(real, parameter.requires_grad))  # type: ignore[no-untyped-call]
             if self.partitions_parameters:
-                deepspeed.zero.Init(module=unit, config_dict_or_path=settings, dtype=compute)
+                group = DeepSpeedEngine.second_group if has_second else None
+                deepspeed.zero.Init(
+                    module=unit, config_dict_or_path=settings, dtype=compute, zero_param_parallel_group=group
+                )
+                if has_second:
+                    made: Any = next(unit.parameters())
+                    DeepSpeedEngine.second_group = made.ds_zero_param_process_group
 
     @torch.no_grad()
     def _restore_masters(self, weights: Mapping[str, Tensor]) -> None:

@@ -130,8 +130,8 @@ class FsdpEngine:
         # than they are; in backward FSDP2 does so by itself. The root prefetches nothing: with a feature cache the
         # first block is never reached
         order = [block for block in self.model.forward_order() if isinstance(block, FSDPModule)]
-        for block, following in pairwise(order):
-            block.set_modules_to_forward_prefetch([following])
+        for unit, following in pairwise(order):
+            unit.set_modules_to_forward_prefetch([following])
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:

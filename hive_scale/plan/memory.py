@@ -18,7 +18,7 @@ from hive_scale.plan.flops import encoder_flops
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
 from hive_scale.plan.timeline import MemoryPeak
 from hive_scale.plan.trace import Trace, trace
-from hive_scale.plan.zero_memory import Zero3, Zero12
+from hive_scale.plan.zero_memory import Zero3, Zero12, second_copy
 from hive_scale.precision import DTYPES
 
 
@@ -169,6 +169,8 @@ def _deepspeed(
         threshold = int(zero["stage3_param_persistence_threshold"])
         small = sum(param.numel for param in facts.params if param.numel <= threshold)
         parameters = float(itemsize * (every / world + small))
+        if int(zero.get("zero_hpz_partition_size", 1)) > 1:
+            parameters += itemsize * (every - small) / second_copy(zero, world)
         line = Zero3(facts.trace, facts.params, facts.modules, world, itemsize, zero).line
         fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and the sharded gradients
     moment = line.worst(micro_batch)

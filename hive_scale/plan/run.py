@@ -90,14 +90,17 @@ class Machine:
 
 
 def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
-    """Return the complete ``zero_optimization`` section of the config's DeepSpeed JSON; empty without one."""
+    """Return the complete ``zero_optimization`` section of the config's DeepSpeed JSON; empty without one.
+
+    It has the type in which gradients are reduced, too: "communication_data_type".
+    """
     if not config.engine.ds_config:
         return {}
     from hive_scale.engine.deepspeed_config import resolve  # imported late: DeepSpeed takes seconds to import
 
     settings = resolve(Path(config.engine.ds_config), stage, config.engine, world, here=False)
     zero: dict[str, Any] = settings["zero_optimization"]
-    return zero
+    return zero | {"communication_data_type": settings["communication_data_type"]}
 
 
 def check_engine(engine: EngineConfig, zero: Mapping[str, Any], machine: Machine) -> None:
