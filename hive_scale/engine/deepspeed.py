@@ -18,7 +18,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import EMA, Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
-from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
@@ -130,7 +130,7 @@ class DeepSpeedEngine:
         share = float(self.world.size)  # undoes DeepSpeed's averaging over ranks
         if not self.divides:
             share /= max(1.0, *self.world.sum(sum(batch.num_tokens for batch in micro_batches)))
-        total = accumulate(self.world, micro_batches, partial(self._run, share))
+        total = accumulate(self.world, micro_batches, self.compiled, partial(self._run, share))
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total.item(), micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
         if self.divides:
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
     def _run(self, share: float, batch: Batch, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.world.timer.enter("forward")
-        loss = self.loss(self.engine, on_device(batch, self.world, self.compiled))
+        loss = self.loss(self.engine, batch)
         self.world.timer.enter("backward")
         self.engine.backward(loss * share, scale_wrt_gas=False)
         return loss.detach()

@@ -26,7 +26,7 @@ from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import pins_memory
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
-from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.masters import MasterWeights, use_dtype
@@ -169,7 +169,7 @@ class FsdpEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        total = accumulate(self.world, micro_batches, self._run)
+        total = accumulate(self.world, micro_batches, self.compiled, self._run)
         if self.masters:
             self.masters.reduce()
         # the norm of undivided gradients: the number of targets on all ranks arrives with the loss, in one reduction.
@@ -194,7 +194,7 @@ class FsdpEngine:
     def _run(self, batch: Batch, is_last: bool) -> Tensor:
         with self._reducing(is_last):
             self.world.timer.enter("forward")
-            loss = self.loss(self._forward, on_device(batch, self.world, self.compiled))
+            loss = self.loss(self._forward, batch)
             self.world.timer.enter("backward")
             torch.autograd.backward(loss if self.masters else loss * self.world.size)  # undoes averaging over ranks
         return loss.detach()

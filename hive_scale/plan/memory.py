@@ -143,17 +143,22 @@ def _native(
     reshard = engine.reshard_after_forward
     lines = [Fsdp(facts.trace, units, shard, itemsize, reshard, one).line for one in passes]
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
-    batch = facts.trace.input_bytes * micro_batch
+    batch = _inputs(facts, micro_batch, waiting)
     if engine.cpu_offload:
         return Memory(apart, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # masters, moments and reduced gradients
     return Memory(apart + masters, 0.0, moments, batch, moment, 0.0)
+
+
+def _inputs(facts: StageProfile, micro_batch: int, waiting: bool) -> float:
+    """Bytes of a micro-batch, and, under accumulation, of the next one, whose copy has begun."""
+    return facts.trace.input_bytes * micro_batch * (1 + waiting)
 
 
 def _unsharded(facts: StageProfile, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:
     trained = float(facts.numel(True))
     moment = Unsharded(facts.trace, facts.units, world, itemsize, waiting).line.worst(micro_batch)
     masters = MASTER * trained if itemsize != MASTER else 0.0  # in fp32 the parameters are the masters
-    moments, batch = MASTER * facts.states * trained, facts.trace.input_bytes * micro_batch
+    moments, batch = MASTER * facts.states * trained, _inputs(facts, micro_batch, waiting)
     return Memory(float(itemsize * facts.numel()), masters, moments, batch, moment, 0.0)
 
 
@@ -175,7 +180,7 @@ def _deepspeed(
         fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and the sharded gradients
     moment = line.worst(micro_batch)
     held = {**moment.held, "gradients": moment.held.get("gradients", 0.0) + fixed}
-    moment, batch = MemoryPeak(moment.where, moment.activations, held), facts.trace.input_bytes * micro_batch
+    moment, batch = MemoryPeak(moment.where, moment.activations, held), _inputs(facts, micro_batch, waiting)
     host = 0.0
     if offloaded(zero, "offload_optimizer"):
         host, masters, moments = masters + moments + masters, 0.0, 0.0  # masters, moments and gradients
