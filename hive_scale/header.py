@@ -260,7 +260,9 @@ def _count(number: int) -> str:
 def _plan(config: Config, name: str, num_samples: int, world: World, facts: StageProfile | None) -> str:
     stage = config.stages[name]
     zero = zero_of(config, stage, world.size)
-    facts = facts or examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
+    if facts is None:
+        compiled = is_compiled(config.engine, world.device.type)
+        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3, compiled)
     capacity = device.memory_of(world.device)[1]
     if warning := too_large(config, name, facts, zero, world.size, capacity):
         logger.warning("%s", warning)

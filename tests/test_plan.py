@@ -46,7 +46,8 @@ def stage_of(fusion: Any, name: str, **changes: Any) -> StageConfig:
 
 def run_config(fusion: Any = "cross_attention", **changes: Any) -> Config:
     stages = {name: stage_of(fusion, name, global_batch=8, micro_batch=4) for name in STAGES}
-    return Config(model=tiny.model_config(fusion), stages=stages, engine=EngineConfig(**changes))
+    engine = EngineConfig(**{"compile": False} | changes)
+    return Config(model=tiny.model_config(fusion), stages=stages, engine=engine)
 
 
 @pytest.mark.contract

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from hive_scale import device
 from hive_scale.config import Config, EngineConfig
 from hive_scale.distributed import World
+from hive_scale.engine.compilation import is_compiled
 from hive_scale.node import node_id
 from hive_scale.phase_timer import tick
 from hive_scale.plan.devices import usable
@@ -78,19 +79,20 @@ def choose_all(config: Config, names: Sequence[str], world: World) -> dict[str, 
     if not all(memory for _, memory in found):
         return undecided
     ranks = Ranks(world.size, ranks_per_node([node for node, _ in found]), usable(min(memory for _, memory in found)))
-    made = {name: _of_stage(config, name, ranks) for name in names} if world.is_main else undecided
+    compiled = is_compiled(config.engine, world.device.type)
+    made = {name: _of_stage(config, name, ranks, compiled) for name in names} if world.is_main else undecided
     engines = world.of_main({name: one.engine for name, one in made.items()})
     return {name: Chosen(engines[name], made[name].facts) for name in names}
 
 
-def _of_stage(config: Config, name: str, ranks: Ranks) -> Chosen:
+def _of_stage(config: Config, name: str, ranks: Ranks, compiled: bool) -> Chosen:
     stage, engine = config.stages[name], config.engine
     accumulation = stage.accumulation(ranks.world)
     if not (_is_shard_open(engine, ranks) or _is_reshard_open(engine, ranks, accumulation)):
         return Chosen(engine)
     tick()
     try:
-        facts = examine(config, stage, config.data_of(name).max_tokens)
+        facts = examine(config, stage, config.data_of(name).max_tokens, compiled=compiled)
         micro_batch = stage.global_batch // ranks.world // accumulation
         return Chosen(choose(engine, facts, ranks, micro_batch, accumulation), facts)
     except Exception as error:  # a registered model may raise anything here, and training needs no plan

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hive_scale.config import CheckpointingConfig, Config, Frozen, StageConfig
+from hive_scale.engine.compilation import would_compile
 from hive_scale.plan.devices import usable
 from hive_scale.plan.memory import StageProfile, examine, measure
 from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
@@ -135,7 +136,8 @@ def _facts(
     check_engine(config.engine, zero, machine)
     key = name, zero.get("stage") == 3
     if key not in traced:
-        traced[key] = examine(config, stage, config.data_of(name).max_tokens, key[1])
+        compiled = would_compile(config.engine, machine.gpu.compiles)
+        traced[key] = examine(config, stage, config.data_of(name).max_tokens, key[1], compiled)
     return traced[key]
 
 

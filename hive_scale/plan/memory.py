@@ -14,6 +14,7 @@ from hive_scale.config import Config, EngineConfig, StageConfig
 from hive_scale.device import pinned_bytes
 from hive_scale.engine.optimizer import optimizer_kind
 from hive_scale.model import build
+from hive_scale.plan.compiled import spare
 from hive_scale.plan.flops import encoder_flops
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
 from hive_scale.plan.timeline import MemoryPeak
@@ -72,9 +73,12 @@ class Memory:
         return self.parameters + self.masters + self.moments + self.batch + self.moment.total
 
 
-def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False) -> StageProfile:
+def examine(
+    config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False, compiled: bool = False
+) -> StageProfile:
     """Build the stage's model on the meta device and trace it. `saves_inputs`: linear layers save inputs, as in ZeRO-3.
 
+    With `compiled`, blocks are compiled, and hold less for their backward.
     Raises ValueError for settings that training would refuse as well.
     """
     model, _ = build.for_stage(config.model, stage)
@@ -93,6 +97,8 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     size = build.image_size(config.model)
     image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
+    if compiled:
+        spare(traced, build.for_stage(config.model, stage)[0], dtype, config.engine.checkpointing)
     states = len(optimizer_kind(stage).kept)
     return StageProfile(params, units, modules, traced, frozen * prod(model.features_shape), states, seeing)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale.config import Config, EngineConfig, StageConfig
+from hive_scale.engine.compilation import would_compile
 from hive_scale.plan.choose import Ranks, choose
 from hive_scale.plan.devices import Gpu, usable
 from hive_scale.plan.memory import Memory, StageProfile, examine, measure
@@ -160,7 +161,8 @@ def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePl
     for name, stage in config.stages.items():
         zero = zero_of(config, stage, machine.world)
         check_engine(config.engine, zero, machine)
-        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
+        compiled = would_compile(config.engine, machine.gpu.compiles)
+        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3, compiled)
         plans.append(plan_stage(config, name, facts, zero, machine, num_samples))
     return plans
 

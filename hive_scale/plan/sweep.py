@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale.config import Config, EngineConfig
+from hive_scale.engine.compilation import would_compile
 from hive_scale.plan.choose import choose
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import examine, measure
@@ -46,7 +47,7 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
     stage = config.stages[stage_name]
     plain = replace(config, engine=replace(config.engine, ds_config="", shard_size=0))
     num_tokens = config.data_of(stage_name).max_tokens
-    facts = {False: examine(plain, stage, num_tokens)}
+    facts = {False: examine(plain, stage, num_tokens, compiled=would_compile(plain.engine, gpu.compiles))}
     facts[True] = examine(plain, stage, num_tokens, saves_inputs=True)
     points = []
     for title, zero in ENGINES.items():
