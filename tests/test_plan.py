@@ -195,7 +195,7 @@ def test_more_samples_need_more_memory_and_more_ranks_less() -> None:
 
 def test_what_happens_between_micro_batches_is_planned() -> None:
     def joint(**changes: Any) -> StagePlan:
-        config = run_config(precision="bf16", **changes)
+        config = run_config(**{"precision": "bf16", "reshard_after_backward": True} | changes)
         stages = {"joint": replace(config.stages["joint"], global_batch=64, micro_batch=4)}
         return plan_run(replace(config, stages=stages), Machine(GPUS["a100-40"], 4), 1000)[0]
 
