@@ -86,6 +86,10 @@ class Batch:
         """The same batch in pinned memory. `DataLoader` calls this method by its name."""
         return self._map(Tensor.pin_memory)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the batch."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **changed)

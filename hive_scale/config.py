@@ -353,15 +353,21 @@ class EngineConfig:
     less for each further micro-batch, if the whole model's compute copy fits. With `sync_each_micro_batch`, gradients
     are reduce-scattered after each backward and accumulate sharded: for models whose unsharded float32 gradients do
     not fit. Under HSDP the all-reduce over replicas still happens once per step.
+
+    `shard_size` 0 and `reshard_after_backward` auto are decided per stage by the planned memory (`plan.choose`). Where
+    the device's memory is not known, as on a CPU, they mean all ranks and true, which need the least.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"shard": "shard_size", "offload": "cpu_offload"}
 
     precision: Precision = "fp32"  # of compute; master weights and moments are always fp32
-    shard_size: int = 0  # ranks that share one copy of the state; 0: all (FSDP), 1: replicated (DDP), between: HSDP
+    # ranks that share one copy of the state: all is FSDP, 1 is replicated (DDP), a number between is HSDP; 0: all, but
+    # on several nodes those of one node, if that is planned to fit
+    shard_size: int = 0
     frozen: Frozen = "replicate"  # frozen parameters under FSDP2: whole on each rank, in `precision`; or shard, in fp32
     reshard_after_forward: bool = True  # false: blocks stay unsharded until the backward (more memory, fewer gathers)
-    reshard_after_backward: bool = True  # false: parameters stay unsharded between micro-batches of a step
+    # false: parameters stay unsharded between micro-batches of a step; auto: false where that is planned to fit
+    reshard_after_backward: bool | str = "auto"
     sync_each_micro_batch: bool = False  # true: reduce-scatter gradients after each micro-batch, not once per step
     cpu_offload: bool = False  # keep master weights and moments in host memory
     compile: bool | str = (
@@ -372,11 +378,13 @@ class EngineConfig:
     ds_config_owned: Owned = "refuse"  # if that JSON contradicts a stage: refuse it, or ignore it and use the stage
 
     def __post_init__(self) -> None:
-        if isinstance(self.compile, str) and self.compile != "auto":
-            known = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
-            if self.compile.lower() not in known:
-                raise ValueError(f"engine.compile={self.compile}: set auto, true or false")
-            object.__setattr__(self, "compile", known[self.compile.lower()])
+        known = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+        for name in ("compile", "reshard_after_backward"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value != "auto":
+                if value.lower() not in known:
+                    raise ValueError(f"engine.{name}={value}: set auto, true or false")
+                object.__setattr__(self, name, known[value.lower()])
 
 
 @dataclass(frozen=True)

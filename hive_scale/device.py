@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import resource
 import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -104,6 +106,29 @@ def is_accelerator(device: torch.device) -> bool:
 def pins_memory(device: torch.device) -> bool:
     """True if copies to `device` are faster from pinned host memory. A Mac has unified memory."""
     return device.type in ("cuda", "xpu")
+
+
+class CopyStream:
+    """A CUDA stream for copies to the device, so that they run beside the kernels of the current stream.
+
+    Other devices have none: their copies are made at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def begin(self) -> AbstractContextManager[Any]:
+        """Context in which copies are begun; they are not to be read before `end`."""
+        return torch.cuda.stream(self.stream) if self.stream else nullcontext()
+
+    def end(self, copies: Iterable[torch.Tensor]) -> None:
+        """Let the current stream wait for all that was begun so far, of which it then uses `copies`."""
+        if self.stream:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for tensor in copies:
+                tensor.record_stream(current)  # else its memory could be given away while the current stream reads it
 
 
 def pinned_bytes(size: int) -> int:

@@ -32,10 +32,11 @@ from hive_scale.model import build
 from hive_scale.observability.console import clock
 from hive_scale.observability.logging_setup import show_and_log
 from hive_scale.phase_timer import tick
-from hive_scale.plan.devices import this_gpu
+from hive_scale.plan.choose import Chosen, told
+from hive_scale.plan.devices import this_gpu, usable
 from hive_scale.plan.fit import too_large
-from hive_scale.plan.memory import Memory, examine, measure
-from hive_scale.plan.run import Machine, plan_stage, usable, zero_of
+from hive_scale.plan.memory import Memory, StageProfile, examine, measure
+from hive_scale.plan.run import Machine, plan_stage, zero_of
 from hive_scale.preflight import Data
 from hive_scale.rundir import look
 from hive_scale.strangers import printable, some
@@ -95,22 +96,26 @@ def show_data(config: Config, data: Mapping[str, Data], left: Sequence[str], wor
         _show({"stage": f"{name}: {length}; {optimizer}; {_parts(config, name)}"})
 
 
-def show_plan(config: Config, data: Mapping[str, Data], left: Sequence[str], world: World) -> None:
+def show_plan(
+    config: Config, data: Mapping[str, Data], left: Sequence[str], world: World, chosen: Mapping[str, Chosen]
+) -> None:
     """Show the planned memory of each stage in `left`, and its time if the device is in the planner's table.
 
-    Warns of stages that do not fit. Nothing for devices without memory of their own (a CPU, a Mac), of which the
-    planner knows neither.
+    What the plan has `chosen` of a stage's engine follows. Warns of stages that do not fit. Nothing for devices without
+    memory of their own (a CPU, a Mac), of which the planner knows neither.
     """
     if not world.is_main or not device.pins_memory(world.device):
         return
     began = perf_counter()
     for name in left:
-        if perf_counter() - began > ENOUGH:
+        engine, facts = chosen[name]
+        if facts is None and perf_counter() - began > ENOUGH:
             _show({"plan": f"{name}: not made here, since it takes long: see python -m hive_scale plan"})
             continue
         tick()
         try:
-            _show({"plan": f"{name}: {_plan(config, name, data[name].train.num_samples, world)}"})
+            planned = _plan(replace(config, engine=engine), name, data[name].train.num_samples, world, facts)
+            _show({"plan": "; ".join(filter(None, (f"{name}: {planned}", told(config.engine, engine, world.size))))})
         except Exception as error:  # a registered model may raise anything here, and training needs no estimate
             logger.warning("stage %s cannot be planned: %s: %s", name, type(error).__name__, error)
 
@@ -254,10 +259,12 @@ def _count(number: int) -> str:
 # -- the plan ---------------------------------------------------------------------------------------------------
 
 
-def _plan(config: Config, name: str, num_samples: int, world: World) -> str:
+def _plan(config: Config, name: str, num_samples: int, world: World, facts: StageProfile | None) -> str:
     stage = config.stages[name]
     zero = zero_of(config, stage, world.size)
-    facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
+    if facts is None:
+        compiled = is_compiled(config.engine, world.device.type)
+        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3, compiled)
     capacity = device.memory_of(world.device)[1]
     if warning := too_large(config, name, facts, zero, world.size, capacity):
         logger.warning("%s", warning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from hive_scale.model import build
 from hive_scale.model.hive import Hive
 from hive_scale.observability.console import console
 from hive_scale.phase_timer import FETCH
+from hive_scale.plan.choose import choose_all
 from hive_scale.preflight import check, check_data_fingerprint, check_shards_stay, open_all
 from hive_scale.resilience.preemption import Preemption, listening
 from hive_scale.resilience.run_lock import locked
@@ -179,16 +181,18 @@ def _run_stages(
     if first is not None:
         write_weights(weights, dict(first.named_parameters()))
         del first
+    chosen = choose_all(config, left, world)
     if with_header:
-        header.show_plan(config, data, left, world)
+        header.show_plan(config, data, left, world, chosen)
     world.barrier()
     for name in wanted:
         stage_dir = config.run_dir / name
         if name in left:
             world.timer.enter("start")
             begin_stage(config, name, world)
+            settled = replace(config, engine=chosen[name].engine)
             checkpoint = StageRun(
-                config, name, data[name], world, weights, preemption, callbacks, explains=name == left[0]
+                settled, name, data[name], world, weights, preemption, callbacks, explains=name == left[0]
             ).run()
             world.timer.enter("handoff")
             memory.release()

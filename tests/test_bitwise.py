@@ -25,6 +25,7 @@ from hive_scale.engine import StepOutput
 from hive_scale.exit_codes import Stopped
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.pipeline import run_pipeline
+from hive_scale.strict_json import dumps, loads
 from hive_scale.train import StageRun
 
 JSONS = Path(__file__).resolve().parents[1] / "ds_configs"
@@ -101,6 +102,20 @@ def test_a_run_in_two_parts_is_the_run_in_one(engines: dict[str, EngineConfig], 
         for name, (whole, parts) in found.items():
             assert len(whole[1]) == len(whole[2]) == STEPS
             assert whole == parts, name
+
+
+@pytest.mark.slow  # three stages, and two runs
+def test_so_is_one_with_zeros_second_copy_of_the_weights(tmp_path: Path) -> None:
+    path, settings = tmp_path / "second.json", loads((JSONS / "zero3.json").read_text())
+    settings["zero_optimization"]["zero_hpz_partition_size"] = 2
+    path.write_text(dumps(settings))
+    engines = {"second": EngineConfig(ds_config=str(path))}
+    for found in ranks.run(both, 2, engines, str(tmp_path)):
+        whole, parts = found["second"]
+        assert whole == parts
+    for held in ranks.run(held_at_openings, 2, engines, str(tmp_path / "stages")):
+        first, *others = held["second"]
+        assert all(one - first < 10_000 for one in others), (first, others)
 
 
 def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str) -> dict[str, list[int]]:

@@ -8,13 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import ranks
+import torch
 from test_parity import Cell, engine_config, model_of, my_batches, small_jsons, stage_of, weights_of
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from hive_scale.config import EngineConfig
 from hive_scale.distributed import World
 from hive_scale.engine import open_engine
+from hive_scale.engine.activation_checkpointing import blocks_of
 from hive_scale.model.build import meta_model
 from hive_scale.param_groups import apply_trainable_groups
 
@@ -86,6 +91,59 @@ def test_fsdp_waits_as_often_as_it_must(tmp_path: Path) -> None:
         saved = plain.step["allgather"] - kept.step["allgather"]
         assert saved == plain.trained, "what the second micro-batch's forward reads is there: all that learns"
         assert kept.look == plain.look, "and has gone after the step"
+
+
+class Gathers(TorchDispatchMode):
+    """Counts the gathers of weights that were begun."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.name() == "c10d::_allgather_base_"
+        return func(*args, **(kwargs or {}))
+
+
+def begun(world: World, fusion: str, is_cached: bool) -> dict[str, list[int]]:
+    """How many gathers were begun when the work of each sharded block began in a micro-batch, by pass, in its order.
+
+    With `is_cached`, the images are features of a frozen encoder, whose blocks are sharded, too, and never reached.
+    """
+    cell = Cell("fsdp", 1 if is_cached else 3, fusion)
+    model, stage = meta_model(model_of(fusion)), stage_of(cell.stage, fusion, world.size)
+    groups = apply_trainable_groups(model, stage, model.unused_parameters())
+    config = EngineConfig(frozen="shard", reshard_after_backward=True)
+    engine = open_engine(model, groups, stage, config, world, weights_of(fusion))
+    batches = my_batches(cell, 0, world)
+    if is_cached:
+        features = torch.zeros(len(batches[0]), *model.features_shape)
+        batches = [replace(batch, pixels=features) for batch in batches]
+    engine.step(batches, 1.0)
+    found: dict[str, list[int]] = {"forward": [], "backward": [], "all": []}
+    with Gathers() as mode:
+        for block in blocks_of(model):
+            work = next(module for module in block.modules() if isinstance(module, torch.nn.Linear))
+            work.register_forward_pre_hook(lambda *_: found["forward"].append(mode.count))
+            work.register_full_backward_pre_hook(lambda *_: found["backward"].append(mode.count))
+        engine.step(batches[-1:], 1.0)
+        found["all"].append(mode.count)
+    return found
+
+
+@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+def test_the_next_block_is_gathered_while_this_one_works(fusion: str) -> None:
+    for found in ranks.run(begun, 2, fusion, False):
+        units = len(found["forward"])
+        assert units >= 6
+        # the root's comes first, and stays for the backward; then each block's own, and the next one's
+        assert found["forward"] == [1 + min(unit + 2, units) for unit in range(units)]
+        assert found["backward"] == [1 + units + min(unit + 2, units) for unit in range(units)]
+        assert found["all"] == [1 + 2 * units], "and none twice"
+
+
+def test_blocks_that_are_never_reached_are_not_gathered() -> None:
+    for found in ranks.run(begun, 2, "cross_attention", True):
+        units = len(found["forward"])
+        assert found["forward"][-1] == 1 + units
 
 
 def test_copies_of_shards_are_reduced_over_once_a_step(tmp_path: Path) -> None:

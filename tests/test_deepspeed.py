@@ -124,6 +124,15 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
     assert resolved(tmp_path, agreeing, precision="bf16")["comms_logger"] == {"enabled": True}
 
 
+def test_what_goes_over_the_wire_may_be_chosen(tmp_path: Path) -> None:
+    given = {"communication_data_type": "bf16", "zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    settings = resolved(tmp_path, given, precision="bf16")
+    assert settings["communication_data_type"] == "bf16"
+    assert settings["zero_optimization"]["zero_hpz_partition_size"] == 2
+    larger = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}
+    assert resolved(tmp_path, larger)["zero_optimization"]["zero_hpz_partition_size"] == 8, "the whole of a small world"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -139,6 +148,8 @@ def test_what_agrees_is_accepted(tmp_path: Path) -> None:
         ({"optimizer": {"params": {"lr": 0.1}}}, ("optimizer.params.lr=0.1", "0.001", "groups")),
         ({"optimizer": {"params": {"lrr": 0.1}}}, ("optimizer.params.lrr", "did you mean 'lr'")),
         ({"scheduler": {"params": {"warmup_num_steps": 9}}}, ("scheduler.params.warmup_num_steps=9", "warmup")),
+        ({"communication_data_type": "bf16"}, ("communication_data_type", "bf16", "fp32", "engine.precision=fp32")),
+        ({"communication_data_type": "fp16"}, ("communication_data_type", "fp16", "fp32")),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, ("data_types.grad_accum_dtype", "bf16", "fp32")),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, ("cpu_checkpointing", "engine.checkpointing")),
         ({"gradient_clippin": 1}, ("'gradient_clippin'", "did you mean 'gradient_clipping'?")),
@@ -168,6 +179,9 @@ def test_contradictions_name_key_values_and_remedy(tmp_path: Path, changes: Any,
         ({"reduce_bucket": 1}, ("zero_optimization.reduce_bucket'", "did you mean 'reduce_bucket_size'?")),
         ({"reduce_bucket_size": "big"}, ("zero_optimization.reduce_bucket_size='big'", "integer")),
         ({"round_robin_gradients": True}, ("round_robin_gradients=true", "owns", "remove it")),
+        ({"zero_hpz_partition_size": 2}, ("zero_hpz_partition_size=2", "needs stage 3, not 2")),
+        ({"stage": 3, "zero_hpz_partition_size": 3}, ("does not divide the 4 processes", "GPUs of a node")),
+        ({"stage": 3, "zero_hpz_partition_size": 2, "offload_param": {"device": "cpu"}}, ("with offload_param",)),
         ({"zero_quantized_gradients": True}, ("zero_quantized_gradients=true", "remove it")),
         ({"offload_optimizer": {"device": "cpu", "ratio": 0.5}}, ("offload_optimizer.ratio=0.5", "remove it")),
         ({"offload_optimizer": {"devise": "cpu"}}, ("offload_optimizer.devise'", "did you mean 'device'?")),

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tars
@@ -18,6 +19,7 @@ from hive_scale.config import Config, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.engine import memory
 from hive_scale.pipeline import run_pipeline
+from hive_scale.plan.choose import Chosen
 from hive_scale.preflight import open_all
 
 GB = 1_000_000_000
@@ -126,6 +128,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch, name: str, memory: float) -> None:
     monkeypatch.setattr(device, "memory_of", lambda _: (round(memory), round(memory)))
 
 
+def show_plan(config: Config, data: Any, world: World, **chosen: Any) -> None:
+    engine = replace(config.engine, **chosen)
+    header.show_plan(config, data, ["joint"], world, {"joint": Chosen(engine)})
+
+
 def test_stages_are_planned_for_a_device_that_the_planner_knows(
     tmp_path: Path,
     world: World,
@@ -135,18 +142,26 @@ def test_stages_are_planned_for_a_device_that_the_planner_knows(
 ) -> None:
     config = run(tmp_path)
     data = open_all(config, noted=False)
-    header.show_plan(config, data, ["joint"], World(0, 1, torch.device("cpu")))
+    show_plan(config, data, World(0, 1, torch.device("cpu")))
     assert not capsys.readouterr().out, "nothing is known of a CPU"
     gpu(monkeypatch, "NVIDIA H100 80GB HBM3", 85 * GB)
-    header.show_plan(config, data, ["joint"], world)
+    show_plan(config, data, world)
     assert capsys.readouterr().out == "plan       joint: 0.0 GB of 80.0 GB per device at the peak; takes about 0:00\n"
     assert not caplog.records
+    two = replace(world, size=2)
+    show_plan(config, data, two, reshard_after_backward=False)
+    assert capsys.readouterr().out.endswith("; weights stay gathered between micro-batches\n")
+    four = replace(world, size=4)
+    show_plan(config, data, four, shard_size=2)
+    assert capsys.readouterr().out.endswith("; sharded over the 2 processes of a node, 2 replicas\n")
+    show_plan(config, data, four, shard_size=4)
+    assert capsys.readouterr().out.endswith("over all 4 processes, since a copy in each node is not planned to fit\n")
     gpu(monkeypatch, "NVIDIA Nothing", 0.8 * GB + 1e6)
-    header.show_plan(config, data, ["joint"], world)
+    show_plan(config, data, world)
     assert capsys.readouterr().out.endswith("; the planner does not know this device's speed\n")
     assert "stages.joint: micro_batch=" in caplog.text
     monkeypatch.setattr(header, "ENOUGH", -1.0)
-    header.show_plan(config, data, ["joint"], world)
+    show_plan(config, data, world)
     assert "not made here" in capsys.readouterr().out
 
 
@@ -162,7 +177,7 @@ def test_a_plan_that_fails_stops_nothing(
 ) -> None:
     config = run(tmp_path, "engine.ds_config=nowhere.json")
     gpu(monkeypatch, "NVIDIA H100 80GB HBM3", 85 * GB)
-    header.show_plan(config, open_all(config, noted=False), ["joint"], world)
+    show_plan(config, open_all(config, noted=False), world)
     assert "stage joint cannot be planned: " in caplog.text
 
 

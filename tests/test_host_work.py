@@ -21,8 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from hive_scale.batch import collate
 from hive_scale.config import EngineConfig
+from hive_scale.device import is_accelerator
 from hive_scale.distributed import World, session
 from hive_scale.engine import compilation
+from hive_scale.engine.accumulation import placed
 from hive_scale.engine.compilation import TOKENS, is_compiled
 from hive_scale.model.build import init_model
 
@@ -111,6 +113,24 @@ def test_the_host_waits_for_the_device_once_in_a_step(engines: tuple[str, ...], 
     cells = [Cell(engine, precision=precision) for engine in engines for precision in ("fp32", "bf16")]
     for cell, found in zip(cells, ranks.run(waits, size, cells)[0], strict=True):
         assert found == ["tolist"], cell
+
+
+def test_micro_batches_arrive_in_order_and_unchanged(world: World) -> None:
+    """Without an accelerator, this is the plain path; with one, copies run beside the kernels that read the others."""
+    batches = [collate(tiny.samples(64, seed), 0, tiny.IMAGE) for seed in range(20)]
+    here = [batch.pin() if is_accelerator(world.device) else batch for batch in batches]
+    work = torch.rand(1000, 1000, device=world.device)
+    found = []
+    for batch in placed(here, world, False):
+        for _ in range(3):
+            work = (work @ work).clamp(-1, 1)  # the device is behind the host
+        found.append([tensor * 1 for tensor in batch.tensors()])
+        del batch
+    for mine, original in zip(found, batches, strict=True):
+        for copied, tensor in zip(mine, original.tensors(), strict=True):
+            assert torch.equal(copied.cpu(), tensor * 1)
+    padded = [batch.tokens.shape[1] for batch in placed(here, world, True)]
+    assert padded == [batch.padded(TOKENS).tokens.shape[1] for batch in batches]
 
 
 COUNTED = """

@@ -51,7 +51,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "pipeline": {
         *("model", "engine", "observability", "resilience", "checkpoint", "export", "preflight", "train"),
-        *("callbacks", "header"),
+        *("callbacks", "header", "plan"),
     },
     "launch": {"observability", "resilience"},
     "run": {"model", "checkpoint"},

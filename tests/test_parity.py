@@ -169,6 +169,13 @@ def small_jsons(folder: Path) -> None:
         if zero["stage"] == 3:
             zero["stage3_param_persistence_threshold"] = 1000  # vectors stay whole
         (folder / path.name).write_text(json.dumps(settings))
+        if path.stem in ("zero1", "zero2", "zero3"):
+            (folder / f"{path.stem}_reduced.json").write_text(
+                json.dumps(settings | {"communication_data_type": "bf16"})
+            )
+        if zero["stage"] == 3:
+            zero["zero_hpz_partition_size"] = 2
+            (folder / f"{path.stem}_second.json").write_text(json.dumps(settings))
 
 
 def opened(cell: Cell, world: World, folder: str) -> tuple[Engine, Any]:
@@ -384,7 +391,17 @@ def test_bf16(folder: str) -> None:
 
 
 def test_bf16_zero_3(folder: str) -> None:
-    check(bf16("zero3", "zero3_offload"), 2, folder, BF16)
+    check([*bf16("zero3", "zero3_offload"), Cell("zero3_reduced", precision="bf16")], 2, folder, BF16)
+
+
+def test_gradients_reduced_in_bf16(folder: str) -> None:
+    check([Cell(engine, precision="bf16") for engine in ("zero1_reduced", "zero2_reduced")], 2, folder, BF16)
+
+
+@either
+def test_zero_3_with_a_second_copy_in_each_node(folder: str, whole: bool) -> None:
+    cells = [Cell("zero3_second"), Cell("zero3_second", 1, checkpointing="full")]
+    check(cells + odd("zero3_second") * whole, 4, folder)
 
 
 def test_compiled_blocks(folder: str) -> None:

@@ -23,12 +23,12 @@ from hive_scale.model.build import for_stage, init_model, meta_model
 from hive_scale.observability.throughput import Throughput
 from hive_scale.param_groups import apply_trainable_groups
 from hive_scale.plan import complexity
-from hive_scale.plan.devices import GPUS
+from hive_scale.plan.devices import CONTEXT, FRAGMENTATION, GPUS
 from hive_scale.plan.fit import fit, too_large
 from hive_scale.plan.flops import count
 from hive_scale.plan.fsdp_memory import Fsdp, Pass
 from hive_scale.plan.memory import examine
-from hive_scale.plan.run import CONTEXT, FRAGMENTATION, Machine, StagePlan, plan_run, plan_stage
+from hive_scale.plan.run import Machine, StagePlan, plan_run, plan_stage
 from hive_scale.plan.sweep import limit, sweep
 from hive_scale.plan.time import Volume
 from hive_scale.plan.trace import CPU_ATTENTION
@@ -46,7 +46,8 @@ def stage_of(fusion: Any, name: str, **changes: Any) -> StageConfig:
 
 def run_config(fusion: Any = "cross_attention", **changes: Any) -> Config:
     stages = {name: stage_of(fusion, name, global_batch=8, micro_batch=4) for name in STAGES}
-    return Config(model=tiny.model_config(fusion), stages=stages, engine=EngineConfig(**changes))
+    engine = EngineConfig(**{"compile": False} | changes)
+    return Config(model=tiny.model_config(fusion), stages=stages, engine=engine)
 
 
 @pytest.mark.contract
@@ -194,7 +195,7 @@ def test_more_samples_need_more_memory_and_more_ranks_less() -> None:
 
 def test_what_happens_between_micro_batches_is_planned() -> None:
     def joint(**changes: Any) -> StagePlan:
-        config = run_config(precision="bf16", **changes)
+        config = run_config(**{"precision": "bf16", "reshard_after_backward": True} | changes)
         stages = {"joint": replace(config.stages["joint"], global_batch=64, micro_batch=4)}
         return plan_run(replace(config, stages=stages), Machine(GPUS["a100-40"], 4), 1000)[0]
 

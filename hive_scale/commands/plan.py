@@ -142,6 +142,8 @@ def _lines(machine: Machine) -> list[tuple[str, Any]]:
 
     return [
         ("micro-batch x accumulation", lambda plan: f"{plan.micro_batch} x {plan.accumulation}"),
+        ("GPUs that share one copy", lambda plan: str(plan.engine.shard_size or machine.world)),
+        ("gathered between micro-batches", lambda plan: "no" if plan.engine.reshard_after_backward else "yes"),
         ("parameters, GB per GPU", lambda plan: gb(plan.memory.parameters)),
         ("masters, GB", lambda plan: gb(plan.memory.masters)),
         ("moments, GB", lambda plan: gb(plan.memory.moments)),

@@ -7,13 +7,14 @@ afterwards, with the step's one host-side collective; the optimizer then divides
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hive_scale.batch import Batch
+from hive_scale.device import CopyStream
 from hive_scale.distributed import World
 from hive_scale.engine import Loss
 from hive_scale.engine.compilation import TOKENS
@@ -29,16 +30,35 @@ class StepTotals(NamedTuple):
     divisor: float  # number of target tokens, at least 1; divides the gradient of the summed loss
 
 
-def accumulate(world: World, micro_batches: Sequence[Batch], run: Callable[[Batch, bool], Tensor]) -> Tensor:
+def accumulate(
+    world: World, micro_batches: Sequence[Batch], is_compiled: bool, run: Callable[[Batch, bool], Tensor]
+) -> Tensor:
     """Run every micro-batch, and return this rank's sum of token losses, a scalar tensor on the device.
 
-    `run(batch, is_last)` does a forward and a backward, and returns the loss.
+    `run(batch, is_last)` does a forward and a backward of a batch on the device, and returns the loss.
     """
     total = torch.zeros((), device=world.device)
-    for index, batch in enumerate(micro_batches):
+    for index, batch in enumerate(placed(micro_batches, world, is_compiled)):
         total += run(batch, index == len(micro_batches) - 1)
     world.timer.enter("reduce")
     return total
+
+
+def placed(micro_batches: Sequence[Batch], world: World, is_compiled: bool) -> Iterator[Batch]:
+    """Yield each micro-batch on this rank's device. On CUDA the next one is copied while the present one is used."""
+    stream = CopyStream(world.device)
+
+    def begin(batch: Batch) -> Batch:
+        with stream.begin():
+            return batch.to(world.device)
+
+    following = begin(micro_batches[0])
+    for later in (*micro_batches[1:], None):
+        batch = following
+        stream.end(batch.tensors())
+        if later is not None:
+            following = begin(later)
+        yield batch.padded(TOKENS) if is_compiled else batch
 
 
 def reduce_loss(

@@ -35,9 +35,12 @@ def is_compiled(config: EngineConfig, kind: str) -> bool:
 
     ZeRO-3 gathers inside of blocks, which would cut each into many graphs.
     """
-    if config.compile != "auto":
-        return bool(config.compile)
-    return is_compiled_by_default(kind) and not _lacking(kind) and _zero_stage(config) < 3
+    return would_compile(config, config.compile == "auto" and is_compiled_by_default(kind) and not _lacking(kind))
+
+
+def would_compile(config: EngineConfig, by_default: bool) -> bool:
+    """True if blocks are compiled on a machine that does so `by_default`."""
+    return by_default and _zero_stage(config) < 3 if config.compile == "auto" else bool(config.compile)
 
 
 def _zero_stage(config: EngineConfig) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from hive_scale.batch import Batch
 from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.distributed import EMA, Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
-from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.deepspeed_config import load_deepspeed, resolve
@@ -49,7 +49,11 @@ UNTESTED = {"zero_allow_untested_optimizer": True}  # lets DeepSpeed accept opti
 
 
 class DeepSpeedEngine:
-    """Parameters are in `config.precision`; masters, moments, gradient sums and reductions are in float32."""
+    """Parameters are in `config.precision`; masters, moments, gradient sums and, by default, reductions in float32."""
+
+    # the ranks that share the second copy of the weights (zero_hpz_partition_size): DeepSpeed makes this group once in
+    # a process, and must be given it from then on
+    second_group: ClassVar[Any] = None
 
     def __init__(
         self,
@@ -100,6 +104,7 @@ class DeepSpeedEngine:
         """Allocate and fill every parameter. ZeRO-3 shards each block before the next one is allocated."""
         deepspeed, model, device = load_deepspeed(), self.model, self.world.device
         names = {parameter: name for name, parameter in model.named_parameters()}
+        has_second = settings["zero_optimization"].get("zero_hpz_partition_size", 1) > 1
         for unit in (*blocks_of(model), model):
             for parameter in unit.parameters():
                 if parameter.is_meta:
@@ -107,7 +112,13 @@ class DeepSpeedEngine:
                     # swapped in place, so that modules that share the parameter keep sharing it
                     torch.utils.swap_tensors(parameter, nn.Parameter(real, parameter.requires_grad))  # type: ignore[no-untyped-call]
             if self.partitions_parameters:
-                deepspeed.zero.Init(module=unit, config_dict_or_path=settings, dtype=compute)
+                group = DeepSpeedEngine.second_group if has_second else None
+                deepspeed.zero.Init(
+                    module=unit, config_dict_or_path=settings, dtype=compute, zero_param_parallel_group=group
+                )
+                if has_second:
+                    made: Any = next(unit.parameters())
+                    DeepSpeedEngine.second_group = made.ds_zero_param_process_group
 
     @torch.no_grad()
     def _restore_masters(self, weights: Mapping[str, Tensor]) -> None:
@@ -127,7 +138,7 @@ class DeepSpeedEngine:
         share = float(self.world.size)  # undoes DeepSpeed's averaging over ranks
         if not self.divides:
             share /= max(1.0, *self.world.sum(sum(batch.num_tokens for batch in micro_batches)))
-        total = accumulate(self.world, micro_batches, partial(self._run, share))
+        total = accumulate(self.world, micro_batches, self.compiled, partial(self._run, share))
         mean, num_tokens, is_fit, voted, divisor = reduce_loss(self.world, total.item(), micro_batches, max_loss, votes)
         set_learning_rate(self.optimizer, lr_factor)
         if self.divides:
@@ -141,7 +152,7 @@ class DeepSpeedEngine:
     def _run(self, share: float, batch: Batch, is_last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(is_last)
         self.world.timer.enter("forward")
-        loss = self.loss(self.engine, on_device(batch, self.world, self.compiled))
+        loss = self.loss(self.engine, batch)
         self.world.timer.enter("backward")
         self.engine.backward(loss * share, scale_wrt_gas=False)
         return loss.detach()

@@ -80,7 +80,6 @@ _LAYOUT = "a checkpoint could not tell which rank owns what"
 _NUMBERS = "steps would differ from those of every other engine"
 REFUSED_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
     "round_robin_gradients": ((False,), _LAYOUT),
-    "zero_hpz_partition_size": ((0, 1), _LAYOUT),
     "zero_quantized_weights": ((False,), _NUMBERS),
     "zero_quantized_nontrainable_weights": ((False,), _NUMBERS),
     "zero_quantized_gradients": ((False,), _NUMBERS),
@@ -144,6 +143,7 @@ def _resolved(
                 settings.pop(name, None)  # keys of a switched-off section do not count
         found = list(contradictions(settings, ours, stage))
         zero = _zero(settings.get("zero_optimization"), here)
+        _check_second_copy(zero, world_size)
         if config.compile is True and zero["stage"] == 3:
             raise ValueError(
                 "engine.compile=true, but ZeRO-3 gathers inside the blocks and would cut each into many graphs: set "
@@ -153,7 +153,7 @@ def _resolved(
         raise ValueError(f"{path}: {error}") from None
     kept = _without_auto({key: value for key, value in settings.items() if key in HARMLESS})
     kept.setdefault("steps_per_print", 1 << 60)  # never: this package prints the metrics
-    return {**kept, **filled(ours, config), "zero_optimization": zero}, found
+    return {**kept, **filled(ours, config, settings), "zero_optimization": zero}, found
 
 
 def _read(path: Path) -> str:
@@ -366,6 +366,20 @@ def _check_offload(zero: Mapping[str, Any], here: bool) -> None:
             raise ValueError(f"zero_optimization.{name} needs stage 3, not {zero['stage']}: remove it, or set stage 3")
         if device == "nvme":
             _check_nvme(f"zero_optimization.{name}", section, zero["stage"], here)
+
+
+def _check_second_copy(zero: Mapping[str, Any], world_size: int) -> None:
+    """Raises ValueError if the groups of ranks that share ZeRO-3's second copy cannot be made."""
+    size = zero.get("zero_hpz_partition_size", 1)
+    if size <= 1:
+        return
+    what = f"zero_optimization.zero_hpz_partition_size={size}"
+    if zero["stage"] != 3:
+        raise ValueError(f"{what} needs stage 3, not {zero['stage']}: remove it, or set stage 3")
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise ValueError(f"{what} was never tried with offload_param: remove one of them")
+    if size < world_size and world_size % size:
+        raise ValueError(f"{what} does not divide the {world_size} processes: set the number of GPUs of a node")
 
 
 def _check_nvme(where: str, section: Mapping[str, Any], stage: int, here: bool) -> None:

@@ -43,7 +43,8 @@ class OwnedKey:
 
     value: Any
     source: str  # the config option that decides it, for messages
-    also: tuple[Any, ...] = ()  # other values that are accepted
+    also: tuple[Any, ...] = ()  # other values that are accepted, and mean the same
+    choices: tuple[Any, ...] = ()  # other values that are accepted, and count
 
 
 def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str, OwnedKey]:
@@ -63,7 +64,8 @@ def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str
         "bf16.bf16_optimizer_states": OwnedKey(False, "fp32 moments, always"),
         "bf16.check_grad_overflow": OwnedKey(True, "every engine: a gradient that is not finite is not stepped"),
         "data_types.grad_accum_dtype": OwnedKey("fp32", "fp32 gradient accumulation, always"),
-        "communication_data_type": OwnedKey("fp32", "fp32 gradient reduction, always"),
+        # in bf16, gradients are rounded to bf16 by the backward in any case; in fp32 this would cost their precision
+        "communication_data_type": OwnedKey("fp32", precision, choices=("bf16",) * (config.precision == "bf16")),
         "gradient_allreduce_op": OwnedKey("mean", "the loss's scale"),
         "gradient_predivide_factor": OwnedKey(1.0, "the loss's scale"),
         "prescale_gradients": OwnedKey(False, "the loss's scale"),
@@ -71,8 +73,8 @@ def owned(stage: StageConfig, config: EngineConfig, world_size: int) -> dict[str
     }
 
 
-def filled(owned: Mapping[str, OwnedKey], config: EngineConfig) -> dict[str, Any]:
-    """The owned keys as nested settings for DeepSpeed, without sections that are off."""
+def filled(owned: Mapping[str, OwnedKey], config: EngineConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The owned keys as nested settings for DeepSpeed, without sections that are off. Choices are as `given`."""
     off = "fp16", "torch_autocast", *(["bf16", "data_types"] if config.precision == "fp32" else [])
     result: dict[str, Any] = {}
     for path, key in owned.items():
@@ -82,7 +84,7 @@ def filled(owned: Mapping[str, OwnedKey], config: EngineConfig) -> dict[str, Any
         if section:
             result.setdefault(section, {})[name] = key.value
         else:
-            result[name] = key.value
+            result[name] = given[name] if given.get(name) in key.choices else key.value
     return result
 
 
@@ -113,7 +115,7 @@ def contradictions(
     for path, key in owned.items():
         section, _, name = path.rpartition(".")
         value = settings.get(section, {}).get(name, AUTO) if section else settings.get(name, AUTO)
-        if value not in (AUTO, key.value, *key.also):
+        if value not in (AUTO, key.value, *key.also, *key.choices):
             yield Contradiction(path, value, key.value, key.source)
     yield from _optimizer(settings.get("optimizer", {}), stage)
     for name, value in settings.get("scheduler", {}).get("params", {}).items():

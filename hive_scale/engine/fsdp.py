@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from hive_scale.config import EngineConfig, StageConfig
 from hive_scale.device import pins_memory
 from hive_scale.distributed import Fragment, World
 from hive_scale.engine import Loss, StateSharding, StepOutput, token_loss
-from hive_scale.engine.accumulation import accumulate, evaluate_batches, on_device, reduce_loss
+from hive_scale.engine.accumulation import accumulate, evaluate_batches, reduce_loss
 from hive_scale.engine.activation_checkpointing import blocks_of, checkpoint_blocks
 from hive_scale.engine.compilation import compile_blocks, is_compiled
 from hive_scale.engine.masters import MasterWeights, use_dtype
@@ -128,6 +129,12 @@ class FsdpEngine:
                 fully_shard(block, **options)
         # the root unit holds the head, the last in forward and the first in backward: keep it unsharded in between
         fully_shard(self.model, **options | {"reshard_after_forward": False})
+        # In forward the next block's gather is issued before the present block's kernels, since the host may be slower
+        # than they are; in backward FSDP2 does so by itself. The root prefetches nothing: with a feature cache the
+        # first block is never reached
+        order = [block for block in self.model.forward_order() if isinstance(block, FSDPModule)]
+        for unit, following in pairwise(order):
+            unit.set_modules_to_forward_prefetch([following])
 
     @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor], device: torch.device | str) -> None:
@@ -165,7 +172,7 @@ class FsdpEngine:
         max_loss: float = math.inf,
         votes: Callable[[], Sequence[float]] = tuple,
     ) -> StepOutput:
-        total = accumulate(self.world, micro_batches, self._run)
+        total = accumulate(self.world, micro_batches, self.compiled, self._run)
         if self.masters:
             self.masters.reduce()
         # the norm of undivided gradients: the number of targets on all ranks arrives with the loss, in one reduction.
@@ -190,7 +197,7 @@ class FsdpEngine:
     def _run(self, batch: Batch, is_last: bool) -> Tensor:
         with self._reducing(is_last):
             self.world.timer.enter("forward")
-            loss = self.loss(self._forward, on_device(batch, self.world, self.compiled))
+            loss = self.loss(self._forward, batch)
             self.world.timer.enter("backward")
             torch.autograd.backward(loss if self.masters else loss * self.world.size)  # undoes averaging over ranks
         return loss.detach()
@@ -207,7 +214,7 @@ class FsdpEngine:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(wanted or self.config.sync_each_micro_batch)
             self.model.set_requires_all_reduce(wanted)
-            self.model.set_reshard_after_backward(wanted or self.config.reshard_after_backward)
+            self.model.set_reshard_after_backward(wanted or bool(self.config.reshard_after_backward))
         elif isinstance(self._forward, DistributedDataParallel) and not wanted:
             waiting: AbstractContextManager[None] = self._forward.no_sync()
             return waiting

@@ -174,3 +174,14 @@ class Hive(nn.Module):
             "fusion": [*self.projector, *self.fusion.layers],
             "language": list(self.host.layers(self.language)),
         }
+
+    def forward_order(self) -> list[nn.Module]:
+        """The blocks that the forward reaches, in its order, so that an engine can prepare each during the one before.
+
+        A registered fusion may call its own in another order, which costs time alone.
+        """
+        fused = dict(zip(self.fusion.depths, self.fusion.layers, strict=False))  # `concat` has no layers
+        order = [*self.family.blocks(self.vision)[: max(self.encoder_depths)], *self.projector]
+        for depth, layer in enumerate(self.host.layers(self.language)):
+            order += [fused[depth], layer] if depth in fused else [layer]
+        return order

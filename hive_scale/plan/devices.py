@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1 << 30
+# GPU memory unavailable to tensors: bytes of the CUDA context with its libraries, and the share lost to fragmentation.
+CONTEXT, FRAGMENTATION = 0.8e9, 0.05
+
+
+def usable(memory: float) -> float:
+    """Bytes that are available to tensors on a device of `memory` bytes."""
+    return (memory - CONTEXT) * (1 - FRAGMENTATION)
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Gpu:
     network: float  # to a GPU of another node
     host: float  # to host memory
     has_bf16: bool = True
+    compiles: bool = True  # False if blocks are not compiled by default, or that is not known
 
     def peak(self, precision: str) -> float:
         """Peak FLOP/s of dense matrix products in `precision`. Without bf16 units, torch computes bf16 as fp32."""
@@ -57,6 +65,10 @@ def _gpu(
 ) -> Gpu:
     """Peaks in TFLOPS, memory in GiB, its bandwidth in GB/s."""
     return Gpu(title, int(gib * GIB), tensor * 1e12, fp32 * 1e12, bandwidth * 1e9, *board, has_bf16)
+
+
+def _amd(title: str, gib: float, tensor: float, fp32: float, bandwidth: float, board: Board) -> Gpu:
+    return replace(_gpu(title, gib, tensor, fp32, bandwidth, board), compiles=False)
 
 
 def _geforce(
@@ -158,12 +170,12 @@ GPUS = {
     "gh200": _gpu("GH200 480GB", 95.5, 989, 67, 4000, GH200),
     "b200": _gpu("B200", 179, 2250, 75, 7700, DGX_B200),
     # Data sheets of AMD; an MI250X is two devices to torch, and the row is one of them
-    "mi210": _gpu("MI210", 64, 181, 22.6, 1638, SERVER4),
-    "mi250x": _gpu("MI250X", 64, 191.5, 23.9, 1638, MI200),
-    "mi300x": _gpu("MI300X", 192, 1307.4, 163.4, 5300, MI300),
-    "mi325x": _gpu("MI325X", 256, 1307.4, 163.4, 6000, MI300),
-    "mi355x": _gpu("MI355X", 288, 2500, 157.3, 8000, MI300),
-    "rx7900xtx": _gpu("Radeon RX 7900 XTX", 24, 122.8, 61.4, 960, DESK4),
+    "mi210": _amd("MI210", 64, 181, 22.6, 1638, SERVER4),
+    "mi250x": _amd("MI250X", 64, 191.5, 23.9, 1638, MI200),
+    "mi300x": _amd("MI300X", 192, 1307.4, 163.4, 5300, MI300),
+    "mi325x": _amd("MI325X", 256, 1307.4, 163.4, 6000, MI300),
+    "mi355x": _amd("MI355X", 288, 2500, 157.3, 8000, MI300),
+    "rx7900xtx": _amd("Radeon RX 7900 XTX", 24, 122.8, 61.4, 960, DESK4),
 }
 # what names of one GPU may or may not have: its maker and series, the memory's kind and unit, the usual socket
 MAKER = re.compile(
@@ -250,7 +262,9 @@ def described(
     if base is None and len(told) < len(given):
         raise ValueError(f"a GPU that --gpu does not name is described by {', '.join(given)}: give all three")
     memory, peak, bandwidth = (value or 0.0 for value in given.values())
-    made = base or Gpu(f"GPU of {memory:g} GB, {peak:g} TFLOPS and {bandwidth:g} GB/s", 0, 0, 0, 0, *DESK4)
+    made = base or Gpu(
+        f"GPU of {memory:g} GB, {peak:g} TFLOPS and {bandwidth:g} GB/s", 0, 0, 0, 0, *DESK4, compiles=False
+    )
     return replace(
         made,
         memory=int(memory * 1e9) or made.memory,

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hive_scale.config import CheckpointingConfig, Config, Frozen, StageConfig
+from hive_scale.engine.compilation import would_compile
+from hive_scale.plan.devices import usable
 from hive_scale.plan.memory import StageProfile, examine, measure
-from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, usable, zero_of
+from hive_scale.plan.run import Machine, StagePlan, check_engine, plan_stage, zero_of
 
 # Activation checkpointing to try, from no recomputation to all; per component where that pays.
 RECOMPUTED = (
@@ -20,7 +22,7 @@ RECOMPUTED = (
 )
 
 
-NATIVE = ("shard_size", "frozen", "reshard_after_forward", "cpu_offload")
+NATIVE = ("shard_size", "frozen", "reshard_after_forward", "reshard_after_backward", "cpu_offload")
 FROZEN: tuple[Frozen, ...] = ("replicate", "shard")
 NEAR = 1.02  # stop searching once the time is within this factor of the lower bound
 
@@ -56,6 +58,8 @@ def fit(config: Config, machine: Machine, num_samples: int, spare: float = 0.0) 
     best: Fit | None = None
     least: StagePlan | None = None
     floor = 0.0
+    if spare and config.engine.reshard_after_backward == "auto":  # a run would choose by all that there is
+        config = replace(config, engine=replace(config.engine, reshard_after_backward=True))
     for checkpointing in RECOMPUTED:
         traced: dict[tuple[str, bool], StageProfile] = {}
         for candidate in _engines(replace(config, engine=replace(config.engine, checkpointing=checkpointing)), machine):
@@ -137,7 +141,8 @@ def _facts(
     check_engine(config.engine, zero, machine)
     key = name, zero.get("stage") == 3
     if key not in traced:
-        traced[key] = examine(config, stage, config.data_of(name).max_tokens, key[1])
+        compiled = would_compile(config.engine, machine.gpu.compiles)
+        traced[key] = examine(config, stage, config.data_of(name).max_tokens, key[1], compiled)
     return traced[key]
 
 

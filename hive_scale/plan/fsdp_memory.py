@@ -1,7 +1,8 @@
 """Memory of the native engine during a micro-batch: gathered units, gradients, buffers of collectives.
 
 Unsharded models train as they are. Otherwise FSDP2 gathers and shards in the order of torch 2.14: a unit is gathered
-when its forward begins and freed when it ends; in backward the preceding unit is prefetched. Gradients are reduced in
+when the forward of the one before it begins, and freed when its own ends; in backward the preceding unit is prefetched.
+Gradients are reduced in
 float32 once the gradients of a unit's inputs are known, or at the very end for a unit whose inputs need none.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 from hive_scale.plan.timeline import Timeline
@@ -83,6 +85,8 @@ class Fsdp:
         self.order: list[str] = []
         self.position: dict[str, int] = {}
         self.reduced: set[str] = set()
+        units_in_order = [name for _, kind, name in trace.events if kind == "forward" and name in units.members]
+        self.following = dict(pairwise(units_in_order))
         self.owner = {param.name: (unit, param) for unit, members in units.members.items() for param in members}
         self.run(trace)
 
@@ -111,8 +115,12 @@ class Fsdp:
     def module(self, at: int, kind: str, name: str) -> None:
         if kind == "forward":
             if name not in self.gathered:
-                self.collect(at, name)
+                if name not in self.ahead:
+                    self.collect(at, name)
                 self.copy_out(at, name, forward=True)
+            following = self.following.get(name, name)
+            if following not in self.gathered:
+                self.collect(at, following)
         elif kind == "forward end":
             self.position[name] = len(self.order)
             self.order.append(name)

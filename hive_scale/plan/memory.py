@@ -15,11 +15,12 @@ from hive_scale.device import pinned_bytes
 from hive_scale.engine.optimizer import Shape, numels, optimizer_kind, refusal
 from hive_scale.model import build
 from hive_scale.param_groups import ParamGroup
+from hive_scale.plan.compiled import spare
 from hive_scale.plan.flops import encoder_flops
 from hive_scale.plan.fsdp_memory import MASTER, Fsdp, Param, Pass, Units, Unsharded
 from hive_scale.plan.timeline import MemoryPeak
 from hive_scale.plan.trace import Trace, trace
-from hive_scale.plan.zero_memory import Zero3, Zero12
+from hive_scale.plan.zero_memory import Zero3, Zero12, second_copy
 from hive_scale.precision import DTYPES
 
 
@@ -84,9 +85,12 @@ class Memory:
         return self.parameters + self.masters + self.moments + self.batch + self.moment.total
 
 
-def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False) -> StageProfile:
+def examine(
+    config: Config, stage: StageConfig, num_tokens: int, saves_inputs: bool = False, compiled: bool = False
+) -> StageProfile:
     """Build the stage's model on the meta device and trace it. `saves_inputs`: linear layers save inputs, as in ZeRO-3.
 
+    With `compiled`, blocks are compiled, and hold less for their backward.
     Raises ValueError for settings that training would refuse as well.
     """
     model, groups = build.for_stage(config.model, stage)
@@ -105,6 +109,8 @@ def examine(config: Config, stage: StageConfig, num_tokens: int, saves_inputs: b
     size = build.image_size(config.model)
     image = (model.features_shape, dtype) if cached else ((3, size, size), torch.uint8)
     traced = trace(model, dtype, num_tokens, image, config.engine.checkpointing, saves_inputs)
+    if compiled:
+        spare(traced, build.for_stage(config.model, stage)[0], dtype, config.engine.checkpointing)
     kind, shapes = optimizer_kind(stage), {param.name: param.shape for param in params}
     groups = kind.divide(groups, model.matrices())
     return StageProfile(
@@ -169,17 +175,22 @@ def _native(
     reshard = engine.reshard_after_forward
     lines = [Fsdp(facts.trace, units, shard, itemsize, reshard, one).line for one in passes]
     moment = max((line.worst(micro_batch) for line in lines), key=lambda one: one.total)
-    batch = facts.trace.input_bytes * micro_batch
+    batch = _inputs(facts, micro_batch, waiting)
     if engine.cpu_offload:
         return Memory(apart, 0.0, 0.0, batch, moment, masters + 1.5 * moments)  # masters, moments and reduced gradients
     return Memory(apart + masters, 0.0, moments, batch, moment, 0.0)
+
+
+def _inputs(facts: StageProfile, micro_batch: int, waiting: bool) -> float:
+    """Bytes of a micro-batch, and, under accumulation, of the next one, whose copy has begun."""
+    return facts.trace.input_bytes * micro_batch * (1 + waiting)
 
 
 def _unsharded(facts: StageProfile, world: int, itemsize: int, micro_batch: int, waiting: bool) -> Memory:
     trained = float(facts.numel(True))
     moment = Unsharded(facts.trace, facts.units, world, itemsize, waiting).line.worst(micro_batch)
     masters = MASTER * trained if itemsize != MASTER else 0.0  # in fp32 the parameters are the masters
-    moments, batch = MASTER * facts.states * trained, facts.trace.input_bytes * micro_batch
+    moments, batch = MASTER * facts.states * trained, _inputs(facts, micro_batch, waiting)
     return Memory(float(itemsize * facts.numel()), masters, moments, batch, moment, 0.0)
 
 
@@ -195,11 +206,13 @@ def _deepspeed(
         threshold = int(zero["stage3_param_persistence_threshold"])
         small = sum(param.numel for param in facts.params if param.numel <= threshold)
         parameters = float(itemsize * (every / world + small))
+        if int(zero.get("zero_hpz_partition_size", 1)) > 1:
+            parameters += itemsize * (every - small) / second_copy(zero, world)
         line = Zero3(facts.trace, facts.params, facts.modules, world, itemsize, zero).line
         fixed = float(MASTER * int(zero["reduce_bucket_size"]) + masters)  # the bucket, and the sharded gradients
     moment = line.worst(micro_batch)
     held = {**moment.held, "gradients": moment.held.get("gradients", 0.0) + fixed}
-    moment, batch = MemoryPeak(moment.where, moment.activations, held), facts.trace.input_bytes * micro_batch
+    moment, batch = MemoryPeak(moment.where, moment.activations, held), _inputs(facts, micro_batch, waiting)
     host = 0.0
     if offloaded(zero, "offload_optimizer"):
         host, masters, moments = masters + moments + masters, 0.0, 0.0  # masters, moments and gradients

@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale.config import Config, EngineConfig, StageConfig
-from hive_scale.plan.devices import Gpu
+from hive_scale.engine.compilation import would_compile
+from hive_scale.plan.choose import Ranks, choose
+from hive_scale.plan.devices import Gpu, usable
 from hive_scale.plan.memory import Memory, StageProfile, examine, measure
 from hive_scale.plan.time import DISK, PRODUCTS, StepTime, checkpoint_bytes, offloads, step_time
 from hive_scale.precision import DTYPES
-
-# GPU memory unavailable to tensors: bytes of the CUDA context with its libraries, and the share lost to fragmentation.
-CONTEXT, FRAGMENTATION = 0.8e9, 0.05
-
-
-def usable(memory: float) -> float:
-    """Bytes that are available to tensors on a device of `memory` bytes."""
-    return (memory - CONTEXT) * (1 - FRAGMENTATION)
 
 
 @dataclass(frozen=True)
@@ -27,6 +21,7 @@ class StagePlan:
     """Plan of one stage for one of `world` processes. Bytes, FLOPs and seconds."""
 
     stage: str
+    engine: EngineConfig  # without open options
     components: Mapping[str, tuple[int, int]]  # component -> (trained, frozen) elements
     micro_batch: int
     accumulation: int
@@ -89,16 +84,24 @@ class Machine:
         """Bytes of one device that are available to tensors."""
         return usable(self.gpu.memory)
 
+    @property
+    def ranks(self) -> Ranks:
+        """One rank per GPU."""
+        return Ranks(self.world, min(self.world, self.gpu.per_node), self.capacity)
+
 
 def zero_of(config: Config, stage: StageConfig, world: int) -> dict[str, Any]:
-    """Return the complete ``zero_optimization`` section of the config's DeepSpeed JSON; empty without one."""
+    """Return the complete ``zero_optimization`` section of the config's DeepSpeed JSON; empty without one.
+
+    It has the type in which gradients are reduced, too: "communication_data_type".
+    """
     if not config.engine.ds_config:
         return {}
     from hive_scale.engine.deepspeed_config import resolve  # imported late: DeepSpeed takes seconds to import
 
     settings = resolve(Path(config.engine.ds_config), stage, config.engine, world, here=False)
     zero: dict[str, Any] = settings["zero_optimization"]
-    return zero
+    return zero | {"communication_data_type": settings["communication_data_type"]}
 
 
 def check_engine(engine: EngineConfig, zero: Mapping[str, Any], machine: Machine) -> None:
@@ -119,15 +122,17 @@ def plan_stage(
 
     Raises ValueError as training would: if the batch does not divide, or the set is smaller than a batch.
     """
-    stage, engine = config.stages[name], config.engine
+    stage = config.stages[name]
     accumulation = stage.accumulation(machine.world)
     micro_batch = stage.global_batch // machine.world // accumulation
+    engine = choose(config.engine, facts, machine.ranks, micro_batch, accumulation)
     memory = measure(facts, engine, zero, machine.world, micro_batch, accumulation)
     time = step_time(facts, engine, zero, machine.gpu, machine.world, micro_batch, accumulation)
     kept = num_samples * facts.features * DTYPES[engine.precision].itemsize
     useful = stage.global_batch * (facts.trace.flops["forward"] + facts.trace.flops["backward"])
     return StagePlan(
         stage=name,
+        engine=engine,
         components=facts.components(),
         micro_batch=micro_batch,
         accumulation=accumulation,
@@ -156,7 +161,8 @@ def plan_run(config: Config, machine: Machine, num_samples: int) -> list[StagePl
     for name, stage in config.stages.items():
         zero = zero_of(config, stage, machine.world)
         check_engine(config.engine, zero, machine)
-        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3)
+        compiled = would_compile(config.engine, machine.gpu.compiles)
+        facts = examine(config, stage, config.data_of(name).max_tokens, zero.get("stage") == 3, compiled)
         if why := facts.refusal(stage, config.engine, machine.world):
             raise ValueError(f"stages.{name}: {why}")
         plans.append(plan_stage(config, name, facts, zero, machine, num_samples))

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hive_scale.config import Config, EngineConfig
+from hive_scale.engine.compilation import would_compile
+from hive_scale.plan.choose import choose
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import examine, measure
 from hive_scale.plan.run import Machine
@@ -45,24 +47,27 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
     stage = config.stages[stage_name]
     plain = replace(config, engine=replace(config.engine, ds_config="", shard_size=0))
     num_tokens = config.data_of(stage_name).max_tokens
-    facts = {False: examine(plain, stage, num_tokens)}
+    facts = {False: examine(plain, stage, num_tokens, compiled=would_compile(plain.engine, gpu.compiles))}
     facts[True] = examine(plain, stage, num_tokens, saves_inputs=True)
     points = []
     for title, zero in ENGINES.items():
         for scaling in ("weak", "strong"):
             base = None
             for world in sorted(worlds):
-                Machine(gpu, world)  # raises ValueError for an invalid world
+                machine = Machine(gpu, world)  # raises ValueError for an invalid world
                 batch = stage.global_batch if scaling == "strong" else stage.global_batch * world // min(worlds)
                 if batch % world:
                     continue
                 micro_batch = max(n for n in range(1, stage.micro_batch + 1) if batch // world % n == 0)
+                accumulation = batch // world // micro_batch
                 engine = _engine(plain.engine, title, world, gpu)
                 if facts[False].refusal(stage, replace(engine, ds_config=title if zero else ""), world):
                     continue
+                if not zero:
+                    engine = choose(engine, facts[False], machine.ranks, micro_batch, accumulation)
                 arguments = facts[zero.get("stage") == 3], engine, zero
-                time = step_time(*arguments, gpu, world, micro_batch, batch // world // micro_batch)
-                memory = measure(*arguments, world, micro_batch, batch // world // micro_batch)
+                time = step_time(*arguments, gpu, world, micro_batch, accumulation)
+                memory = measure(*arguments, world, micro_batch, accumulation)
                 rate = batch / time.total
                 base = base or rate / world
                 points.append(
@@ -82,7 +87,7 @@ def sweep(config: Config, stage_name: str, gpu: Gpu, worlds: Sequence[int], num_
 
 def _engine(engine: EngineConfig, title: str, world: int, gpu: Gpu) -> EngineConfig:
     """`engine` with the sharding that `title` names; HSDP shards inside a node, and replicates over nodes."""
-    return replace(engine, shard_size={"DDP": 1, "HSDP": min(world, gpu.per_node)}.get(title, 0))
+    return replace(engine, shard_size={"DDP": 1, "HSDP": min(world, gpu.per_node)}.get(title, world))
 
 
 def limit(points: Sequence[dict[str, Any]], global_batch: int, stage: str) -> str:

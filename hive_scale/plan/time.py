@@ -17,7 +17,7 @@ from hive_scale.config import EngineConfig
 from hive_scale.engine.masters import aligned
 from hive_scale.plan.devices import Gpu
 from hive_scale.plan.memory import StageProfile, offloaded
-from hive_scale.plan.zero_memory import Zero3
+from hive_scale.plan.zero_memory import Zero3, second_copy
 from hive_scale.precision import DTYPES
 
 PRODUCTS, MEMORY, LAUNCH, LATENCY = 0.6, 0.8, 5e-5, 2e-5
@@ -30,7 +30,7 @@ class Volume:
 
     sent: float  # in all
     collectives: int
-    copies: float = 0.0  # of them, those that add up the gradients of the copies of a sharded model (HSDP)
+    copies: float = 0.0  # of them, those that leave the group of ranks that share a copy (HSDP, ZeRO-3's second copy)
 
     def seconds(self, shard: int, gpu: Gpu, world: int) -> float:
         """Seconds on the wire, alpha-beta: copies, and shards that span nodes, use the network, others the link.
@@ -78,7 +78,7 @@ def step_time(
     computing = accumulation * max(products + other, work.kernels * LAUNCH)
     sent = volume(facts, engine, zero, world, accumulation)
     shard = world if zero else engine.shard_size or world
-    communicating = sent.seconds(shard, gpu, world)
+    communicating = sent.seconds(second_copy(zero, world) if zero else shard, gpu, world)
     trained = facts.numel(True) / shard
     traffic = 4 + 8 * (1 + facts.states)  # bytes per trained element: gradient in, master and states in and out
     updating = trained * traffic / (gpu.bandwidth * MEMORY)
@@ -108,14 +108,19 @@ def volume(facts: StageProfile, engine: EngineConfig, zero: Mapping[str, Any], w
     if not zero:
         return _native(facts, engine, world, itemsize, accumulation)
     buckets = max(1, round(trained / int(zero["reduce_bucket_size"])))
+    reduced = DTYPES[zero.get("communication_data_type", "fp32")].itemsize * trained
     if zero["stage"] == 3:
         run = Zero3(facts.trace, facts.params, facts.modules, world, itemsize, zero)
         # small parameters stay gathered, and are gathered anew after each update
         small = sum(param.numel for param in facts.params if param.numel <= run.threshold)
-        sent = accumulation * (run.gathered + 4 * trained) + itemsize * small
-        return Volume(share * sent, accumulation * (run.gathers + buckets) + 1)
+        group = second_copy(zero, world)
+        # after an update a trained parameter is gathered from all ranks once, and then from its second copy
+        near = accumulation * run.gathered - run.first_gathers if group < world else 0.0
+        far = share * (accumulation * (run.gathered + reduced) - near + itemsize * small)
+        collectives = accumulation * (run.gathers + buckets) + 1
+        return Volume(near * (group - 1) / group + far, collectives, far if near else 0.0)
     reductions = accumulation if zero["stage"] == 2 else 1
-    return Volume(share * (reductions * 2 * 4 * trained + itemsize * trained), reductions * buckets + 1)
+    return Volume(share * (reductions * 2 * reduced + itemsize * trained), reductions * buckets + 1)
 
 
 def _native(facts: StageProfile, engine: EngineConfig, world: int, itemsize: int, accumulation: int) -> Volume:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hive_scale.config import CheckpointingConfig
@@ -36,6 +36,20 @@ class Event(NamedTuple):
     name: str
 
 
+@dataclass(frozen=True)
+class Input:
+    """A tensor that a block was given: its shape, with `SAMPLES` samples, and what else its cost depends on."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+    def real(self, samples: int) -> Tensor:
+        """Zeros like it, of as many samples."""
+        shape = [samples * (size // SAMPLES) if size % SAMPLES == 0 else size for size in self.shape]
+        return torch.zeros(shape, dtype=self.dtype, requires_grad=self.requires_grad)
+
+
 @dataclass
 class Trace:
     """Bytes alive at every operator of forward and backward: ``fixed + micro_batch * per_sample``.
@@ -51,6 +65,8 @@ class Trace:
     input_bytes: float = 0.0  # bytes of the batch, per sample
     traffic: float = 0.0  # bytes read and written by operators without FLOPs, per sample
     kernels: int = 0  # number of operators that compute something (views do not)
+    # (args, kwargs) of each block's forward, with an `Input` for each tensor
+    calls: dict[str, Any] = field(default_factory=dict)
 
 
 def trace(
@@ -237,6 +253,10 @@ def _entering(name: str, recorder: _Recorder, is_block: bool) -> Callable[..., A
             recorder.note("again", name)
             return None
         recorder.note("forward", name)
+        if is_block:
+            recorder.result.calls[name] = tree_map_only(
+                Tensor, lambda one: Input(tuple(one.shape), one.dtype, one.requires_grad), (args, kwargs)
+            )
         needing = [leaf for leaf in args if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not (is_block and needing):
             return None

@@ -15,6 +15,12 @@ from hive_scale.plan.timeline import Timeline
 from hive_scale.plan.trace import Trace
 
 
+def second_copy(zero: Mapping[str, Any], world: int) -> int:
+    """Ranks that share ZeRO-3's second copy of the weights (hpZ): all if there is none."""
+    size = int(zero.get("zero_hpz_partition_size", 1))
+    return size if 1 < size < world else world
+
+
 class Buckets:
     """Gradient bucket: collects gradients up to `size` elements, then reduces them through a flat copy."""
 
@@ -114,6 +120,7 @@ class Zero3:
         self.inflight: dict[str, _Group] = {}
         self.queue = 0  # the prefetcher has examined uses up to this one
         self.gathered, self.gathers = 0.0, 0  # bytes of all gathered parameters, and number of collectives
+        self.met: set[str] = set()  # parameters that were gathered at least once
         bucket = int(settings["reduce_bucket_size"])
         self.buckets = Buckets(self.line, bucket, MASTER)
         self._run(trace)
@@ -164,6 +171,11 @@ class Zero3:
         """Parameters of `module` that are gathered for it; small (persistent) ones are always available."""
         return [name for name in self.modules[module] if self.params[name].numel > self.threshold]
 
+    @property
+    def first_gathers(self) -> float:
+        """Bytes that trained parameters have when each is gathered once."""
+        return self._size([name for name in self.met if self.params[name].trained])
+
     def _live(self) -> int:
         return sum(self.params[name].numel for name in self.available | self.inflight.keys())
 
@@ -174,6 +186,7 @@ class Zero3:
         if names:
             self.line.hold(at, "gathered", self._size(names))
             self.gathered, self.gathers = self.gathered + self._size(names), self.gathers + 1
+            self.met.update(names)
             group = _Group(tuple(names), set(names))
             self.inflight |= dict.fromkeys(names, group)
 

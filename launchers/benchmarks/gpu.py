@@ -123,6 +123,7 @@ def _speed(case: dict[str, Any], world: World) -> dict[str, Any]:
     """Seconds and peak bytes of a step, and the plan of both."""
     import torch
 
+    from hive_scale.engine.compilation import is_compiled
     from hive_scale.plan.devices import peak_flops
     from hive_scale.plan.flops import estimate
     from hive_scale.plan.memory import examine, measure
@@ -133,7 +134,8 @@ def _speed(case: dict[str, Any], world: World) -> dict[str, Any]:
     is_gpu = world.device.type == "cuda"
     if case["kind"] == "cap" and is_gpu:
         torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(world.device).total_memory)
-    facts = examine(config, stage, config.data.max_tokens)
+    compiled = is_compiled(config.engine, world.device.type)
+    facts = examine(config, stage, config.data.max_tokens, compiled=compiled)
     sizes = world.size, stage.micro_batch, stage.accumulation(world.size)
     planned = measure(facts, config.engine, {}, *sizes)
     time = step_time(facts, config.engine, {}, _gpu(world), *sizes)

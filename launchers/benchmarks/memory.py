@@ -283,6 +283,7 @@ def _real(config: Config, world: World) -> tuple[int, float | None]:
 
 
 def _planned(config: Config, world: World) -> dict[str, Any]:
+    from hive_scale.engine.compilation import is_compiled
     from hive_scale.plan.devices import this_gpu
     from hive_scale.plan.memory import examine, measure
     from hive_scale.plan.run import zero_of
@@ -290,7 +291,8 @@ def _planned(config: Config, world: World) -> dict[str, Any]:
 
     ((name, stage),) = config.stages.items()
     zero = zero_of(config, stage, world.size)
-    facts = examine(config, stage, config.data.max_tokens, zero.get("stage") == 3)
+    compiled = is_compiled(config.engine, world.device.type)
+    facts = examine(config, stage, config.data.max_tokens, zero.get("stage") == 3, compiled)
     plan = measure(facts, config.engine, zero, world.size, stage.micro_batch, stage.accumulation(world.size))
     gpu = this_gpu(world.device)
     time = gpu and step_time(
