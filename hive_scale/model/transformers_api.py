@@ -35,7 +35,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hive_scale import checksums
-from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token, without_image
+from hive_scale.chat_template import IMAGE, with_image_token, without_image
 from hive_scale.config import ModelConfig
 from hive_scale.config_merge import resolve, with_new_names
 from hive_scale.model.build import drawn_model, language_config, meta_model
@@ -157,11 +157,18 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(self, *arguments: Any, **options: Any) -> Any:
         """As of any transformers model, with ``pixel_values`` and ``image_index`` as in `forward`.
 
-        Raises ValueError for another cache than the model's own.
+        Raises ValueError for another cache than the model's own, and for an assistant that reads no images.
         """
+        assistant = options.get("assistant_model")
+        if assistant is not None and not isinstance(assistant, HiveForConditionalGeneration):
+            raise ValueError(
+                f"assistant_model is a {type(assistant).__name__}, which cannot read the prompt's {IMAGE}: give a "
+                "smaller HIVE of the same tokenizer, or prompt_lookup_num_tokens"
+            )
         given = options.get("generation_config")
         for name in ("cache_implementation", "prefill_chunk_size"):
-            if (value := options.get(name) or getattr(given, name, None)) is not None:
+            value = options.get(name) or getattr(given, name, None)
+            if value is not None and not str(value).startswith("dynamic"):  # a growing one, as the model's own
                 raise ValueError(f"{name}={value} is not for a HIVE, which makes its own cache: leave it out")
         if isinstance(pixels := options.get("pixel_values"), Tensor):
             options["pixel_values"] = (pixels,)  # transformers repeats a tensor for each beam, and a tuple never
@@ -346,6 +353,8 @@ class HiveProcessor(ProcessorMixin):
         self,
         images: Any = None,
         text: str | Sequence[str] | None = None,
+        videos: Any = None,
+        audio: Any = None,
         *,
         padding: bool | str = True,
         return_tensors: str | None = "pt",
@@ -357,6 +366,8 @@ class HiveProcessor(ProcessorMixin):
         Args:
             images: one for each text with an image, or one for all.
             text: one text or several; None: a caption of each image.
+            videos: None; a HIVE has none.
+            audio: None; a HIVE has none.
             padding: as of a tokenizer, on the left.
             return_tensors: as of a tokenizer.
             add_special_tokens: False if the chat template has been applied already.
@@ -368,6 +379,8 @@ class HiveProcessor(ProcessorMixin):
         Raises:
             ValueError: if images and places for them do not agree.
         """
+        if videos is not None or audio is not None:
+            raise ValueError("a HIVE reads images and texts: leave out videos and audio")
         flat = None if images is None else _flat(self.image_processor.fetch_images(images))
         texts = [text] if isinstance(text, str) else list(text or [""] * len(flat or ()))
         marked = [IMAGE in one for one in texts]
