@@ -30,8 +30,9 @@ class HiveCache(Cache):
 
         With `room`, memory for that many further tokens is allocated at once. Otherwise the cache grows by copies.
         """
+        growing: Any = DynamicLayer
         if room is None:
-            layers: list[Any] = [DynamicLayer() for _ in range(num_layers)]
+            layers: list[Any] = [growing() for _ in range(num_layers)]
         else:
             length = context.positions.shape[1] + room
             beside = [fusion.num_beside(depth, context) for depth in range(num_layers)]
@@ -93,8 +94,7 @@ class HiveCache(Cache):
             raise ValueError(f"the cache cannot forget {number} tokens: a text would be empty; begin it anew")
         behind = min(number, self.made) if self._room is None else 0
         if behind:
-            for layer in self.layers:
-                layer.crop(-behind)
+            super().crop(-behind)
             self.seen = self.seen[:, :-behind]
             self.made -= behind
         if rest := number - behind:  # tokens of the beginning stay where they are, masked

@@ -41,6 +41,7 @@ from hive_scale.config_merge import resolve, with_new_names
 from hive_scale.model.build import drawn_model, language_config, meta_model
 from hive_scale.model.cache import HiveCache
 from hive_scale.model.generate import extend, prefill
+from hive_scale.model.hive import Hive
 from hive_scale.strangers import some
 
 # the name of the cache among a forward's arguments and outputs, which differs between releases of transformers
@@ -49,7 +50,7 @@ IGNORED = -100  # label of a position without a target
 PREFIX = "model."  # of tensor names in memory; files have none
 
 
-class HiveConfig(PretrainedConfig):
+class HiveConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # of its subclasses' registration
     """Config of a whole HIVE: ``config.json`` of an exported directory.
 
     Attributes:
@@ -81,7 +82,7 @@ class HiveConfig(PretrainedConfig):
         return made
 
 
-class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]  # see above
     """`Hive` with the methods of a transformers model. `model` is the `Hive` itself.
 
     Files have `Hive`'s names of tensors. Generation may be greedy, by sampling, in beams, streamed and assisted. Each
@@ -92,7 +93,7 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
     config_class = HiveConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]  # as LLaVA has it
     supports_gradient_checkpointing = False
 
     def __init__(self, config: HiveConfig) -> None:
@@ -104,7 +105,7 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tied = self.model.language.all_tied_weights_keys
         self._tied_weights_keys = {f"{PREFIX}language.{a}": f"{PREFIX}language.{b}" for a, b in tied.items()}
         config.tie_word_embeddings = bool(tied)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: Any) -> None:
         """Nothing: each part has drawn its weights already."""
@@ -125,7 +126,8 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if path.is_dir():
             checksums.check(path, weights=False)
         wants_report = options.pop("output_loading_info", False)
-        made, report = super().from_pretrained(
+        stock: Any = super()
+        made, report = stock.from_pretrained(
             pretrained_model_name_or_path, *arguments, output_loading_info=True, **options
         )
         lost = {*report["missing_keys"], *(one[0] for one in report["mismatched_keys"])}
@@ -152,7 +154,8 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
         state = options.pop("state_dict", None) or self.state_dict()
         tied = self.all_tied_weights_keys  # names that share another's tensor
         state = {name.removeprefix(PREFIX): one for name, one in state.items() if name not in tied}
-        super().save_pretrained(save_directory, *arguments, state_dict=state, **options)
+        stock: Any = super()
+        stock.save_pretrained(save_directory, *arguments, state_dict=state, **options)
 
     def generate(self, *arguments: Any, **options: Any) -> Any:
         """As of any transformers model, with ``pixel_values`` and ``image_index`` as in `forward`.
@@ -251,10 +254,11 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
         """`Hive.encode_images`, of normalised pixels (P, 3, H, W), too."""
+        model: Hive = self.model
         if not pixel_values.is_floating_point():
-            return self.model.encode_images(pixel_values)
-        dtype = next(self.model.vision.parameters()).dtype
-        return self.model.project(self.model.encode_normalised(pixel_values.to(dtype)))
+            return model.encode_images(pixel_values)
+        dtype = next(model.vision.parameters()).dtype
+        return model.project(model.encode_normalised(pixel_values.to(dtype)))
 
     def _begin(
         self, ids_BL: Tensor, mask_BL: Tensor, pixels: Tensor | None, image_index: Tensor | None, keep: int
@@ -344,7 +348,8 @@ class HiveProcessor(ProcessorMixin):
         if format not in ("caption", "conversation"):
             raise ValueError(f"format={format}: give caption or conversation, as data.format was in training")
         tokenizer = with_image_token(tokenizer)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+        template = chat_template or tokenizer.chat_template
+        super().__init__(image_processor, tokenizer, chat_template=template)  # type: ignore[no-untyped-call]
         self.format = format
         self.image_token: str = IMAGE
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
@@ -440,4 +445,4 @@ def _flat(images: Any) -> list[Any]:
 AutoConfig.register("hive", HiveConfig, exist_ok=True)
 AutoModel.register(HiveConfig, HiveForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(HiveConfig, HiveForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(HiveConfig, HiveProcessor, exist_ok=True)
+AutoProcessor.register(HiveConfig, HiveProcessor, exist_ok=True)  # type: ignore[no-untyped-call]
