@@ -79,6 +79,22 @@ AT_START_END = """\
 {%- for token in SPECIALS if not ns.start and rendered.startswith(token) %}{% set ns.start = token %}{% endfor %}
 {{- ns.start + "<image>" * ns.images + rendered[ns.start | length:] -}}"""
 
+# Template of a model that was trained on captions, not conversations. CAPITAL words are filled in.
+CAPTIONS = """\
+{#- Written by hive_scale: a caption begins with the text of the messages, behind the image. -#}
+{{- START -}}
+{%- for message in messages -%}
+{%- if message.content is string -%}{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type in ("image", "image_url") -%}<image>
+{%- elif part.type == "text" -%}{{- part.text -}}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if message.role == "assistant" -%}{{- LAST if loop.last else EARLIER -}}{%- endif -%}
+{%- endfor -%}
+"""
+
 
 def without_image(text: str, token: str = IMAGE) -> str:
     """Remove `token` from `text`, where it would stand for an image, until removing spells no new one."""
@@ -156,15 +172,19 @@ class ChatTemplate:
         return found.end()
 
     @cached_property
-    def end_ids(self) -> list[int]:
-        """Ids of tokens that end an answer: those of the template, then the end-of-text token."""
+    def ends(self) -> list[str]:
+        """Tokens that end the last answer of a conversation, and an earlier one; [] if it cannot be rendered."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}] * 2
         try:  # some templates end the last answer with another token than earlier ones
             behind = self.around_answers(turns)[:0:-1]
-            tokens = [text[: self.end_of_turn(text)].strip() for text in behind]
-        except ValueError:  # the template cannot render conversations; that is reported where they are read
-            tokens = []
-        ids: list[int] = [self._tokenizer.convert_tokens_to_ids(token) for token in tokens]
+            return [text[: self.end_of_turn(text)].strip() for text in behind]
+        except ValueError:  # that is reported where conversations are read
+            return []
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids of tokens that end an answer: those of the template, then the end-of-text token."""
+        ids: list[int] = [self._tokenizer.convert_tokens_to_ids(token) for token in self.ends]
         return list(dict.fromkeys([*ids, self._tokenizer.eos_token_id]))
 
     @cached_property
@@ -197,6 +217,13 @@ class ChatTemplate:
         specials = f"[{', '.join(map(_literal, self.specials))}]"
         end = AT_USER_END if position == "user" else AT_START_END.replace("SPECIALS", specials)
         return re.sub("|".join(filled), lambda found: filled[found[0]], WRAPPER) + end
+
+    def captions(self) -> str:
+        """A template for a model of captions: messages are the beginning of a caption, and answers end as here."""
+        start = str(self._tokenizer.bos_token or self._tokenizer.eos_token)
+        last, earlier = self.ends or ("", "")
+        filled = {"START": _literal(start), "LAST": _literal(last), "EARLIER": _literal(earlier)}
+        return re.sub("|".join(filled), lambda found: filled[found[0]], CAPTIONS)
 
     def _render(self, turns: Messages) -> str | None:
         try:

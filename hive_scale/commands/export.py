@@ -12,7 +12,7 @@ EXAMPLES = """\
 examples:
   python launchers/export.py encoder runs/debug                          the vision encoder of the last stage
   python launchers/export.py llm runs/debug --stage language             the LLM after stage two
-  python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for hive_scale.export
+  python launchers/export.py hive runs/debug --output hive --dtype bf16  all of it, for transformers with hive_scale
   python launchers/export.py llava runs/debug_concat                     the baseline, for LlavaForConditionalGeneration
   python launchers/export.py dcp runs/debug                              for torch.distributed.checkpoint.load
   python launchers/export.py encoder runs/debug --ema                    its average, of a stage with stages.joint.ema
@@ -26,7 +26,7 @@ Exit codes: 0 done, 1 verify found damage, 2 something to change in the command.
 KINDS = {
     "encoder": "the vision encoder in its own class, with its image processor",
     "llm": "the causal LM, with its tokenizer",
-    "hive": "the whole model, for hive_scale.export.from_pretrained",
+    "hive": "the whole model with its processor, for transformers' pipelines and hive_scale",
     "llava": "a fusion=concat model, for transformers' LlavaForConditionalGeneration",
     "dcp": "all tensors by name, as a stock torch.distributed.checkpoint",
     "adapter": "the LoRA or DoRA that a stage has trained, apart from the weights, for peft",

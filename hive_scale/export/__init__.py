@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,9 +31,9 @@ from hive_scale.export.model_card import card
 from hive_scale.model import build
 from hive_scale.model.adapters import merged_weight
 from hive_scale.model.hive import Hive
+from hive_scale.model.transformers_api import HiveConfig, HiveForConditionalGeneration
 from hive_scale.precision import DTYPES
 from hive_scale.shared_files import Held, locked, own_lock
-from hive_scale.strict_json import dumps
 from hive_scale.version import code_version
 
 # fields of DataConfig by which images and prompts become what the model reads
@@ -104,17 +105,31 @@ def _last_checkpoint(run: Run, stage: str) -> Path:
 
 
 def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Write a whole HIVE, with tokenizer and image processor, for `from_pretrained`. Holds one tensor at a time."""
+    """Write a whole HIVE, with its processor, for `from_pretrained` and for transformers' Auto classes and pipelines.
+
+    Holds one tensor at a time.
+    """
     model = build.with_full_configs(config.model)
     processing = {name: value for name, value in asdict(config.data).items() if name in PROCESSING}
-    content = {"model_type": "hive", "code": code_version(), "model": asdict(model), "data": processing}
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(dumps(content, indent=2))
+    tokenizer = _tokenizer(config)
+    processor, generation = huggingface.hive_processor(model, config.data, tokenizer)
+    HiveConfig(
+        architectures=[HiveForConditionalGeneration.__name__],
+        dtype=dtype,
+        model=asdict(model),
+        data=processing,
+        code=code_version(),
+        image_token_id=processor.image_token_id,
+    ).save_pretrained(path)
     write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
-    portable.save_tokenizer(_tokenizer(config), path)
-    huggingface.image_processor(build.vision_config(config.model.vision), config.data.image_transform).save_pretrained(
-        path
-    )
+    generation.save_pretrained(path)
+    # the tokenizer of training: <image>, which the processor adds when it is loaded, is no row of the embeddings
+    processor.tokenizer = copy.deepcopy(tokenizer)
+    processor.tokenizer.chat_template = processor.chat_template
+    processor.save_pretrained(path)
+    processor.image_processor.save_pretrained(path)  # also in a file of its own, for those who read images alone
+    portable.mend_tokenizer(path)
 
 
 def from_pretrained(path: Path) -> Hive:

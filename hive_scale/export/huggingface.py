@@ -22,10 +22,11 @@ from transformers import (
 )
 
 from hive_scale.chat_template import IMAGE, ChatTemplate, with_image_token
-from hive_scale.config import ImageMode, ImagePosition, ModelConfig
+from hive_scale.config import DataConfig, ImageMode, ImagePosition, ModelConfig
 from hive_scale.export import portable
 from hive_scale.model.build import language_config, on_meta, vision_config
 from hive_scale.model.encoders import family_of
+from hive_scale.model.transformers_api import HiveProcessor
 from hive_scale.registry import FUSIONS, HOSTS
 
 # parameter name prefixes: LlavaForConditionalGeneration's -> ours
@@ -132,6 +133,18 @@ def export_llava(
     ).save_pretrained(path)
     images.save_pretrained(path)  # also in a file of its own, which transformers 4 reads
     portable.mend_tokenizer(path)
+
+
+def hive_processor(config: ModelConfig, data: DataConfig, tokenizer: Any) -> tuple[HiveProcessor, GenerationConfig]:
+    """The processor of a whole HIVE, which prompts it as training on `data` did, and how it generates."""
+    template, vision = ChatTemplate(tokenizer), vision_config(config.vision)
+    asks = data.format == "conversation"
+    chat_template = template.exported(data.image_position) if asks else template.captions()
+    images = image_processor(vision, data.image_transform)
+    processor = HiveProcessor(images, tokenizer, chat_template=chat_template, format=data.format)
+    image_id = processor.image_token_id
+    spare = {"suppress_tokens": [image_id]} if image_id < language_config(config.language).vocab_size else {}
+    return processor, _generation(tokenizer, template.end_ids, **spare)
 
 
 def _asking(tokenizer: Any, template: ChatTemplate, position: ImagePosition) -> Any:

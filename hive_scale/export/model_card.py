@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
+from huggingface_hub import EvalResult, ModelCardData
+
 from hive_scale.checkpoint.run_reader import Run
-from hive_scale.config import PartConfig
+from hive_scale.config import Config, PartConfig
+from hive_scale.locate import is_hub_name
 from hive_scale.observability.metrics import read_metrics
 from hive_scale.registry import FUSIONS
 from hive_scale.strangers import printable
@@ -15,6 +19,7 @@ from hive_scale.version import code_version
 
 MARKUP = re.compile(r"[\\`*_\[\]<>|&$~]")  # characters with a meaning in Markdown, HTML or mathematics
 BORDER = r"\|"
+HUB_DATA = re.compile(r"huggingface\.co/datasets/([^/\s]+/[^/\s]+)/")  # a set's name on the hub, in the URL of a file
 PAPER = "[Hierarchical Pre-Training of Vision Encoders with Large Language Models](https://arxiv.org/abs/2604.00086)"
 
 
@@ -26,6 +31,7 @@ class KindText:
     usage: str  # Python that loads it from "."
     pipeline_tag: str  # the hub's name of its task
     library_name: str = "transformers"
+    parts: tuple[str, ...] = ("vision", "language")  # of what was pretrained, those that it holds
 
 
 KINDS = {
@@ -38,6 +44,7 @@ encoder = AutoModel.from_pretrained(".")
 inputs = AutoImageProcessor.from_pretrained(".")(images=image, return_tensors="pt")
 features = encoder(**inputs, output_hidden_states=True).hidden_states[-2]""",
         "image-feature-extraction",
+        parts=("vision",),
     ),
     "llm": KindText(
         "The language model of a HIVE, alone: without an image it says what the whole model says.",
@@ -46,16 +53,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 llm, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")""",
         "text-generation",
+        parts=("language",),
     ),
     "hive": KindText(
         "A HIVE: a vision encoder and an LLM joined by hierarchical cross-attention.",
         """\
-from pathlib import Path
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from hive_scale.export import from_pretrained
+import hive_scale.model.transformers_api  # makes it known to transformers
 
-hive = from_pretrained(Path("."))  # needs hive_scale, unlike the other exports""",
-        "image-to-text",
+hive, processor = AutoModelForImageTextToText.from_pretrained("."), AutoProcessor.from_pretrained(".")
+inputs = processor(images=image, text="")  # text: the beginning of the caption, or a question
+written = hive.generate(**inputs, max_new_tokens=40)
+caption = processor.decode(written[0], skip_special_tokens=True)""",
+        "image-text-to-text",
         "hive_scale",
     ),
     "llava": KindText(
@@ -110,9 +121,7 @@ def card(kind: str, run: Run, stage: str, identity: str, dtype: str, ema: bool =
     )
     return f"""\
 ---
-library_name: {about.library_name}
-pipeline_tag: {about.pipeline_tag}
-tags: [hive, vision]
+{_metadata(kind, run, stage, ema).to_yaml()}
 ---
 
 # {_plain(config.name)}: {kind} after stage {_plain(stage)}{", averaged" if ema else ""}
@@ -142,6 +151,49 @@ tags: [hive, vision]
 It has learned from captions, and repeats what is wrong or one-sided in them. It has not been tested for any use in
 which errors do harm. Licences of the pretrained parts and of the data go with it; none is granted here.
 """
+
+
+def _metadata(kind: str, run: Run, stage: str, ema: bool) -> ModelCardData:
+    """What the hub reads. Names that only this machine knows are left out: the hub would refuse them."""
+    config, about = run.config, KINDS[kind]
+    bases = [part.path for name in about.parts if _is_on_hub((part := getattr(config.model, name)).path)]
+    # the loss of the whole model, and not of averaged weights, which nothing has measured
+    losses = _losses(run, stage) if len(about.parts) > 1 and not ema else []
+    result = EvalResult(
+        task_type=about.pipeline_tag,
+        dataset_type="held-out",
+        dataset_name="held-out part of the data",
+        metric_type="loss",
+        metric_name="nats per token",
+        metric_value=round(losses[-1], 4) if losses else None,
+    )
+    return ModelCardData(
+        license="other",
+        license_name="as-of-its-parts",  # none is granted here
+        library_name=about.library_name,
+        pipeline_tag=about.pipeline_tag,
+        tags=["hive", "vision"],
+        base_model=bases or None,
+        datasets=_hub_data(config) or None,
+        metrics=["loss"] if losses else None,
+        model_name=config.name if losses else None,
+        eval_results=[result] if losses else None,
+    )
+
+
+def _is_on_hub(path: str) -> bool:
+    return bool(path) and is_hub_name(path) and not os.path.exists(path)
+
+
+def _hub_data(config: Config) -> list[str]:
+    return sorted({name for one in config.data.train for name in HUB_DATA.findall(one)})
+
+
+def _losses(run: Run, stage: str) -> list[float]:
+    """Held-out losses of a stage, in nats per token, in order."""
+    if stage not in run.config.stages:
+        return []
+    return [line["eval_loss"] for line in read_metrics(run.dir / stage / "metrics.jsonl") if "eval_loss" in line]
 
 
 def _stages(run: Run, last: str) -> str:

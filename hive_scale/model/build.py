@@ -53,10 +53,15 @@ NOTHING: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 def meta_model(config: ModelConfig) -> Hive:
     """The model with parameters on the meta device and real buffers: names, shapes and counts without memory."""
-    vision, language = vision_config(config.vision), language_config(config.language)
-    model = on_meta(lambda: Hive(_vision_from(vision), _language_from(language), config))
+    model = on_meta(lambda: drawn_model(config))
     model.language.tie_weights()  # moving to the meta device breaks weight tying
     return model
+
+
+def drawn_model(config: ModelConfig) -> Hive:
+    """The model with weights drawn from torch's own generator, whatever paths `config` has."""
+    vision, language = vision_config(config.vision), language_config(config.language)
+    return Hive(_vision_from(vision), _language_from(language), config)
 
 
 def for_stage(config: ModelConfig, stage: StageConfig) -> tuple[Hive, list[ParamGroup]]:

@@ -1,6 +1,6 @@
 """Greedy batched generation with a KV cache: one encoder pass per image, one forward per new token.
 
-Shapes: P images, B texts of up to T tokens, D LLM width.
+Shapes: P images, B texts of up to T tokens, Q new tokens of each, V visual tokens, D LLM width.
 """
 
 from __future__ import annotations
@@ -11,16 +11,60 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor
-from transformers import Cache, StaticLayer
 
-from hive_scale.model.fusion import Context
+from hive_scale.model.cache import HiveCache
 from hive_scale.model.hive import Hive
 
 LOOK = 8  # new tokens between checks whether all texts have ended; each check makes the host wait for the device
 
 
+def prefill(
+    model: Hive,
+    visual: Sequence[Tensor],
+    image_of_B: Tensor,
+    has_image_B: Tensor,
+    slots_B: Tensor | None,
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    room: int | None = None,
+) -> tuple[Tensor, HiveCache]:
+    """Run the beginning of texts padded on the right.
+
+    Args:
+        model: the model.
+        visual: of each fused layer, (P, V, D) for P images, as from `Hive.encode_images`; at least one image.
+        image_of_B: index of each text's image.
+        has_image_B: bool, True for texts with an image.
+        slots_B: number of tokens of each text that precede its image; None: one.
+        tokens_BT: token ids.
+        lengths_B: number of tokens of each text; padding behind them has no effect, by causality.
+        room: the largest number of further tokens, for which memory is then allocated at once; None: any number.
+
+    Returns:
+        Hidden states (B, T, D) that predict the texts' next tokens, and the cache to go on with, by `extend`.
+    """
+    memory = model.fusion.visual_kv(visual, image_of_B, slots_B)
+    # features that are already keys and values are needed for their shape only
+    features = [one[image_of_B] if not memory else one[:1] for one in visual]
+    has_image = None if bool(has_image_B.all()) else has_image_B
+    text = model.host.embed(model.language, tokens_BT)
+    hidden, context = model.fusion.prepare(text, features, has_image, slots_B)
+    context = replace(context, memory=memory or None)
+    is_token = torch.arange(tokens_BT.shape[1], device=tokens_BT.device) < lengths_B[:, None]
+    cache = HiveCache(model.fusion, context, is_token, len(model.host.layers(model.language)), room)
+    return model.fusion.finish(model.run_layers(hidden, context, cache), context), cache
+
+
+def extend(model: Hive, cache: HiveCache, tokens_BQ: Tensor, is_token_BQ: Tensor) -> Tensor:
+    """Run Q more tokens of each text; False in `is_token_BQ` marks padding. Returns hidden states (B, Q, D)."""
+    context = cache.extend(is_token_BQ)
+    return model.run_layers(model.host.embed(model.language, tokens_BQ), context, cache)
+
+
 class Decoder:
     """Decodes texts padded on the right. Each call returns the logits (B, vocabulary) of the next token."""
+
+    cache: HiveCache
 
     def __init__(
         self,
@@ -34,12 +78,7 @@ class Decoder:
 
         `pixels_PCHW` is uint8, with at least one image. ``slots_B[b]`` tokens of text b precede its image; None: one.
         """
-        self.model, self.slots = model, slots_B
-        seen = model.encode_images(pixels_PCHW)
-        self.memory = model.fusion.visual_kv(seen, image_of_B, slots_B)
-        # features that are already keys and values are needed for their shape only
-        self.visual = [one[image_of_B] if not self.memory else one[:1] for one in seen]
-        self.has_image = None if bool(has_image_B.all()) else has_image_B
+        self.model, self.images = model, (model.encode_images(pixels_PCHW), image_of_B, has_image_B, slots_B)
 
     def prefill(self, tokens_BT: Tensor, lengths_B: Tensor, room: int) -> Tensor:
         """Prefill: run the texts' first ``lengths_B[b]`` tokens; padding behind them has no effect, by causality.
@@ -47,43 +86,14 @@ class Decoder:
         `room` is the largest number of `decode_step` calls to follow. Keys and values are allocated for all of them
         at once, since a growing cache would be copied for every token.
         """
-        self.lengths, self.width, self.room, self.made = lengths_B, tokens_BT.shape[1], room, 0
-        text = self.model.host.embed(self.model.language, tokens_BT)
-        hidden, context = self.model.fusion.prepare(text, self.visual, self.has_image, self.slots)
-        self.context = replace(context, memory=self.memory or None)
-        self.cache = self._cache(hidden.shape[1])
-        texts = self.model.fusion.finish(self._run(hidden, self.context), self.context)
-        return self.model.logits(texts[torch.arange(len(texts), device=texts.device), lengths_B - 1])
+        hidden, self.cache = prefill(self.model, *self.images, tokens_BT, lengths_B, room)
+        return self.model.logits(hidden[torch.arange(len(hidden), device=hidden.device), lengths_B - 1])
 
     def decode_step(self, tokens_B: Tensor) -> Tensor:
         """Run one more token of each text. Raises ValueError after `room` tokens."""
-        if self.made == self.room:
-            raise ValueError(f"the decoder has room for {self.room} tokens: begin it with more")
-        place = torch.arange(self.width + self.room, device=tokens_B.device)
-        seen = (place < self.lengths[:, None]) | ((place >= self.width) & (place <= self.width + self.made))
-        context = self.model.fusion.decode_context(self.context, (self.lengths + self.made)[:, None], seen)
-        self.made += 1
-        hidden = self.model.host.embed(self.model.language, tokens_B[:, None])
-        return self.model.logits(self._run(hidden, context)[:, 0])
-
-    def _cache(self, num_tokens: int) -> Cache:
-        """A static KV cache with, in each layer, places for `num_tokens`, visual keys beside them, and new tokens."""
-        layers = range(len(self.model.host.layers(self.model.language)))
-        beside = [self.model.fusion.num_beside(depth, self.context) for depth in layers]
-        return Cache(layers=[StaticLayer(max_cache_len=number + num_tokens + self.room) for number in beside])
-
-    def _run(self, hidden: Tensor, context: Context) -> Tensor:
-        is_first = not self.made
-        host, llm = self.model.host, self.model.language
-        rotary = host.positions(llm, hidden, context.positions)
-        for depth, layer in enumerate(host.layers(llm)):
-            hidden, attention = self.model.fusion.before_layer(depth, hidden, context)
-            if not is_first:
-                attention.pop("visual", None)  # the cache already holds them, before the text's
-                attention["num_beside"] = self.model.fusion.num_beside(depth, context)
-            given = {"text_cache": self.cache, "is_first": is_first, **attention}
-            hidden = layer(hidden, position_embeddings=rotary[depth], **given)
-        return hidden
+        tokens = tokens_B[:, None]
+        hidden = extend(self.model, self.cache, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        return self.model.logits(hidden[:, 0])
 
 
 @torch.inference_mode()

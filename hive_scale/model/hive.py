@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from hive_scale.config import ModelConfig
 from hive_scale.model import attention
 from hive_scale.model.adapters import Adapted
+from hive_scale.model.cache import HiveCache
 from hive_scale.model.encoders import family_of, hidden_states, patches
-from hive_scale.model.fusion import Fusion
+from hive_scale.model.fusion import Context, Fusion
 from hive_scale.model.hosts import host_of
 from hive_scale.registry import FUSIONS
 
@@ -84,8 +85,11 @@ class Hive(nn.Module):
 
     def encode(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """The encoder's hidden states from the embeddings to the deepest selected depth, from uint8 pixels."""
-        normalised = (pixels_BCHW.float() - self.pixel_mean) / self.pixel_std
-        return hidden_states(self.vision, normalised, max(self.encoder_depths))
+        return self.encode_normalised((pixels_BCHW.float() - self.pixel_mean) / self.pixel_std)
+
+    def encode_normalised(self, pixels_BCHW: Tensor) -> list[Tensor]:
+        """Same as `encode`, from pixels that an image processor has normalised already."""
+        return hidden_states(self.vision, pixels_BCHW, max(self.encoder_depths))
 
     def features(self, states: Sequence[Tensor]) -> list[Tensor]:
         """F_l for each selected depth l, (B, V, C) each, from the encoder's hidden states."""
@@ -109,11 +113,17 @@ class Hive(nn.Module):
         """Last hidden states (B, T, D), before the final norm. Row i predicts the text's token i + 1."""
         text = self.host.embed(self.language, tokens_BT)
         hidden, context = self.fusion.prepare(text, visual, has_image, image_slots)
+        return self.fusion.finish(self.run_layers(hidden, context), context)
+
+    def run_layers(self, hidden: Tensor, context: Context, cache: HiveCache | None = None) -> Tensor:
+        """The LLM's layers over a stream (B, N, D), of training and generation alike; the shape stays."""
         rotary = self.host.positions(self.language, hidden, context.positions)
         for depth, layer in enumerate(self.host.layers(self.language)):
             hidden, given = self.fusion.before_layer(depth, hidden, context)
+            if cache is not None:
+                given = cache.for_layer(depth, given, context)
             hidden = layer(hidden, position_embeddings=rotary[depth], **given)
-        return self.fusion.finish(hidden, context)
+        return hidden
 
     def attention(
         self, visual: Sequence[Tensor], tokens_BT: Tensor, depths: Sequence[int], has_image: Tensor | None = None

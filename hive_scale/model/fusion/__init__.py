@@ -10,7 +10,7 @@ The slot of a text's image is the number of text tokens before it. A caption's s
 conversation's is where its first question begins. Row i of a fusion's output predicts text token i + 1.
 
 Shapes: B samples, T text tokens, V visual tokens, N tokens in the stream (T, or T + V), D LLM width,
-K key-value heads, h head width.
+K key-value heads, h head width; in `decode_context` Q new tokens and K keys.
 """
 
 from __future__ import annotations
@@ -133,13 +133,13 @@ class Fusion(nn.Module, metaclass=ABCMeta):
         """Number of visual keys that precede the stream's keys in LLM layer `depth`."""
         return 0
 
-    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
-        """The context for decoding one more token of each text, at `position_B1`, attending where `seen_BN` is True.
+    def decode_context(self, context: Context, position_BQ: Tensor, seen_BQK: Tensor) -> Context:
+        """The context for decoding Q more tokens of each text, at `position_BQ`, attending where `seen_BQK` is True.
 
-        `seen_BN` covers the text's keys: those so far, and those to come, which are False. `context` is the one that
-        `prepare` returned for the text.
+        `seen_BQK` covers the text's K keys: those so far, those of the Q tokens, and those to come, which are False.
+        `context` is the one that `prepare` returned for the text.
         """
-        return replace(context, positions=position_B1, mask=seen_BN[:, None, None])
+        return replace(context, positions=position_BQ, mask=seen_BQK[:, None])
 
 
 def _listed(layers: Sequence[int], num_layers: int, num_features: int) -> tuple[int, ...]:

@@ -82,11 +82,11 @@ class Concat(Fusion):
         places = column(context.slots, seen.device) + torch.arange(context.visual[0].shape[1], device=seen.device)
         return seen.take_along_dim(places[:, None, None], dim=3)
 
-    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+    def decode_context(self, context: Context, position_BQ: Tensor, seen_BQK: Tensor) -> Context:
         length = context.positions.shape[1] - context.visual[0].shape[1]  # T of the texts given to `prepare`
-        mask = torch.cat([_seen(seen_BN[:, :length], context), seen_BN[:, length:]], dim=1)
-        shift = context.visual[0].shape[1] * images_there(context, seen_BN)
-        return replace(context, positions=position_B1 + shift, mask=mask[:, None, None])
+        mask = torch.cat([_seen(seen_BQK[..., :length], context), seen_BQK[..., length:]], dim=2)
+        shift = context.visual[0].shape[1] * images_there(context, seen_BQK[..., 0])
+        return replace(context, positions=position_BQ + shift, mask=mask[:, None])
 
     def _rows(self, hidden_BND: Tensor, context: Context) -> Tensor:
         """Stream positions that predict the next text token, int (B or 1, T).
@@ -112,7 +112,8 @@ def _merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
     return both.take_along_dim(order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
 
 
-def _seen(text_BT: Tensor, context: Context) -> Tensor:
-    """bool (B, N): the stream's keys that may be attended to, from those of the text; visual ones need an image."""
-    visual = images_there(context, text_BT).expand(-1, context.visual[0].shape[1])
-    return _merge(text_BT.expand(len(visual), -1), visual, context)
+def _seen(text_BQT: Tensor, context: Context) -> Tensor:
+    """bool (B, Q, N): the stream's keys that may be attended to, from the text's; visual ones need an image."""
+    visual = images_there(context, text_BQT[..., 0])[:, :, None]
+    visual = visual.expand(-1, context.visual[0].shape[1], text_BQT.shape[1])
+    return _merge(text_BQT.transpose(1, 2), visual, context).transpose(1, 2)

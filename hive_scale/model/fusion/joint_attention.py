@@ -129,16 +129,16 @@ class JointAttention(Fusion):
     def num_beside(self, depth: int, context: Context) -> int:
         return context.visual[0].shape[1] if depth in self.depths else 0
 
-    def decode_context(self, context: Context, position_B1: Tensor, seen_BN: Tensor) -> Context:
+    def decode_context(self, context: Context, position_BQ: Tensor, seen_BQK: Tensor) -> Context:
         num_visual = context.visual[0].shape[1]
         extent = _side(num_visual) if self.grid else num_visual
-        seeing = images_there(context, seen_BN)
-        mask = torch.cat([seeing.expand(-1, num_visual), seen_BN], dim=1)
+        seeing = images_there(context, seen_BQK[..., 0])
+        mask = torch.cat([seeing[:, None].expand(-1, seen_BQK.shape[1], num_visual), seen_BQK], dim=2)
         return replace(
             context,
-            positions=position_B1 + extent * seeing,
-            mask=mask[:, None, None],
-            text_mask=seen_BN[:, None, None],
+            positions=position_BQ + extent * seeing,
+            mask=mask[:, None],
+            text_mask=seen_BQK[:, None],
         )
 
     def attention_layers(self, num_layers: int) -> tuple[int, ...]:
