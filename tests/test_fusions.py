@@ -19,15 +19,15 @@ import ranks
 import tiny
 import torch
 from test_hosts import close, config_of, random_model, untouched
-from test_parity import STEPS, Cell, factor, my_batches, opened, small_jsons
+from test_parity import STEPS, Cell, factor, model_of, my_batches, opened, small_jsons, stage_of
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, Qwen3VLTextConfig, Qwen3VLTextModel
 
 from hive_scale.checkpoint.checkpointer import Checkpointer
-from hive_scale.config import PartConfig
+from hive_scale.config import AdapterConfig, PartConfig
 from hive_scale.distributed import World, session
 from hive_scale.engine import Engine
 from hive_scale.export.huggingface import export_llava
-from hive_scale.model.build import init_model, meta_model
+from hive_scale.model.build import for_stage, init_model, meta_model
 from hive_scale.observability.layer_stats import layer_grad_rms
 from hive_scale.registry import FUSIONS
 from hive_scale.report.attention_maps import attention_maps
@@ -220,18 +220,35 @@ def test_gates_of_a_layer_and_of_its_feed_forward_are_told_apart() -> None:
         assert value != pytest.approx(math.tanh(0.5), abs=1e-6), "it has moved"
 
 
+@pytest.mark.parametrize("fusion", NEW)
+def test_an_adapter_of_the_llm_leaves_the_fusion_as_it_is(fusion: str) -> None:
+    stage = replace(stage_of(2, fusion, 1), adapter=AdapterConfig(rank=2), ema=0.9)
+    plain, _ = for_stage(model_of(fusion), stage_of(2, fusion, 1))
+    model, groups = for_stage(model_of(fusion), stage)
+    trained = {name for group in groups for name in group.parameters}
+    adapted = {name for name in trained if name.startswith("language.")}
+    assert adapted
+    assert all("lora" in name for name in adapted if ".layers." in name)
+    new = {name for name, _ in plain.named_parameters() if name.startswith(("projector.", "fusion."))}
+    assert (
+        trained - adapted == new == {n for n, _ in model.named_parameters() if n.startswith(("projector.", "fusion."))}
+    )
+
+
 # -- plans and checkpoints ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fusion", NEW)
+@pytest.mark.parametrize("fusion", ["q_former", *(pytest.param(one, marks=pytest.mark.slow) for one in NEW[:2])])
 def test_the_paper_is_planned_for_one_card(fusion: str, tmp_path: Path) -> None:
+    """In the stage that needs the most memory, at the preset's micro-batch, which is the largest that fits."""
     words = ["--preset", "rtx3090", f"fusion={fusion}", "--gpu", "rtx3090", "--json", f"output={tmp_path}/run"]
-    command = [sys.executable, "launchers/plan.py", *words]
+    command = [sys.executable, "launchers/plan.py", *words, "--stage", "joint"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    stages = json.loads(done.stdout)["stages"]
-    assert [plan["stage"] for plan in stages] == ["projector", "language", "joint"]
-    assert all(plan["fits"] for plan in stages)
+    (joint,) = json.loads(done.stdout)["stages"]
+    assert joint["fits"]
+    parts = {"deepstack": {"projector"}, "gated_cross_attention": {"projector", "fusion"}, "q_former": {"projector"}}
+    assert parts[fusion] == joint["components"].keys() & {"projector", "fusion"}
 
 
 def losses_from(engine: Engine, cell: Cell, world: World) -> list[float]:

@@ -394,6 +394,12 @@ def test_bf16_zero_3(folder: str) -> None:
     check(bf16("zero3", "zero3_offload"), 2, folder, BF16)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
+def test_bf16_of_other_fusions(engine: str, folder: str) -> None:
+    check([Cell(engine, 3, fusion, "full", precision="bf16") for fusion in OTHERS], 2, folder, BF16)
+
+
 def test_compiled_blocks(folder: str) -> None:
     check([Cell("one", checkpointing="full", compile=True)], 1, folder)
 
