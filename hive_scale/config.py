@@ -87,12 +87,17 @@ class ModelConfig:
     )
     qk_norm: bool = False  # per-head RMSNorm on queries and keys of the visual attention
     positions: Positions = "grid"  # rotary positions of visual keys (joint_attention): row and column, or index
+    num_query_tokens: int = 64  # visual tokens that q_former makes of an image, whatever its number of patches
+    num_query_layers: int = 6  # layers of q_former
 
     def __post_init__(self) -> None:
         if not 0 < self.encoder_layer_ratio <= 1:
             raise ValueError(
                 f"model.encoder_layer_ratio={self.encoder_layer_ratio} is a share: set it above 0 and at most 1"
             )
+        for name in ("num_query_tokens", "num_query_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: set it to 1 or more")
         for name, rules in (("encoder_layers", ENCODER_RULES), ("llm_layers", ("uniform",))):
             _check_layers(f"model.{name}", getattr(self, name), rules)
 

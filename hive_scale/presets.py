@@ -236,6 +236,9 @@ RTX3090: dict[str, tuple[int, int, int]] = {
     "cross_attention": (128, 64, 16),
     "joint_attention": (128, 64, 16),
     "concat": (32, 16, 8),
+    "deepstack": (16, 16, 8),
+    "gated_cross_attention": (128, 64, 16),
+    "q_former": (64, 32, 8),
 }
 
 

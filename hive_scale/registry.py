@@ -123,10 +123,8 @@ def _trusted() -> list[str]:
     return [module for module in os.environ.get(EXTENSIONS, "").split(",") if module]
 
 
-FUSIONS = Registry(
-    "fusion",
-    {name: f"hive_scale.model.fusion.{name}" for name in ("cross_attention", "joint_attention", "concat")},
-)
+FUSION_NAMES = ("cross_attention", "joint_attention", "concat", "deepstack", "gated_cross_attention", "q_former")
+FUSIONS = Registry("fusion", {name: f"hive_scale.model.fusion.{name}" for name in FUSION_NAMES})
 ENCODERS = Registry(
     "encoder family",
     dict.fromkeys(

@@ -48,6 +48,16 @@ TESTS = {  # arguments of pytest, the quickest to fail first
         f"model/fusion/{one}": [*MODEL, "tests/test_generate.py"]
         for one in ("__init__", "cross_attention", "joint_attention", "concat")
     },
+    **{
+        f"model/fusion/{one}": [
+            "tests/test_fusions.py",
+            *MODEL,
+            "tests/test_generate.py",
+            "-k",
+            "not planned and not goes",
+        ]
+        for one in ("deepstack", "gated_cross_attention", "q_former")
+    },
     "model/attention": [*MODEL, "tests/test_generate.py"],
     "model/hive": MODEL,
     "model/encoders": [*MODEL, "tests/test_report.py"],

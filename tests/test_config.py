@@ -14,10 +14,10 @@ import yaml
 
 from hive_scale import config, config_merge, presets
 from hive_scale.config import GroupConfig, StageConfig
+from hive_scale.registry import FUSION_NAMES
 from hive_scale.schedule import lr_factor, warmup_steps
 
 ROOT = Path(__file__).resolve().parents[1]
-FUSIONS = ("cross_attention", "joint_attention", "concat")
 PAIRS = 595_375  # LLaVA-CC3M-Pretrain-595K
 
 
@@ -26,7 +26,7 @@ def stage(**changes: object) -> StageConfig:
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_a_saved_run_reloads_to_the_same_run(tmp_path: Path, name: str, fusion: str) -> None:
     last = list(presets.PRESETS[name]().stages)[-1]
     words = [f"stages.{last}.epochs=2.5", "data.workers=3", f"stages.{last}.data.train=[a.tar]"]

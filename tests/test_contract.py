@@ -27,13 +27,13 @@ from hive_scale.engine import open_engine
 from hive_scale.model.build import init_model, meta_model
 from hive_scale.model.generate import generate
 from hive_scale.param_groups import apply_trainable_groups
+from hive_scale.registry import FUSION_NAMES
 
 pytestmark = pytest.mark.contract
 ROOT = Path(__file__).resolve().parents[1]
-FUSIONS = ("cross_attention", "joint_attention", "concat")
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 @pytest.mark.parametrize("llm", ["llama", "qwen2", "qwen3"])
 def test_forward_backward_and_decoding_with_a_cache(fusion: str, llm: str) -> None:
     model = tiny.sighted(init_model(tiny.model_config(fusion, llm), 0), 2.0)

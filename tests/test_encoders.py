@@ -41,11 +41,10 @@ from hive_scale.data.tokenizer import open_tokenizer
 from hive_scale.export.huggingface import export_encoder, export_llava
 from hive_scale.model.build import encoder_only, init_model, meta_model, vision_config, with_full_configs
 from hive_scale.model.encoders import EncoderFamily, Siglip, family_of, hidden_states, patches
-from hive_scale.registry import ENCODERS
+from hive_scale.registry import ENCODERS, FUSION_NAMES
 from hive_scale.run import find_encoder
 
 pytestmark = pytest.mark.contract
-FUSIONS = ("cross_attention", "joint_attention", "concat")
 SIZES = {name: value for name, value in tiny.SIGLIP.items() if name != "model_type"}
 DINO = {name: value for name, value in SIZES.items() if name != "intermediate_size"} | {"layerscale_value": 0.5}
 TOWERS: dict[str, dict[str, Any]] = {
@@ -175,7 +174,7 @@ def test_an_exported_encoder_is_the_stock_model(family: str, tmp_path: Path) -> 
 
 
 @FAMILIES
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_gradients_reach_exactly_what_is_read(fusion: str, family: str) -> None:
     model = init_model(config_of(family, fusion), 0)
     with torch.no_grad():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hive_scale.model import build
 from hive_scale.model.generate import Decoder, generate
 from hive_scale.model.hive import Hive
+from hive_scale.registry import FUSION_NAMES
 
 IMAGES = torch.randint(0, 256, (2, 3, tiny.IMAGE, tiny.IMAGE), generator=torch.Generator().manual_seed(1)).byte()
 PROMPTS = [[1, 5, 9, 11, 12, 40], [1, 7], [1, 30, 31, 32], [1]]
@@ -23,6 +24,9 @@ MODELS: list[Any] = [
     ("joint_attention", "llama", {}),
     ("joint_attention", "llama", {"positions": "line"}),
     ("concat", "llama", {}),
+    ("deepstack", "llama", {}),
+    ("gated_cross_attention", "llama", {}),
+    ("q_former", "llama", {"num_query_tokens": 5}),
 ]
 
 
@@ -60,7 +64,7 @@ def test_cached_logits_are_those_of_the_whole_text(fusion: str, llm: str, change
     assert (logits - blind)[seeing].abs().max() > 1e-2  # the images did matter
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_greedy_text_ends_where_it_should(fusion: str) -> None:
     hive = model(fusion)
     expected = []
@@ -85,7 +89,7 @@ def test_each_image_is_seen_and_projected_once() -> None:
     assert rows == [2, 2]  # two images, whatever the number of texts and tokens
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_keys_and_values_stay_where_they_are(fusion: str) -> None:
     hive = model(fusion)
     about = torch.tensor([one or 0 for one in ABOUT])
@@ -132,7 +136,7 @@ def test_no_text_is_run_far_beyond_its_end() -> None:
     assert len(steps) == 8
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_under_autocast_too(fusion: str) -> None:
     hive, text = model(fusion), list(PROMPTS[0])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -29,10 +29,15 @@ from hive_scale.model.build import check_positions, init_model, load_model, meta
 from hive_scale.model.generate import Decoder, generate
 from hive_scale.model.hive import Hive
 from hive_scale.plan import flops
-from hive_scale.registry import HOSTS
+from hive_scale.registry import FUSION_NAMES, HOSTS
 
 pytestmark = pytest.mark.contract
-FUSIONS = ("cross_attention", "joint_attention", "concat")
+FIRST = ("cross_attention", "joint_attention", "concat"), ("llama", "olmo2", "gemma2")
+MATRIX = [  # every family under every fusion; the first fusions, and some families under the others, are quick enough
+    pytest.param(name, fusion, marks=() if fusion in FIRST[0] or name in FIRST[1] else pytest.mark.slow)
+    for name in tiny.LLMS
+    for fusion in FUSION_NAMES
+]
 BYTES = open_tokenizer(TokenizerConfig()).stock
 IMAGES = torch.randint(0, 256, (2, 3, tiny.IMAGE, tiny.IMAGE), generator=torch.Generator().manual_seed(1)).byte()
 NUM_VISUAL = (tiny.IMAGE // tiny.SIGLIP["patch_size"]) ** 2
@@ -50,9 +55,9 @@ AttentionInterface.register("spy", spy)
 def config_of(name: str, fusion: Any = "cross_attention", **changes: Any) -> ModelConfig:
     model_type, own = tiny.LLMS[name]
     language = tiny.language(model_type, **(own | changes))
-    return ModelConfig(
-        PartConfig(config=tiny.SIGLIP), PartConfig(config=language), fusion=fusion, encoder_layer_ratio=0.5
-    )
+    parts = PartConfig(config=tiny.SIGLIP), PartConfig(config=language)
+    few = {"num_query_tokens": 5, "num_query_layers": 2}
+    return ModelConfig(*parts, fusion=fusion, encoder_layer_ratio=0.5, **few)
 
 
 def random_model(config: ModelConfig, gate: float) -> Hive:
@@ -99,7 +104,7 @@ def test_closed_gates_and_no_image_are_the_llm_itself(name: str) -> None:
     close(model.logits(model.language_forward(visual, batch.tokens)), expected)
     close(model.language(batch.tokens).logits, expected)
     no_image = torch.zeros(3, dtype=torch.bool)
-    for fusion in FUSIONS:
+    for fusion in FUSION_NAMES:
         blind = model_of(name, fusion, 0.7)
         expected = untouched(blind)(batch.tokens).logits
         visual = blind.encode_images(batch.pixels)
@@ -172,8 +177,7 @@ def test_visual_keys_and_values_are_those_of_the_hosts_attention(name: str) -> N
             close(found, expected)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("name", tiny.LLMS)
+@pytest.mark.parametrize(("name", "fusion"), MATRIX)
 @torch.no_grad()
 def test_a_cache_writes_what_the_whole_text_does(name: str, fusion: str) -> None:
     model = model_of(name, fusion, 0.7)
@@ -197,8 +201,7 @@ def test_a_cache_writes_what_the_whole_text_does(name: str, fusion: str) -> None
     assert written == [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("name", tiny.LLMS)
+@pytest.mark.parametrize(("name", "fusion"), MATRIX)
 def test_gradients_are_finite_and_wherever_they_should_be(name: str, fusion: str) -> None:
     model = random_model(config_of(name, fusion), 0.7).train()
     model(**tiny.batch(3, text_only=1).inputs()).backward()
@@ -326,10 +329,10 @@ def test_what_a_llava_would_leave_out_is_refused(name: str, field: str, tmp_path
     assert not huggingface.why_no_llava(config)
 
 
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_texts_beyond_a_longropes_first_frequencies_are_refused(fusion: str) -> None:
     model = meta_model(config_of("phi3-longrope", fusion))
-    extent = {"cross_attention": 0, "joint_attention": 4, "concat": NUM_VISUAL}[fusion]
+    extent = {"joint_attention": 4, "concat": NUM_VISUAL, "deepstack": NUM_VISUAL, "q_former": 5}.get(fusion, 0)
     check_positions(model, 128 - extent)
     with pytest.raises(
         ValueError, match=f"reaches 129 positions .* change beyond 128: set data.max_tokens={128 - extent}"

@@ -12,12 +12,11 @@ from hive_scale import presets
 from hive_scale.config import GroupConfig, StageConfig
 from hive_scale.model.build import meta_model
 from hive_scale.param_groups import apply_trainable_groups
-
-FUSIONS = ("cross_attention", "joint_attention", "concat")
+from hive_scale.registry import FUSION_NAMES
 
 
 @pytest.mark.parametrize("preset", ["debug", "paper_siglip", "paper_clip"])
-@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize("fusion", FUSION_NAMES)
 def test_stages_train_the_parts_that_the_paper_names(preset: str, fusion: str) -> None:
     run = presets.load(preset, None, [f"fusion={fusion}"])
     model = meta_model(run.model)
@@ -26,7 +25,7 @@ def test_stages_train_the_parts_that_the_paper_names(preset: str, fusion: str) -
         apply_trainable_groups(model, stage, model.unused_parameters())
         trained[name] = {n for n, p in model.named_parameters() if p.requires_grad}
     parts = {name: {n.split(".")[0] for n in names} for name, names in trained.items()}
-    injected = {"cross_attention": {"fusion"}, "joint_attention": set(), "concat": set()}[fusion]
+    injected = {"fusion"} if fusion.endswith("cross_attention") else set()
     copies = {"fusion"} if fusion == "joint_attention" else set()
     assert parts["projector"] == {"projector"} | injected
     assert parts["language"] == {"projector", "language"} | injected | copies

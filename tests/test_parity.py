@@ -28,6 +28,7 @@ from hive_scale.engine import Engine, open_engine
 from hive_scale.engine.memory import found, planned, report
 from hive_scale.model.build import init_model, meta_model
 from hive_scale.param_groups import apply_trainable_groups
+from hive_scale.registry import FUSIONS
 from hive_scale.schedule import lr_factor
 
 STEPS = 6
@@ -35,7 +36,7 @@ GLOBAL_BATCH = 12
 CLIP = 0.03  # below every gradient norm that is met
 LOSS, WEIGHT = 2e-6, 2e-5  # fp32: relative difference of losses and norms; absolute difference of weights
 DS_CONFIGS = Path(__file__).parents[1] / "ds_configs"
-NEW = ("projector.*", "fusion.*")
+OTHERS = ("deepstack", "gated_cross_attention", "q_former")
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,18 @@ def matrix(*engines: str, whole: bool) -> list[Cell]:
     if not whole:
         cells = [one for one in cells if (one.stage + (one.fusion == "concat") + (one.checkpointing == "full")) % 2]
     joint = [Cell(engine, stage, "joint_attention", "full") for engine in engines for stage in (1, 3)]
-    return cells + [cell for cell in joint if cell.engine in ("one", "fsdp", "zero2", "zero3")]
+    cells += [cell for cell in joint if cell.engine in ("one", "fsdp", "zero2", "zero3")]
+    if whole:
+        return cells + [Cell(*cell) for cell in product(engines, (1, 2, 3), OTHERS, ("none", "full"))]
+    few = [engine for engine in engines if engine in ("one", "fsdp", "zero2", "zero3")]
+    return cells + [Cell(engine, 3, fusion, "full") for engine in few for fusion in OTHERS]
 
 
 def stage_of(number: int, fusion: str, size: int) -> StageConfig:
-    new = list(NEW) if fusion == "cross_attention" else ["projector.*"]
+    new = list(FUSIONS[fusion].new_parameters)
     groups = {"connector": GroupConfig(new, 1e-2, 1e-3)}
     if number > 1:
-        copies = ["fusion.*"] if fusion == "joint_attention" else []
+        copies = list(FUSIONS[fusion].with_llm)
         groups["language"] = GroupConfig(["language.model.layers.*", "language.model.norm.*", *copies], 3e-3, 1e-3)
     if number > 2:
         groups["vision"] = GroupConfig(["vision.*"], 1e-3, 1e-3)
@@ -90,7 +95,8 @@ def stage_of(number: int, fusion: str, size: int) -> StageConfig:
 def model_of(fusion: Any) -> ModelConfig:
     vision = PartConfig(config=SIGLIP | {"num_hidden_layers": 3})
     llm = PartConfig(config=language(num_hidden_layers=3))
-    return ModelConfig(vision=vision, language=llm, fusion=fusion, encoder_layer_ratio=0.67)
+    few = {"num_query_tokens": 5, "num_query_layers": 2}
+    return ModelConfig(vision=vision, language=llm, fusion=fusion, encoder_layer_ratio=0.67, **few)
 
 
 @cache
@@ -200,15 +206,16 @@ PROBES = {
 }
 
 
-def probe(model: nn.Module, outcome: Outcome) -> list[Any]:
+def probe(model: nn.Module, outcome: Outcome, fusion: str) -> list[Any]:
     """Count the forwards of PROBES into `outcome`, until the handles that this returns are removed."""
+    probes = PROBES | ({"fusion": "projector.0.query_norm"} if fusion == "q_former" else {})
 
     def count(component: str, _module: Any, _inputs: Any, output: Tensor) -> None:
         outcome.forwards[component] = outcome.forwards.get(component, 0) + 1
         outcome.graph[component] = outcome.graph.get(component, False) or output.requires_grad
 
     return [
-        model.get_submodule(name).register_forward_hook(partial(count, component)) for component, name in PROBES.items()
+        model.get_submodule(name).register_forward_hook(partial(count, component)) for component, name in probes.items()
     ]
 
 
@@ -237,7 +244,7 @@ def train(world: World, cells: list[Cell], folder: str) -> list[Outcome]:
 def train_one(world: World, cell: Cell, folder: str) -> Outcome:
     engine, model = opened(cell, world, folder)
     outcome, training = Outcome(), list[bool]()
-    handles = [] if cell.compile else probe(model, outcome)
+    handles = [] if cell.compile else probe(model, outcome, cell.fusion)
     for step in range(STEPS):
         batches = my_batches(cell, step, world)
         output = engine.step(batches, factor(step))
@@ -292,7 +299,7 @@ def check_work(cell: Cell, found: Outcome) -> None:
     """Frozen parts run once and without a graph; what is checkpointed and has one runs twice."""
     if cell.compile:
         return
-    below_fusion = cell.fusion != "concat"  # the first LLM layer comes before any image
+    below_fusion = not FUSIONS[cell.fusion].lengthens_sequence  # the first LLM layer comes before any image
     graph = {"vision": cell.stage == 3, "fusion": True, "language": cell.stage > 1 or not below_fusion}
     again = cell.checkpointing != "none"
     assert found.graph == graph, cell
@@ -404,8 +411,19 @@ def test_zero_3_with_a_second_copy_in_each_node(folder: str, whole: bool) -> Non
     check(cells + odd("zero3_second") * whole, 4, folder)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])
+def test_bf16_of_other_fusions(engine: str, folder: str) -> None:
+    check([Cell(engine, 3, fusion, "full", precision="bf16") for fusion in OTHERS], 2, folder, BF16)
+
+
 def test_compiled_blocks(folder: str) -> None:
     check([Cell("one", checkpointing="full", compile=True)], 1, folder)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_of_other_fusions(folder: str) -> None:
+    check([Cell("one", fusion=fusion, checkpointing="full", compile=True) for fusion in OTHERS], 1, folder)
 
 
 @pytest.mark.slow  # compiling for the first time takes minutes on two cores

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("projector", "language", "joint")
 SHARDED = ("fsdp", "zero2", "zero3")
 CASES = [("cross_attention", stage) for stage in STAGES] + [("joint_attention", "language"), ("concat", "joint")]
+CASES += [("deepstack", "joint"), ("gated_cross_attention", "projector"), ("q_former", "language")]
 
 
 def stage_of(fusion: Any, name: str, **changes: Any) -> StageConfig:

@@ -106,6 +106,26 @@ def project(x: Tensor, p: Weights, at: str) -> Tensor:
     return linear(n, p, f"{at}.shortcut") + linear(F.gelu(linear(n, p, f"{at}.up")), p, f"{at}.down")
 
 
+def query_transformer(x: Tensor, p: Weights, at: str, num_heads: int) -> Tensor:
+    """BLIP-2's layers: queries attend to each other, then to the patches, then a feed-forward; a norm behind each."""
+    patches = layer_norm(x, p, f"{at}.norm", 1e-5)
+    made = layer_norm(p[f"{at}.queries"], p, f"{at}.query_norm", 1e-5)
+    width = x.shape[1] // num_heads
+    number = 0
+    while f"{at}.layers.{number}.linear1.weight" in p:
+        layer = f"{at}.layers.{number}"
+        for norm, name, source in (("norm1", "self_attn", None), ("norm2", "multihead_attn", patches)):
+            weights, biases = p[f"{layer}.{name}.in_proj_weight"].chunk(3), p[f"{layer}.{name}.in_proj_bias"].chunk(3)
+            inputs = (made, made, made) if source is None else (made, source, source)
+            q, k, v = (heads(one @ w.T + b, width) for one, w, b in zip(inputs, weights, biases, strict=True))
+            mixed = linear(attend(q, k, v, None), p, f"{layer}.{name}.out_proj")
+            made = layer_norm(made + mixed, p, f"{layer}.{norm}", 1e-5)
+        between = F.gelu(linear(made, p, f"{layer}.linear1"))
+        made = layer_norm(made + linear(between, p, f"{layer}.linear2"), p, f"{layer}.norm3", 1e-5)
+        number += 1
+    return linear(made, p, f"{at}.out")
+
+
 def grid_places(num_visual: int, pairs: int, slot: int) -> Tensor:
     """(V, pairs): three quarters of the pairs turn by row (even ones) and column (odd), the rest by half a side."""
     side, on_grid = math.isqrt(num_visual), pairs - pairs // 4
@@ -124,25 +144,39 @@ def reference(p: Weights, config: ModelConfig, model: Hive, sample: Sample) -> T
     if sample.pixels is not None:
         clip = vision["model_type"].startswith("clip")
         states = encode(p, vision, sample.pixels)
-        visual = [project(states[d][clip:], p, f"projector.{i}") for i, d in enumerate(model.encoder_depths)]
+        taken = [states[d][clip:] for d in model.encoder_depths]
+        if config.fusion == "q_former":
+            visual = [query_transformer(taken[0], p, "projector.0", vision["num_attention_heads"])]
+        else:
+            visual = [project(one, p, f"projector.{i}") for i, one in enumerate(taken)]
     tokens = torch.tensor(sample.tokens)
     length, slot = len(tokens), sample.image_slot
-    place = torch.arange(length)
+    joint, inserted = config.fusion == "joint_attention", config.fusion in ("deepstack", "q_former")
+    x = p["language.model.embed_tokens.weight"][tokens]
+    count = len(visual[-1]) if inserted and visual else 0
+    if count:  # the deepest features stand in the text
+        x = torch.cat([x[:slot], visual[-1], x[slot:]])
+    place = torch.arange(len(x))
     causal = place[None] <= place[:, None]
-    joint = config.fusion == "joint_attention"
     if joint and visual:  # text behind the image moves on by the side of its grid
         place = place + math.isqrt(len(visual[0])) * (place >= slot)
-    x = p["language.model.embed_tokens.weight"][tokens]
     for layer in range(language["num_hidden_layers"]):
         at, allowed = f"language.model.layers.{layer}", causal
-        fused = layer in model.fusion.depths and bool(visual)
+        fused = layer in model.fusion.depths and bool(visual) and not inserted
         new = f"fusion.layers.{model.fusion.depths.index(layer)}" if fused else ""
+        if config.fusion == "deepstack" and visual and 1 <= layer < len(visual):
+            added = F.pad(visual[layer - 1], (0, 0, slot, len(x) - slot - count))
+            x = x + added
         if fused:
-            seen = rms(visual[model.fusion.depths.index(layer)], p[f"{new}.norm.weight"], eps)
+            of_layer = visual[0 if config.fusion == "gated_cross_attention" else model.fusion.depths.index(layer)]
+            seen = rms(of_layer, p[f"{new}.norm.weight"], eps)
             vk, vv = (heads(linear(seen, p, f"{new}.{one}_proj"), width) for one in "kv")
         if fused and not joint:  # paper 3.3 behind a gate
             q = heads(linear(rms(x, p[f"{new}.norm.weight"], eps), p, f"{new}.q_proj"), width)
             x = x + torch.tanh(p[f"{new}.gate"]) * linear(attend(q, vk, vv, None), p, f"{new}.o_proj")
+        if fused and config.fusion == "gated_cross_attention":
+            n = linear(rms(x, p[f"{new}.feed_forward.norm.weight"], 1e-6), p, f"{new}.feed_forward.up")
+            x = x + torch.tanh(p[f"{new}.feed_forward.gate"]) * linear(F.gelu(n), p, f"{new}.feed_forward.down")
         n = rms(x, p[f"{at}.input_layernorm.weight"], eps)
         q, k, v = (heads(linear(n, p, f"{at}.self_attn.{one}_proj"), width) for one in "qkv")
         q, k = rotate(q, place), rotate(k, place)
@@ -159,7 +193,12 @@ def reference(p: Weights, config: ModelConfig, model: Hive, sample: Sample) -> T
     predicted = logits.log_softmax(-1)
     # token i is predicted from those before it
     return -sum(
-        (predicted[i - 1, token] for i, token in enumerate(sample.tokens) if sample.is_target[i]), torch.zeros(())
+        (
+            predicted[i - 1 + (count if i >= slot else 0), token]
+            for i, token in enumerate(sample.tokens)
+            if sample.is_target[i]
+        ),
+        torch.zeros(()),
     )
 
 
@@ -188,10 +227,13 @@ def some_samples(slots: Sequence[int] = (1,), text_only: int = 1) -> list[Sample
 @pytest.mark.parametrize("slots", [(1,), (1, 3, 2)], ids=["captions", "conversations"])
 @pytest.mark.parametrize("llm", ["llama", "qwen2"])
 @pytest.mark.parametrize("tower", [tiny.SIGLIP | {"vision_use_head": False}, tiny.CLIP], ids=["siglip", "clip"])
-@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention"])
+@pytest.mark.parametrize(
+    "fusion", ["cross_attention", "joint_attention", "deepstack", "gated_cross_attention", "q_former"]
+)
 def test_hive_is_the_paper_written_plainly(fusion: Any, tower: dict[str, Any], llm: str, slots: Any) -> None:
     language = tiny.language(llm, num_hidden_layers=5, tie_word_embeddings=llm == "llama")
-    config = ModelConfig(PartConfig(config=tower), PartConfig(config=language), fusion=fusion, encoder_layer_ratio=0.5)
+    parts = PartConfig(config=tower), PartConfig(config=language)
+    config = ModelConfig(*parts, fusion=fusion, encoder_layer_ratio=0.75, num_query_tokens=5, num_query_layers=2)
     model, random = init_model(config, 0), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

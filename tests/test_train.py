@@ -93,7 +93,13 @@ def weights(config: Config, stage: str) -> dict[str, torch.Tensor]:
     return dict(read_weights(config.run_dir / stage / WEIGHTS).items())
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+@pytest.mark.parametrize(
+    "fusion",
+    [
+        *("cross_attention", "joint_attention", "concat"),
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("deepstack", "gated_cross_attention", "q_former")),
+    ],
+)
 def test_each_stage_changes_what_it_names_and_no_bit_of_the_rest(tmp_path: Path, world: World, fusion: str) -> None:
     config = small(tmp_path / "run", fusion)
     run_pipeline(config, world)

@@ -89,7 +89,7 @@ def check_positions(model: Hive, max_tokens: int) -> None:
     limit = model.host.max_positions(model.language.config)
     if limit is None:
         return
-    _, context = model.fusion.prepare(torch.zeros(1, max_tokens, 1), [torch.zeros(1, model.features_shape[1], 1)], None)
+    _, context = model.fusion.prepare(torch.zeros(1, max_tokens, 1), [torch.zeros(1, model.num_visual, 1)], None)
     if (needed := int(context.positions.max()) + 1) > limit:
         raise ValueError(
             f"data.max_tokens={max_tokens} reaches {needed} positions with an image, and the LLM's rotary frequencies "

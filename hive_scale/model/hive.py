@@ -48,10 +48,11 @@ class Hive(nn.Module):
         paired = paired[::-1] if config.pairing == "deep_to_shallow" else paired
         self.encoder_depths = tuple(sorted(set(paired)))
         self._order = [self.encoder_depths.index(depth) for depth in paired]
-        widths = self.vision.config.hidden_size, self.language.config.hidden_size
-        self.projector = nn.ModuleList(kind.projector(*widths) for _ in self.encoder_depths)
+        configs = self.vision.config, self.language.config
+        self.projector = nn.ModuleList(kind.make_projector(*configs, config) for _ in self.encoder_depths)
         self.fusion = kind(self.host, language, len(paired), config)
-        self.fusion.check(self.family.num_patches(self.vision.config))
+        self.num_visual = kind.num_visual(self.family.num_patches(self.vision.config), config)
+        self.fusion.check(self.num_visual)
         mean, std = self.family.pixel_mean, self.family.pixel_std
         self.register_buffer("pixel_mean", 255 * torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", 255 * torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -78,7 +79,8 @@ class Hive(nn.Module):
     def encode_images(self, pixels: Tensor) -> list[Tensor]:
         """phi(F_l) for the depth l of each fused LLM layer, (B, V, D) each (paper 3.2).
 
-        `pixels` is uint8 (B, 3, H, W), or cached features (B, S, V, C) at the S selected depths.
+        `pixels` is uint8 (B, 3, H, W), or cached features (B, S, patches, C) at the S selected
+        depths.
         """
         features = pixels.unbind(1) if pixels.is_floating_point() else self.features(self.encode(pixels))
         return self._project(features)
@@ -92,7 +94,7 @@ class Hive(nn.Module):
         return hidden_states(self.vision, pixels_BCHW, max(self.encoder_depths))
 
     def features(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """F_l for each selected depth l, (B, V, C) each, from the encoder's hidden states."""
+        """F_l for each selected depth l, (B, patches, C) each, from the encoder's hidden states."""
         return [patches(self.vision, states[depth]) for depth in self.encoder_depths]
 
     def project(self, states: Sequence[Tensor]) -> list[Tensor]:
@@ -159,7 +161,7 @@ class Hive(nn.Module):
 
     @property
     def features_shape(self) -> tuple[int, int, int]:
-        """(S, V, C) of one image's features: selected depths, visual tokens, encoder width."""
+        """(S, patches, C) of one image's features: selected depths, patches, encoder width."""
         return len(self.encoder_depths), self.family.num_patches(self.vision.config), self.vision.config.hidden_size
 
     def unused_parameters(self) -> set[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hive_scale.distributed import Fragment, World
 
-GATE = ".gate"
+GATE, LAYERS = ".gate", "fusion.layers."  # names of gates end, and mostly begin, so
 
 
 def layer_grad_rms(
@@ -54,7 +54,8 @@ def layer_grad_rms(
             told += 1
     on_any, *every = world.sum(told, *gates.values(), *squares.values())
     totals = iter(every)
-    opened = {name.split(".")[-2]: math.tanh(next(totals)) for name in gates}
+    # "0" for the gate of the first fused layer itself, "0.feed_forward" for that of a part of it
+    opened = {name.removesuffix(GATE).removeprefix(LAYERS): math.tanh(next(totals)) for name in gates}
     norms = {layer: math.sqrt(next(totals)) for layer in squares}
     return ({"gates": opened} if opened else {}) | ({"grad_rms": norms} if on_any else {})
 

@@ -27,7 +27,8 @@ In some lines:
     mfu, hfu      share of its GPU's peak that rank 0 reaches: without and with recomputation
     eval_loss     mean over all held-out target tokens, nats, after the update
     eval_seconds  of `seconds`, spent on that evaluation
-    gates         {LLM depth's place among the fused ones: tanh(g)}, after the update, of trainable gates
+    gates         {LLM depth's place among the fused ones: tanh(g)}, after the update, of trainable gates; a
+                  feed-forward's is under "0.feed_forward"
     grad_rms      {layer: L2 norm of its gradient}, after clipping, root mean square over about the last
                   1 / (1 - beta2) steps, from Adam's second moments
 

@@ -18,6 +18,9 @@ STUDIES: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "cascaded": ("model.encoder_layers=last",),  # paper section 6
         "joint_attention": ("fusion=joint_attention",),
         "concat": ("fusion=concat",),
+        "deepstack": ("fusion=deepstack",),
+        "q_former": ("fusion=q_former",),
+        "gated_cross_attention": ("fusion=gated_cross_attention",),
     },
     "depths": {
         "cross_attention": (),

@@ -1,10 +1,13 @@
-"""Fusions: three ways for images to enter the LLM, behind one interface.
+"""Fusions: ways for images to enter the LLM, behind one interface.
 
 * `CrossAttention` (paper 3.3): at each fused depth an injected layer lets the text attend to the features of
   its encoder depth, with a softmax of its own and a gate that starts closed.
+* `GatedCrossAttention` (Flamingo): such layers with a feed-forward of their own, all over one encoder depth.
 * `JointAttention` (the authors' released code): the host layer's own attention also gets visual keys and
   values; one softmax over both, no new layer, no gate.
 * `Concat` (the self-attention baseline, LLaVA): visual tokens are inserted into the sequence at the image's slot.
+* `DeepStack` (Qwen3-VL): `Concat`, with shallower features added to the visual tokens before the first LLM layers.
+* `QFormer` (BLIP-2): `Concat`, with a few tokens that learned queries make of the patches.
 
 The slot of a text's image is the number of text tokens before it. A caption's slot is 1, after the start token; a
 conversation's is where its first question begins. Row i of a fusion's output predicts text token i + 1.
@@ -90,6 +93,16 @@ class Fusion(nn.Module, metaclass=ABCMeta):
         return group_ends(num_layers, num_features)
 
     @classmethod
+    def make_projector(cls, vision: Any, language: Any, config: ModelConfig) -> nn.Module:
+        """A projector of one depth, (B, patches, C) to (B, V, D), from the Hugging Face configs of encoder and LLM."""
+        return cls.projector(vision.hidden_size, language.hidden_size)
+
+    @classmethod
+    def num_visual(cls, num_patches: int, config: ModelConfig) -> int:
+        """V, the number of visual tokens that a projector makes of an image's patches."""
+        return num_patches
+
+    @classmethod
     def describe(cls, config: ModelConfig) -> str:
         """A description for the model card."""
         layers = config.encoder_layers
@@ -98,7 +111,7 @@ class Fusion(nn.Module, metaclass=ABCMeta):
         return f"{config.fusion}, {config.encoder_layer_ratio:.0%} of the encoder's depths, {layers}"
 
     def check(self, num_visual: int) -> None:
-        """Raises ValueError if the fusion cannot take `num_visual` tokens of an image."""
+        """Raises ValueError if the fusion cannot take `num_visual` visual tokens of an image."""
 
     def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
@@ -153,6 +166,12 @@ def _listed(layers: Sequence[int], num_layers: int, num_features: int) -> tuple[
             "list as many, or set model.encoder_layers or model.encoder_layer_ratio"
         )
     return tuple(layers)
+
+
+def one_encoder_layer(config: ModelConfig) -> str:
+    """The encoder layer of a fusion that takes one, in words: any rule gives the penultimate one."""
+    layers = config.encoder_layers
+    return "the penultimate encoder layer" if isinstance(layers, str) else f"encoder layer {layers[0]}"
 
 
 def split_heads(flat: Tensor, head_dim: int) -> Tensor:

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 
 from hive_scale.config import ModelConfig
 from hive_scale.model.encoders import encoder_depths
-from hive_scale.model.fusion import SLOT, Context, Fusion, column, host_weights, images_there, text_positions
+from hive_scale.model.fusion import (
+    SLOT,
+    Context,
+    Fusion,
+    column,
+    host_weights,
+    images_there,
+    one_encoder_layer,
+    text_positions,
+)
 from hive_scale.model.projector import MLP
 from hive_scale.registry import FUSIONS
 
@@ -37,7 +46,9 @@ class Concat(Fusion):
             return (num_layers - 1,)
         depths = encoder_depths(num_layers, config)
         if len(depths) > 1:
-            raise ValueError(f"model.encoder_layers={list(depths)}: fusion=concat takes one, such as [{num_layers}]")
+            raise ValueError(
+                f"model.encoder_layers={list(depths)}: fusion={config.fusion} takes one, such as [{num_layers}]"
+            )
         return depths
 
     @classmethod
@@ -46,9 +57,7 @@ class Concat(Fusion):
 
     @classmethod
     def describe(cls, config: ModelConfig) -> str:
-        layers = config.encoder_layers
-        which = "the penultimate encoder layer" if isinstance(layers, str) else f"encoder layer {layers[0]}"
-        return f"concat: one MLP after {which}, visual tokens after the start token"
+        return f"concat: one MLP after {one_encoder_layer(config)}, visual tokens after the start token"
 
     def prepare(
         self, text_BTD: Tensor, visual: Sequence[Tensor], has_image: Tensor | None, slots: Tensor | None = None
@@ -60,8 +69,8 @@ class Concat(Fusion):
             # blank images come after all text, which then cannot see them: plain causal attention, without a mask
             slots = torch.where(has_image, column(slots, device)[:, 0], length)
         context = Context(visual, has_image, torch.empty(0), slots)
-        positions = _merge(text, of_image.expand(len(text), num_visual), context)
-        return _merge(text_BTD, visual[0].to(text_BTD), context), replace(context, positions=positions)
+        positions = merge(text, of_image.expand(len(text), num_visual), context)
+        return merge(text_BTD, visual[0].to(text_BTD), context), replace(context, positions=positions)
 
     def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         return hidden_BND, {"attention_mask": context.mask}
@@ -99,7 +108,7 @@ class Concat(Fusion):
         return text + num_visual * (text >= column(context.slots, device) - is_seen)
 
 
-def _merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
+def merge(text: Tensor, visual: Tensor, context: Context) -> Tensor:
     """Merge text (B, T, ...) and visual tokens (B, V, ...) into the stream (B, N, ...), each image at its slot."""
     if context.slots is None:
         return torch.cat([text[:, :SLOT], visual, text[:, SLOT:]], dim=1)
@@ -116,4 +125,4 @@ def _seen(text_BQT: Tensor, context: Context) -> Tensor:
     """bool (B, Q, N): the stream's keys that may be attended to, from the text's; visual ones need an image."""
     visual = images_there(context, text_BQT[..., 0])[:, :, None]
     visual = visual.expand(-1, context.visual[0].shape[1], text_BQT.shape[1])
-    return _merge(text_BQT.transpose(1, 2), visual, context).transpose(1, 2)
+    return merge(text_BQT.transpose(1, 2), visual, context).transpose(1, 2)

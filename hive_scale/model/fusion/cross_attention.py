@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,12 +76,13 @@ class CrossAttention(Fusion):
 
     new_parameters = ("projector.*", "fusion.*")  # all: behind a closed gate, parameters left frozen get no gradient
     gates, beside_gates = ("fusion.*.gate",), ("projector.*", "fusion.*.weight")
+    layer: ClassVar[type[CrossAttentionLayer]] = CrossAttentionLayer  # class of the injected layers
 
     def __init__(self, host: Host, llm: nn.Module, num_features: int, config: ModelConfig) -> None:
         super().__init__(host, llm, num_features, config)
         layers = host.layers(llm)
         parts = (host.attention_parts(layers[depth]) for depth in self.depths)
-        self.layers.extend(CrossAttentionLayer(one, config.qk_norm) for one in parts)
+        self.layers.extend(self.layer(one, config.qk_norm) for one in parts)
 
     def before_layer(self, depth: int, hidden_BND: Tensor, context: Context) -> tuple[Tensor, dict[str, Any]]:
         if depth in self.depths:
