@@ -438,7 +438,9 @@ def _read_word(word: str, kind: type) -> DictConfig:
         raise ValueError(f"config: {told}: put it in quotation marks") from None
 
 
-_hints = cache(get_type_hints)  # which evaluates every annotation of a class
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)  # evaluates every annotation of the class
 
 
 def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
@@ -447,7 +449,7 @@ def _type_of(kind: Any, keys: Sequence[str], old: bool = False) -> Any:
         key = getattr(kind, "OLD_NAMES", {}).get(key, key) if old else key
         if is_dataclass(kind):
             overrides = {one.name: one.metadata.get("overrides") for one in fields(kind)}
-            kind = overrides.get(key) or _hints(kind).get(key, Any)
+            kind = overrides.get(key) or _hints(cast(Any, kind)).get(key, Any)
             if isinstance(kind, UnionType) and NoneType in get_args(kind):  # an optional section
                 kind = get_args(kind)[0]
         else:

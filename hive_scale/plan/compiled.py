@@ -7,6 +7,7 @@ backend makes the compiler's graphs of forward and backward, and runs them with 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from hive_scale.config import CheckpointingConfig
 from hive_scale.plan.trace import Input, Trace
 
+log = logging.getLogger(__name__)
 GRAPHS = "aot_eager_decomp_partition"  # one of torch.compiler.list_backends
 SAMPLES = 2  # torch would compile for one sample alone
 
@@ -62,7 +64,11 @@ def _spared(block: nn.Module, call: Any, dtype: torch.dtype) -> float:
     args, kwargs = tree_map_only(Input, lambda one: one.real(SAMPLES), call)
     eager = _saved(block, args, kwargs)
     block.compile(backend=GRAPHS)
-    compiled = _saved(block, args, kwargs)
+    try:
+        compiled = _saved(block, args, kwargs)
+    except Exception as error:  # the compiler may raise anything; what is planned then is what the eager block holds
+        log.info("%s is planned as if it were not compiled: %s", type(block).__name__, error)
+        compiled = eager
     block.to("meta")
     return (eager - compiled) / SAMPLES
 
