@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from test_parity import (  # noqa: F401
     STEPS,
     Cell,
@@ -107,6 +108,13 @@ def by_hand(optimizer: str) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: one.detach() for name, one in trained.items()}
 
 
+def gathered(mine: Any, world: World) -> list[Any]:
+    everyone = [mine] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def trained(world: World, cells: list[tuple[str, Cell]], folder: str, out: str) -> list[tuple[list[float], str]]:
     """Of each optimizer and cell: losses, and the directory with a checkpoint of the last step."""
     found = []
@@ -123,6 +131,11 @@ def trained(world: World, cells: list[tuple[str, Cell]], folder: str, out: str) 
         plan, real = memory.planned(engine), memory.found(engine)
         share = sum(one.optimizer for one in real.values()) / sum(one.optimizer for one in plan.values())
         assert 0.98 < share < 1.02, "what is held was planned"
+        mine = {(one.kind, one.name, one.offset): one.data.clone() for one in engine.fragments()}
+        for theirs in gathered(mine, world):
+            both = mine.keys() & theirs.keys()
+            assert all(torch.equal(mine[key], theirs[key]) for key in both), "copies of the model stay equal"
+            assert both or "ddp" not in cell.engine
         Checkpointer(path, world).save(STEPS, engine.fragments(), {"step": STEPS}, wait=True)
         found.append((losses, str(path)))
     return found
@@ -137,8 +150,8 @@ ALONE = [(name, Cell("one", precision=precision)) for name in BOUNDS for precisi
 @pytest.mark.contract  # torch's Muon on DTensors
 @pytest.mark.parametrize(
     ("cells", "size"),
-    [(ALONE, 1), (NATIVE, 2), pytest.param([("muon", Cell("hsdp"))], 4, marks=pytest.mark.slow)],
-    ids=["one", "two", "hsdp"],
+    [(ALONE, 1), (NATIVE, 2)],
+    ids=["one", "two"],
 )
 def test_steps_are_those_of_torchs_own_optimizers(
     folder: str, tmp_path: Path, cells: list[tuple[str, Cell]], size: int
@@ -286,7 +299,8 @@ def test_states_are_carried_into_the_next_stage(
         ("adafactor", {"ds_config": "zero2"}, 2, "leave engine.ds_config empty, and set engine.shard_size=1 for DDP"),
         ("adafactor", {}, 2, "needs whole tensors, and FSDP2 cuts them: set engine.shard_size=1 for DDP"),
         ("muon", {"cpu_offload": True}, 2, "is not for tensors in host memory: set engine.cpu_offload=false"),
-        ("muon", {}, 64, "has 24 rows, too few for a shard on each of 64 processes: set engine.shard_size=24 or less"),
+        ("muon", {}, 64, "has 24 rows, too few for a shard on each of 64 processes: set engine.shard_size=1 for DDP"),
+        ("muon", {"shard_size": 2}, 4, "the copies of an HSDP model drift apart: set engine.shard_size=0 for FSDP2, 1"),
     ],
 )
 def test_an_engine_that_cannot_is_refused_with_the_remedy(
@@ -380,7 +394,7 @@ def test_small_gradients_and_gates_at_zero_move_adafactor_as_they_move_adamw() -
         matrix.grad, gate.grad = scale * torch.randn(8, 6), torch.full((1,), scale)
         optimizer_kind(of).make([group], of).step()
         moved.append(matrix.detach())
-        assert float(gate) == pytest.approx(-1e-3, rel=1e-4)
+        assert float(gate.detach()) == pytest.approx(-1e-3, rel=1e-4)
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-7)
 
 

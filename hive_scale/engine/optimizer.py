@@ -261,12 +261,18 @@ def refusal(
         return f"optimizer={name} is not for tensors in host memory: set engine.cpu_offload=false, or {ADAMW}"
     if cut == "nothing" and shard > 1:
         return f"optimizer={name} needs whole tensors, and FSDP2 cuts them: set engine.shard_size=1 for DDP, or {ADAMW}"
+    if 1 < shard < world_size:
+        # torch spreads the products over the copies, too, and warns that their sums may differ between ranks
+        return (
+            f"optimizer={name} might let the copies of an HSDP model drift apart: set engine.shard_size=0 for FSDP2, 1 "
+            f"for DDP, or {ADAMW}"
+        )
     rows = {one: shapes[one][0] for group in groups if group.matrices for one in group.parameters}
     least = min(rows, key=rows.__getitem__, default="")
     if least and rows[least] < shard:
         return (
             f"optimizer={name}: {least} has {rows[least]} rows, too few for a shard on each of {shard} processes: set "
-            f"engine.shard_size={rows[least]} or less, or {ADAMW}"
+            f"engine.shard_size=1 for DDP, or {ADAMW}"
         )
     return ""
 
