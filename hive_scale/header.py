@@ -71,7 +71,7 @@ def show_run(config: Config, left: Sequence[str], world: World, overwrite: Overw
         "stages": ", ".join(_state(config, name, left, bool(overwrite)) for name in config.stages),
         "device": _devices(world.device, views, hosts[views[0].host]),
         "processes": _processes(world.size, len(hosts)),
-        "engine": _engine(config, world.size, world.device.type),
+        "engine": _engine(config, world.size, world.device.type, len(hosts) > 1 and device.pins_memory(world.device)),
     }
     _show(lines)
 
@@ -180,13 +180,16 @@ def _processes(size: int, nodes: int) -> str:
     )
 
 
-def _engine(config: Config, size: int, kind: str) -> str:
+def _engine(config: Config, size: int, kind: str, chooses: bool = False) -> str:
+    """The engine in words. `chooses`: there are several nodes, and the plan decides what is left open."""
     engine = config.engine
     shard = engine.shard_size or size
     if engine.ds_config:
         name = f"DeepSpeed, {engine.ds_config}"
     elif size == 1:
         name = "native engine in one process, nothing is sharded"
+    elif chooses and not engine.shard_size and not engine.cpu_offload:
+        name = f"FSDP2, sharded inside each node or over all {size} processes, as the plan below says"
     elif shard == 1:
         name = f"DDP: {size} replicas"
     else:

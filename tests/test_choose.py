@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +37,8 @@ from hive_scale.pipeline import run_pipeline
 from hive_scale.plan import choose as choosing
 from hive_scale.plan.choose import choose_all, ranks_per_node, told
 from hive_scale.plan.devices import CONTEXT, FRAGMENTATION, GPUS
-from hive_scale.plan.memory import examine, measure
-from hive_scale.plan.run import Machine, StagePlan, plan_run
+from hive_scale.plan.memory import StageProfile, examine, measure
+from hive_scale.plan.run import Machine, StagePlan, plan_stage
 from hive_scale.plan.time import volume
 
 PLENTY = 80e9
@@ -57,13 +58,23 @@ def pretend(world: World, memory: float, nodes: str) -> None:
     choosing.node_id = lambda: nodes[world.rank]  # type: ignore[assignment]
 
 
-def planned(gpu_memory: float, world: int = 8, **changes: Any) -> StagePlan:
-    """Of stage `joint` on nodes of four, with few activations, so that what is gathered makes the peak."""
+def config_of(**changes: Any) -> Config:
+    """Stage `joint` with few activations, and sharded gradients, so that what is gathered makes the peak."""
     full = CheckpointingConfig("full", "full", "full")
     config = run_config(precision="bf16", checkpointing=full, sync_each_micro_batch=True, **changes)
-    stages = {"joint": replace(config.stages["joint"], global_batch=64, micro_batch=1)}
+    return replace(config, stages={"joint": replace(config.stages["joint"], global_batch=64, micro_batch=1)})
+
+
+@cache
+def facts_of_joint() -> StageProfile:
+    config = config_of()
+    return examine(config, config.stages["joint"], config.data.max_tokens)
+
+
+def planned(gpu_memory: float, world: int = 8, **changes: Any) -> StagePlan:
+    """On nodes of four."""
     gpu = replace(GPUS["a100-40"], per_node=4, memory=round(gpu_memory))
-    return plan_run(replace(config, stages=stages), Machine(gpu, world), 1000)[0]
+    return plan_stage(config_of(**changes), "joint", facts_of_joint(), {}, Machine(gpu, world), 1000)
 
 
 @pytest.mark.parametrize(
@@ -123,28 +134,33 @@ def trained(world: World, cases: list[tuple[float, str]]) -> list[tuple[EngineCo
     return found
 
 
-def test_ranks_on_two_nodes_shard_inside_a_node_where_that_fits() -> None:
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["few", "whole"])
+def test_ranks_on_two_nodes_shard_inside_a_node_where_that_fits(whole: bool) -> None:
     stage, asked = stage_of(CELL.stage, CELL.fusion, 4), engine_config(CELL, "")
     config = Config(model=model_of(CELL.fusion), stages={"stage": stage}, engine=asked)
     facts, accumulation = examine(config, stage, 12), stage.accumulation(4)
 
-    def peak(shard: int, reshard: bool) -> float:
+    def room(shard: int, reshard: bool) -> int:
         engine = replace(asked, shard_size=shard, reshard_after_backward=reshard)
-        return measure(facts, engine, {}, 4, 12 // 4 // accumulation, accumulation).peak
+        return device_of(measure(facts, engine, {}, 4, 12 // 4 // accumulation, accumulation).peak + 1e3)
 
-    # devices on which ever fewer ways fit
-    rooms = [device_of(peak(*one) + 1e3) for one in ((2, False), (2, True), (4, False), (4, True))]
-    cases = [(PLENTY, "aabb"), *((room, "aabb") for room in rooms[1:]), (PLENTY, "abab"), (0, "aabb")]
-    results = ranks.run(trained, 4, cases)
     inside, kept = "sharded over the 2 processes of a node, 2 replicas", "weights stay gathered between micro-batches"
     over_all = "sharded over all 4 processes, since a copy in each node is not planned to fit"
-    words = [f"{inside}; {kept}", inside, f"{over_all}; {kept}", over_all, kept, ""]
-    assert [told(asked, engine, 4) for engine, *_ in results[0]] == words
+    wanted: list[tuple[float, str, str]] = [
+        (PLENTY, "aabb", f"{inside}; {kept}"),
+        (room(4, False), "aabb", f"{over_all}; {kept}"),
+        (room(2, True), "aabb", inside),
+        (room(4, True), "aabb", over_all),
+        (PLENTY, "abab", kept),
+        (0, "aabb", ""),
+    ][: None if whole else 2]
+    results = ranks.run(trained, 4, [(memory, nodes) for memory, nodes, _ in wanted])
+    assert [told(asked, engine, 4) for engine, *_ in results[0]] == [words for *_, words in wanted]
     expected = truth(*CELL.truth).losses[:2]
     for rank, result in enumerate(results):
-        node = [0, 1] if rank < 2 else [2, 3]
-        assert [one[1] for one in result] == [node, node, *[[0, 1, 2, 3]] * 4]
-        for engine, _, sent, losses in result:
+        for (*_, words), (engine, group, sent, losses) in zip(wanted, result, strict=True):
+            node = [0, 1] if rank < 2 else [2, 3]
+            assert group == (node if inside in words else [0, 1, 2, 3])
             assert sent == pytest.approx(volume(facts, engine, {}, 4, accumulation).sent, rel=1e-9), engine
             assert losses == pytest.approx(expected, rel=LOSS), engine
 

@@ -129,7 +129,9 @@ def begun(world: World, fusion: str, is_cached: bool) -> dict[str, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("fusion", ["cross_attention", "joint_attention", "concat"])
+@pytest.mark.parametrize(
+    "fusion", ["cross_attention", *(pytest.param(one, marks=pytest.mark.slow) for one in ("joint_attention", "concat"))]
+)
 def test_the_next_block_is_gathered_while_this_one_works(fusion: str) -> None:
     for found in ranks.run(begun, 2, fusion, False):
         units = len(found["forward"])

@@ -111,6 +111,15 @@ def test_the_engine_is_named(words: list[str], size: int, engine: str) -> None:
     assert header._engine(presets.load("debug", None, words), size, "cpu").endswith(engine)
 
 
+def test_sharding_over_nodes_is_left_to_the_plan_where_there_is_one() -> None:
+    def engine(*words: str) -> str:
+        return header._engine(presets.load("debug", None, words), 4, "cuda", chooses=True)
+
+    assert engine() == "FSDP2, sharded inside each node or over all 4 processes, as the plan below says; fp32"
+    assert engine("engine.shard_size=4").startswith("FSDP2, sharded over 4 processes;")
+    assert engine("engine.cpu_offload=true").startswith("FSDP2, sharded over 4 processes;")
+
+
 def test_devices_are_counted_and_idle_ones_are_named() -> None:
     a = header._View("a", "NVIDIA H100", 60 * GB, 80 * GB, 8)
     text = header._devices(torch.device("cuda", 0), [a, a._replace(free=70 * GB)], 2)
