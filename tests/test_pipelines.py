@@ -24,6 +24,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from hive_scale import HiveForConditionalGeneration
 from hive_scale.captioner import Captioner
+from hive_scale.checkpoint.io import CorruptFile
 from hive_scale.checkpoint.run_reader import Run
 from hive_scale.checkpoint.weights import read_weights, write_weights
 from hive_scale.config import Config, DataConfig, ModelConfig, PartConfig, TokenizerConfig
@@ -158,6 +159,21 @@ def test_the_lines_of_a_card_work_and_the_hub_reads_its_head(
     batch = tiny.batch()
     theirs: Any = AutoModel.from_pretrained(tmp_path / "hive")
     assert torch.equal(theirs.model(**batch.inputs()), from_pretrained(tmp_path / "hive")(**batch.inputs()))
+
+
+def test_damaged_files_are_refused_and_saving_anew_mends(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "hive"
+    export_run("hive", run, path)
+    model = HiveForConditionalGeneration.from_pretrained(path)
+    for name in ("model.safetensors", "processor_config.json"):
+        data = (path / name).read_bytes()
+        (path / name).write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        auto: Any = AutoModel if name == "model.safetensors" else AutoProcessor
+        with pytest.raises(CorruptFile, match=name):
+            auto.from_pretrained(path)
+        (path / name).write_bytes(data)
+    model.save_pretrained(path)
+    assert type(AutoModel.from_pretrained(path)) is HiveForConditionalGeneration
 
 
 def test_a_card_names_what_the_hub_has(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

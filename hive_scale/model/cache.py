@@ -51,7 +51,7 @@ class HiveCache(Cache):
         `tokens_BQ` is bool, False for padding. Raises ValueError beyond the cache's `room`.
         """
         count, device = tokens_BQ.shape[1], tokens_BQ.device
-        position = self.seen.sum(1, keepdim=True) + tokens_BQ.cumsum(1) - 1
+        position = self.seen.sum(1, keepdim=True)
         begin = self.width + self.made
         if self._room is None:
             self.seen = torch.cat([self.seen, tokens_BQ], dim=1)
@@ -61,12 +61,13 @@ class HiveCache(Cache):
             self.seen[:, begin : begin + count] = tokens_BQ
         allowed = self.seen[:, None]
         if count > 1:  # causal among the new tokens
+            position = position + (tokens_BQ.cumsum(1) - 1).clamp(min=0)
             places = torch.arange(self.seen.shape[1], device=device)
             allowed = allowed & (places <= (begin + torch.arange(count, device=device))[:, None])
         self.made += count
         self._columns += count
         self.is_first = False
-        return self._fusion.decode_context(self.context, position.clamp(min=0), allowed)
+        return self._fusion.decode_context(self.context, position, allowed)
 
     def for_layer(self, depth: int, given: dict[str, Any], context: Context) -> dict[str, Any]:
         """The keyword arguments of layer `depth`'s attention with this cache; `given` are those without."""

@@ -120,11 +120,10 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
         """As of any transformers model.
 
-        Raises ValueError if weights are missing or of another shape: transformers would draw new ones.
+        Raises ValueError if weights are missing or of another shape: transformers would draw new ones. Raises
+        CorruptFile if files of a directory of ours are corrupt.
         """
-        path = Path(str(pretrained_model_name_or_path))
-        if path.is_dir():
-            checksums.check(path, weights=False)
+        checksums.check(Path(str(pretrained_model_name_or_path)))
         wants_report = options.pop("output_loading_info", False)
         stock: Any = super()
         made, report = stock.from_pretrained(
@@ -150,7 +149,11 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
                 module.register_buffer(leaf, buffer.to(module.get_buffer(leaf).device), persistent=False)
 
     def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
-        """As of any transformers model; tensors have the names of `Hive`'s parameters."""
+        """As of any transformers model; tensors have the names of `Hive`'s parameters.
+
+        A list of checksums in the directory is deleted, since it was of other files.
+        """
+        (Path(save_directory) / checksums.SUMS).unlink(missing_ok=True)
         state = options.pop("state_dict", None) or self.state_dict()
         tied = self.all_tied_weights_keys  # names that share another's tensor
         state = {name.removeprefix(PREFIX): one for name, one in state.items() if name not in tied}
@@ -353,6 +356,12 @@ class HiveProcessor(ProcessorMixin):
         self.format = format
         self.image_token: str = IMAGE
         self.image_token_id: int = tokenizer.convert_tokens_to_ids(IMAGE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        """As of any processor. Raises CorruptFile if files of a directory of ours are corrupt."""
+        checksums.check(Path(str(pretrained_model_name_or_path)), weights=False)
+        return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
 
     def __call__(
         self,
