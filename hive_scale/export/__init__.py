@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -111,7 +112,8 @@ def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.d
     model = build.with_full_configs(config.model)
     processing = {name: value for name, value in asdict(config.data).items() if name in PROCESSING}
     path.mkdir(parents=True, exist_ok=True)
-    processor, generation = huggingface.hive_processor(model, config.data, _tokenizer(config))
+    tokenizer = _tokenizer(config)
+    processor, generation = huggingface.hive_processor(model, config.data, tokenizer)
     HiveConfig(
         architectures=[HiveForConditionalGeneration.__name__],
         dtype=dtype,
@@ -122,6 +124,9 @@ def save_pretrained(config: Config, weights: Weights, path: Path, dtype: torch.d
     ).save_pretrained(path)
     write_weights(path / "model.safetensors", _converted(weights, dtype), {"format": "pt"})
     generation.save_pretrained(path)
+    # the tokenizer of training: <image>, which the processor adds when it is loaded, is no row of the embeddings
+    processor.tokenizer = copy.deepcopy(tokenizer)
+    processor.tokenizer.chat_template = processor.chat_template
     processor.save_pretrained(path)
     processor.image_processor.save_pretrained(path)  # also in a file of its own, for those who read images alone
     portable.mend_tokenizer(path)
