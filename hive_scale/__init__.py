@@ -3,6 +3,8 @@
 Names of `__all__` are imported on first use, so that importing the package costs next to nothing.
 """
 
+from __future__ import annotations  # older Pythons read this file, and are told which one is needed
+
 from importlib import import_module
 from typing import Any
 

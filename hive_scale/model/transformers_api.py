@@ -120,8 +120,8 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
         """As of any transformers model.
 
-        Raises ValueError if weights are missing or of another shape: transformers would draw new ones. Raises
-        CorruptFile if files of a directory of ours are corrupt.
+        Raises ValueError if weights are missing, for which transformers would draw new ones; RuntimeError, its own, for
+        those of another shape; CorruptFile if files of a directory of ours are corrupt.
         """
         checksums.check(Path(str(pretrained_model_name_or_path)))
         wants_report = options.pop("output_loading_info", False)
@@ -256,10 +256,10 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         )
 
     def encode_images(self, pixel_values: Tensor) -> list[Tensor]:
-        """`Hive.encode_images`, of normalised pixels (P, 3, H, W), too."""
+        """`Hive.encode_images` of pixels (P, 3, H, W), uint8 or normalised, in the precision of the encoder."""
         model: Hive = self.model
         if not pixel_values.is_floating_point():
-            return model.encode_images(pixel_values)
+            pixel_values = (pixel_values.float() - model.pixel_mean) / model.pixel_std
         dtype = next(model.vision.parameters()).dtype
         return model.project(model.encode_normalised(pixel_values.to(dtype)))
 
