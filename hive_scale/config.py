@@ -74,7 +74,7 @@ class ModelConfig:
     vision: PartConfig = field(default_factory=PartConfig)
     language: PartConfig = field(default_factory=PartConfig)
     connector_weights: str = ""  # run, stage or safetensors to load projectors and fusion from; "": random init
-    fusion: str = "cross_attention"  # name of a registered fusion: see docs/extending.md
+    fusion: str = "cross_attention"  # name of a registered fusion: see docs/fusions.md
     # which encoder layers feed the LLM: "uniform" (evenly spaced), "later", "last" (cascaded: one layer into all fused
     # LLM layers, paper suppl. 6), or a list such as [3,7,11], ascending; 1 is the first block's output
     encoder_layers: Any = "uniform"

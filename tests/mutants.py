@@ -70,7 +70,7 @@ TESTS = {  # arguments of pytest, the quickest to fail first
 }
 NAMED = [  # each lived through all tests once: (module, text, instead)
     ("batch", "from_numpy(targets - 1)", "from_numpy(targets)"),
-    ("model/fusion/cross_attention", "torch.tanh(self.gate) * self.o_proj", "self.gate * self.o_proj"),
+    ("model/fusion/cross_attention", "torch.tanh(self.gate) * self.out_norm", "self.gate * self.out_norm"),
     ("model/fusion/cross_attention", "hidden_BTD + update", "hidden_BTD - update"),
     ("model/fusion/joint_attention", "torch.cat([-second, first], dim=-1)", "torch.cat([second, -first], dim=-1)"),
     ("model/hive", "for depth in self.encoder_depths]", "for depth in reversed(self.encoder_depths)]"),
