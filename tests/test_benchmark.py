@@ -20,7 +20,8 @@ def printed(*words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("case", ["one", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["one", "fsdp"])
 def test_every_contender_takes_the_same_step(case: str) -> None:
     lines = printed("engines", "--cases", case, "--steps", "1").splitlines()
     rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")][2:]
@@ -57,6 +58,7 @@ def test_every_loader_that_is_installed_is_measured_and_ours_loses_nothing() -> 
     assert ours[-2:] == ["0", "0"], "lost and repeated samples after a change of ranks"
 
 
+@pytest.mark.slow
 def test_dealing_by_length_pads_less() -> None:
     rows = [line.strip("| ").split(" | ") for line in printed("padding").splitlines() if line.startswith("| 4 ")]
     shares = {way: float(padding.rstrip("%")) for _, way, padding, *_ in rows}

@@ -43,6 +43,11 @@ FEW = {name: ENGINES[name] for name in ("ddp", "fsdp", "ddp, bf16", "zero2")}
 REST = {name: engine for name, engine in ENGINES.items() if name not in FEW}
 ZERO_3, OFFLOADED = ({name: EngineConfig(ds_config=str(JSONS / f"{name}.json"))} for name in ("zero3", "zero3_offload"))
 STEPS = 6
+few_or_all = pytest.mark.parametrize(
+    "engines",
+    [FEW, *(pytest.param(engines, marks=pytest.mark.slow) for engines in (ZERO_3, REST, OFFLOADED))],
+    ids=["few", "zero3", "rest", "zero3_offload"],
+)
 either = pytest.mark.parametrize(
     "engines",
     [FEW, ZERO_3, *(pytest.param(engines, marks=pytest.mark.slow) for engines in (REST, OFFLOADED))],
@@ -139,7 +144,7 @@ def held_at_openings(world: World, engines: dict[str, EngineConfig], folder: str
     return held
 
 
-@either
+@few_or_all
 def test_a_stage_leaves_nothing_behind(engines: dict[str, EngineConfig], tmp_path: Path) -> None:
     for held in ranks.run(held_at_openings, 2, engines, str(tmp_path)):
         for name, (first, *others) in held.items():

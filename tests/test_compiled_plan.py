@@ -62,8 +62,8 @@ def at_the_turn(facts: StageProfile) -> float:
 @pytest.mark.parametrize(
     ("fusion", "name", "backend"),
     [
-        ("cross_attention", "joint", GRAPHS),
-        pytest.param("cross_attention", "projector", GRAPHS, marks=pytest.mark.slow),
+        pytest.param("cross_attention", "joint", GRAPHS, marks=pytest.mark.slow),
+        ("cross_attention", "projector", GRAPHS),
         pytest.param("concat", "language", GRAPHS, marks=pytest.mark.slow),
         # the graphs are those that the compiler builds: what it would take minutes to build them is left out above
         pytest.param("cross_attention", "joint", "inductor", marks=pytest.mark.slow),

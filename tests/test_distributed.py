@@ -163,6 +163,7 @@ def free_port() -> int:
         return port
 
 
+@pytest.mark.slow  # the other rendezvous is tried every time
 def test_two_agents_with_a_static_rendezvous_recover(tmp_path: Path) -> None:
     """Their store, which outlives each attempt, still holds why the ones before failed."""
     faults = [(1, "at start", "is killed"), (0, "in a step", "is killed"), (1, "in a step", "raises")]
@@ -190,7 +191,7 @@ with session() as world:
 """
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_in_a_c_call_ends_when_another_is_killed(tmp_path: Path, killed: int) -> None:
     began = time.monotonic()
     codes, said = started_by_srun(HOLDING.format(killed=killed), 2)
@@ -219,7 +220,7 @@ def test_a_long_c_call_and_a_suspended_process_are_no_loss() -> None:
     assert codes == [0, 0], said
 
 
-@pytest.mark.parametrize("silent", [0, 1])
+@pytest.mark.parametrize("silent", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_node_that_is_gone_is_missed(silent: int) -> None:
     """It says nothing any more, and its connections stand: as where its power, or the network, is cut."""
     cut = "os.system(f'pkill -STOP -P {os.getpid()} python; kill -STOP {os.getpid()}')"

@@ -89,7 +89,7 @@ def both(world: World, engines: dict[str, EngineConfig], shard: str, folder: str
     return found
 
 
-@pytest.mark.parametrize("engines", [ENGINES, ZERO_3], ids=["others", "zero3"])
+@pytest.mark.parametrize("engines", [ENGINES, pytest.param(ZERO_3, marks=pytest.mark.slow)], ids=["others", "zero3"])
 def test_a_run_on_kept_features_has_the_losses_of_one_on_images(
     engines: dict[str, EngineConfig], shard: str, tmp_path: Path
 ) -> None:

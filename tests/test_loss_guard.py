@@ -75,7 +75,10 @@ def train(world: World, cell: Cell, folder: str, bad: bool) -> str:
     return digest(engine)
 
 
-@pytest.mark.parametrize("cells", [CELLS, [Cell("zero3"), Cell("zero3_offload", precision="bf16")]], ids=["", "zero3"])
+ZERO_3 = [Cell("zero3"), Cell("zero3_offload", precision="bf16")]
+
+
+@pytest.mark.parametrize("cells", [CELLS, pytest.param(ZERO_3, marks=pytest.mark.slow)], ids=["", "zero3"])
 def test_a_step_left_out_changes_no_bit(cells: list[Cell], tmp_path: Path) -> None:
     small_jsons(tmp_path)
     for states in ranks.run(left_out, 2, cells, str(tmp_path)):

@@ -65,16 +65,16 @@ class Outcome:
 
 
 def matrix(*engines: str, whole: bool) -> list[Cell]:
-    """All combinations; or, half of them, all pairs: each stage and each fusion with and without checkpointing."""
+    """All combinations; or a third of them: each stage, each fusion, with and without checkpointing."""
     cells = [Cell(*cell) for cell in product(engines, (1, 2, 3), ("cross_attention", "concat"), ("none", "full"))]
-    if not whole:
-        cells = [one for one in cells if (one.stage + (one.fusion == "concat") + (one.checkpointing == "full")) % 2]
-    joint = [Cell(engine, stage, "joint_attention", "full") for engine in engines for stage in (1, 3)]
-    cells += [cell for cell in joint if cell.engine in ("one", "fsdp", "zero2", "zero3")]
-    if whole:
-        return cells + [Cell(*cell) for cell in product(engines, (1, 2, 3), OTHERS, ("none", "full"))]
     few = [engine for engine in engines if engine in ("one", "fsdp", "zero2", "zero3")]
-    return cells + [Cell(engine, 3, fusion, "full") for engine in few for fusion in OTHERS]
+    if whole:
+        cells += [Cell(engine, stage, "joint_attention", "full") for engine in few for stage in (1, 3)]
+        return cells + [Cell(*cell) for cell in product(engines, (1, 2, 3), OTHERS, ("none", "full"))]
+    kept = [(1, "cross_attention", "none"), (2, "concat", "full")]
+    kept += [(3, "cross_attention", "full"), (3, "concat", "none")]
+    cells = [one for one in cells if (one.stage, one.fusion, one.checkpointing) in kept]
+    return cells + [Cell(engine, 3, fusion, "full") for engine in few for fusion in ("joint_attention", *OTHERS)]
 
 
 def stage_of(number: int, fusion: str, size: int) -> StageConfig:

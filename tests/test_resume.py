@@ -201,9 +201,10 @@ def matrix(starts: Sequence[tuple[int, Sequence[str]]], precision: Any, folder: 
 
 
 def test_any_engine_and_world_goes_on_from_any_other(tmp_path: Path) -> None:
-    matrix(SOME, "fp32", tmp_path, share=2)
+    matrix(SOME, "fp32", tmp_path, share=3)
 
 
+@pytest.mark.slow  # in fp32 every time, above
 def test_some_in_bf16(tmp_path: Path) -> None:
     matrix(FEW, "bf16", tmp_path)
 

@@ -345,6 +345,7 @@ def test_what_would_end_a_later_job_is_met_at_submission(tmp_path: Path, words: 
         submitted(tmp_path / "run", "--then", *words)
 
 
+@pytest.mark.slow  # a chain of jobs runs in tests/cluster, and one in this process below
 def test_the_same_chain_as_local_processes(tmp_path: Path, then: list[str]) -> None:
     run = tmp_path / "run"
     words = ["--preset", "debug", "--cluster", "local", *BRIEF, f"output={run}", "--then", "probe", then[2]]

@@ -100,7 +100,7 @@ def stopped(seconds: float, ready: Any) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize(("seconds", "code"), [(1, 0), (20, TRY_AGAIN)])
+@pytest.mark.parametrize(("seconds", "code"), [pytest.param(1, 0, marks=pytest.mark.slow), (20, TRY_AGAIN)])
 def test_a_suspended_job_goes_on_and_is_watched_as_before(seconds: float, code: int) -> None:
     ready = ranks.CONTEXT.Event()
     process = ranks.CONTEXT.Process(target=stopped, args=(seconds, ready))

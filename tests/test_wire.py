@@ -89,7 +89,7 @@ def test_a_step_sends_the_bytes_that_are_planned(size: int) -> None:
 @pytest.mark.parametrize(
     ("engines", "size"),
     [
-        (("zero1", "zero1_reduced"), 2),
+        pytest.param(("zero1", "zero1_reduced"), 2, marks=pytest.mark.slow),
         (("zero2", "zero2_reduced"), 2),
         (("zero3", "zero3_reduced"), 2),
         (("zero3_second",), 4),

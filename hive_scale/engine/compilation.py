@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from inspect import signature
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hive_scale import strict_json
 from hive_scale.config import EngineConfig
 from hive_scale.device import is_accelerator, is_compiled_by_default
+from hive_scale.engine.activation_checkpointing import blocks_of
 from hive_scale.exit_codes import TryAgain
 
 COMPILERS = ("g++", "clang++", "c++")
@@ -74,13 +74,17 @@ def _lacking(kind: str) -> str:
     return ""
 
 
-def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile each block, in place. What was compiled before is read from a cache that outlives the machine's /tmp."""
+def compile_blocks(model: Any) -> None:
+    """Compile each block of a Hive, in place, and what it does with pixels, as one kernel.
+
+    What was compiled before is read from a cache that outlives the machine's /tmp.
+    """
     # importing torch sets the variable to a folder in /tmp, unless the user has set it
     if CACHE not in os.environ or Path(os.environ[CACHE]).name.startswith("torchinductor_"):
         os.environ[CACHE] = str(_own_cache())
-    for block in blocks:
+    for block in blocks_of(model):
         block.compile(**LIMIT)
+    model.normalise = torch.compile(model.normalise, **LIMIT)
 
 
 def _own_cache() -> Path:

@@ -86,7 +86,7 @@ class DeepSpeedEngine:
         self._fill(weights, compute, settings)
         self.compiled = is_compiled(config, world.device.type)
         if self.compiled:
-            compile_blocks(blocks_of(model))
+            compile_blocks(model)
         self.optimizer = make_optimizer(dict(model.named_parameters()), groups, stage)
         self.engine, *_ = load_deepspeed().initialize(
             model=model, optimizer=self.optimizer, config=UNTESTED | settings, dist_init_required=False

@@ -89,7 +89,7 @@ class FsdpEngine:
             self._unshard_frozen_once()
         self.compiled = is_compiled(config, world.device.type)
         if self.compiled:
-            compile_blocks(blocks_of(model))
+            compile_blocks(model)
         self._forward: Callable[..., Tensor] = model
         if plain and world.size > 1 and not has_masters:
             options: dict[str, Any] = {_BUFFERS: False}  # buffers are equal on all ranks and constant

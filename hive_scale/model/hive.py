@@ -87,7 +87,11 @@ class Hive(nn.Module):
 
     def encode(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """The encoder's hidden states from the embeddings to the deepest selected depth, from uint8 pixels."""
-        return self.encode_normalised((pixels_BCHW.float() - self.pixel_mean) / self.pixel_std)
+        return self.encode_normalised(self.normalise(pixels_BCHW))
+
+    def normalise(self, pixels_BCHW: Tensor) -> Tensor:
+        """uint8 pixels to what the encoder's image processor makes of them, float32 (B, 3, H, W)."""
+        return (pixels_BCHW.float() - self.pixel_mean) / self.pixel_std
 
     def encode_normalised(self, pixels_BCHW: Tensor) -> list[Tensor]:
         """Same as `encode`, from pixels that an image processor has normalised already."""

@@ -259,7 +259,7 @@ class HiveForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: i
         """`Hive.encode_images` of pixels (P, 3, H, W), uint8 or normalised, in the precision of the encoder."""
         model: Hive = self.model
         if not pixel_values.is_floating_point():
-            pixel_values = (pixel_values.float() - model.pixel_mean) / model.pixel_std
+            pixel_values = model.normalise(pixel_values)
         dtype = next(model.vision.parameters()).dtype
         return model.project(model.encode_normalised(pixel_values.to(dtype)))
 

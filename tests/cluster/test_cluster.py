@@ -13,6 +13,7 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from chains import ROOT, SAVING, STAGES, Chain, call, pipeline, same_end
 from test_vlm import recipe as vlm_recipe
 from test_vlm import write_questions
@@ -62,6 +63,7 @@ def test_a_failed_stage_cancels_the_rest_and_is_resumed_and_cancelled(slurm: Pat
     assert "stopped after step" in pipeline("logs", str(chain.run))
 
 
+@pytest.mark.slow
 def test_a_chain_without_progress_ends(slurm: Path, tmp_path: Path, pairs: Path) -> None:
     """A job that is killed again and again before it can save gives up."""
     chain = Chain(tmp_path, pairs, "slurm.attempts=1")

@@ -18,7 +18,7 @@ from test_guardian import bearing, running, until_none_runs
 DAEMONS = {"munged", "mariadbd", "slurmdbd", "slurmctld", "slurmd", "slurmstepd", "sleep"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_no_daemon_outlives_the_tests(tmp_path: Path, number: signal.Signals) -> None:
     if reason := why_not():
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no Slurm here: {reason}")
