@@ -245,7 +245,8 @@ RTX3090: dict[str, tuple[int, int, int]] = {
 def rtx3090(fusion: str = "cross_attention") -> Config:
     """`paper_siglip` on one 24 GB card: the same global batches, with micro-batches that fit."""
     base = paper_siglip(fusion)
-    sizes = zip(base.stages.items(), RTX3090[fusion], strict=True)
+    # a fusion of one's own begins with the smallest of these
+    sizes = zip(base.stages.items(), RTX3090.get(fusion, min(RTX3090.values())), strict=True)
     stages = {name: replace(stage, micro_batch=size) for (name, stage), size in sizes}
     return replace(base, name=_name("rtx3090", fusion), stages=stages)
 

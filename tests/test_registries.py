@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from hive_scale import registry
+from hive_scale import presets, registry
 from hive_scale.checkpoint.format import StepCheckpoint, steps_in
 from hive_scale.config import Config, EngineConfig, GroupConfig, ModelConfig, PartConfig, StageConfig
 from hive_scale.model import build
@@ -211,6 +212,14 @@ def test_flops_of_a_fusion_from_outside_are_counted(monkeypatch: Any) -> None:
     assert depth == 3
     assert found.forward == 3 * 2 * 48 * 48  # one product of a row for each sample
     assert found.backward == 2 * found.forward  # its weight's and, since the projector trains, its input's
+
+
+def test_every_preset_takes_a_fusion_from_outside(monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests"))
+    registry.load_extensions(["toy_extension"])
+    for name in presets.PRESETS:
+        if "fusion" in signature(presets.PRESETS[name]).parameters:
+            assert presets.load(name, None, ["fusion=toy_mean", "output=run"]).model.fusion == "toy_mean"
 
 
 def test_the_examples_of_the_docs_are_entries() -> None:
