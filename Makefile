@@ -13,13 +13,12 @@ SUPPLY = .venv-supply/bin
 # exactly the versions of the lock, which were tested together
 install: $(VENV)/installed
 
-# without bytecode: to make all of it takes a minute, and Python makes what is imported
 $(VENV)/installed: pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "error: $(PYTHON) is no Python 3.11 to 3.13: make PYTHON=... $(MAKECMDGOALS)"; exit 2; }
 	@echo "installing into $(VENV): 7 GB, some minutes"
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --requirement requirements.lock
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --requirement requirements.lock
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
