@@ -390,6 +390,8 @@ class EngineConfig:
                 if value.lower() not in known:
                     raise ValueError(f"engine.{name}={value}: set auto, true or false")
                 object.__setattr__(self, name, known[value.lower()])
+        if self.shard_size < 0:
+            raise ValueError(f"engine.shard_size={self.shard_size}: set a number of ranks, or 0 for the default")
 
 
 @dataclass(frozen=True)

@@ -390,6 +390,8 @@ def test_words_say_what_they_say() -> None:
     )
     with pytest.raises(ValueError, match="set auto, true or false"):
         presets.load("debug", None, ["engine.compile=maybe"])
+    with pytest.raises(ValueError, match="set a number of ranks"):
+        presets.load("debug", None, ["engine.shard_size=-1"])
     assert presets.load("rtx3090", None, []).engine.compile == "auto"
     assert presets.load("rtx3090", None, ["engine.compile=on"]).engine.compile is True
     assert (run.log.wandb, run.engine.cpu_offload, run.engine.compile, run.profile.steps) == ("off", True, False, "3:4")

@@ -371,9 +371,11 @@ def _check_offload(zero: Mapping[str, Any], here: bool) -> None:
 def _check_second_copy(zero: Mapping[str, Any], world_size: int) -> None:
     """Raises ValueError if the groups of ranks that share ZeRO-3's second copy cannot be made."""
     size = zero.get("zero_hpz_partition_size", 1)
+    what = f"zero_optimization.zero_hpz_partition_size={size}"
+    if not isinstance(size, int) or isinstance(size, bool):
+        raise ValueError(f"{what} is no whole number: set the number of GPUs of a node")
     if size <= 1:
         return
-    what = f"zero_optimization.zero_hpz_partition_size={size}"
     if zero["stage"] != 3:
         raise ValueError(f"{what} needs stage 3, not {zero['stage']}: remove it, or set stage 3")
     if (zero.get("offload_param") or {}).get("device", "none") != "none":

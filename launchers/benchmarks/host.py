@@ -27,7 +27,8 @@ BARE = "bare loop, bf16"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stages", nargs="+", default=["projector", "language", "joint"], metavar="NAME")
+    stages = ("projector", "language", "joint")
+    parser.add_argument("--stages", nargs="+", choices=stages, default=stages)
 
 
 def run(arguments: argparse.Namespace) -> None:
