@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hive_scale.strict_json import read
 from launchers.reproduction.steps import record
 from launchers.reproduction.studies import Arm, Study
 from launchers.reproduction.table import cell
@@ -19,14 +19,14 @@ def collect(study: Study, seeds: int) -> dict[str, Any]:
     for arm in study.arms:
         figures: dict[str, list[float]] = {}
         for seed in range(seeds):
-            heldout = _read(study.output / f"heldout/{arm.key}-{seed}.json")
+            heldout = read(study.output / f"heldout/{arm.key}-{seed}.json")
             of = record(study.output / "steps", f"pretrain-{arm.key}-{seed}")
             figures.setdefault("held-out loss", []).append(heldout["loss"])
             figures.setdefault("own image, %", []).append(heldout["own image"])
             figures.setdefault("core minutes", []).append(of["cpu_seconds"] / 60)  # least affected by other load
             figures.setdefault("peak GB", []).append(of["peak_gb"])
         figures |= _probes(study, arm.key, seeds)
-        captions = _read(study.output / f"heldout/{arm.key}-0.json")["captions"]
+        captions = read(study.output / f"heldout/{arm.key}-0.json")["captions"]
         steps = dict(arm.steps)
         rows[arm.key] = {"variant": arm.variant, "equal": arm.budget, "steps": steps, "GFLOP per sample": arm.gflops}
         rows[arm.key] |= {"figures": figures, "captions": captions}
@@ -39,7 +39,7 @@ def _probes(study: Study, key: str, seeds: int) -> dict[str, list[float]]:
     for name in study.scale.probe:
         for depth in study.depths:
             paths = [study.output / f"probes/{key}-{seed}/{depth}/{name}.json" for seed in range(seeds)]
-            found[f"{name}, block {depth}"] = [_read(path)["results"]["linear"]["mean"] for path in paths]
+            found[f"{name}, block {depth}"] = [read(path)["results"]["linear"]["mean"] for path in paths]
     return found
 
 
@@ -91,7 +91,3 @@ def draw(rows: Mapping[str, Any], study: Study, path: Path) -> None:
 
 def _mean(values: Sequence[float]) -> tuple[list[float], list[float]]:
     return [statistics.mean(values)], [statistics.stdev(values) if len(values) > 1 else 0.0]
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())

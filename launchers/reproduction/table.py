@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
+from hive_scale.strict_json import read
 from launchers.reproduction.steps import record
 
 ENCODERS = {"base": "Base", "sa": "SA", "hive": "HIVE"}
@@ -21,10 +21,10 @@ def collect(output: Path, seeds: int, sets: list[str]) -> dict[str, Any]:
         rows: dict[str, list[float]] = {}
         for seed in range(seeds):
             for name in sets:
-                results = _read(output / f"probes/{key}-{seed}/{name}.json")["results"]
+                results = read(output / f"probes/{key}-{seed}/{name}.json")["results"]
                 for kind in ("attentive", "linear"):
                     rows.setdefault(f"{name}, {kind}", []).append(results[kind]["mean"])
-            scores = _read(output / f"answers/{key}-{seed}/results.json")["easyvqa"]["scores"]
+            scores = read(output / f"answers/{key}-{seed}/results.json")["easyvqa"]["scores"]
             rows.setdefault("easy-vqa", []).append(scores["accuracy"])
             rows.setdefault("easy-vqa, named", []).append(scores["named"])
             of = record(output / "steps", f"pretrain-{key}-{seed}" if key != "base" else f"base-{seed}")
@@ -53,7 +53,3 @@ def cell(values: list[float], decimals: int = 1) -> str:
     """Mean of `values`, with their standard deviation if there are several."""
     mean = f"{statistics.mean(values):.{decimals}f}"
     return f"{mean} ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else mean
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text())

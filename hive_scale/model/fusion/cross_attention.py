@@ -58,16 +58,18 @@ class CrossAttentionLayer(nn.Module):
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         mixed = scaled_dot_product(query, key, value, scale=self.scaling, softcap=self.softcap)
         update = torch.tanh(self.gate) * self.out_norm(self.o_proj(mixed.transpose(1, 2).flatten(2)))
-        if has_image is not None:
-            update = update * has_image[:, None, None]
-        fused: Tensor = hidden_BTD + update
-        return fused
+        return added(hidden_BTD, update, has_image)
 
     def attention_weights(self, hidden_BTD: Tensor, visual_BVD: Tensor) -> Tensor:
         """Attention weights (B, heads, T, V), float32; each row sums to 1."""
         query = self.q_norm(split_heads(self.q_proj(self.norm(hidden_BTD)), self.head_dim))
         key = self.k_norm(split_heads(self.k_proj(self.norm(visual_BVD)), self.head_dim))
         return softmax_scores(query, key, None, self.scaling, self.softcap)
+
+
+def added(hidden_BTD: Tensor, update_BTD: Tensor, has_image: Tensor | None) -> Tensor:
+    """Hidden states plus an update, which texts without an image do not get. `has_image` as in `Context`."""
+    return hidden_BTD + (update_BTD if has_image is None else update_BTD * has_image[:, None, None])
 
 
 @FUSIONS.register("cross_attention")

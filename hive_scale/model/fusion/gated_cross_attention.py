@@ -16,7 +16,7 @@ from hive_scale.config import ModelConfig
 from hive_scale.model.attention import KeyValue
 from hive_scale.model.encoders import encoder_depths
 from hive_scale.model.fusion import one_encoder_layer
-from hive_scale.model.fusion.cross_attention import CrossAttention, CrossAttentionLayer
+from hive_scale.model.fusion.cross_attention import CrossAttention, CrossAttentionLayer, added
 from hive_scale.model.hosts import AttentionParts
 from hive_scale.registry import FUSIONS
 
@@ -54,11 +54,7 @@ class GatedCrossAttentionLayer(CrossAttentionLayer):
     ) -> Tensor:
         """Fuse hidden states, with arguments as in `CrossAttentionLayer.forward`."""
         attended = super().forward(hidden_BTD, visual_BVD, has_image, memory)
-        update = self.feed_forward(attended)
-        if has_image is not None:
-            update = update * has_image[:, None, None]
-        fused: Tensor = attended + update
-        return fused
+        return added(attended, self.feed_forward(attended), has_image)
 
 
 @FUSIONS.register("gated_cross_attention")
